@@ -1,0 +1,57 @@
+"""On-policy supervised fine-tuning for Megatron-LM.
+
+Importing this package changes nothing anywhere: no module is patched, no device is touched, and torch is imported only
+when a name that needs it is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from megatron_idft.integration.hook import install, uninstall
+    from megatron_idft.loss import LossOutput, vocab_parallel_loss
+    from megatron_idft.objectives import Objective, ce, dft, entropy, idft, resolve_objective
+    from megatron_idft.statistics import TokenStatistics, centered_log_likelihood
+
+_HOME = {
+    "LossOutput": "megatron_idft.loss",
+    "Objective": "megatron_idft.objectives",
+    "TokenStatistics": "megatron_idft.statistics",
+    "ce": "megatron_idft.objectives",
+    "centered_log_likelihood": "megatron_idft.statistics",
+    "dft": "megatron_idft.objectives",
+    "entropy": "megatron_idft.objectives",
+    "idft": "megatron_idft.objectives",
+    "install": "megatron_idft.integration.hook",
+    "resolve_objective": "megatron_idft.objectives",
+    "uninstall": "megatron_idft.integration.hook",
+    "vocab_parallel_loss": "megatron_idft.loss",
+}
+
+__all__ = [
+    "LossOutput",
+    "Objective",
+    "TokenStatistics",
+    "__version__",
+    "ce",
+    "centered_log_likelihood",
+    "dft",
+    "entropy",
+    "idft",
+    "install",
+    "resolve_objective",
+    "uninstall",
+    "vocab_parallel_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'megatron_idft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

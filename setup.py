@@ -1,0 +1,50 @@
+"""Package metadata. The base install pulls in light libraries only, so adding it to a container never replaces torch or Megatron."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = [
+    "torch>=2.8",
+    "triton>=3.4; platform_system == 'Linux'",
+    "megatron-core[training]>=0.19.0,<0.20",
+    "psutil",  # megatron-core's torch_dist checkpoints import it without declaring it
+    "tensorboard>=2.15",
+    "pyyaml>=6.0",
+    "transformers>=4.51",
+]
+
+setup(
+    name="megatron-idft",
+    version="0.1.0",
+    description="On-policy supervised fine-tuning for Megatron-LM: In-Distribution Finetuning by one flag",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["megatron_idft", "megatron_idft.*"]),
+    package_data={"megatron_idft": ["py.typed"]},
+    python_requires=">=3.12",
+    install_requires=[
+        "jinja2>=3.1",
+        "numpy>=1.26",
+        "pyarrow>=15.0",
+        "sentencepiece>=0.2.0",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "gpu": ["transformer-engine[pytorch]>=2.4"],
+        "examples": ["matplotlib>=3.8"],
+        "dev": ["hypothesis>=6.100", "matplotlib>=3.8", "mypy>=1.11", "pytest>=8.2", "ruff>=0.6"],
+    },
+    entry_points={"console_scripts": ["megatron-idft = megatron_idft.__main__:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
