@@ -1,0 +1,123 @@
+"""The vocabulary-parallel token loss. One module per backend; `vocab_parallel_loss` is the only entry."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_idft.loss import reference
+from megatron_idft.loss.shard import vocab_shard
+from megatron_idft.objectives import Objective, resolve_objective
+
+# A backend is one function of the signature of `reference.token_loss`.
+_BACKENDS = {"reference": reference.token_loss}
+
+_LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+IGNORED = -100
+
+
+class LossOutput(NamedTuple):
+    """Per-token results, each [...] fp32 and 0 at ignored positions; only `loss` carries gradient.
+
+    Attributes:
+        loss: -weight * log_prob.
+        weight: the objective's detached weight.
+        log_prob: log p of the label, in nats.
+        entropy: H of the distribution over the true vocabulary, in nats.
+        invalid_labels: 0-dim int64, the number of labels >= vocab_size. They count as ignored; data that holds any is
+            broken, so read this where a host synchronisation is due anyway, and stop. Always 0 for labels on the CPU.
+    """
+
+    loss: Tensor
+    weight: Tensor
+    log_prob: Tensor
+    entropy: Tensor
+    invalid_labels: Tensor
+
+
+def resolve_backend(name: str = "auto", device: torch.device | str = "cpu") -> str:
+    """The backend that `vocab_parallel_loss(..., backend=name)` uses for logits on `device`.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if name == "auto":
+        return "reference"
+    if name == "triton":
+        raise ValueError(
+            "this version has no Triton backend; use backend='auto' or 'reference', which run on any device"
+        )
+    if name not in _BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: choose from auto, {', '.join(_BACKENDS)}")
+    return name
+
+
+def vocab_parallel_loss(
+    logits: Tensor,
+    labels: Tensor,
+    objective: str | Objective = "idft",
+    tp_group: ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+) -> LossOutput:
+    """Per-token loss -w log p(label) over a vocabulary that may be split over tensor-parallel ranks.
+
+    Statistics, sums and the gradient are computed in fp32 whatever the logits' dtype; the gradient
+    w (softmax - onehot) is rounded once, when it is stored in the logits' dtype. Columns >= vocab_size are padding: they
+    enter no sum and get zero gradient. Ignored positions give 0 everywhere even where their logits are NaN or Inf; at a
+    trained position such logits give NaN.
+
+    Args:
+        logits: [..., V/tp] bf16, fp16 or fp32: this rank's columns, rank r of `tp_group` holding the r-th equal part of
+            the (padded) vocabulary. Read where they lie, with any strides, in forward and again in backward.
+        labels: [...] int64 global token ids, the same on every rank; negative = ignored.
+        objective: a name, "module:function" or an `Objective`, see `resolve_objective`.
+        tp_group: None without tensor parallelism.
+        vocab_size: size of the true vocabulary; None: all columns count.
+        backend: "auto" or "reference".
+
+    Returns:
+        LossOutput, the same bits on every rank of `tp_group`.
+
+    Collectives: one all-gather of fp32 [T, 4] over `tp_group` in forward, none in backward. No host synchronisation, no
+    data-dependent shapes.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together, before any collective.
+        ValueError: a label >= vocab_size, for labels on the CPU. On other devices `invalid_labels` counts them.
+    """
+    _check_tensors(logits, labels)
+    objective = resolve_objective(objective)
+    token_loss = _BACKENDS[resolve_backend(backend, logits.device)]
+    shard, vocab_size = vocab_shard(logits.shape[-1], vocab_size, tp_group)
+    labels, invalid_labels = _ignore_invalid(labels, vocab_size)
+    return LossOutput(*token_loss(logits, labels, objective, shard, vocab_size), invalid_labels)
+
+
+def _check_tensors(logits: Tensor, labels: Tensor) -> None:
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V/tp] with at least one column, got shape {tuple(logits.shape)}")
+    if logits.dtype not in _LOGITS_DTYPES:
+        raise TypeError(f"logits must be bfloat16, float16 or float32, got {logits.dtype}; cast them first")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}; call labels.long()")
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must have the logits' leading shape {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}; "
+            "Megatron's logits are [s, b, V/tp], its labels [b, s]: transpose the labels"
+        )
+    if labels.device != logits.device:
+        raise ValueError(f"labels must be on the logits' device {logits.device}, got {labels.device}")
+
+
+def _ignore_invalid(labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Labels with those >= vocab_size ignored, and their number."""
+    invalid = labels >= vocab_size
+    count = invalid.sum()
+    if labels.device.type == "cpu" and count:
+        raise ValueError(
+            f"{int(count)} of {labels.numel()} labels are >= vocab_size {vocab_size}, the first being "
+            f"{int(labels[invalid][0])}; check that data and model use one tokenizer, or set vocab_size"
+        )
+    return torch.where(invalid, IGNORED, labels), count

@@ -1,0 +1,53 @@
+"""This rank's part of a vocabulary that is split evenly over a tensor-parallel group."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_idft.statistics import STATE_SIZE
+
+
+class VocabShard(NamedTuple):
+    """Attributes:
+    start: global token id of the shard's first column.
+    valid_columns: leading columns that belong to the true vocabulary; the rest is padding. May be 0.
+    tp_group: the group that holds the other shards; None without tensor parallelism.
+    """
+
+    start: int
+    valid_columns: int
+    tp_group: ProcessGroup | None
+
+    def gather_states(self, state: Tensor) -> Tensor:
+        """[T, 4] fp32 state of this shard -> [R, T, 4] states of all shards in rank order, the same bits on every rank.
+
+        Collectives: one all-gather over `tp_group`; none without tensor parallelism or without tokens.
+        """
+        if self.tp_group is None or self.tp_group.size() == 1 or state.shape[0] == 0:
+            return state.unsqueeze(0)
+        states = state.new_empty(self.tp_group.size(), state.shape[0], STATE_SIZE)
+        torch.distributed.all_gather_into_tensor(states, state, group=self.tp_group)
+        return states
+
+
+def vocab_shard(num_columns: int, vocab_size: int | None, tp_group: ProcessGroup | None) -> tuple[VocabShard, int]:
+    """The shard of this rank and the true vocabulary size, for local logits with `num_columns` columns.
+
+    Raises:
+        ValueError: `vocab_size` is not in (0, num_columns * tp], or this process is not in `tp_group`.
+    """
+    tp_size, rank = (1, 0) if tp_group is None else (tp_group.size(), tp_group.rank())
+    if rank < 0:
+        raise ValueError("this process is not a member of tp_group; pass the group that holds its vocabulary shard")
+    padded_size = num_columns * tp_size
+    if vocab_size is None:
+        vocab_size = padded_size
+    if not 0 < vocab_size <= padded_size:
+        raise ValueError(
+            f"vocab_size must lie in (0, {padded_size}], the {num_columns} columns of the logits times the "
+            f"tensor-parallel size {tp_size}; got {vocab_size}"
+        )
+    start = rank * num_columns
+    return VocabShard(start, min(max(vocab_size - start, 0), num_columns), tp_group), vocab_size

@@ -1,0 +1,109 @@
+"""Per-token statistics of a next-token distribution, and their merge over vocabulary shards.
+
+For logits z over the true vocabulary, p = softmax(z) and target y, in nats at temperature 1:
+
+    log_prob = log p_y        entropy H = -sum_v p_v log p_v        phi = log_prob + H
+
+phi is the centered log-likelihood of Distribution Discriminant Theory (arXiv 2602.12222, section 2): its expectation is 0
+for tokens drawn from p itself, and it is far below 0 for a token that is improbable for how certain the model is.
+
+A shard of the vocabulary is summarised by four fp32 numbers per token, its *state*. States of all shards merge exactly,
+so that tensor-parallel ranks need to exchange 16 bytes per token and nothing else.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Stands in for minus infinity in maxima and target logits. Being finite, it never makes 0 * inf = NaN in the merge.
+LOWEST = -1e30
+
+# Columns of a packed shard state [..., 4]; x are the shard's logits.
+MAX = 0  # m = max x
+SUM_EXP = 1  # sum exp(x - m)
+SUM_EXP_SHIFTED = 2  # sum exp(x - m) (x - m)
+TARGET_LOGIT = 3  # x_y, or LOWEST where another shard holds the target
+STATE_SIZE = 4
+
+
+def centered_log_likelihood(log_prob: Tensor, entropy: Tensor) -> Tensor:
+    """phi = log p_y + H (arXiv 2602.12222, section 2), in nats; same shape as the arguments."""
+    return log_prob + entropy
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStatistics:
+    """What an objective may know about each token.
+
+    Attributes:
+        log_prob: [...] fp32, log p_y in nats; 0 at ignored positions.
+        entropy: [...] fp32, H in nats over the true vocabulary; 0 at ignored positions.
+        labels: [...] int64 global token ids; negative = ignored.
+        vocab_size: size of the true vocabulary, without the columns that padding added.
+    """
+
+    log_prob: Tensor
+    entropy: Tensor
+    labels: Tensor
+    vocab_size: int
+
+    @property
+    def centered_log_likelihood(self) -> Tensor:
+        """phi, [...] fp32 in nats; 0 at ignored positions."""
+        return centered_log_likelihood(self.log_prob, self.entropy)
+
+
+class MergedState(NamedTuple):
+    """Statistics of the whole vocabulary, each [...] fp32.
+
+    `max` and `sum_exp` are kept apart because exp(x - max) / sum_exp stays exact for logits of any size, where
+    x - log_sum_exp would lose the bits by which a large max outweighs log(sum_exp).
+    """
+
+    log_prob: Tensor
+    entropy: Tensor
+    max: Tensor
+    sum_exp: Tensor
+
+    @property
+    def log_sum_exp(self) -> Tensor:
+        return self.max + self.sum_exp.log()
+
+
+def neutral_shard_state(num_tokens: int, device: torch.device) -> Tensor:
+    """[num_tokens, 4] fp32 state of a shard without any valid column: merging it changes nothing."""
+    state = torch.zeros(num_tokens, STATE_SIZE, dtype=torch.float32, device=device)
+    state[:, MAX] = LOWEST
+    state[:, TARGET_LOGIT] = LOWEST
+    return state
+
+
+def merge_shard_states(states: Tensor) -> MergedState:
+    """Merge the states of R shards, in the order given.
+
+    With M = max_r m_r, D = sum_r d_r e^(m_r - M) and S = sum_r (s_r + d_r (m_r - M)) e^(m_r - M):
+    log_prob = (x_y - M) - log D and H = log D - S / D. Both terms of H are >= 0, so nothing cancels.
+
+    Args:
+        states: [R, ..., 4] fp32. The same bits in give the same bits out, on every rank.
+
+    Returns:
+        statistics of shape [...]. A row whose valid logits are all -inf, or hold NaN or +inf, has no distribution and
+        yields NaN. A target logit of -inf yields a log_prob of about -1e30.
+    """
+    shard_max, shard_sum, shard_shifted, target_logit = states.unbind(-1)
+    maximum = shard_max.amax(0)
+    shift = shard_max - maximum
+    scale = shift.exp()
+    sum_exp = (shard_sum * scale).sum(0)
+    shifted_sum = ((shard_shifted + shard_sum * shift) * scale).sum(0)
+    sum_exp = torch.where(sum_exp > 0, sum_exp, torch.nan)
+    log_normalizer = sum_exp.log()
+    return MergedState(
+        log_prob=(target_logit.amax(0) - maximum) - log_normalizer,
+        entropy=log_normalizer - shifted_sum / sum_exp,
+        max=maximum,
+        sum_exp=sum_exp,
+    )
