@@ -29,6 +29,7 @@ class Objective:
         name: shown in logs and recorded in checkpoints.
         token_weight: statistics -> weight [...] of a floating dtype. Runs without gradient.
         token_gamma: statistics -> exponent [...], for objectives whose weight is p^gamma; else None.
+        token_raw_gamma: the same before a schedule mixes it towards 1; else None.
         hyperparameters: what the objective was built with, by name.
         weight_floor: weights below it are raised to it; 0 is off.
         exempt_token_ids: labels whose weight is always 1 (end of turn, chat markers); empty is off.
@@ -37,6 +38,7 @@ class Objective:
     name: str
     token_weight: TokenFunction
     token_gamma: TokenFunction | None = None
+    token_raw_gamma: TokenFunction | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     weight_floor: float = 0.0
     exempt_token_ids: tuple[int, ...] = ()
@@ -58,7 +60,7 @@ class Objective:
 
     @torch.no_grad()
     def weight(self, statistics: TokenStatistics) -> Tensor:
-        """[...] fp32 weight without gradient; exactly 0 at ignored positions. No collective, no host synchronisation."""
+        """[...] fp32 weight without gradient, exactly 0 at ignored positions; no host synchronisation."""
         labels = statistics.labels
         weight = self._checked(self.token_weight(statistics), labels)
         if self.weight_floor > 0:
@@ -75,6 +77,11 @@ class Objective:
     def gamma(self, statistics: TokenStatistics) -> Tensor | None:
         """[...] fp32 exponent as used in the weight, or None; meaningful at trained positions only."""
         return None if self.token_gamma is None else self.token_gamma(statistics).detach()
+
+    @torch.no_grad()
+    def raw_gamma(self, statistics: TokenStatistics) -> Tensor | None:
+        """[...] fp32 exponent within its clamp, before gamma_lambda, or None; meaningful at trained positions only."""
+        return None if self.token_raw_gamma is None else self.token_raw_gamma(statistics).detach()
 
     def _checked(self, weight: Tensor, labels: Tensor) -> Tensor:
         if not isinstance(weight, Tensor):
@@ -114,8 +121,9 @@ def idft(
     """In-Distribution Finetuning (arXiv 2602.12222, section 3).
 
     gamma = clamp(exp(-phi / beta), gamma_min, gamma_max); gamma' = 1 + gamma_lambda (gamma - 1); w = p_y^gamma'.
-    A token that fits the model's own distribution (phi = 0) is weighed as in DFT; phi < 0 suppresses it further, phi > 0
-    moves it towards plain cross-entropy. Unlike the authors' code, p_y has no lower clamp, which would cut the gradient.
+    A token that fits the model's own distribution (phi = 0) is weighed as in DFT; phi < 0 suppresses it further,
+    phi > 0 moves it towards plain cross-entropy. Unlike in the authors' code, p_y has no lower clamp: it would cut the
+    gradient of unlikely tokens.
 
     Args:
         beta: temperature of the exponent, > 0.
@@ -139,21 +147,26 @@ def idft(
     elif not 0 <= gamma_lambda <= 1:
         raise ValueError(f"gamma_lambda must lie in [0, 1] (0 is DFT, 1 is IDFT), got {gamma_lambda}")
 
+    def raw_gamma(statistics: TokenStatistics) -> Tensor:
+        return (statistics.centered_log_likelihood / -beta).exp().clamp(gamma_min, gamma_max)
+
     def gamma(statistics: TokenStatistics) -> Tensor:
-        full = (statistics.centered_log_likelihood / -beta).exp().clamp(gamma_min, gamma_max)
-        return torch.lerp(torch.ones_like(full), full, gamma_lambda)  # exact at both ends, unlike 1 + lambda (full - 1)
+        raw = raw_gamma(statistics)
+        return torch.lerp(torch.ones_like(raw), raw, gamma_lambda)  # exact at both ends, unlike 1 + lambda (raw - 1)
 
     def weight(statistics: TokenStatistics) -> Tensor:
         return (gamma(statistics) * statistics.log_prob).exp()
 
     hyperparameters = {"beta": beta, "gamma_min": gamma_min, "gamma_max": gamma_max, "gamma_lambda": gamma_lambda}
-    return Objective("idft", weight, gamma, hyperparameters)
+    return Objective("idft", weight, gamma, raw_gamma, hyperparameters)
 
 
 @_register
 def entropy() -> Objective:
-    """Entropy gating: w = H / ln V, V the true vocabulary (EAFT, arXiv 2601.02151, equations 2-3, in its full-vocabulary
-    form; the paper normalises the entropy of the 20 most probable tokens)."""
+    """Entropy gating: w = H / ln V, V the true vocabulary.
+
+    EAFT (arXiv 2601.02151, equations 2-3) in its full-vocabulary form; the paper takes the 20 most probable tokens.
+    """
 
     def weight(statistics: TokenStatistics) -> Tensor:
         return statistics.entropy / math.log(max(statistics.vocab_size, 2))  # a vocabulary of one token has H = 0
@@ -271,7 +284,8 @@ class LambdaSchedule:
                 raise ValueError(f"{name} must be a share of training in [0, 1], got {share}")
         if warmup_share + ramp_share > 1 + 1e-9:  # 0.7 + 0.3 and the like may exceed 1 by rounding
             raise ValueError(
-                f"warmup_share + ramp_share must not exceed 1, got {warmup_share} + {ramp_share}: lambda would never be 1"
+                f"warmup_share + ramp_share must not exceed 1, or lambda never reaches 1; "
+                f"got {warmup_share} + {ramp_share}"
             )
         if train_iterations <= 0:
             raise ValueError(f"train_iterations must be > 0, got {train_iterations}")

@@ -4,8 +4,8 @@ For logits z over the true vocabulary, p = softmax(z) and target y, in nats at t
 
     log_prob = log p_y        entropy H = -sum_v p_v log p_v        phi = log_prob + H
 
-phi is the centered log-likelihood of Distribution Discriminant Theory (arXiv 2602.12222, section 2): its expectation is 0
-for tokens drawn from p itself, and it is far below 0 for a token that is improbable for how certain the model is.
+phi is the centered log-likelihood of Distribution Discriminant Theory (arXiv 2602.12222, section 2): its expectation is
+0 for tokens drawn from p itself, and it is far below 0 for a token that is improbable for how certain the model is.
 
 A shard of the vocabulary is summarised by four fp32 numbers per token, its *state*. States of all shards merge exactly,
 so that tensor-parallel ranks need to exchange 16 bytes per token and nothing else.

@@ -64,9 +64,9 @@ def vocab_parallel_loss(
     """Per-token loss -w log p(label) over a vocabulary that may be split over tensor-parallel ranks.
 
     Statistics, sums and the gradient are computed in fp32 whatever the logits' dtype; the gradient
-    w (softmax - onehot) is rounded once, when it is stored in the logits' dtype. Columns >= vocab_size are padding: they
-    enter no sum and get zero gradient. Ignored positions give 0 everywhere even where their logits are NaN or Inf; at a
-    trained position such logits give NaN.
+    w (softmax - onehot) is rounded once, when it is stored in the logits' dtype. Columns >= vocab_size are padding:
+    they enter no sum and get zero gradient. Ignored positions give 0 everywhere even where their logits are NaN or Inf;
+    at a trained position NaN or +Inf give NaN, while -Inf is a probability of 0.
 
     Args:
         logits: [..., V/tp] bf16, fp16 or fp32: this rank's columns, rank r of `tp_group` holding the r-th equal part of

@@ -52,7 +52,7 @@ class _TokenLoss(torch.autograd.Function):
         log_prob = torch.where(trained, merged.log_prob, 0.0).view(labels.shape)
         entropy = torch.where(trained, merged.entropy, 0.0).view(labels.shape)
         weight = objective.weight(TokenStatistics(log_prob, entropy, labels, vocab_size))
-        loss = weight * -log_prob
+        loss = 0.0 - weight * log_prob  # a plain negation would print ignored positions as -0.0
 
         ctx.shard = shard
         ctx.save_for_backward(logits, flat_labels, weight, merged.max, merged.sum_exp)
