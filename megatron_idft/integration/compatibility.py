@@ -1,0 +1,133 @@
+"""Where Megatron comes from, which versions are served, and repairs of the installed Megatron that every run needs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SUPPORTED = (0, 19)
+REMEDY = 'pip install "megatron-core[training]>=0.19.0,<0.20" and take any Megatron-LM checkout off PYTHONPATH'
+
+
+def repair_compile_helpers() -> None:
+    """Let rank 0 start when Megatron comes from the wheel.
+
+    training/initialize.py compiles the dataset helpers with `make`; the wheel has them compiled but ships no Makefile, and
+    core/datasets/utils.py ends the process when `make` fails.
+    """
+    utils = importlib.import_module("megatron.core.datasets.utils")
+    try:
+        importlib.import_module("megatron.core.datasets.helpers_cpp")
+    except ImportError as error:
+        if (Path(utils.__file__).parent / "Makefile").exists():
+            return  # a checkout: upstream compiles them
+        raise RuntimeError(
+            f"megatron.core.datasets.helpers_cpp does not import ({error}) and cannot be compiled, for "
+            f"{Path(utils.__file__).parent} has no Makefile. Reinstall Megatron for this Python: {REMEDY}."
+        ) from error
+    utils.compile_helpers = lambda: None
+
+
+def repair_distributed_optimizer_load() -> None:
+    """Let `--use-distributed-optimizer` resume with torch's Adam (no Transformer Engine, no APEX).
+
+    optimizer/distrib_optimizer.py reads Adam's step from the parameters' states before it loads a checkpoint, and torch's Adam has
+    none before its first step. Give it what it has after zero steps; the checkpoint overwrites it.
+    """
+    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer_class = module.DistributedOptimizer
+    if module.HAVE_APEX_OR_TE or hasattr(optimizer_class.sharded_state_dict, "__wrapped__"):
+        return
+    import torch
+
+    upstream = optimizer_class.sharded_state_dict
+
+    @functools.wraps(upstream)
+    def sharded_state_dict(self: Any, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
+        if is_loading and not self.is_stub_optimizer and isinstance(self.optimizer, torch.optim.Adam):
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    if not self.optimizer.state[parameter]:
+                        self.optimizer.state[parameter] = {
+                            "step": torch.tensor(0.0),
+                            "exp_avg": torch.zeros_like(parameter),
+                            "exp_avg_sq": torch.zeros_like(parameter),
+                        }
+        return upstream(self, model_sharded_state_dict, is_loading, **kwargs)
+
+    optimizer_class.sharded_state_dict = sharded_state_dict
+
+
+@dataclass(frozen=True)
+class MegatronOrigin:
+    """Where the two halves of Megatron were found."""
+
+    core: Path
+    training: Path
+    version: str
+
+    @property
+    def root(self) -> Path:
+        """The folder that holds `megatron/`."""
+        return self.core.parent.parent
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        return f"megatron {self.version} (core and training) from {self.root}"
+
+
+def check_megatron_origin() -> MegatronOrigin:
+    """Find `megatron.core` and `megatron.training` without importing them; one root and a served version, or RuntimeError.
+
+    `megatron` is a namespace package: a checkout on `sys.path` and an installed wheel mix without a word, each supplying the
+    subpackages that the other was not asked for yet. Call it once more after a script has imported what it needs.
+    """
+    core, training = _folder("core"), _folder("training")
+    if core.parent != training.parent:
+        raise RuntimeError(
+            f"megatron.core comes from {core} but megatron.training from {training}: two installations are mixed. "
+            f"Keep one of them: {REMEDY}, or put only the checkout on PYTHONPATH."
+        )
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        parts = name.split(".")
+        if file and parts[0] == "megatron" and len(parts) > 1 and parts[1] in _MEGATRON_LM:
+            found = Path(file).resolve()
+            if not found.is_relative_to(core.parent):
+                raise RuntimeError(
+                    f"{name} was imported from {found} but megatron.core comes from {core}: two installations are mixed. "
+                    f"Keep one of them: {REMEDY}, or put only the checkout on PYTHONPATH."
+                )
+    version, numbers = _version(core)
+    if numbers[:2] != SUPPORTED:
+        served = ".".join(map(str, SUPPORTED))
+        raise RuntimeError(f"Megatron {version} at {core}: the trainer is served for {served}.x only: {REMEDY}.")
+    return MegatronOrigin(core, training, version)
+
+
+# What Megatron-LM itself puts into the namespace; megatron.bridge, megatron.energon and others may live elsewhere.
+_MEGATRON_LM = frozenset({"core", "training", "post_training", "rl", "inference", "legacy"})
+
+
+def _folder(name: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(f"megatron.{name}")
+    except ModuleNotFoundError:  # no megatron at all
+        spec = None
+    if spec is None or spec.origin is None:
+        raise RuntimeError(f"megatron.{name} is not installed: {REMEDY}.")
+    return Path(spec.origin).resolve().parent
+
+
+def _version(core: Path) -> tuple[str, tuple[int, ...]]:
+    """The version that core/package_info.py states, read and not imported: importing it imports all of megatron.core."""
+    text = (core / "package_info.py").read_text(encoding="utf-8")
+    found = dict(re.findall(r"^(MAJOR|MINOR|PATCH|PRE_RELEASE)\s*=\s*['\"]?(\w*)", text, flags=re.MULTILINE))
+    numbers = tuple(int(found[key]) for key in ("MAJOR", "MINOR", "PATCH"))
+    return ".".join(map(str, numbers)) + found.get("PRE_RELEASE", ""), numbers

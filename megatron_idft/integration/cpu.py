@@ -1,0 +1,335 @@
+"""Run the stock Megatron trainer on a machine without a GPU: `enable()` and `add_flags()`.
+
+Megatron asks `torch.cuda` for a device, streams and random numbers at a few dozen places. `enable()` answers them on the CPU, in
+this process, with what each place needs and no more; every replacement below names the upstream file that needs it. Nothing claims
+that a GPU exists: `torch.cuda.is_available()` stays False for everybody, Transformer Engine and Triton kernels included; the two
+questions of Megatron's own start-up that must be answered otherwise are answered to that one module only (`_to_callers`).
+
+Never imported where a GPU is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+# ----------------------------------------------------------------------------------------------------------------- flags
+
+# (flag that is added, its value, every spelling by which the user has already decided, why)
+_NEEDED: tuple[tuple[str, str | None, tuple[str, ...]], ...] = (
+    ("--distributed-backend", "gloo", ("--distributed-backend",)),
+    ("--transformer-impl", "local", ("--transformer-impl",)),
+    ("--use-cpu-initialization", None, ()),
+    ("--no-gradient-accumulation-fusion", None, ()),  # APEX kernel; tensor_parallel/layers.py refuses without it
+    ("--no-masked-softmax-fusion", None, ()),  # fusions/fused_softmax.py: CUDA extension
+    ("--no-rope-fusion", None, ()),  # transformer_config.py refuses it without Transformer Engine
+    ("--no-persist-layer-norm", None, ()),  # transformer/torch_norm.py refuses it
+    ("--no-bias-gelu-fusion", None, ()),  # the three below are torch.compile'd upstream; eager code is what runs here
+    ("--no-bias-swiglu-fusion", None, ()),
+    ("--no-bias-dropout-fusion", None, ()),
+)
+
+# flag -> (values that work on the CPU, or () if none does; what to do instead)
+_REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "--distributed-backend": (("gloo",), "use --distributed-backend gloo, or leave it out"),
+    "--transformer-impl": (("local",), "Transformer Engine needs a GPU: use --transformer-impl local, or leave it out"),
+    "--fp8-format": ((), "FP8 is computed by Transformer Engine on a GPU: leave it out and use --bf16"),
+    "--fp4-format": ((), "FP4 is computed by Transformer Engine on a GPU: leave it out and use --bf16"),
+    "--fp16": ((), "half precision with loss scaling is not served on the CPU: use --bf16 or fp32"),
+    "--use-flash-attn": ((), "FlashAttention needs a GPU: leave it out"),
+    "--attention-backend": (("local", "unfused", "auto"), "leave it out"),
+    "--moe-grouped-gemm": ((), "grouped GEMM needs a GPU: leave it out, experts then run one after another"),
+    "--moe-permute-fusion": ((), "needs Transformer Engine: leave it out"),
+    "--moe-router-fusion": ((), "needs Transformer Engine: leave it out"),
+    "--moe-token-dispatcher-type": (("allgather", "alltoall"), "use allgather or alltoall"),
+    "--overlap-moe-expert-parallel-comm": ((), "overlaps CUDA streams: leave it out"),
+    "--moe-shared-expert-overlap": ((), "overlaps CUDA streams: leave it out"),
+    "--cuda-graph-impl": (("none",), "CUDA graphs need a GPU: leave it out"),
+    "--enable-cuda-graph": ((), "CUDA graphs need a GPU: leave it out"),
+    "--external-cuda-graph": ((), "CUDA graphs need a GPU: leave it out"),
+    "--optimizer-cuda-graph": ((), "CUDA graphs need a GPU: leave it out"),
+    "--tp-comm-overlap": ((), "needs Transformer Engine: leave it out"),
+    "--sft": ((), "packed sequences need Transformer Engine's attention: use this package's data flags instead"),
+    "--use-megatron-fsdp": ((), "leave it out; --use-distributed-optimizer works here"),
+    "--use-torch-fsdp2": ((), "leave it out; --use-distributed-optimizer works here"),
+    "--optimizer-cpu-offload": ((), "there is no device to offload from: leave it out"),
+    "--use-precision-aware-optimizer": ((), "needs Transformer Engine's FusedAdam: leave it out"),
+    "--fine-grained-activation-offloading": ((), "there is no device to offload from: leave it out"),
+    "--cpu-offloading-num-layers": ((), "there is no device to offload from: leave it out"),
+    "--te-rng-tracker": ((), "needs Transformer Engine: leave it out"),
+    "--nccl-ub": ((), "there is no NCCL here: leave it out"),
+    "--use-pytorch-profiler": ((), "profiles a GPU here: leave it out"),
+    "--async-save": ((), "its writer copies from a CUDA stream: leave it out"),
+}
+
+# CUDA_DEVICE_MAX_CONNECTIONS: training/arguments.py asserts it with TP or CP.
+_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+
+def add_flags(argv: Sequence[str], program_name: str) -> list[str]:
+    """`argv` (without the program) plus the Megatron flags that the CPU needs and the user did not give.
+
+    Sets the environment variables that Megatron wants as well, and says in one line on rank 0 what was added. Raises
+    ValueError, naming the remedy, for a flag that cannot work on the CPU.
+    """
+    given = dict(_flags(argv))
+    for flag, (allowed, remedy) in _REFUSED.items():
+        if flag in given and given[flag] not in allowed:
+            value = f" {given[flag]}" if given[flag] else ""
+            raise ValueError(f"{program_name}: {flag}{value} cannot work on the CPU: {remedy}.")
+    added = [(flag, value) for flag, value, _ in _NEEDED if flag not in given]
+    words = [word for flag, value in added for word in ((flag, value) if value else (flag,))]
+    environment = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(environment)
+    if os.environ.get("RANK", "0") == "0" and (words or environment):
+        names = " ".join([*(f"{name}={value}" for name, value in environment.items()), *words])
+        print(f"{program_name}: no GPU in use, running on the CPU; added: {names}", flush=True)
+    return [*argv, *words]
+
+
+def _flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Every `--flag value` and `--flag=value` of a command line; the value is empty for a switch."""
+    for position, word in enumerate(argv):
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            following = argv[position + 1] if position + 1 < len(argv) else "--"
+            yield flag, value or ("" if following.startswith("--") else following)
+
+
+# ------------------------------------------------------------------------------------------------------------------ shim
+
+_enabled = False
+
+
+def enable() -> None:
+    """Install the shim into torch and megatron in this process; a second call does nothing.
+
+    Call it before any megatron module does anything with a device. Hides GPUs that the machine may have. Raises RuntimeError if
+    this process already uses one, or has already imported Transformer Engine or APEX.
+    """
+    global _enabled
+    if _enabled:
+        return
+    if torch.cuda.is_initialized():
+        raise RuntimeError(
+            "CPU mode was asked for, but this process already uses a CUDA device: enable it first thing."
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    _hide_gpu_libraries()
+    _redirect_devices()
+    _stub_cuda()
+    _split_random_state()
+    _patch_megatron()
+    _enabled = True
+
+
+# Megatron takes these whenever they import (in a container's login node they do), and then calls CUDA kernels.
+_GPU_LIBRARIES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda",
+                  "flash_attn", "flash_attn_3", "grouped_gemm", "mamba_ssm", "causal_conv1d", "deep_ep")  # fmt: skip
+
+
+def _hide_gpu_libraries() -> None:
+    for name in _GPU_LIBRARIES:
+        if sys.modules.get(name) is not None:
+            raise RuntimeError(f"CPU mode was asked for, but {name} is already imported: enable it before megatron.")
+        sys.modules[name] = None  # type: ignore[assignment]  # makes `import name` raise ModuleNotFoundError
+
+
+def _to_callers(modules: tuple[str, ...], answer: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that gives `answer` to code of the named modules (or packages) and stays `real` for everybody else."""
+
+    @functools.wraps(real)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        chosen = any(caller == name or caller.startswith(name + ".") for name in modules)
+        return (answer if chosen else real)(*args, **kwargs)
+
+    return function
+
+
+def _on_cpu(device: Any) -> Any:
+    """The CPU for anything that means a CUDA device ("cuda", "cuda:0", torch.device("cuda"), an index), else the same."""
+    is_cuda = (
+        (isinstance(device, str) and device.startswith("cuda"))
+        or (isinstance(device, int) and not isinstance(device, bool))
+        or (isinstance(device, torch.device) and device.type == "cuda")
+    )
+    return torch.device("cpu") if is_cuda else device
+
+
+def _redirect_devices() -> None:
+    """`device="cuda"` and `.cuda()` give CPU tensors: schedules.py, optimizer/, layers.py and many more write them out.
+
+    Plain wrappers and not a TorchFunctionMode: a mode holds for one thread only and costs every operation.
+    """
+    import torch.utils._device as torch_device
+
+    # `with torch.device(...)` recognises factories by identity in this cached set: let it see the originals as well.
+    originals = frozenset(torch_device._device_constructors())
+
+    def redirect(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("device") is not None:
+                kwargs["device"] = _on_cpu(kwargs["device"])
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    names = [name for name in dir(torch) if _hashable(getattr(torch, name)) and getattr(torch, name) in originals]
+    for name in [*names, *(name for name in dir(torch) if name.endswith("_like") and not name.startswith("_"))]:
+        setattr(torch, name, redirect(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"):
+        setattr(torch.Tensor, name, redirect(getattr(torch.Tensor, name)))
+
+    to = torch.Tensor.to
+
+    @functools.wraps(to)
+    def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args:
+            args = (_on_cpu(args[0]), *args[1:])
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return to(self, *args, **kwargs)
+
+    torch.Tensor.to = to_cpu  # type: ignore[assignment, method-assign]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+class _Stream:
+    """Stands for a CUDA stream: the CPU does everything in order, so there is nothing to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _stub_cuda() -> None:
+    cuda: Any = torch.cuda
+
+    # training/initialize.py asserts a GPU, and sets up model parallelism and seeds only if it counts at least one.
+    start = ("megatron.training.initialize",)
+    cuda.is_available = _to_callers(start, lambda: True, cuda.is_available)
+    cuda.device_count = _to_callers(start, lambda: 1, cuda.device_count)
+    # training/utils/common_utils.py asks for the architecture (Blackwell changes what arguments.py demands); 0 is older.
+    common = ("megatron.training.utils.common_utils",)
+    cuda.get_device_properties = _to_callers(common, lambda *_: SimpleNamespace(major=0), cuda.get_device_properties)
+    # Device 0 is an index that _on_cpu understands; everything in core/ passes it on as `device=`.
+    cuda.current_device = lambda: 0
+    # training/initialize.py picks the device of the local rank.
+    cuda.set_device = lambda device: None
+    # core/timers.py, p2p_communication.py and the checkpoint writers wait for the device.
+    cuda.synchronize = lambda device=None: None
+    # training/training.py wraps the model for data parallelism on a stream of its own; dispatchers and DDP have theirs.
+    cuda.Stream = _Stream
+    cuda.current_stream = lambda device=None: _Stream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+
+    # core/jit.py and router.py compile small functions: inductor would need a C++ compiler and seconds at start.
+    def eager(model: Any = None, **_: Any) -> Any:
+        return model if model is not None else (lambda function: function)
+
+    torch.compile = _to_callers(("megatron",), eager, torch.compile)  # type: ignore[assignment]
+
+    # optimizer/{clip_grads,optimizer,distrib_optimizer}.py sort parameters by the name of their CUDA type.
+    name_of = torch.Tensor.type
+
+    def cuda_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = name_of(self, *args, **kwargs)
+        return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) else found
+
+    torch.Tensor.type = _to_callers(("megatron.core.optimizer",), cuda_name, name_of)  # type: ignore[method-assign]
+
+
+# --------------------------------------------------------------------------------------------------------- random numbers
+
+_host_state: torch.Tensor | None = None
+
+
+def _split_random_state() -> None:
+    """Two random streams where the CPU has one generator.
+
+    Dropout on CPU tensors draws from torch's default generator, so that one plays the GPU's: `torch.cuda`'s states are its
+    states, and Megatron's CudaRNGStatesTracker forks it by name as it would fork the GPU's. What Megatron calls the CPU's state is
+    kept aside and swapped in while a DataLoader works: only tensor-parallel rank 0 has a DataLoader, and a number drawn there
+    from the generator of the dropout masks would make the ranks of one model disagree about them.
+    """
+    generator = torch.default_generator
+    global _host_state
+    _host_state = generator.get_state()
+
+    def set_device_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+        if state.numel() != generator.get_state().numel():
+            raise RuntimeError(
+                "This checkpoint's random state was saved on a GPU and cannot continue on the CPU: resume with --no-load-rng."
+            )
+        generator.set_state(state)
+
+    def seed(value: int) -> None:
+        generator.manual_seed(value)
+
+    cuda: Any = torch.cuda
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda device="cuda": (
+            generator.get_state()
+        )  # checkpointing.py, tensor_parallel/random.py
+        module.set_rng_state = set_device_state  # checkpointing.py
+        module.manual_seed = seed  # tensor_parallel/random.py
+    tracker = importlib.import_module("megatron.core.tensor_parallel.random")
+    tracker._set_cuda_rng_state = set_device_state  # its own goes through the CUDA generators
+
+    def set_host_state(state: torch.Tensor) -> None:
+        global _host_state
+        _host_state = state
+
+    owners = ("megatron.core.tensor_parallel.random", "megatron.training.checkpointing")
+    torch.get_rng_state = _to_callers(owners, lambda: _host_state, torch.get_rng_state)  # type: ignore[assignment]
+    torch.set_rng_state = _to_callers(owners, set_host_state, torch.set_rng_state)  # type: ignore[assignment]
+
+    def with_host_state(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            global _host_state
+            assert _host_state is not None
+            device_state = generator.get_state()
+            generator.set_state(_host_state)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _host_state = generator.get_state()
+                generator.set_state(device_state)
+
+        return wrapper
+
+    from torch.utils.data import DataLoader
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+    DataLoader.__iter__ = with_host_state(DataLoader.__iter__)  # type: ignore[method-assign]
+    _BaseDataLoaderIter.__next__ = with_host_state(_BaseDataLoaderIter.__next__)  # type: ignore[method-assign]
+
+
+def _patch_megatron() -> None:
+    from megatron_idft.integration import compatibility
+
+    compatibility.repair_compile_helpers()
+    compatibility.repair_distributed_optimizer_load()
