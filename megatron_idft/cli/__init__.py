@@ -1,0 +1,30 @@
+"""The verbs: parse, call, exit code. No arithmetic lives here."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from megatron_idft import __version__
+
+VERBS = {
+    "train": "fine-tune on chat records with Megatron's trainer:  torchrun … -m megatron_idft train <Megatron flags>",
+    "run": "run a Megatron training script of yours with the loss:  torchrun … -m megatron_idft run SCRIPT.py <flags>",
+    "doctor": "check versions, devices and packages; exit 0 only if training can start",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code (0 done, 1 failed, 2 unusable arguments)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--version"]:
+        print(f"megatron-idft {__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: megatron-idft VERB ...\n\n" + "\n".join(f"  {verb:8} {help}" for verb, help in VERBS.items()))
+        print("\nmegatron-idft VERB --help tells more.")
+        return 0 if argv else 2
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        print(f"megatron-idft: unknown verb {verb!r}; choose one of {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    return import_module(f"megatron_idft.cli.{verb}").main(rest)

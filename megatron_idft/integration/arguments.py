@@ -1,0 +1,258 @@
+"""The flags of the loss: declared, checked and resolved in one place."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_idft.objectives import LambdaSchedule, Objective, resolve_objective
+
+OBJECTIVES = ("ce", "dft", "idft", "entropy")
+IDFT_DEFAULTS = {
+    "idft_beta": 1.0,
+    "idft_gamma_min": 0.1,
+    "idft_gamma_max": 2.0,
+    "idft_lambda_warmup": 0.0,
+    "idft_lambda_ramp": 0.0,
+}
+# What must agree between a checkpoint and the run that continues it for the objective to be the same.
+OBJECTIVE_ARGUMENTS = (
+    "sft_loss",
+    *IDFT_DEFAULTS,
+    "sft_loss_weight_floor",
+    "sft_loss_exempt_tokens",
+    "sft_loss_vocab_size",
+)
+
+
+class ArgumentError(ValueError):
+    """Flags that cannot be combined; the message names the remedy."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool = True) -> argparse.ArgumentParser:
+    """Add the loss flags to Megatron's parser: an `extra_args_provider` of `megatron.training`.
+
+    Args:
+        parser: Megatron's parser, with its own flags added.
+        per_token_loss_default: whether `--calculate-per-token-loss` is on unless negated.
+    """
+    group = parser.add_argument_group(title="sft loss")
+    group.add_argument(
+        "--sft-loss",
+        metavar="{ce,dft,idft,entropy} or MODULE:FUNCTION",
+        default=None,
+        help="Objective of fine-tuning: each token's cross-entropy is weighted by a detached weight. ce: 1. dft: the"
+        " token's probability p (arXiv 2508.05629). idft: p^gamma, gamma = clamp(exp(-phi/beta), min, max), phi ="
+        " log p + entropy (arXiv 2602.12222). entropy: entropy / ln(vocabulary). MODULE:FUNCTION: a function of yours"
+        " from TokenStatistics to weights. Without this flag Megatron's own loss is left alone.",
+    )
+    group.add_argument(
+        "--idft-beta",
+        type=float,
+        default=None,
+        help="idft: temperature of gamma; larger values pull gamma towards 1, where IDFT is DFT. Default 1.0.",
+    )
+    group.add_argument(
+        "--idft-gamma-min",
+        type=float,
+        default=None,
+        help="idft: lower clamp of gamma, reached by tokens likelier than the distribution's average. Default 0.1.",
+    )
+    group.add_argument(
+        "--idft-gamma-max",
+        type=float,
+        default=None,
+        help="idft: upper clamp of gamma, reached by tokens far from the model's distribution. Default 2.0.",
+    )
+    group.add_argument(
+        "--idft-lambda-warmup",
+        type=float,
+        default=None,
+        help="idft: share of training, 0 to 1, during which lambda is 0 (the loss is then DFT). Default 0.0.",
+    )
+    group.add_argument(
+        "--idft-lambda-ramp",
+        type=float,
+        default=None,
+        help="idft: share of training after the warm-up over which lambda rises linearly to 1. Default 0.0. Both shares"
+        " are turned into iterations at the first start and recorded in the checkpoint; a resumed run keeps them.",
+    )
+    group.add_argument(
+        "--sft-loss-weight-floor",
+        type=float,
+        default=None,
+        help="Smallest weight of a trained token, 0 to 1, for any objective. Default 0.0: off, as in the papers. Raise"
+        " it when rare but right tokens are never learned.",
+    )
+    group.add_argument(
+        "--sft-loss-exempt-tokens",
+        type=int,
+        nargs="+",
+        default=None,
+        metavar="TOKEN_ID",
+        help="Token ids that always have weight 1, such as the end of turn: models trained with DFT-like objectives"
+        " may otherwise never learn to stop. Default: none.",
+    )
+    group.add_argument(
+        "--sft-loss-backend",
+        choices=("auto", "reference", "triton"),
+        default=None,
+        help="Implementation of the loss. auto takes the fastest one that this build has for the device and prints"
+        " which. Default auto.",
+    )
+    group.add_argument(
+        "--sft-loss-vocab-size",
+        type=int,
+        default=None,
+        help="Rows of the true vocabulary; columns above are Megatron's padding and are left out of every sum."
+        " Default: the tokenizer's size.",
+    )
+    group.add_argument(
+        "--cpu",
+        action="store_true",
+        help="Train on the CPU with gloo even where a GPU is present. Automatic where there is none.",
+    )
+    group.add_argument(
+        "--no-calculate-per-token-loss",
+        action="store_false",
+        dest="calculate_per_token_loss",
+        help="Turn off --calculate-per-token-loss, which --sft-loss turns on: without it every micro-batch counts the"
+        " same however few tokens it trains, and context parallelism weighs prompts and answers wrongly.",
+    )
+    if per_token_loss_default:
+        parser.set_defaults(calculate_per_token_loss=True)
+    return parser
+
+
+def compose_providers(
+    script_provider: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] | None, per_token_loss_default: bool
+) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
+    """An argument provider that adds the script's own flags and then these."""
+
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        if script_provider is not None:
+            parser = script_provider(parser)
+        return add_arguments(parser, per_token_loss_default)
+
+    return provider
+
+
+def validate_arguments(args: argparse.Namespace) -> None:
+    """Check the loss flags against each other and against Megatron's, and fill in their defaults.
+
+    Raises:
+        ArgumentError: with the remedy.
+    """
+    given = [
+        name
+        for name in (*IDFT_DEFAULTS, "sft_loss_weight_floor", "sft_loss_exempt_tokens", "sft_loss_vocab_size")
+        if getattr(args, name) is not None
+    ]
+    if args.sft_loss is None:
+        if given or args.sft_loss_backend is not None:
+            named = _flag(given[0] if given else "sft_loss_backend")
+            raise ArgumentError(f"{named} was given without --sft-loss. Add --sft-loss idft, or drop {named}")
+        return
+    if args.sft_loss not in OBJECTIVES and ":" not in args.sft_loss:
+        raise ArgumentError(
+            f"--sft-loss {args.sft_loss} is not known. Choose one of {', '.join(OBJECTIVES)}, or name a function of"
+            " yours as module:function"
+        )
+    for name, default in IDFT_DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.sft_loss != "idft":
+            raise ArgumentError(
+                f"{_flag(name)} has no meaning for --sft-loss {args.sft_loss}. Drop it, or use --sft-loss idft"
+            )
+    if args.sft_loss_weight_floor is None:
+        args.sft_loss_weight_floor = 0.0
+    if args.sft_loss_exempt_tokens is None:
+        args.sft_loss_exempt_tokens = []
+    if args.sft_loss_backend is None:
+        args.sft_loss_backend = "auto"
+    _refuse_incompatible(args)
+    # Building the objective checks every hyper-parameter, before anything expensive starts.
+    build_objective(args)
+    LambdaSchedule.from_shares(args.idft_lambda_warmup, args.idft_lambda_ramp, 1)
+
+
+def refuse_yaml(wants_loss: bool) -> None:
+    """`--yaml-cfg` replaces the whole namespace, so no flag of ours survives it: refuse if one was asked for."""
+    if wants_loss:
+        raise ArgumentError(
+            "--yaml-cfg replaces every command-line argument, so --sft-loss would be lost. Pass Megatron's settings as"
+            " flags instead of --yaml-cfg"
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _refuse_incompatible(args: argparse.Namespace) -> None:
+    refusals = {
+        "cross_entropy_loss_fusion": "the stock fused cross-entropy computes the loss itself. Drop"
+        " --cross-entropy-loss-fusion; the --sft-loss kernel never materialises the softmax either",
+        "fp16_lm_cross_entropy": "the loss is summed in fp32 whatever the logits' dtype. Drop --fp16-lm-cross-entropy",
+        "logits_save_dir": "saving teacher logits replaces the same method of the model. Save them in a run without"
+        " --sft-loss",
+        "logits_load_dir": "knowledge distillation from saved logits brings its own loss. Drop --logits-load-dir or"
+        " --sft-loss",
+        "export_kd_teacher_load": "knowledge distillation brings its own loss. Drop --export-kd-teacher-load or"
+        " --sft-loss",
+        "modelopt_enabled": "ModelOpt brings its own loss. Drop it or --sft-loss",
+        "perform_rl_step": "reinforcement learning brings its own loss. Drop --perform-rl-step or --sft-loss",
+    }
+    for name, why in refusals.items():
+        if getattr(args, name, None):
+            raise ArgumentError(f"{_flag(name)} cannot be combined with --sft-loss: {why}")
+    if args.calculate_per_token_loss and getattr(args, "ddp_average_in_collective", False):
+        raise ArgumentError(
+            "--ddp-average-in-collective averages gradients over ranks, --calculate-per-token-loss (on with --sft-loss)"
+            " over tokens. Drop --ddp-average-in-collective, or add --no-calculate-per-token-loss"
+        )
+
+
+def build_objective(args: argparse.Namespace, gamma_lambda: float | torch.Tensor = 1.0) -> Objective:
+    """The objective that validated `args` describe, with lambda_t taken from `gamma_lambda`."""
+    hyperparameters: dict[str, Any] = {}
+    if args.sft_loss == "idft":
+        hyperparameters = {
+            "beta": args.idft_beta,
+            "gamma_min": args.idft_gamma_min,
+            "gamma_max": args.idft_gamma_max,
+            "gamma_lambda": gamma_lambda,
+        }
+    return resolve_objective(
+        args.sft_loss,
+        weight_floor=args.sft_loss_weight_floor,
+        exempt_token_ids=args.sft_loss_exempt_tokens,
+        **hyperparameters,
+    )
+
+
+def resolve_schedule(args: argparse.Namespace) -> LambdaSchedule:
+    """The lambda_t schedule in iterations. Recorded in `args`, hence in the checkpoint, the first time it is made.
+
+    `args.train_iters` must be known, which Megatron guarantees after the optimizer is set up.
+    """
+    if getattr(args, "idft_lambda_warmup_iters", None) is None:
+        schedule = LambdaSchedule.from_shares(args.idft_lambda_warmup, args.idft_lambda_ramp, args.train_iters)
+        args.idft_lambda_warmup_iters = schedule.warmup_iterations
+        args.idft_lambda_ramp_iters = schedule.ramp_iterations
+    return LambdaSchedule(args.idft_lambda_warmup_iters, args.idft_lambda_ramp_iters)
+
+
+def differences_from_checkpoint(args: argparse.Namespace, checkpoint_args: argparse.Namespace) -> list[str]:
+    """One line per loss setting that differs between a checkpoint and the run that continues it."""
+    lines = []
+    for name in OBJECTIVE_ARGUMENTS:
+        then, now = getattr(checkpoint_args, name, None), getattr(args, name, None)
+        if then != now:
+            lines.append(f"{_flag(name)}: {then} in the checkpoint, {now} now")
+    # Another objective explains every other difference.
+    return lines[:1] if lines and lines[0].startswith("--sft-loss:") else lines

@@ -1,0 +1,254 @@
+"""What the objective did to the tokens of a step, summed on the device and reported at the log interval.
+
+Two buffers make the numbers right whatever the trainer does. `begin_step` zeroes the step's sums at the start of
+every forward-backward, because Megatron's rerun machine may repeat one; `commit_step` adds them to the interval once the step
+stands; `report` reduces the interval with one packed all-reduce over the data- and context-parallel ranks.
+Nothing here synchronises with the host except `report`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_idft.loss import LossOutput
+from megatron_idft.objectives import Objective
+from megatron_idft.statistics import TokenStatistics
+
+# Published by the authors of IDFT at the start of healthy runs: phi's mean between -0.25 and +0.11, its spread between
+# 0.3 and 1.7. Their runs that collapsed reached -2.7 and 9.2, and -4.8 and 12.4 (arXiv 2602.12222, training logs in
+# github.com/zhangmiaosen2000/Towards-On-Policy-SFT); a run with a broken chat template showed -8 and 6.5.
+PHI_MEAN_ALARM = -2.0
+PHI_STD_ALARM = 5.0
+
+PHI_THRESHOLDS = (-1.0, -3.0, -5.0)
+
+# Inner edges; the first and the last bin are open, so the heavy negative tail of phi stays visible.
+PHI_EDGES = tuple(-10.0 + 0.5 * index for index in range(27))  # -10 … 3
+GAMMA_EDGES = tuple(0.1 * index for index in range(1, 21))  # 0.1 … 2
+WEIGHT_EDGES = tuple(0.05 * index for index in range(1, 20))  # 0.05 … 0.95
+
+_SUMS = (
+    "micro_batches",
+    "unmasked_micro_batches",
+    "invalid_labels",
+    "tokens",
+    "loss",
+    "phi",
+    "phi_squared",
+    "phi_below_1",
+    "phi_below_3",
+    "phi_below_5",
+    "entropy",
+    "gamma",
+    "gamma_at_min",
+    "gamma_at_max",
+    "weight",
+    "end_of_turn_tokens",
+    "end_of_turn_weight",
+)
+_HISTOGRAMS = {"ddt/phi": PHI_EDGES, "idft/gamma": GAMMA_EDGES, "sft weight": WEIGHT_EDGES}
+
+
+@dataclass(frozen=True)
+class MetricsReport:
+    """One log interval, the same on every rank of the reduction.
+
+    Attributes:
+        scalars: metric key -> value, the keys as frozen in the README.
+        histograms: metric key -> counts per bin; bin i lies between inner edges i-1 and i, the outer two are open.
+        micro_batches: micro-batches whose loss went through the hook, over all ranks.
+        unmasked_micro_batches: those that came without a loss mask and are left out of the other numbers.
+        invalid_labels: labels at or above the true vocabulary size.
+    """
+
+    scalars: dict[str, float]
+    histograms: dict[str, list[int]]
+    micro_batches: int
+    unmasked_micro_batches: int
+    invalid_labels: int
+
+
+@dataclass
+class LossMetrics:
+    """Sums over trained tokens, kept in float64 on the device.
+
+    Args:
+        device: where the loss is computed.
+        end_of_turn_ids: token ids that end a turn, whose mean weight is reported on its own: DFT-like objectives are
+            known to starve them until the model never stops.
+        gamma_limits: (gamma_min, gamma_max) of IDFT, for the shares at either clamp; None for other objectives.
+        vocab_size: the true vocabulary size; `install` fills it in.
+    """
+
+    device: torch.device
+    end_of_turn_ids: tuple[int, ...] = ()
+    gamma_limits: tuple[float, float] | None = None
+    vocab_size: int = 0
+    _step: Tensor = field(init=False, repr=False)
+    _interval: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        width = len(_SUMS) + sum(len(edges) + 1 for edges in _HISTOGRAMS.values())
+        self._step = torch.zeros(width, dtype=torch.float64, device=self.device)
+        self._interval = torch.zeros_like(self._step)
+        self._edges = {
+            key: torch.tensor(edges, dtype=torch.float32, device=self.device) for key, edges in _HISTOGRAMS.items()
+        }
+        self._end_of_turn = torch.tensor(self.end_of_turn_ids, dtype=torch.int64, device=self.device)
+
+    def begin_step(self) -> None:
+        """Forget an unfinished or rejected forward-backward. In place, so a captured CUDA graph keeps its buffers."""
+        self._step.zero_()
+
+    def commit_step(self) -> None:
+        """Count the finished step towards the interval."""
+        self._interval += self._step
+
+    @torch.no_grad()
+    def add(self, objective: Objective, labels: Tensor, out: LossOutput, masked: bool) -> None:
+        """Add one micro-batch.
+
+        Args:
+            objective: the objective that was trained, asked for its gamma.
+            labels: [...] int64, negative where untrained; the shape of `out`'s tensors.
+            out: what `vocab_parallel_loss` returned for them.
+            masked: whether a loss mask marked the untrained positions. Without one, padding and prompts cannot be
+                told from trained text, so only the count of micro-batches is kept.
+        """
+        zero = out.loss.new_zeros(())
+        if not masked:
+            self._add({"micro_batches": zero + 1, "unmasked_micro_batches": zero + 1}, {})
+            return
+        trained = (labels >= 0) & (labels < self.vocab_size)
+        statistics = TokenStatistics(out.log_prob, out.entropy, labels, self.vocab_size)
+        phi = statistics.centered_log_likelihood
+        ends_turn = trained & torch.isin(labels, self._end_of_turn)
+        gamma, raw_gamma = objective.gamma(statistics), objective.raw_gamma(statistics)
+
+        def total(values: Tensor) -> Tensor:
+            return torch.where(trained, values, 0).sum(dtype=torch.float64)
+
+        sums = {
+            "micro_batches": zero + 1,
+            "invalid_labels": out.invalid_labels,
+            "tokens": trained.sum(),
+            "loss": total(out.loss.detach()),
+            "phi": total(phi),
+            "phi_squared": total(phi.double().square()),
+            "phi_below_1": total((phi < PHI_THRESHOLDS[0]).float()),
+            "phi_below_3": total((phi < PHI_THRESHOLDS[1]).float()),
+            "phi_below_5": total((phi < PHI_THRESHOLDS[2]).float()),
+            "entropy": total(out.entropy),
+            "weight": total(out.weight),
+            "end_of_turn_tokens": ends_turn.sum(),
+            "end_of_turn_weight": torch.where(ends_turn, out.weight, 0).sum(dtype=torch.float64),
+        }
+        values = {"ddt/phi": phi, "sft weight": out.weight}
+        if gamma is not None:
+            values["idft/gamma"] = gamma
+            sums["gamma"] = total(gamma)
+        if raw_gamma is not None and self.gamma_limits is not None:
+            # The clamp acts on the raw gamma; the gamma that is used may be mixed towards 1 by lambda.
+            gamma_min, gamma_max = self.gamma_limits
+            sums["gamma_at_min"] = total(raw_gamma.le(gamma_min).float())
+            sums["gamma_at_max"] = total(raw_gamma.ge(gamma_max).float())
+        self._add(sums, {key: self._histogram(key, value, trained) for key, value in values.items()})
+
+    def _histogram(self, key: str, values: Tensor, trained: Tensor) -> Tensor:
+        edges = self._edges[key]
+        bins = torch.bucketize(values.reshape(-1), edges, right=True)
+        counts = torch.zeros(len(edges) + 1, dtype=torch.float64, device=self.device)
+        return counts.index_add_(0, bins, trained.reshape(-1).to(torch.float64))
+
+    def _add(self, sums: dict[str, Tensor], histograms: dict[str, Tensor]) -> None:
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        parts = [torch.stack([sums.get(name, zero).to(torch.float64) for name in _SUMS])]
+        for key, edges in _HISTOGRAMS.items():
+            parts.append(histograms.get(key, zero.expand(len(edges) + 1)))
+        self._step += torch.cat(parts)
+
+    def report(self, group: torch.distributed.ProcessGroup | None, gamma_lambda: float) -> MetricsReport:
+        """Reduce the interval, start the next, and return its numbers.
+
+        Args:
+            group: the data- and context-parallel group; None for one process.
+            gamma_lambda: lambda_t of the interval's last step.
+
+        Collectives: one all-reduce (sum) over `group`. Synchronises with the host.
+        """
+        totals = self._interval.clone()
+        self._interval.zero_()
+        if group is not None and torch.distributed.get_world_size(group) > 1:
+            torch.distributed.all_reduce(totals, group=group)
+        values = totals.tolist()
+        sums = dict(zip(_SUMS, values, strict=False))
+        histograms, start = {}, len(_SUMS)
+        for key, edges in _HISTOGRAMS.items():
+            histograms[key] = [round(count) for count in values[start : start + len(edges) + 1]]
+            start += len(edges) + 1
+        with_gamma = self.gamma_limits is not None
+        if not with_gamma:
+            del histograms["idft/gamma"]
+        return MetricsReport(
+            scalars=_scalars(sums, with_gamma, gamma_lambda),
+            histograms=histograms,
+            micro_batches=round(sums["micro_batches"]),
+            unmasked_micro_batches=round(sums["unmasked_micro_batches"]),
+            invalid_labels=round(sums["invalid_labels"]),
+        )
+
+
+def _scalars(sums: dict[str, float], with_gamma: bool, gamma_lambda: float) -> dict[str, float]:
+    tokens = sums["tokens"]
+    if not tokens:
+        return {"trained tokens": 0.0}
+
+    def mean(name: str) -> float:
+        return sums[name] / tokens
+
+    scalars = {
+        "sft loss": mean("loss"),
+        "ddt/phi mean": mean("phi"),
+        "ddt/phi std": math.sqrt(max(0.0, mean("phi_squared") - mean("phi") ** 2)),
+        "ddt/phi below -1": mean("phi_below_1"),
+        "ddt/phi below -3": mean("phi_below_3"),
+        "ddt/phi below -5": mean("phi_below_5"),
+        "ddt/entropy": mean("entropy"),
+    }
+    if with_gamma:
+        scalars |= {
+            "idft/gamma mean": mean("gamma"),
+            "idft/gamma at min": mean("gamma_at_min"),
+            "idft/gamma at max": mean("gamma_at_max"),
+            "idft/lambda": gamma_lambda,
+        }
+    scalars["sft weight mean"] = mean("weight")
+    if sums["end_of_turn_tokens"]:
+        scalars["sft weight end of turn"] = sums["end_of_turn_weight"] / sums["end_of_turn_tokens"]
+    scalars["trained tokens"] = tokens
+    return scalars
+
+
+def health_warning(scalars: dict[str, float]) -> str | None:
+    """The method's known failure, in words, or None. Thresholds and their source stand at the top of this module."""
+    mean, std = scalars.get("ddt/phi mean"), scalars.get("ddt/phi std")
+    if mean is None or std is None or (mean > PHI_MEAN_ALARM and std < PHI_STD_ALARM):
+        return None
+    return (
+        f"phi has run away: mean {mean:.2f} (alarm below {PHI_MEAN_ALARM}), spread {std:.2f} (alarm above"
+        f" {PHI_STD_ALARM}). A falling loss does not contradict this: the model may be un-learning the tokens that the"
+        " objective gives no weight. Check the chat template and the loss mask first; then lower the learning rate,"
+        " raise --sft-loss-weight-floor, or use --sft-loss ce"
+    )
+
+
+def format_report(iteration: int, train_iters: int, scalars: dict[str, float]) -> str:
+    """One console line. Megatron's own line drops values below zero, which phi's mean usually is."""
+    fields = " | ".join(
+        f"{key}: {int(value):d}" if key == "trained tokens" else f"{key}: {value:.6E}" for key, value in scalars.items()
+    )
+    return f" sft iteration {iteration:8d}/{train_iters:8d} | {fields} |"

@@ -1,0 +1,249 @@
+"""The training program: chat records -> Megatron's `pretrain()`, on the megatron-core wheel alone."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import math
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_idft.integration.arguments import ArgumentError
+from megatron_idft.integration.trainer import TrainerIntegration
+
+if TYPE_CHECKING:
+    from megatron_idft.data import ChatTokenizer, TokenCache
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of the chat data to Megatron's parser."""
+    group = parser.add_argument_group(title="sft data")
+    group.add_argument(
+        "--sft-data",
+        nargs="+",
+        metavar="FILE",
+        default=None,
+        help="Training records: JSONL (also .gz, .zst) or Parquet, with `messages` or with `prompt` and `response`.",
+    )
+    group.add_argument(
+        "--sft-valid-data",
+        nargs="+",
+        metavar="FILE",
+        default=None,
+        help="Validation records. Each evaluation reads all of them once, unless --eval-iters says fewer.",
+    )
+    group.add_argument(
+        "--train-epochs",
+        type=int,
+        default=None,
+        help="Passes over the training records, each record exactly once per pass. Instead of --train-iters.",
+    )
+    group.add_argument(
+        "--sft-truncation",
+        choices=("truncate", "drop", "error"),
+        default="truncate",
+        help="What to do with a conversation longer than --seq-length: cut its end, leave it out, or stop. Counted and"
+        " reported. Default truncate.",
+    )
+    group.add_argument(
+        "--sft-bad-records",
+        choices=("stop", "skip"),
+        default="stop",
+        help="What to do with a record that cannot be read: stop, naming file and line, or write it to an errors file"
+        " and go on. Default stop.",
+    )
+    group.add_argument(
+        "--sft-cache",
+        metavar="DIR",
+        default=None,
+        help="Where the tokenized records are kept, under a fingerprint of data, tokenizer, template and length."
+        " Default: the folder `.megatron-idft-cache` beside the first training file.",
+    )
+    # A length that the data decides, unless the user does.
+    parser.set_defaults(eval_iters=None)
+    return parser
+
+
+class ChatTraining(TrainerIntegration):
+    """The trainer with the loss, fed by chat records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer: ChatTokenizer | None = None
+        self.train_cache: TokenCache | None = None
+        self.valid_cache: TokenCache | None = None
+
+    def attach(self) -> ChatTraining:
+        super().attach()
+        return self
+
+    def _parse_args(self, original: Callable, call: inspect.BoundArguments) -> argparse.Namespace:
+        args = super()._parse_args(original, call)
+        _validate_data_arguments(args)
+        return args
+
+    def _setup_model_and_optimizer(self, original: Callable, call: inspect.BoundArguments) -> Any:
+        # The length of training may follow from the data, and the learning-rate schedule follows from that length.
+        from megatron.training import get_args
+
+        self._open_data(get_args())
+        return super()._setup_model_and_optimizer(original, call)
+
+    def _open_data(self, args: argparse.Namespace) -> None:
+        from megatron.training.utils import print_rank_0
+
+        from megatron_idft.data import load_tokenizer, render_sample
+
+        self.tokenizer = load_tokenizer(
+            args.tokenizer_model, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code
+        )
+        self.train_cache = self._cache(args, "--sft-data", args.sft_data)
+        print_rank_0(
+            "> first sample, trained spans in brackets:\n" + render_sample(*self.train_cache[0], self.tokenizer)
+        )
+        if args.train_epochs is not None:
+            args.train_iters = math.ceil(args.train_epochs * len(self.train_cache) / args.global_batch_size)
+            records = len(self.train_cache)
+            print_rank_0(f"> {args.train_epochs} epochs of {records} records: {args.train_iters} iterations")
+        if args.sft_valid_data:
+            self.valid_cache = self._cache(args, "--sft-valid-data", args.sft_valid_data)
+            if args.eval_iters is None:
+                args.eval_iters = math.ceil(len(self.valid_cache) / args.eval_global_batch_size)
+        else:
+            args.eval_iters = 0
+
+    def _cache(self, args: argparse.Namespace, flag: str, paths: Sequence[str]) -> TokenCache:
+        """The tokenized records, made by one process per file system while the others wait.
+
+        The waiting is on the store, not in a collective: no collective's timeout limits how long tokenizing may take.
+        """
+        import torch
+        from megatron.training.utils import print_rank_0
+
+        from megatron_idft.data import build_token_cache, open_token_cache
+
+        settings = {
+            "tokenizer": self.tokenizer,
+            "seq_length": args.seq_length,
+            "cache_dir": args.sft_cache or str(Path(paths[0]).resolve().parent / ".megatron-idft-cache"),
+            "truncation": args.sft_truncation,
+            "on_bad_record": args.sft_bad_records,
+        }
+        store = torch.distributed.distributed_c10d._get_default_store()
+        name = f"megatron-idft/{flag}"
+        node, forever = os.environ.get("GROUP_RANK", "0"), timedelta(days=7)
+        if torch.distributed.get_rank() == 0:
+            build_token_cache(list(paths), progress=True, **settings)
+            store.set(f"{name}/rank0", "done")
+        store.wait([f"{name}/rank0"], forever)
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            # A node that does not share rank 0's file system makes its own; any other finds it made.
+            build_token_cache(list(paths), progress=False, **settings)
+            store.set(f"{name}/node{node}", "done")
+        store.wait([f"{name}/node{node}"], forever)
+        cache = open_token_cache(list(paths), **settings)
+        if not len(cache):
+            raise ArgumentError(f"{flag} holds no record with a trained token:\n{cache.report()}")
+        print_rank_0(cache.report())
+        return cache
+
+    def _end_of_turn_ids(self) -> Sequence[int]:
+        assert self.tokenizer is not None
+        return self.tokenizer.end_of_turn_ids
+
+    def datasets(self, num_samples: Sequence[int]) -> tuple[Any, Any, None]:
+        """The `train_valid_test_datasets_provider` of `pretrain()`: (train, validation, no test set)."""
+        from megatron.core import mpu
+        from megatron.core.datasets.utils import Split
+        from megatron.training import get_args
+
+        from megatron_idft.data import ChatDataset, RepeatedRounds, ShuffledEpochs
+
+        args = get_args()
+        assert self.train_cache is not None and self.tokenizer is not None
+        if mpu.get_tensor_model_parallel_rank() != 0:
+            return None, None, None  # its batches come by broadcast
+        train = ShuffledEpochs(
+            ChatDataset(self.train_cache, args.seq_length, self.tokenizer.pad_id),
+            seed=args.seed,
+            num_samples=num_samples[0],
+            num_epochs=args.train_epochs,
+        )
+        valid = None
+        if self.valid_cache is not None:
+            valid = RepeatedRounds(
+                ChatDataset(self.valid_cache, args.seq_length, self.tokenizer.pad_id),
+                round_size=args.eval_iters * args.eval_global_batch_size,
+                num_samples=num_samples[1],
+            )
+            valid.split = Split.valid  # Megatron then reads it with the evaluation's batch sizes
+        return train, valid, None
+
+
+def _validate_data_arguments(args: argparse.Namespace) -> None:
+    if not args.sft_data:
+        raise ArgumentError("no training records: pass --sft-data FILE [FILE …]")
+    if args.tokenizer_model is None:
+        raise ArgumentError(
+            "no tokenizer: pass --tokenizer-model with a Hugging Face folder or a sentencepiece .model file"
+        )
+    if args.train_epochs is not None:
+        if args.train_iters is not None or args.train_samples is not None:
+            raise ArgumentError("--train-epochs and --train-iters or --train-samples are two lengths: pass one of them")
+        if args.train_epochs < 1:
+            raise ArgumentError(f"--train-epochs {args.train_epochs}: pass a whole number from 1")
+    elif args.train_iters is None and args.train_samples is None:
+        raise ArgumentError("no length of training: pass --train-epochs, --train-iters or --train-samples")
+    refusals = {
+        "sft": "it reads another data format and needs Transformer Engine. Drop --sft; --sft-data is read without it",
+        "mock_data": "drop --mock-data",
+        "data_path": "the records come from --sft-data; drop --data-path",
+        "full_validation": "every evaluation already reads all of --sft-valid-data; drop --full-validation",
+        "multiple_validation_sets": "one validation set is served; drop --multiple-validation-sets",
+        "hybrid_context_parallel": "it needs packed sequences; drop --hybrid-context-parallel",
+        "dataloader_inter_document_masking": "records are not packed here; drop --dataloader-inter-document-masking",
+        "overlap_moe_expert_parallel_comm": "this program does not build schedule plans; drop"
+        " --overlap-moe-expert-parallel-comm, or use `run` with a script that does",
+    }
+    for name, why in refusals.items():
+        if getattr(args, name, None):
+            raise ArgumentError(f"--{name.replace('_', '-')} cannot be combined with --sft-data: {why}")
+    if args.dataloader_type not in (None, "single"):
+        raise ArgumentError(
+            f"--dataloader-type {args.dataloader_type}: records are shuffled by --seed and epoch; drop the flag"
+        )
+    if args.tokenizer_type is None:
+        is_sentencepiece = args.tokenizer_model.endswith(".model")
+        args.tokenizer_type = "SentencePieceTokenizer" if is_sentencepiece else "HuggingFaceTokenizer"
+
+
+def train(program_name: str) -> None:
+    """Fine-tune as `sys.argv` says. `prepare_process` must have run."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        hybrid_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_idft.integration.batches import forward_step
+
+    training = ChatTraining().attach()
+    args = parse_and_validate_args(extra_args_provider=add_data_arguments)
+    model_config = gpt_config_from_args(args) if args.hybrid_layer_pattern is None else hybrid_config_from_args(args)
+
+    def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
+        return training.datasets(num_samples)
+
+    datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # called on every rank, not only TP rank 0
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )

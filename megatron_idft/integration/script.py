@@ -1,0 +1,60 @@
+"""Run a foreign training script with the trainer prepared for the loss."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from collections.abc import Sequence
+
+
+def prepare_process(program: str, argv: Sequence[str], force_cpu: bool) -> None:
+    """Set `sys.argv`, choose CPU mode, and make the installed Megatron usable, in the order that its imports need.
+
+    Args:
+        program: what `sys.argv[0]` shall be.
+        argv: the flags.
+        force_cpu: use the CPU though a GPU is present.
+    """
+    sys.argv = [program, *argv]
+    import torch
+
+    if force_cpu or not torch.cuda.is_available():
+        from megatron_idft.integration import cpu
+
+        cpu.enable()
+        sys.argv[1:] = cpu.add_flags(sys.argv[1:], os.path.basename(program))
+    from megatron_idft.integration import compatibility
+
+    origin = compatibility.check_megatron_origin()
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"> {origin.describe()}", flush=True)
+    compatibility.repair_compile_helpers()
+
+
+def run_script(path: str, argv: Sequence[str], force_cpu: bool = False) -> None:
+    """Run the script at `path` as `__main__`, with the loss flags added to its own.
+
+    The script sees what `python path …` would show it: `sys.argv`, `sys.path[0]` and `__main__` are set before any
+    megatron module is imported, so a checkout beside the script wins over an installed wheel, as it would alone.
+
+    Raises:
+        FileNotFoundError: there is no such script.
+    """
+    path = os.path.abspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no script {path}: pass the path of a Python training script to `run`")
+    # `python -m` put the working directory there; `python SCRIPT.py` puts the script's folder.
+    sys.path[0] = os.path.dirname(path)
+    main = types.ModuleType("__main__")
+    main.__file__ = path
+    main.__builtins__ = __builtins__  # type: ignore[attr-defined]
+    sys.modules["__main__"] = main
+    prepare_process(path, argv, force_cpu)
+
+    from megatron_idft.integration.trainer import TrainerIntegration
+
+    TrainerIntegration().attach()
+    with open(path, "rb") as file:
+        code = compile(file.read(), path, "exec")
+    exec(code, main.__dict__)
