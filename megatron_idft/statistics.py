@@ -72,11 +72,11 @@ class MergedState(NamedTuple):
         return self.max + self.sum_exp.log()
 
 
-def neutral_shard_state(num_tokens: int, device: torch.device) -> Tensor:
-    """[num_tokens, 4] fp32 state of a shard without any valid column: merging it changes nothing."""
-    state = torch.zeros(num_tokens, STATE_SIZE, dtype=torch.float32, device=device)
-    state[:, MAX] = LOWEST
-    state[:, TARGET_LOGIT] = LOWEST
+def neutral_shard_state(shape: torch.Size, device: torch.device) -> Tensor:
+    """[*shape, 4] fp32 state of a shard without any valid column: merging it changes nothing."""
+    state = torch.zeros(*shape, STATE_SIZE, dtype=torch.float32, device=device)
+    state[..., MAX] = LOWEST
+    state[..., TARGET_LOGIT] = LOWEST
     return state
 
 

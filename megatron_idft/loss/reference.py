@@ -1,7 +1,7 @@
 """Reference backend: plain torch on any device, in blocks of rows, never with a full fp32 copy of the logits."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,8 +21,6 @@ from megatron_idft.statistics import (
     neutral_shard_state,
 )
 
-Index = tuple[int | slice, ...]
-
 
 def token_loss(
     logits: Tensor, labels: Tensor, objective: Objective, shard: VocabShard, vocab_size: int
@@ -33,7 +31,7 @@ def token_loss(
         logits: [..., V/tp] bf16, fp16 or fp32, any strides.
         labels: [...] int64, below vocab_size; negative = ignored.
 
-    Memory beyond the logits: two fp32 blocks of some rows and a few numbers per token; in backward, the gradient.
+    Memory beyond the logits: two fp32 blocks of a few rows and some numbers per token; in backward, the gradient.
     Collectives: one all-gather in forward (`VocabShard.gather_states`), none in backward.
     """
     return _TokenLoss.apply(logits, labels, objective, shard, vocab_size)
@@ -44,110 +42,119 @@ class _TokenLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, objective: Objective, shard: VocabShard, vocab_size: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        columns = logits[..., : shard.valid_columns]
-        flat_labels = labels.reshape(-1)
-        merged = merge_shard_states(shard.gather_states(_shard_state(columns, flat_labels - shard.start)))
-
-        trained = flat_labels >= 0
-        log_prob = torch.where(trained, merged.log_prob, 0.0).view(labels.shape)
-        entropy = torch.where(trained, merged.entropy, 0.0).view(labels.shape)
+        state = _shard_state(logits[..., : shard.valid_columns], labels - shard.start)
+        merged = merge_shard_states(shard.gather_states(state))
+        trained = labels >= 0
+        log_prob = torch.where(trained, merged.log_prob, 0.0)
+        entropy = torch.where(trained, merged.entropy, 0.0)
         weight = objective.weight(TokenStatistics(log_prob, entropy, labels, vocab_size))
-        loss = 0.0 - weight * log_prob  # a plain negation would print ignored positions as -0.0
+        loss = 0.0 - weight * log_prob  # a plain negation would show ignored positions as -0.0
 
         ctx.shard = shard
-        ctx.save_for_backward(logits, flat_labels, weight, merged.max, merged.sum_exp)
+        ctx.save_for_backward(logits, labels, weight, log_prob, merged.max, merged.sum_exp)
         ctx.mark_non_differentiable(weight, log_prob, entropy)
         return loss, weight, log_prob, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        logits, flat_labels, weight, maximum, sum_exp = ctx.saved_tensors
-        scale = torch.where(flat_labels >= 0, (weight * grad_loss).reshape(-1), 0.0)
+        logits, labels, weight, log_prob, maximum, sum_exp = ctx.saved_tensors
+        valid = slice(0, ctx.shard.valid_columns)
+        scale = torch.where(labels >= 0, weight * grad_loss, 0.0)
         grad = torch.empty_like(logits)
-        grad[..., ctx.shard.valid_columns :].zero_()
-        _write_gradient(
-            logits[..., : ctx.shard.valid_columns],
-            grad[..., : ctx.shard.valid_columns],
-            flat_labels,
-            flat_labels - ctx.shard.start,
-            scale,
-            maximum,
-            sum_exp,
-        )
+        grad[..., valid.stop :].zero_()
+        _write_softmax(logits[..., valid], grad[..., valid], scale / sum_exp, maximum, labels)
+        _write_target(grad[..., valid], scale * log_prob.expm1(), labels - ctx.shard.start)
         return grad, None, None, None, None
 
 
 def _shard_state(columns: Tensor, target: Tensor) -> Tensor:
-    """[T, 4] fp32 state of this shard; `target` [T] is the label's column, out of range where it is not here."""
-    num_columns = columns.shape[-1]
-    state = neutral_shard_state(target.numel(), columns.device)
-    if num_columns == 0:
+    """[..., 4] fp32 state of this shard's valid columns; `target` [...] is out of range where the label is not here."""
+    state = neutral_shard_state(target.shape, columns.device)
+    if columns.shape[-1] == 0:
         return state
-    is_local, target = _locate(target, num_columns)
-    for index, rows in _row_blocks(columns):
-        shifted = _load_fp32(columns[index])
-        state[rows, TARGET_LOGIT] = torch.where(is_local[rows], shifted.gather(1, target[rows])[:, 0], LOWEST)
-        row_max = shifted.amax(1, keepdim=True).clamp_(min=LOWEST)
-        # exp(-inf) * -inf would be NaN; LOWEST instead of -inf makes that product 0.
-        shifted.sub_(row_max).clamp_(min=LOWEST)
-        exp = shifted.exp()
-        state[rows, MAX] = row_max[:, 0]
-        state[rows, SUM_EXP] = exp.sum(1)
-        state[rows, SUM_EXP_SHIFTED] = exp.mul_(shifted).sum(1)
-    # A target logit of -inf would otherwise make log_prob -inf and then weight * log_prob = 0 * inf.
-    state[:, TARGET_LOGIT].clamp_(min=LOWEST)
+    row_max = torch.empty(*target.shape, 1, dtype=torch.float32, device=columns.device)
+    scratch, scratch_exp = _scratch(columns), _scratch(columns)
+    for index in _row_blocks(columns):
+        block = _as_fp32(columns[index], scratch)
+        block_max = torch.amax(block, -1, keepdim=True).clamp_(min=LOWEST)
+        row_max[index] = block_max
+        shifted = torch.sub(block, block_max, out=scratch(block))
+        exp = torch.exp(shifted, out=scratch_exp(block))
+        state[(*index, ..., SUM_EXP)] = exp.sum(-1)
+        # exp(-inf) * -inf is NaN and counts as 0 here; a NaN logit shows in SUM_EXP all the same.
+        state[(*index, ..., SUM_EXP_SHIFTED)] = exp.mul_(shifted).nansum(-1)
+    state[..., MAX] = row_max[..., 0]
+    is_here, target = _locate(target, columns.shape[-1])
+    # A target logit of -inf would make log_prob -inf and then weight * log_prob = 0 * inf.
+    target_logit = columns.gather(-1, target.unsqueeze(-1))[..., 0].float().clamp_(min=LOWEST)
+    state[..., TARGET_LOGIT] = torch.where(is_here, target_logit, LOWEST)
     return state
 
 
-def _write_gradient(
-    columns: Tensor,
-    grad: Tensor,
-    labels: Tensor,
-    target: Tensor,
-    scale: Tensor,
-    maximum: Tensor,
-    sum_exp: Tensor,
-) -> None:
-    """grad = scale (softmax - onehot) in fp32, rounded once by the store; exactly 0 where the label is ignored."""
-    num_columns = columns.shape[-1]
-    if num_columns == 0:
+def _write_softmax(columns: Tensor, grad: Tensor, softmax_scale: Tensor, maximum: Tensor, labels: Tensor) -> None:
+    """grad = softmax_scale exp(columns - maximum), rounded once by the store; exactly 0 where the label is ignored."""
+    if columns.shape[-1] == 0:
         return
-    is_local, target = _locate(target, num_columns)
-    at_target = torch.where(is_local, -scale, 0.0).unsqueeze(1)
-    ignored = (labels < 0).unsqueeze(1)
-    maximum, softmax_scale = maximum.unsqueeze(1), (scale / sum_exp).unsqueeze(1)
-    for index, rows in _row_blocks(columns):
-        block = _load_fp32(columns[index]).sub_(maximum[rows]).exp_().mul_(softmax_scale[rows])
-        block.scatter_add_(1, target[rows], at_target[rows]).masked_fill_(ignored[rows], 0.0)
-        grad[index].copy_(block.view(grad[index].shape))
+    # NaN times 0 is NaN, but NaN bits and 0 bits are 0: a select at the speed of a multiplication.
+    keep_bits = torch.where(labels >= 0, -1, 0).to(torch.int32).unsqueeze(-1)
+    softmax_scale, maximum = softmax_scale.unsqueeze(-1), maximum.unsqueeze(-1)
+    scratch = _scratch(columns)
+    for index in _row_blocks(columns):
+        block = _as_fp32(columns[index], scratch)
+        out = grad[index] if grad.dtype == torch.float32 else block
+        torch.sub(block, maximum[index], out=out).exp_().mul_(softmax_scale[index])
+        out.view(torch.int32).bitwise_and_(keep_bits[index])
+        if out is block:
+            grad[index].copy_(block)
+
+
+def _write_target(grad: Tensor, value: Tensor, target: Tensor) -> None:
+    """Overwrite the target column with `value` [...] fp32, rounded once, where the target is in this shard.
+
+    scale * expm1(log_prob) = scale (p_y - 1) keeps its relative precision for p_y near 1.
+    """
+    if grad.shape[-1] == 0:
+        return
+    is_here, target = _locate(target, grad.shape[-1])
+    # Not scatter_: on CPU it converts the whole of a bf16 or fp16 tensor to fp32 and back.
+    ones = [1] * target.dim()
+    tokens = [torch.arange(n, device=grad.device).view(-1, *ones[dim + 1 :]) for dim, n in enumerate(target.shape)]
+    cells = (*tokens, target)
+    grad[cells] = torch.where(is_here, value.to(grad.dtype), grad[cells])
 
 
 def _locate(target: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Whether each target column lies in this shard [T], and a column [T, 1] that is safe to index either way."""
-    return (target >= 0) & (target < num_columns), target.clamp(0, num_columns - 1).unsqueeze(1)
+    """Whether each target column lies in this shard [...], and a column [...] that is safe to index either way."""
+    return (target >= 0) & (target < num_columns), target.clamp(0, num_columns - 1)
 
 
-def _load_fp32(block: Tensor) -> Tensor:
-    """A fresh contiguous fp32 [rows, columns] copy of a block with any strides."""
-    fp32 = torch.empty(block.shape, dtype=torch.float32, device=block.device)
-    return fp32.copy_(block).view(-1, block.shape[-1])
+def _as_fp32(block: Tensor, scratch: Callable[[Tensor], Tensor]) -> Tensor:
+    return block if block.dtype == torch.float32 else scratch(block).copy_(block)
 
 
-def _row_blocks(columns: Tensor) -> Iterator[tuple[Index, slice]]:
-    """Cut [..., V] into boxes of rows: the box's index into the leading dimensions, and its rows in the flat order."""
-    # CPU: two fp32 blocks of one core's share fit its L2 cache. GPU: 64 MiB per pass keep the launches negligible.
-    block_bytes = 2**19 * torch.get_num_threads() if columns.device.type == "cpu" else 2**26
-    max_rows = max(1, block_bytes // (4 * columns.shape[-1]))
-    start = 0
-    for index in _boxes(columns.shape[:-1], max_rows):
-        stop = start + math.prod(columns[index].shape[:-1])
-        yield index, slice(start, stop)
-        start = stop
+def _scratch(columns: Tensor) -> Callable[[Tensor], Tensor]:
+    """block -> contiguous fp32 memory of its shape, the same for every block of `columns`."""
+    rows = min(_max_rows(columns), math.prod(columns.shape[:-1]))
+    buffer = torch.empty(rows * columns.shape[-1], dtype=torch.float32, device=columns.device)
+    return lambda block: buffer[: block.numel()].view(block.shape)
 
 
-def _boxes(shape: torch.Size, max_rows: int) -> Iterator[Index]:
-    """Indices of boxes of at most `max_rows` rows that tile `shape` in row-major order."""
+def _max_rows(columns: Tensor) -> int:
+    # CPU: a block stays in the caches between its passes. GPU: a pass over 64 MiB takes far longer than its launch.
+    block_bytes = 2**20 * torch.get_num_threads() if columns.device.type == "cpu" else 2**26
+    return max(1, block_bytes // (4 * columns.shape[-1]))
+
+
+def _row_blocks(columns: Tensor) -> Iterator[tuple[int | slice, ...]]:
+    """Indices into the leading dimensions that cut [..., V] into boxes of at most `_max_rows` rows.
+
+    Boxes instead of a flat view: [b, s, V] seen as a transposed [s, b, V] has no flat view without a copy.
+    """
+    return _boxes(columns.shape[:-1], _max_rows(columns))
+
+
+def _boxes(shape: torch.Size, max_rows: int) -> Iterator[tuple[int | slice, ...]]:
     if not shape:
         yield ()
         return

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_idft.statistics import STATE_SIZE
-
 
 class VocabShard(NamedTuple):
     """Attributes:
@@ -21,13 +19,13 @@ class VocabShard(NamedTuple):
     tp_group: ProcessGroup | None
 
     def gather_states(self, state: Tensor) -> Tensor:
-        """[T, 4] fp32 state of this shard -> [R, T, 4] states of all shards in rank order, the same bits on every rank.
+        """[..., 4] fp32 state of this shard -> [R, ..., 4] of all shards in rank order, the same bits on every rank.
 
         Collectives: one all-gather over `tp_group`; none without tensor parallelism or without tokens.
         """
-        if self.tp_group is None or self.tp_group.size() == 1 or state.shape[0] == 0:
+        if self.tp_group is None or self.tp_group.size() == 1 or state.numel() == 0:
             return state.unsqueeze(0)
-        states = state.new_empty(self.tp_group.size(), state.shape[0], STATE_SIZE)
+        states = state.new_empty(self.tp_group.size(), *state.shape)
         torch.distributed.all_gather_into_tensor(states, state, group=self.tp_group)
         return states
 
