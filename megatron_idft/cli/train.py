@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-USAGE = """usage: torchrun … -m megatron_idft train --sft-data FILE … --tokenizer-model PATH [--sft-loss idft] <Megatron flags>
+USAGE = """usage: torchrun … -m megatron_idft train --sft-data FILE … --tokenizer-model PATH [--sft-loss idft] <flags>
 
 Fine-tunes a Megatron model on chat records. Every flag of Megatron-LM 0.19 is understood; `train --help` lists them
 all, in the groups "sft data" and "sft loss" those of this program. Without --sft-loss the loss is Megatron's own

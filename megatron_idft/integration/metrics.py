@@ -1,8 +1,8 @@
 """What the objective did to the tokens of a step, summed on the device and reported at the log interval.
 
 Two buffers make the numbers right whatever the trainer does. `begin_step` zeroes the step's sums at the start of
-every forward-backward, because Megatron's rerun machine may repeat one; `commit_step` adds them to the interval once the step
-stands; `report` reduces the interval with one packed all-reduce over the data- and context-parallel ranks.
+every forward-backward, because Megatron's rerun machine may repeat one; `commit_step` adds them to the interval once
+the step stands; `report` reduces the interval with one packed all-reduce over the data- and context-parallel ranks.
 Nothing here synchronises with the host except `report`.
 """
 
