@@ -1,0 +1,290 @@
+"""Conversation records in, as a stream: JSONL (.gz, .zst) and Parquet.
+
+A record is `{"messages": [{"role", "content"}, …]}` or `{"prompt", "response"}`, with optional `id`, `answer`,
+`source`; every other column is carried through in `extra`. Memory stays bounded by one line, or one small batch of
+Parquet rows.
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+ROLES = ("system", "user", "assistant", "tool")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+MAX_LINE_BYTES = 64 << 20  # one line may not exhaust the memory: a file without newlines is a fault, not a record
+PARQUET_BATCH_ROWS = 256
+RAW_EXCERPT = 500  # characters of a bad record kept in the errors file
+
+Message = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Record:
+    """One conversation.
+
+    messages: dicts with at least `role` (one of `ROLES`) and `content` (str); further keys as they came.
+    id: the record's own, else `"{file name}:{line}"`. file, line: where it came from; line (row in Parquet) starts at
+    1.
+    """
+
+    messages: list[Message]
+    id: str
+    file: str
+    line: int
+    answer: Any = None
+    source: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class RecordError(ValueError):
+    """A record that cannot be used: which file, line (row in Parquet), field, and why."""
+
+    def __init__(self, file: str, line: int, field: str, message: str, raw: str = ""):
+        self.file, self.line, self.field, self.message, self.raw = file, line, field, message, raw[:RAW_EXCERPT]
+        at = f", {field}" if field else ""
+        super().__init__(f"{file}, {'row' if file.endswith('.parquet') else 'line'} {line}{at}: {message}")
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:  # the default would call __init__ with the text alone
+        return type(self), (self.file, self.line, self.field, self.message, self.raw)
+
+
+OnError = Callable[[RecordError], None]
+OnBytes = Callable[[int], None]
+
+
+class ErrorLog:
+    """An `on_error` policy: skip bad records, count them, and write one JSON line for each to `path`.
+
+    The file holds `file`, `line`, `field`, `message` and the start of the `raw` record; it is created at the first
+    error.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.count = 0
+        self._file: IO[str] | None = None
+
+    def __call__(self, error: RecordError) -> None:
+        if self._file is None:
+            self._file = open(self.path, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        self.count += 1
+        entry = {key: getattr(error, key) for key in ("file", "line", "field", "message", "raw")}
+        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def read_records(
+    paths: str | Path | Sequence[str | Path], *, on_error: OnError | None = None, on_bytes: OnBytes | None = None
+) -> Iterator[Record]:
+    """Stream the records of `paths`, in order.
+
+    on_error: called with each `RecordError`, after which reading goes on behind the bad record (behind the file, where
+        the compressed stream itself is damaged). None: the error is raised.
+    on_bytes: called now and then with the number of bytes read from disk since the last call; they add up to the
+    files' sizes.
+
+    Raises ValueError for an unknown file type and FileNotFoundError, both before anything is read; RecordError as
+    above.
+    """
+    files = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    for file in files:
+        if not str(file).endswith(SUFFIXES):
+            raise ValueError(f"{file}: unknown record file, expected a name ending in {', '.join(SUFFIXES)}")
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such record file")
+    names = Counter(file.name for file in files)
+
+    def skip_or_raise(error: RecordError) -> None:
+        if on_error is None:
+            raise error
+        on_error(error)
+
+    def records() -> Iterator[Record]:
+        for file in files:
+            # Two files of one name would give the same ids.
+            stem = file.name if names[file.name] == 1 else str(file)
+            rows = _parquet_rows if file.name.endswith(".parquet") else _json_rows
+            for line, row in rows(file, on_bytes or (lambda count: None)):
+                if isinstance(row, RecordError):
+                    skip_or_raise(row)
+                    continue
+                try:
+                    record = _to_record(row, str(file), line, f"{stem}:{line}")
+                except RecordError as error:
+                    error.raw = repr(row)[:RAW_EXCERPT]
+                    skip_or_raise(error)
+                    continue
+                yield record
+
+    return records()
+
+
+_Rows = Iterator[tuple[int, Any]]  # (line, decoded row or the RecordError that stands in its place)
+
+
+def _json_rows(path: Path, on_bytes: OnBytes) -> _Rows:
+    with open(path, "rb") as raw:
+        told = 0
+        for line, text in _lines(path, raw):
+            if line % 256 == 0:
+                told, before = raw.tell(), told
+                on_bytes(told - before)
+            if isinstance(text, RecordError):
+                yield line, text
+            elif text.strip():
+                yield line, _parse(text, str(path), line)
+        on_bytes(path.stat().st_size - told)
+
+
+def _lines(path: Path, raw: IO[bytes]) -> Iterator[tuple[int, bytes | RecordError]]:
+    line = 0
+    try:
+        stream = _decompressed(path, raw)
+        while text := stream.readline(MAX_LINE_BYTES + 1):
+            line += 1
+            if line == 1:
+                text = text.removeprefix(b"\xef\xbb\xbf")
+            if len(text) > MAX_LINE_BYTES:
+                while text and not text.endswith(b"\n"):
+                    text = stream.readline(MAX_LINE_BYTES)
+                yield line, RecordError(str(path), line, "", f"line is longer than {MAX_LINE_BYTES >> 20} MiB")
+            else:
+                yield line, text
+    except (OSError, EOFError, zlib.error) as error:
+        message = f"damaged or truncated file, the rest of it is unreadable: {error}"
+        yield line + 1, RecordError(str(path), line + 1, "", message)
+
+
+def _decompressed(path: Path, raw: IO[bytes]) -> Any:
+    if path.name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw, mode="rb")
+    if path.name.endswith(".zst"):
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"), 1 << 20)
+    return raw
+
+
+def _parse(text: bytes, file: str, line: int) -> Any:
+    excerpt = text[: 2 * RAW_EXCERPT].decode("utf-8", errors="backslashreplace")
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return RecordError(file, line, "", f"not UTF-8: {error.reason} at byte {error.start} of the line", excerpt)
+    except json.JSONDecodeError as error:
+        return RecordError(file, line, "", f"not JSON: {error.msg} at column {error.colno}", excerpt)
+    except (ValueError, RecursionError) as error:  # absurdly long integers, absurdly deep nesting
+        return RecordError(file, line, "", f"not readable JSON: {error}", excerpt)
+
+
+def _parquet_rows(path: Path, on_bytes: OnBytes) -> _Rows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row, size, told = 0, path.stat().st_size, 0
+    try:
+        with pq.ParquetFile(path) as table:
+            total = table.metadata.num_rows
+            for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+                for value in _batch_rows(batch, path, row):
+                    row += 1
+                    yield row, value
+                told, before = size * row // max(total, 1), told
+                on_bytes(told - before)
+    except (pa.ArrowException, OSError) as error:
+        message = f"damaged Parquet file, the rest of it is unreadable: {error}"
+        yield row + 1, RecordError(str(path), row + 1, "", message)
+    on_bytes(size - told)
+
+
+def _batch_rows(batch: Any, path: Path, before: int) -> list[Any]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:  # find the rows that are to blame
+        rows: list[Any] = []
+        for i in range(batch.num_rows):
+            try:
+                rows += batch.slice(i, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                rows.append(RecordError(str(path), before + i + 1, "", f"not UTF-8: {error.reason}"))
+        return rows
+
+
+def _to_record(row: Any, file: str, line: int, default_id: str) -> Record:
+    def bad(field: str, message: str) -> RecordError:
+        return RecordError(file, line, field, message)
+
+    if not isinstance(row, dict):
+        raise bad("", f"expected an object, found {_kind(row)}")
+    extra = dict(row)
+    if row.get("messages") is not None:
+        messages = _checked_messages(extra.pop("messages"), bad)
+    elif row.get("prompt") is not None or row.get("response") is not None:
+        extra.pop("messages", None)
+        turns = [("prompt", "user"), ("response", "assistant")]
+        messages = [{"role": role, "content": _content(extra.pop(key, None), role, key, bad)} for key, role in turns]
+    else:
+        raise bad("messages", 'missing; a record holds "messages", or "prompt" and "response"')
+    identity = extra.pop("id", None)
+    if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int)):
+        raise bad("id", f"expected a string or an integer, found {_kind(identity)}")
+    source = extra.pop("source", None)
+    if source is not None and not isinstance(source, str):
+        raise bad("source", f"expected a string, found {_kind(source)}")
+    name = default_id if identity is None or identity == "" else str(identity)
+    return Record(messages, name, file, line, extra.pop("answer", None), source, extra)
+
+
+def _checked_messages(messages: Any, bad: Callable[[str, str], RecordError]) -> list[Message]:
+    if not isinstance(messages, list):
+        raise bad("messages", f"expected a list, found {_kind(messages)}")
+    if not messages:
+        raise bad("messages", "empty")
+    checked = []
+    for i, message in enumerate(messages):
+        at = f"messages[{i}]"
+        if not isinstance(message, dict):
+            raise bad(at, f"expected an object, found {_kind(message)}")
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            raise bad(f"{at}.role", f"{role!r} is none of {', '.join(ROLES)}")
+        _content(message.get("content"), role, f"{at}.content", bad)
+        # Parquet gives every message every key; null means absent there and means nothing in JSON.
+        checked.append({key: value for key, value in message.items() if value is not None})
+    return checked
+
+
+def _content(value: Any, role: str, at: str, bad: Callable[[str, str], RecordError]) -> str:
+    if not isinstance(value, str):
+        raise bad(at, f"expected a string, found {_kind(value)}")
+    if role == "assistant" and not value.strip():
+        raise bad(at, "empty: nothing to train on")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise bad(at, "holds a lone surrogate, which no tokenizer can read") from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    return {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}.get(type(value), repr(value)[:80])

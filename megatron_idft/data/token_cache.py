@@ -1,0 +1,444 @@
+"""A corpus as memory-mapped token arrays: built once in one streaming pass, reused by every later launch.
+
+A cache is a folder `tokens-<fingerprint>` that holds
+
+    tokens.bin     int32 [tokens]       the ids of all conversations, one after the other
+    loss_mask.bin  uint8 [tokens]       1 where the token is trained
+    offsets.bin    int64 [records + 1]  where each conversation begins
+    meta.json      fingerprint, settings, counts
+    errors.jsonl   the bad records that were skipped, if any
+
+The fingerprint covers the sources, the tokenizer with its chat template, the settings and the format, so a cache is
+never used for anything but what it was built from. A build happens in a folder of its own that is renamed when it is
+complete: a killed build leaves nothing that could be taken for a cache, and of several builders the first one wins.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_idft.corpus.records import ErrorLog, OnBytes, Record, RecordError, read_records
+from megatron_idft.data.conversations import (
+    EncodedConversation,
+    RenderedConversation,
+    render_conversation,
+    tokenize,
+)
+from megatron_idft.data.template import ConversationError, TemplateError
+from megatron_idft.data.tokenizer import ChatTokenizer
+
+FORMAT = 1  # raise it whenever the same corpus would give other bytes
+Truncation = Literal["truncate", "drop", "error"]
+BadRecords = Literal["stop", "skip"]
+_BATCH_RECORDS, _BATCH_CHARACTERS = 512, 1 << 21  # what is held in memory between reader and tokenizer
+_SAMPLE_BYTES = 1 << 20
+
+
+class CacheError(RuntimeError):
+    """There is no usable token cache: it was not built, it is damaged, or nothing is left to train on."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a build met. `records` = kept + bad + empty + dropped."""
+
+    records: int = 0
+    kept: int = 0
+    bad: int = 0
+    empty: int = 0  # no trained token, or none within seq_length
+    dropped: int = 0  # longer than seq_length + 1 tokens, under truncation="drop"
+    truncated: int = 0  # kept, but cut on the right to seq_length + 1 tokens
+    tokens: int = 0  # of the kept records, after truncation
+    trained_tokens: int = 0  # labels that enter the loss
+    lost_trained_tokens: int = 0  # cut off or dropped with their record
+    straddling_spans: int = 0
+    spells_special: int = 0
+    unwritten: int = 0
+
+
+@dataclass(slots=True)
+class _Settings:
+    paths: list[str]
+    tokenizer: ChatTokenizer
+    seq_length: int
+    truncation: Truncation
+    on_bad_record: BadRecords
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError("no record files given")
+        if self.seq_length < 1:
+            raise ValueError(f"seq_length must be at least 1, got {self.seq_length}")
+        if self.truncation not in get_args(Truncation):
+            raise ValueError(f"truncation must be one of {get_args(Truncation)}, got {self.truncation!r}")
+        if self.on_bad_record not in get_args(BadRecords):
+            raise ValueError(f"on_bad_record must be one of {get_args(BadRecords)}, got {self.on_bad_record!r}")
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "sources": [_describe_source(Path(path)) for path in self.paths],
+            "tokenizer": self.tokenizer.fingerprint(),
+            "seq_length": self.seq_length,
+            "truncation": self.truncation,
+            "on_bad_record": self.on_bad_record,
+        }
+
+
+def _describe_source(path: Path) -> dict[str, Any]:
+    """What identifies a source file without reading it whole, at every launch, on every rank.
+
+    An edit changes the size or the modification time; the hash of head and tail catches files that were swapped or
+    copied with their times. A file that is merely touched is tokenised again, which costs time but never correctness.
+    """
+    stat = path.stat()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        digest.update(file.read(_SAMPLE_BYTES))
+        file.seek(max(0, stat.st_size - _SAMPLE_BYTES))
+        digest.update(file.read(_SAMPLE_BYTES))
+    return {"name": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sample": digest.hexdigest()}
+
+
+class TokenCache:
+    """An open cache. Opening reads only meta.json; the arrays are mapped at their first use, and pickle as a path.
+
+    meta: the content of meta.json. counts: what the build met. seq_length: records hold at most seq_length + 1 tokens.
+    end_of_turn_ids: the token ids that end assistant turns in this corpus.
+
+    Raises CacheError when files are missing or not of the size that meta.json says.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CacheError(f"{self.path} is not a token cache: {error}") from error
+        self.counts = Counts(**self.meta["counts"])
+        self.seq_length = int(self.meta["settings"]["seq_length"])
+        self.end_of_turn_ids: list[int] = self.meta["end_of_turn_ids"]
+        counts = self.counts
+        for name, size in (
+            ("tokens", 4 * counts.tokens),
+            ("loss_mask", counts.tokens),
+            ("offsets", 8 * counts.kept + 8),
+        ):
+            file = self.path / f"{name}.bin"
+            found = file.stat().st_size if file.exists() else None
+            if found != size:
+                raise CacheError(
+                    f"{file} should hold {size} bytes, found {found}: delete {self.path} to build it again"
+                )
+        self._arrays: tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64]] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)
+
+    def __len__(self) -> int:
+        return self.counts.kept
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """Token ids int32 [n] and loss mask uint8 [n] of a record, n <= seq_length + 1: views into the mapped files."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        tokens, mask, offsets = self._map()
+        start, end = offsets[index : index + 2]
+        return tokens[start:end], mask[start:end]
+
+    def _map(self) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64]]:
+        if self._arrays is None:
+            self._arrays = (
+                np.memmap(self.path / "tokens.bin", dtype=np.int32, mode="r"),
+                np.memmap(self.path / "loss_mask.bin", dtype=np.uint8, mode="r"),
+                np.memmap(self.path / "offsets.bin", dtype=np.int64, mode="r"),
+            )
+        return self._arrays
+
+    def report(self) -> str:
+        """What was read, kept, cut and left out, as text for a person."""
+        return _report(self.counts, self.seq_length, self.path)
+
+
+def build_token_cache(
+    paths: Sequence[str | Path],
+    *,
+    tokenizer: ChatTokenizer,
+    seq_length: int,
+    cache_dir: str | Path,
+    truncation: Truncation = "truncate",
+    on_bad_record: BadRecords = "stop",
+    progress: bool = True,
+) -> TokenCache:
+    """Open the token cache of these records under `cache_dir`, building it first unless it is there. In one process.
+
+    seq_length: records longer than seq_length + 1 tokens (inputs and shifted labels) are cut on the right (`truncate`),
+        left out (`drop`), or end the build (`error`); records without a trained token are left out. All are counted.
+    on_bad_record: `stop` raises at the first malformed record; `skip` counts it and writes it to errors.jsonl in the
+    cache. progress: a tqdm bar on stderr.
+
+    Raises RecordError naming file, line and field; TemplateError, whatever on_bad_record says, when the chat template
+    does not prove the loss mask; CacheError when no record is left.
+    """
+    settings = _Settings([str(path) for path in paths], tokenizer, seq_length, truncation, on_bad_record)
+    described = settings.describe()
+    final = Path(cache_dir) / _folder(described)
+    if final.exists():
+        return TokenCache(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _remove_dead_builds(final.parent)
+    building = final.parent / f".building-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    building.mkdir()
+    try:
+        _build(building, settings, described, progress)
+        try:
+            building.rename(final)
+        except OSError:  # another builder was faster: its bytes are the same
+            if not final.exists():
+                raise
+        else:
+            _sync(final.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return TokenCache(final)
+
+
+def open_token_cache(
+    paths: Sequence[str | Path],
+    *,
+    tokenizer: ChatTokenizer,
+    seq_length: int,
+    cache_dir: str | Path,
+    truncation: Truncation = "truncate",
+    on_bad_record: BadRecords = "stop",
+) -> TokenCache:
+    """Open the cache that `build_token_cache` makes of the same arguments; for the ranks that wait while one builds.
+
+    Raises CacheError when it is not there.
+    """
+    settings = _Settings([str(path) for path in paths], tokenizer, seq_length, truncation, on_bad_record)
+    final = Path(cache_dir) / _folder(settings.describe())
+    if not final.exists():
+        raise CacheError(
+            f"no token cache at {final}: build_token_cache must finish first, with the same files, tokenizer, template "
+            "and settings, on this machine or on a shared file system"
+        )
+    return TokenCache(final)
+
+
+def _folder(described: dict[str, Any]) -> str:
+    return f"tokens-{hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]}"
+
+
+def _build(folder: Path, settings: _Settings, described: dict[str, Any], progress: bool) -> None:
+    counts = Counts()
+    end_ids: set[int] = set()
+    with ExitStack() as stack:
+        tokens, mask, offsets = (
+            stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in ("tokens", "loss_mask", "offsets")
+        )
+        errors = stack.enter_context(ErrorLog(folder / "errors.jsonl"))
+        offsets.write(np.int64(0).tobytes())
+        for record, encoded in _encode(settings, errors, counts, stack.enter_context(_Progress(settings, progress))):
+            fitted = _fit(record, encoded, settings, counts)
+            if fitted is None:
+                continue
+            ids, trained = fitted
+            tokens.write(ids.astype("<i4", copy=False).tobytes())
+            mask.write(trained.tobytes())
+            counts.kept += 1
+            counts.tokens += len(ids)
+            counts.trained_tokens += int(trained[1:].sum())
+            offsets.write(np.int64(counts.tokens).tobytes())
+            end_ids |= encoded.end_ids
+        for file in (tokens, mask, offsets):
+            file.flush()
+            os.fsync(file.fileno())
+    if not counts.kept:
+        raise CacheError("no record is left to train on\n" + _report(counts, settings.seq_length, None))
+    meta = {
+        "settings": described,
+        "paths": settings.paths,
+        "chat_template": settings.tokenizer.template.source,
+        "end_of_turn_ids": sorted(end_ids),
+        "counts": asdict(counts),
+    }
+    with open(folder / "meta.json", "w", encoding="utf-8") as text:
+        json.dump(meta, text, indent=1, ensure_ascii=False)
+        text.flush()
+        os.fsync(text.fileno())
+
+
+def _encode(
+    settings: _Settings, errors: ErrorLog, counts: Counts, progress: "_Progress"
+) -> Iterator[tuple[Record, EncodedConversation]]:
+    """Every good record with its tokens, in order. Batches, because tokenizers encode batches on all cores."""
+    tokenizer = settings.tokenizer
+    batch: list[tuple[Record, RenderedConversation]] = []
+    size = 0
+
+    def on_error(error: RecordError) -> None:
+        if settings.on_bad_record == "stop":
+            raise error
+        errors(error)
+        counts.records += 1
+        counts.bad += 1
+
+    def flush() -> Iterator[tuple[Record, EncodedConversation]]:
+        try:
+            encoded = tokenize(tokenizer, [rendered for _, rendered in batch])
+        except TemplateError:
+            for record, rendered in batch:  # name the record that is to blame
+                try:
+                    tokenize(tokenizer, [rendered])
+                except TemplateError as error:
+                    raise TemplateError(f"{record.file}, line {record.line}: {error}") from error
+            raise
+        for (record, _), conversation in zip(batch, encoded, strict=True):
+            yield record, conversation
+        progress.records(len(batch))
+        batch.clear()
+
+    for record in read_records(settings.paths, on_error=on_error, on_bytes=progress.bytes):
+        try:
+            if record.extra.get("tools"):
+                raise ConversationError("a list of tools is not served: write it into the system message")
+            rendered = render_conversation(tokenizer, record.messages)
+        except ConversationError as error:
+            raw = json.dumps(record.messages, ensure_ascii=False, default=str)
+            on_error(RecordError(record.file, record.line, "messages", str(error), raw))
+            continue
+        except TemplateError as error:
+            raise TemplateError(f"{record.file}, line {record.line}: {error}") from error
+        counts.records += 1
+        counts.spells_special += rendered.spells_special
+        counts.unwritten += rendered.unwritten
+        batch.append((record, rendered))
+        size += len(rendered.text)
+        if len(batch) == _BATCH_RECORDS or size > _BATCH_CHARACTERS:
+            yield from flush()
+            size = 0
+    yield from flush()
+
+
+def _fit(
+    record: Record, encoded: EncodedConversation, settings: _Settings, counts: Counts
+) -> tuple[NDArray[np.int32], NDArray[np.uint8]] | None:
+    """Ids and mask cut to seq_length + 1 tokens; None if the record is left out. The first token is never a label."""
+    ids, mask, limit = encoded.ids, encoded.mask, settings.seq_length + 1
+    trained = int(mask[1:].sum())
+    if len(ids) > limit and trained:
+        if settings.truncation == "error":
+            raise RecordError(
+                record.file, record.line, "messages", f"{len(ids)} tokens are more than seq_length + 1 = {limit}"
+            )
+        if settings.truncation == "drop":
+            counts.dropped += 1
+            counts.lost_trained_tokens += trained
+            return None
+        ids, mask = ids[:limit], mask[:limit]
+        counts.lost_trained_tokens += trained - int(mask[1:].sum())
+    if not mask[1:].any():
+        counts.empty += 1
+        return None
+    counts.truncated += len(ids) < len(encoded.ids)
+    counts.straddling_spans += encoded.straddles
+    return ids, mask
+
+
+class _Progress:
+    """Records per second and the time left by the bytes read, on stderr."""
+
+    def __init__(self, settings: _Settings, enabled: bool):
+        from tqdm import tqdm
+
+        total = sum(Path(path).stat().st_size for path in settings.paths)
+        self._seen = 0
+        self._bar = tqdm(
+            total=total,
+            desc="tokenising",
+            unit="B",
+            unit_scale=True,
+            disable=not enabled,
+            file=sys.stderr,
+            mininterval=1.0,
+        )
+
+    @property
+    def bytes(self) -> OnBytes:
+        return self._bar.update
+
+    def records(self, count: int) -> None:
+        self._seen += count
+        elapsed = self._bar.format_dict["elapsed"] if not self._bar.disable else 0
+        if elapsed:
+            self._bar.set_postfix_str(f"{self._seen:,} records, {self._seen / elapsed:,.0f}/s", refresh=False)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _report(counts: Counts, seq_length: int, path: Path | None) -> str:
+    mean = counts.tokens / max(counts.kept, 1)
+    share = 100 * counts.trained_tokens / max(counts.tokens, 1)
+    lines = [
+        ("records read", counts.records, ""),
+        ("  kept", counts.kept, f"{mean:,.1f} tokens on average"),
+        ("  bad, skipped", counts.bad, f"see {path / 'errors.jsonl'}" if path and counts.bad else ""),
+        ("  empty, left out", counts.empty, "no trained token within the sequence length"),
+        ("  too long, left out", counts.dropped, f"more than {seq_length} + 1 tokens"),
+        ("truncated", counts.truncated, f"kept, cut to {seq_length} + 1 tokens"),
+        ("tokens", counts.tokens, ""),
+        ("trained tokens", counts.trained_tokens, f"{share:.1f} %"),
+        ("trained tokens lost", counts.lost_trained_tokens, "cut off or left out for length"),
+    ]
+    if counts.straddling_spans:
+        lines.append(("answers begun inside a token", counts.straddling_spans, "that token is not trained"))
+    if counts.spells_special:
+        lines.append(("records spelling special tokens", counts.spells_special, "read as these tokens"))
+    if counts.unwritten:
+        lines.append(("records not fully written", counts.unwritten, "the template leaves out or rewrites a message"))
+    rows = [f"{name:<32}{value:>16,}   {note}".rstrip() for name, value, note in lines]
+    return "\n".join([f"token cache {path}" if path else "token cache", *(f"  {row}" for row in rows)])
+
+
+def _remove_dead_builds(folder: Path) -> None:
+    """Delete what killed builds of this machine left behind. Other machines' processes cannot be seen from here."""
+    host = socket.gethostname()
+    for build in folder.glob(f".building-{host}-*"):
+        pid = build.name.removeprefix(f".building-{host}-").split("-")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(build, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
