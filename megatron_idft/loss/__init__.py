@@ -91,6 +91,8 @@ def vocab_parallel_loss(
     objective = resolve_objective(objective)
     token_loss = _BACKENDS[resolve_backend(backend, logits.device)]
     shard, vocab_size = vocab_shard(logits.shape[-1], vocab_size, tp_group)
+    if labels.device.type == "cpu":
+        _reject_invalid(labels, vocab_size)
     labels, invalid_labels = _ignore_invalid(labels, vocab_size)
     return LossOutput(*token_loss(logits, labels, objective, shard, vocab_size), invalid_labels)
 
@@ -111,13 +113,16 @@ def _check_tensors(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels must be on the logits' device {logits.device}, got {labels.device}")
 
 
-def _ignore_invalid(labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Labels with those >= vocab_size ignored, and their number."""
-    invalid = labels >= vocab_size
-    count = invalid.sum()
-    if labels.device.type == "cpu" and count:
+def _reject_invalid(labels: Tensor, vocab_size: int) -> None:
+    invalid = labels[labels >= vocab_size]
+    if invalid.numel():
         raise ValueError(
-            f"{int(count)} of {labels.numel()} labels are >= vocab_size {vocab_size}, the first being "
-            f"{int(labels[invalid][0])}; check that data and model use one tokenizer, or set vocab_size"
+            f"{invalid.numel()} of {labels.numel()} labels are >= vocab_size {vocab_size}, the first being "
+            f"{int(invalid[0])}; check that data and model use one tokenizer, or set vocab_size"
         )
-    return torch.where(invalid, IGNORED, labels), count
+
+
+def _ignore_invalid(labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Labels with those >= vocab_size ignored, and their number, without looking at either on the host."""
+    invalid = labels >= vocab_size
+    return torch.where(invalid, IGNORED, labels), invalid.sum()

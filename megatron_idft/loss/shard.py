@@ -26,7 +26,8 @@ class VocabShard(NamedTuple):
         if self.tp_group is None or self.tp_group.size() == 1 or state.numel() == 0:
             return state.unsqueeze(0)
         states = state.new_empty(self.tp_group.size(), *state.shape)
-        torch.distributed.all_gather_into_tensor(states, state, group=self.tp_group)
+        # Concatenated along the first dimension: the one form that gloo and NCCL both take.
+        torch.distributed.all_gather_into_tensor(states.flatten(0, 1), state, group=self.tp_group)
         return states
 
 

@@ -1,0 +1,313 @@
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_idft.objectives import (
+    LambdaSchedule,
+    Objective,
+    ce,
+    dft,
+    entropy,
+    idft,
+    objective_names,
+    resolve_objective,
+)
+from megatron_idft.statistics import TokenStatistics
+
+VOCAB = 50
+
+
+def make_statistics(log_prob: list[float], entropies: list[float], labels: list[int] | None = None) -> TokenStatistics:
+    return TokenStatistics(
+        torch.tensor(log_prob), torch.tensor(entropies), torch.tensor(labels or [1] * len(log_prob)), VOCAB
+    )
+
+
+# A sure token, one of typical likelihood, an anomalous one, one far above its entropy, one of probability 1e-13.
+LOG_PROB = [-0.01, -1.5, -9.0, -0.2, -30.0]
+ENTROPY = [0.05, 1.5, 0.4, 3.5, 2.0]
+STATISTICS = make_statistics(LOG_PROB, ENTROPY)
+
+
+def naive_idft(log_prob: float, h: float, beta: float, low: float, high: float, lam: float) -> float:
+    gamma = min(max(math.exp(-(log_prob + h) / beta), low), high)
+    return math.exp((1 + lam * (gamma - 1)) * log_prob)
+
+
+NAIVE = {
+    "ce": lambda lp, h: 1.0,
+    "dft": lambda lp, h: math.exp(lp),
+    "idft": lambda lp, h: naive_idft(lp, h, 1.0, 0.1, 2.0, 1.0),
+    "entropy": lambda lp, h: h / math.log(VOCAB),
+}
+
+
+def test_every_registered_objective_has_a_formula_here() -> None:
+    assert set(objective_names()) == set(NAIVE)
+
+
+@pytest.mark.parametrize("name", NAIVE)
+def test_weight_equals_the_formula(name: str) -> None:
+    weight = resolve_objective(name).weight(STATISTICS)
+    assert weight.dtype == torch.float32 and not weight.requires_grad
+    expected = [NAIVE[name](lp, h) for lp, h in zip(LOG_PROB, ENTROPY, strict=True)]
+    # exp amplifies the fp32 rounding of its argument by |argument| <= 60 here: 60 * 2^-24 = 3.6e-6.
+    torch.testing.assert_close(weight.double(), torch.tensor(expected, dtype=torch.float64), rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("beta,low,high,lam", [(1.0, 0.1, 2.0, 0.5), (0.5, 0.0, 1.0, 1.0), (3.0, 0.7, 5.0, 0.25)])
+def test_idft_hyperparameters(beta: float, low: float, high: float, lam: float) -> None:
+    weight = idft(beta, low, high, lam).weight(STATISTICS)
+    expected = [naive_idft(lp, h, beta, low, high, lam) for lp, h in zip(LOG_PROB, ENTROPY, strict=True)]
+    # 5 * 30 nats is the largest exponent; see above. Below exp(-103) fp32 has only 0.
+    torch.testing.assert_close(weight.double(), torch.tensor(expected, dtype=torch.float64), rtol=2e-5, atol=1e-45)
+
+
+def test_gamma_is_clamped_and_typical_tokens_have_gamma_one() -> None:
+    gamma = idft().gamma(STATISTICS)
+    assert gamma is not None
+    assert gamma[1].item() == 1.0  # phi = 0
+    assert gamma[2].item() == 2.0  # phi = -8.6
+    assert gamma[3].item() == pytest.approx(0.1, rel=1e-6)  # phi = 3.3 > -ln 0.1
+    assert [objective.gamma(STATISTICS) for objective in (ce(), dft(), entropy())] == [None, None, None]
+
+
+def test_raw_gamma_does_not_follow_lambda() -> None:
+    half, full = idft(gamma_lambda=0.5), idft(gamma_lambda=1.0)
+    raw, gamma = half.raw_gamma(STATISTICS), half.gamma(STATISTICS)
+    assert raw is not None and gamma is not None
+    assert torch.equal(raw, full.gamma(STATISTICS))
+    torch.testing.assert_close(gamma, 1 + 0.5 * (raw - 1))
+    assert dft().raw_gamma(STATISTICS) is None
+
+
+def test_lambda_zero_is_exactly_dft() -> None:
+    for gamma_lambda in (0.0, torch.zeros(())):
+        assert torch.equal(idft(gamma_lambda=gamma_lambda).weight(STATISTICS), dft().weight(STATISTICS))
+
+
+def test_lambda_tensor_is_read_at_every_call() -> None:
+    gamma_lambda = torch.zeros(())
+    objective = idft(gamma_lambda=gamma_lambda)
+    for value in (0.0, 0.5, 1.0):
+        gamma_lambda.fill_(value)
+        assert torch.equal(objective.weight(STATISTICS), idft(gamma_lambda=value).weight(STATISTICS))
+
+
+@pytest.mark.parametrize("name", NAIVE)
+@pytest.mark.parametrize("h", [0.0, 5.0])
+def test_weight_is_finite_for_a_target_of_no_probability(name: str, h: float) -> None:
+    weight = resolve_objective(name).weight(make_statistics([-1e30, -3.4e38, -104.0], [h] * 3))
+    assert weight.isfinite().all()
+    if name in ("dft", "idft"):
+        assert weight[0] == 0
+
+
+def test_gradient_of_unlikely_tokens_is_not_cut() -> None:
+    # The authors' code clamps p at 1e-10: below, weight and gradient stop following the formula.
+    assert dft().weight(make_statistics([-30.0], [0.0])).item() == pytest.approx(math.exp(-30.0), rel=1e-5)
+
+
+def test_entropy_weight_of_a_single_token_vocabulary_is_zero() -> None:
+    statistics = TokenStatistics(torch.zeros(2), torch.zeros(2), torch.zeros(2, dtype=torch.long), 1)
+    assert entropy().weight(statistics).tolist() == [0.0, 0.0]
+
+
+def test_ignored_positions_have_weight_zero_under_every_modifier() -> None:
+    statistics = make_statistics([0.0, -1.0], [0.0, 1.0], [-100, 4])
+    for name in NAIVE:
+        objective = resolve_objective(name, weight_floor=0.5, exempt_token_ids=[4, 7])
+        assert objective.weight(statistics).tolist() == [0.0, 1.0]
+
+
+def test_weight_floor_raises_only_smaller_weights() -> None:
+    plain, floored = dft().weight(STATISTICS), dft().with_weight_floor(0.2).weight(STATISTICS)
+    assert torch.equal(floored, torch.where(plain < 0.2, 0.2, plain))
+    assert (plain < 0.2).any() and (plain > 0.2).any()
+
+
+def test_exempt_tokens_have_weight_one() -> None:
+    statistics = make_statistics(LOG_PROB, ENTROPY, [3, 4, 5, 4, -1])
+    plain, exempt = idft().weight(statistics), idft().with_exempt_tokens((4, 49)).weight(statistics)
+    assert exempt[[1, 3]].tolist() == [1.0, 1.0]
+    assert torch.equal(exempt[[0, 2, 4]], plain[[0, 2, 4]])
+    assert plain[1] != 1 and plain[3] != 1
+
+
+def test_modifiers_keep_the_original_and_each_other() -> None:
+    original = idft()
+    modified = original.with_weight_floor(0.1).with_exempt_tokens([2])
+    assert (modified.weight_floor, modified.exempt_token_ids) == (0.1, (2,))
+    assert (original.weight_floor, original.exempt_token_ids) == (0.0, ())
+    assert modified.gamma(STATISTICS) is not None
+
+
+@pytest.mark.parametrize(
+    "hyperparameters,named",
+    [
+        ({"beta": 0.0}, "beta"),
+        ({"beta": -1.0}, "beta"),
+        ({"beta": math.nan}, "beta"),
+        ({"gamma_min": -0.1}, "gamma_min"),
+        ({"gamma_min": 3.0}, "gamma_min"),
+        ({"gamma_max": math.inf}, "gamma_max"),
+        ({"gamma_lambda": 1.5}, "gamma_lambda"),
+        ({"gamma_lambda": torch.ones(1)}, "gamma_lambda"),
+        ({"gamma_lambda": torch.ones((), dtype=torch.float64)}, "gamma_lambda"),
+        ({"weight_floor": 1.5}, "weight_floor"),
+        ({"weight_floor": -0.1}, "weight_floor"),
+        ({"exempt_token_ids": [-1]}, "exempt_token_ids"),
+        ({"exempt_token_ids": [1.5]}, "exempt_token_ids"),
+    ],
+)
+def test_bad_hyperparameters_are_named(hyperparameters: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        resolve_objective("idft", **hyperparameters)  # type: ignore[arg-type]
+
+
+def test_resolve_objective_accepts_names_and_objects() -> None:
+    assert resolve_objective("idft", beta=2.0).hyperparameters["beta"] == 2.0
+    objective = idft(beta=3.0)
+    assert resolve_objective(objective) is objective
+    with pytest.raises(ValueError, match=r"unknown objective 'nope'.*ce, dft, idft, entropy"):
+        resolve_objective("nope")
+    with pytest.raises(TypeError, match=r"'dft' has no hyper-parameter beta"):
+        resolve_objective("dft", beta=1.0)
+    with pytest.raises(TypeError, match=r"beta"):
+        resolve_objective(objective, beta=1.0)
+    with pytest.raises(TypeError, match=r"must be a name .* got function"):
+        resolve_objective(test_resolve_objective_accepts_names_and_objects)  # type: ignore[arg-type]
+
+
+USER_MODULE = """
+import torch
+from megatron_idft import Objective
+
+def chord(statistics):
+    p = statistics.log_prob.exp()
+    return p * (1 - p)
+
+def attached(statistics):
+    return statistics.log_prob.exp().double().requires_grad_()
+
+def wrong_shape(statistics):
+    return statistics.log_prob.sum()
+
+def wrong_dtype(statistics):
+    return statistics.labels
+
+def not_a_tensor(statistics):
+    return 1.0
+
+ready = Objective("ready", chord)
+number = 3
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "user_objectives.py").write_text(USER_MODULE)
+    (tmp_path / "broken_objectives.py").write_text("import a_module_that_does_not_exist\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "user_objectives", raising=False)
+    return "user_objectives"
+
+
+def test_user_objective_works_with_modifiers(user_module: str) -> None:
+    objective = resolve_objective(f"{user_module}:chord", weight_floor=0.01, exempt_token_ids=[9])
+    assert objective.name == f"{user_module}:chord" and objective.gamma(STATISTICS) is None
+    p = torch.tensor(LOG_PROB).exp()
+    torch.testing.assert_close(objective.weight(STATISTICS), (p * (1 - p)).clamp(min=0.01))
+    assert resolve_objective(f"{user_module}:ready").name == "ready"
+
+
+def test_user_weight_is_detached_and_fp32(user_module: str) -> None:
+    weight = resolve_objective(f"{user_module}:attached").weight(STATISTICS)
+    assert weight.dtype == torch.float32 and not weight.requires_grad
+
+
+def test_weight_of_attached_statistics_carries_no_gradient() -> None:
+    log_prob = torch.tensor(LOG_PROB, requires_grad=True)
+    statistics = TokenStatistics(log_prob, torch.tensor(ENTROPY), torch.ones(5, dtype=torch.long), VOCAB)
+    for name in NAIVE:
+        assert not resolve_objective(name).weight(statistics).requires_grad
+
+
+@pytest.mark.parametrize(
+    "attribute,error",
+    [("wrong_shape", ValueError), ("wrong_dtype", ValueError), ("not_a_tensor", TypeError)],
+)
+def test_bad_user_results_name_the_objective(user_module: str, attribute: str, error: type[Exception]) -> None:
+    with pytest.raises(error, match=attribute):
+        resolve_objective(f"{user_module}:{attribute}").weight(STATISTICS)
+
+
+@pytest.mark.parametrize(
+    "spec,message",
+    [
+        ("no_such_module:f", "cannot import 'no_such_module'.*PYTHONPATH"),
+        ("broken_objectives:f", "a_module_that_does_not_exist"),
+        ("user_objectives:missing", "has no 'missing'"),
+        ("user_objectives:number", "is a int"),
+        ("user_objectives:", "module:function"),
+        (":f", "module:function"),
+    ],
+)
+def test_bad_user_specs_are_named(user_module: str, spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        resolve_objective(spec)
+    assert spec in str(caught.value)
+
+
+def test_a_users_own_objective_object() -> None:
+    def half(statistics: TokenStatistics) -> Tensor:
+        return torch.full_like(statistics.log_prob, 0.5)
+
+    assert Objective("half", half).weight(STATISTICS).tolist() == [0.5] * 5
+
+
+def test_schedule_counts_completed_iterations() -> None:
+    schedule = LambdaSchedule(warmup_iterations=3, ramp_iterations=4)
+    values = [schedule.value(iteration) for iteration in range(9)]
+    assert values == [0.0, 0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_schedule_without_warmup_or_ramp() -> None:
+    assert [LambdaSchedule(0, 0).value(i) for i in (0, 1, 100)] == [1.0, 1.0, 1.0]
+    assert [LambdaSchedule(2, 0).value(i) for i in range(4)] == [0.0, 0.0, 1.0, 1.0]
+    assert [LambdaSchedule(0, 2).value(i) for i in range(4)] == [0.0, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "shares,iterations,expected",
+    [
+        ((0.0, 0.0), 10, (0, 0)),
+        ((0.2, 0.1), 1000, (200, 100)),  # the defaults of the authors' code
+        ((0.7, 0.3), 10, (7, 3)),  # sums to 1, in floating point slightly off
+        ((0.9, 0.1), 10, (9, 1)),
+        ((0.25, 0.25), 7, (2, 2)),  # both ends are rounded, so that they never lie beyond the last iteration
+        ((0.35, 0.65), 3, (1, 2)),
+        ((1.0, 0.0), 5, (5, 0)),
+    ],
+)
+def test_schedule_from_shares(shares: tuple[float, float], iterations: int, expected: tuple[int, int]) -> None:
+    schedule = LambdaSchedule.from_shares(*shares, iterations)
+    assert (schedule.warmup_iterations, schedule.ramp_iterations) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments,named",
+    [((-0.1, 0, 10), "warmup_share"), ((0, 1.1, 10), "ramp_share"), ((0.6, 0.5, 10), "exceed 1"), ((0, 0, 0), "train")],
+)
+def test_bad_shares_are_named(arguments: tuple[float, float, int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        LambdaSchedule.from_shares(*arguments)
+
+
+def test_negative_iterations_are_named() -> None:
+    with pytest.raises(ValueError, match="ramp_iterations"):
+        LambdaSchedule(0, -1)
