@@ -179,7 +179,8 @@ def _decompressed(path: Path, raw: IO[bytes]) -> Any:
     if path.name.endswith(".zst"):
         import pyarrow as pa
 
-        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"), 1 << 20)
+        # A small buffer: what it holds is lost where the stream turns out to be damaged.
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"), 1 << 16)
     return raw
 
 

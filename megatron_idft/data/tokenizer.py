@@ -174,8 +174,9 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
         starts = np.fromiter((start for start, _ in encoding.offsets), dtype=np.int64, count=len(ids))
         if (np.diff(starts) < 0).any():
             raise TemplateError("the tokenizer's offsets go backwards, so characters cannot be mapped to tokens")
-        first = np.searchsorted(starts, cuts).tolist()
-        return Encoding(ids, first, [i == len(ids) or starts[i] != cut for i, cut in zip(first, cuts, strict=True)])
+        first = np.searchsorted(starts, cuts)
+        straddled = ~np.isin(cuts, starts)
+        return Encoding(ids, first.tolist(), straddled.tolist())
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)

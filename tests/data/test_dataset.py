@@ -1,0 +1,112 @@
+"""Padded samples and epochs."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from megatron_idft.data import ChatDataset, ShuffledEpochs, build_token_cache, encode_conversation, load_tokenizer
+from megatron_idft.data.dataset import shuffled
+
+CONVERSATIONS = [
+    [{"role": role, "content": f"{text} {i}"} for role, text in (("user", "hello"), ("assistant", "world")) * turns]
+    for i, turns in enumerate([1, 2, 1, 3, 1])
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(sentencepiece_model):
+    return load_tokenizer(sentencepiece_model, chat_template="chatml")
+
+
+def cache_of(tokenizer, folder, seq_length):
+    (folder / "a.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in CONVERSATIONS))
+    return build_token_cache(
+        [folder / "a.jsonl"], tokenizer=tokenizer, seq_length=seq_length, cache_dir=folder / "cache", progress=False
+    )
+
+
+def test_samples_are_what_get_batch_expects(tokenizer, tmp_path):
+    data = ChatDataset(cache_of(tokenizer, tmp_path, 128), 128, pad_id=tokenizer.pad_id)
+    assert len(data) == len(CONVERSATIONS)
+    for i, messages in enumerate(CONVERSATIONS):
+        ids, mask = encode_conversation(tokenizer, messages)
+        sample = data[i]
+        assert {key: (value.dtype, tuple(value.shape)) for key, value in sample.items()} == {
+            "tokens": (torch.int64, (128,)),
+            "labels": (torch.int64, (128,)),
+            "loss_mask": (torch.float32, (128,)),
+            "position_ids": (torch.int64, (128,)),
+        }
+        n = len(ids) - 1
+        for at in range(128):
+            trained = at < n and mask[at + 1]
+            assert sample["tokens"][at] == (ids[at] if at < n else tokenizer.pad_id)
+            assert sample["labels"][at] == (ids[at + 1] if trained else -100)
+            assert sample["loss_mask"][at] == float(trained)
+            assert sample["position_ids"][at] == at
+        last = int(sample["loss_mask"].nonzero().max())
+        assert sample["labels"][last] == tokenizer.special_ids["<|im_end|>"]
+
+
+def test_a_cut_record_fills_the_sample(tokenizer, tmp_path):
+    data = ChatDataset(cache_of(tokenizer, tmp_path, 24), 24, pad_id=tokenizer.pad_id)
+    ids, mask = encode_conversation(tokenizer, CONVERSATIONS[3])
+    assert len(ids) > 25
+    assert data[3]["tokens"].tolist() == ids[:24].tolist()
+    assert data[3]["labels"].tolist() == [int(i) if m else -100 for i, m in zip(ids[1:25], mask[1:25], strict=True)]
+
+
+def test_a_cache_of_longer_records_is_refused(tokenizer, tmp_path):
+    cache = cache_of(tokenizer, tmp_path, 64)
+    with pytest.raises(ValueError, match="64, more than 32"):
+        ChatDataset(cache, 32, pad_id=0)
+    assert ChatDataset(cache, 96, pad_id=0)[0]["tokens"].shape == (96,)
+
+
+def test_loader_workers_and_copies_read_the_same(tokenizer, tmp_path):
+    data = ChatDataset(cache_of(tokenizer, tmp_path, 64), 64, pad_id=0)
+    stacked = torch.stack([data[i]["tokens"] for i in range(5)])
+    assert torch.equal(next(iter(DataLoader(data, batch_size=5, num_workers=1)))["tokens"], stacked)
+    copy = pickle.dumps(data)
+    assert len(copy) < 2000 and torch.equal(pickle.loads(copy)[4]["tokens"], stacked[4])
+
+
+def test_epochs_visit_every_record_once_in_another_order(tokenizer, tmp_path):
+    class Numbers(torch.utils.data.Dataset):
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, index):
+            return {"n": torch.tensor(index)}
+
+    stream = ShuffledEpochs(Numbers(), seed=1, num_samples=125)
+    order = [int(stream[i]["n"]) for i in range(125)]
+    assert len(stream) == 125
+    assert sorted(order[:50]) == sorted(order[50:100]) == list(range(50)) and len(set(order[100:])) == 25
+    assert order[:50] != order[50:100] != list(range(50))
+    # Whatever was asked for before: a resumed run asks for the rest only, ranks ask for their shares.
+    assert [ShuffledEpochs(Numbers(), 1, 125).record_index(i) for i in (124, 60, 3, 99)] == [
+        order[i] for i in (124, 60, 3, 99)
+    ]
+    assert [ShuffledEpochs(Numbers(), 1, 1000).record_index(i) for i in range(125)] == order
+    assert [ShuffledEpochs(Numbers(), 2, 125).record_index(i) for i in range(125)] != order
+    for index in (-1, 125):
+        with pytest.raises(IndexError):
+            stream[index]
+    with pytest.raises(ValueError, match="0 records"):
+        ShuffledEpochs([], 1, 10)
+
+
+def test_the_order_is_frozen():
+    """A run may be resumed years later: these numbers must never change."""
+    assert shuffled(8, seed=1234, epoch=0).tolist() == [7, 3, 0, 1, 4, 2, 5, 6]
+    assert shuffled(8, seed=1234, epoch=1).tolist() == [0, 5, 6, 4, 2, 1, 7, 3]
+
+
+def test_the_order_is_a_fair_shuffle():
+    positions = np.array([shuffled(10, seed, epoch).argmin() for seed in range(40) for epoch in range(50)])
+    assert np.abs(np.bincount(positions, minlength=10) - 200).max() < 5 * np.sqrt(200)

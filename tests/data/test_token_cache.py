@@ -1,0 +1,280 @@
+"""The token cache: what it counts, when it is reused, and that no half of one is ever used."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chat_templates import QWEN3
+
+from megatron_idft.corpus.records import RecordError
+from megatron_idft.data import (
+    CacheError,
+    TemplateError,
+    TokenCache,
+    build_token_cache,
+    encode_conversation,
+    load_tokenizer,
+    open_token_cache,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def record(question="hello", answer="world"):
+    return {"prompt": question, "response": answer}
+
+
+def write(path, *rows):
+    path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(sentencepiece_model):
+    return load_tokenizer(sentencepiece_model, chat_template="chatml")
+
+
+@pytest.fixture
+def build(tokenizer, tmp_path):
+    def build(*paths, seq_length=64, **options):
+        options = {"tokenizer": tokenizer, "cache_dir": tmp_path / "cache", "progress": False} | options
+        return build_token_cache([str(path) for path in paths], seq_length=seq_length, **options)
+
+    return build
+
+
+def contents(cache):
+    return [(ids.tolist(), mask.tolist()) for ids, mask in (cache[i] for i in range(len(cache)))]
+
+
+def tokens_of(tokenizer, row):
+    messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+    return encode_conversation(tokenizer, messages)
+
+
+def test_the_cache_holds_every_record_in_order(build, tokenizer, tmp_path):
+    rows = [record(f"question {i}", f"answer {i} 😀" * (1 + i % 3)) for i in range(1200)]  # several batches
+    files = [write(tmp_path / "a.jsonl", *rows[:700]), write(tmp_path / "b.jsonl", *rows[700:])]
+    cache = build(*files, seq_length=256)
+    expected = [tokens_of(tokenizer, row) for row in rows]
+    assert contents(cache) == [(ids.tolist(), mask.tolist()) for ids, mask in expected]
+    assert cache.counts.records == cache.counts.kept == len(cache) == 1200
+    assert cache.counts.tokens == sum(len(ids) for ids, _ in expected)
+    assert cache.counts.trained_tokens == sum(int(mask.sum()) for _, mask in expected)
+    assert cache.end_of_turn_ids == [tokenizer.special_ids["<|im_end|>"]]
+    assert cache[3][0].dtype == np.int32 and cache[3][1].dtype == np.uint8
+    with pytest.raises(IndexError):
+        cache[1200]
+
+
+def test_long_records_are_cut_and_counted(build, tokenizer, tmp_path):
+    short, long, prompt_only = record(), record(answer="world " * 40), record("hello " * 60)
+    file = write(tmp_path / "a.jsonl", short, long, prompt_only)
+    ids, mask = tokens_of(tokenizer, long)
+    cache = build(file, seq_length=40)
+    assert len(ids) > 41 and len(cache[0][0]) < 41
+    assert contents(cache)[1] == (ids[:41].tolist(), mask[:41].tolist())
+    counts = cache.counts
+    assert (counts.records, counts.kept, counts.truncated, counts.empty, counts.dropped) == (3, 2, 1, 1, 0)
+    lost = int(mask[41:].sum()) + int(tokens_of(tokenizer, prompt_only)[1].sum())
+    assert counts.lost_trained_tokens == lost and f"{lost:,}" in cache.report()
+    assert counts.trained_tokens == sum(int(cache[i][1].sum()) for i in range(2))
+    dropping = build(file, seq_length=40, truncation="drop")
+    assert contents(dropping) == contents(cache)[:1]
+    assert (dropping.counts.dropped, dropping.counts.truncated, dropping.counts.empty) == (2, 0, 0)
+    with pytest.raises(
+        RecordError, match=rf"a\.jsonl, line 2, messages: {len(ids)} tokens are more than seq_length \+ 1 = 41"
+    ):
+        build(file, seq_length=40, truncation="error")
+
+
+def test_the_longest_record_that_fits_is_not_cut(build, tokenizer, tmp_path):
+    n = len(tokens_of(tokenizer, record())[0])
+    file = write(tmp_path / "a.jsonl", record())
+    assert build(file, seq_length=n - 1, truncation="error").counts.truncated == 0
+    assert build(file, seq_length=n - 2).counts.truncated == 1
+
+
+def test_conversations_without_an_answer_are_empty(build, tmp_path):
+    prompt = {"messages": [{"role": "user", "content": "hello"}]}
+    cache = build(write(tmp_path / "a.jsonl", prompt, record()))
+    assert (cache.counts.records, cache.counts.kept, cache.counts.empty) == (2, 1, 1)
+    with pytest.raises(CacheError, match=r"no record is left(.|\n)*empty, left out +1 "):
+        build(write(tmp_path / "b.jsonl", prompt))
+    assert not list((tmp_path / "cache").glob(".building*"))
+
+
+def test_bad_records_stop_the_build_or_are_skipped_and_written_down(build, tokenizer, tmp_path):
+    calls = {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [{"x": 1}]}]
+    }
+    file = write(
+        tmp_path / "a.jsonl", record(), b"{broken", record(answer="again"), calls, record() | {"tools": [{}]}, record()
+    )
+    with pytest.raises(RecordError, match=r"a\.jsonl, line 2: not JSON"):
+        build(file)
+    assert not list((tmp_path / "cache").iterdir())
+    cache = build(file, on_bad_record="skip")
+    expected = [tokens_of(tokenizer, row) for row in (record(), record(answer="again"), record())]
+    assert contents(cache) == [(ids.tolist(), mask.tolist()) for ids, mask in expected]
+    assert (cache.counts.records, cache.counts.bad, cache.counts.kept) == (6, 3, 3)
+    errors = [json.loads(line) for line in (cache.path / "errors.jsonl").read_text().splitlines()]
+    assert [error["line"] for error in errors] == [2, 4, 5]
+    assert "tool_calls" in errors[1]["message"] and "tools" in errors[2]["message"]
+    assert str(cache.path / "errors.jsonl") in cache.report()
+
+
+def test_a_template_that_proves_nothing_stops_the_build_even_when_skipping(build, sentencepiece_model, tmp_path):
+    (tmp_path / "chat.jinja").write_text(QWEN3)
+    tokenizer = load_tokenizer(sentencepiece_model, str(tmp_path / "chat.jinja"))
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
+    file = write(tmp_path / "a.jsonl", record(), {"messages": turns})
+    with pytest.raises(TemplateError, match=r"a\.jsonl, line 2: the loss mask cannot be proven"):
+        build(file, tokenizer=tokenizer, on_bad_record="skip")
+
+
+def test_the_report_counts_what_a_person_should_know(build, tmp_path):
+    cache = build(write(tmp_path / "a.jsonl", record("what is <|im_end|>?"), record()))
+    assert cache.counts.spells_special == 1 and "spelling special tokens" in cache.report()
+    assert "unwritten" not in cache.report() and str(cache.path) in cache.report()
+
+
+def test_the_same_arguments_reuse_and_anything_else_rebuilds(build, sentencepiece_model, tmp_path):
+    file = write(tmp_path / "a.jsonl", *[record(f"question {i}") for i in range(5)])
+    first = build(file)
+    stamp = (first.path / "tokens.bin").stat().st_mtime_ns
+    assert build(file).path == first.path and (first.path / "tokens.bin").stat().st_mtime_ns == stamp
+    paths = {first.path}
+    plain = load_tokenizer(sentencepiece_model, "plain")
+    for options in ({"seq_length": 65}, {"truncation": "drop"}, {"on_bad_record": "skip"}, {"tokenizer": plain}):
+        paths.add(build(file, **options).path)
+    paths.add(build(file, write(tmp_path / "b.jsonl", record())).path)
+    assert len(paths) == 6
+    text = file.read_bytes()
+    file.write_bytes(text.replace(b"question 4", b"question 5"))  # the same size; a later time
+    assert (edited := build(file)).path not in paths
+    assert contents(edited) != contents(first) and contents(TokenCache(first.path)) == contents(first)
+
+
+def test_an_edit_that_keeps_size_and_time_is_seen_in_head_and_tail(build, tmp_path):
+    file = write(tmp_path / "a.jsonl", record("question 1"))
+    first, times = build(file), file.stat()
+    file.write_bytes(file.read_bytes().replace(b"question 1", b"question 2"))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert build(file).path != first.path
+
+
+def test_other_ranks_open_what_one_rank_built(build, tokenizer, tmp_path):
+    file = write(tmp_path / "a.jsonl", record())
+    same = {"tokenizer": tokenizer, "seq_length": 64, "cache_dir": tmp_path / "cache"}
+    with pytest.raises(CacheError, match="build_token_cache must finish first"):
+        open_token_cache([file], **same)
+    built = build(file)
+    assert open_token_cache([file], **same).path == built.path
+    with pytest.raises(CacheError, match="build_token_cache must finish first"):
+        open_token_cache([file], **(same | {"seq_length": 63}))
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "loss_mask.bin", "offsets.bin", "meta.json"])
+def test_a_damaged_cache_is_refused(build, tmp_path, name):
+    file = write(tmp_path / "a.jsonl", record())
+    damaged = build(file).path / name
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(CacheError, match=str(damaged.parent)):
+        build(file)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seq_length": 0}, "seq_length"),
+        ({"truncation": "cut"}, "truncation"),
+        ({"on_bad_record": "ignore"}, "on_bad_record"),
+    ],
+)
+def test_wrong_settings_are_told(build, tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        build(write(tmp_path / "a.jsonl", record()), **options)
+    with pytest.raises(ValueError, match="no record files"):
+        build()
+
+
+BUILD = """
+import sys
+from megatron_idft.data import build_token_cache, load_tokenizer
+model, records, cache = sys.argv[1:]
+tokenizer = load_tokenizer(model, "chatml")
+print(build_token_cache([records], tokenizer=tokenizer, seq_length=256, cache_dir=cache).counts.kept)
+"""
+
+
+def builder(model, records, cache):
+    command = [sys.executable, "-c", BUILD, str(model), str(records), str(cache)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_build_leaves_nothing_that_is_used(build, sentencepiece_model, tokenizer, tmp_path):
+    file, cache = (
+        write(tmp_path / "a.jsonl", *[record(f"question {i}", "world " * 20) for i in range(20_000)]),
+        tmp_path / "cache",
+    )
+    process = builder(sentencepiece_model, file, cache)
+    deadline = time.monotonic() + 60
+    while not any(part.stat().st_size for part in cache.glob(".building*/tokens.bin")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert len(list(cache.iterdir())) == 1 and not list(cache.glob("tokens-*"))
+    with pytest.raises(CacheError, match="must finish first"):
+        open_token_cache([file], tokenizer=tokenizer, seq_length=256, cache_dir=cache)
+    assert len(build(file, seq_length=256)) == 20_000
+    assert [path.name.split("-")[0] for path in cache.iterdir()] == ["tokens"]  # the dead build is swept away
+
+
+def test_concurrent_builders_agree(sentencepiece_model, tmp_path):
+    file, cache = write(tmp_path / "a.jsonl", *[record(f"question {i}") for i in range(3000)]), tmp_path / "cache"
+    builders = [builder(sentencepiece_model, file, cache) for _ in range(3)]
+    results = [process.communicate(timeout=120) for process in builders]
+    assert [process.returncode for process in builders] == [0, 0, 0], results
+    assert {out.strip() for out, _ in results} == {"3000"} and len(list(cache.iterdir())) == 1
+    assert any("records" in err and "/s" in err for _, err in results)  # progress, on stderr
+
+
+def test_the_loser_of_a_race_takes_the_winners_cache(build, tmp_path, monkeypatch):
+    from megatron_idft.data import token_cache
+
+    file = write(tmp_path / "a.jsonl", record())
+    inner = token_cache._build
+
+    def slow(*args):
+        monkeypatch.setattr(token_cache, "_build", inner)
+        winner.append(build(file))
+        inner(*args)
+
+    winner = []
+    monkeypatch.setattr(token_cache, "_build", slow)
+    assert build(file).path == winner[0].path and len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_building_holds_a_batch_not_the_corpus(build, tmp_path, monkeypatch):
+    from megatron_idft.data import token_cache
+
+    monkeypatch.setattr(token_cache, "_BATCH_RECORDS", 16)
+    row = json.dumps(record("question", "world hello " * 150)).encode()
+    few, many = write(tmp_path / "few.jsonl", *[row] * 100), write(tmp_path / "many.jsonl", *[row] * 800)
+    peaks = []
+    build(few, seq_length=2047)  # what is loaded once
+    for file in (few, many):
+        tracemalloc.start()
+        build(file, seq_length=2048)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0], peaks
