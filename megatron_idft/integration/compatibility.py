@@ -37,31 +37,43 @@ def repair_compile_helpers() -> None:
 def repair_distributed_optimizer_load() -> None:
     """Let `--use-distributed-optimizer` resume with torch's Adam (no Transformer Engine, no APEX).
 
-    optimizer/distrib_optimizer.py reads Adam's step from the parameters' states before it loads a checkpoint, and torch's Adam has
-    none before its first step. Give it what it has after zero steps; the checkpoint overwrites it.
+    optimizer/distrib_optimizer.py is written for FusedAdam, which has one step for all. It reads the step from the parameters'
+    states before it loads a checkpoint, where torch's Adam has none yet; then hands all of them one tensor, which torch's Adam
+    advances once per parameter, and overwrites it with the value from before the load.
     """
-    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    module: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     optimizer_class = module.DistributedOptimizer
-    if module.HAVE_APEX_OR_TE or hasattr(optimizer_class.sharded_state_dict, "__wrapped__"):
+    if module.HAVE_APEX_OR_TE or hasattr(optimizer_class.load_state_dict, "__wrapped__"):
         return
     import torch
 
-    upstream = optimizer_class.sharded_state_dict
+    upstream_sharded = optimizer_class.sharded_state_dict
+    upstream_load = optimizer_class.load_state_dict
 
-    @functools.wraps(upstream)
-    def sharded_state_dict(self: Any, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
-        if is_loading and not self.is_stub_optimizer and isinstance(self.optimizer, torch.optim.Adam):
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    if not self.optimizer.state[parameter]:
-                        self.optimizer.state[parameter] = {
-                            "step": torch.tensor(0.0),
-                            "exp_avg": torch.zeros_like(parameter),
-                            "exp_avg_sq": torch.zeros_like(parameter),
-                        }
-        return upstream(self, model_sharded_state_dict, is_loading, **kwargs)
+    @functools.wraps(upstream_sharded)
+    def sharded_state_dict(
+        self: Any, model_sharded_state_dict: Any = None, is_loading: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        if is_loading and isinstance(self.optimizer, torch.optim.Adam):  # the state after no step; will be overwritten
+            for parameter in (parameter for group in self.optimizer.param_groups for parameter in group["params"]):
+                if not self.optimizer.state[parameter]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        return upstream_sharded(self, model_sharded_state_dict or {}, is_loading, *args, **kwargs)
+
+    @functools.wraps(upstream_load)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        upstream_load(self, state_dict)
+        if isinstance(self.optimizer, torch.optim.Adam):
+            step = float(state_dict["optimizer"]["param_groups"][0]["step"])
+            for state in self.optimizer.state.values():
+                state["step"] = torch.tensor(step)
 
     optimizer_class.sharded_state_dict = sharded_state_dict
+    optimizer_class.load_state_dict = load_state_dict
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,9 @@ class _Stream:
 
     def wait_event(self, event: Any) -> None: ...
 
+    def record_event(self, event: Any = None) -> _Stream:  # something to synchronize with: itself
+        return self
+
     def synchronize(self) -> None: ...
 
 
@@ -263,73 +266,89 @@ def _stub_cuda() -> None:
 
 # --------------------------------------------------------------------------------------------------------- random numbers
 
-_host_state: torch.Tensor | None = None
+# "host" is what Megatron saves as the CPU's state; "loaders" seeds the workers of DataLoaders.
+_aside: dict[str, torch.Tensor] = {}
 
 
 def _split_random_state() -> None:
-    """Two random streams where the CPU has one generator.
+    """Three random streams where the CPU has one generator.
 
     Dropout on CPU tensors draws from torch's default generator, so that one plays the GPU's: `torch.cuda`'s states are its
-    states, and Megatron's CudaRNGStatesTracker forks it by name as it would fork the GPU's. What Megatron calls the CPU's state is
-    kept aside and swapped in while a DataLoader works: only tensor-parallel rank 0 has a DataLoader, and a number drawn there
-    from the generator of the dropout masks would make the ranks of one model disagree about them.
+    states, and Megatron's CudaRNGStatesTracker forks it by name as it would fork the GPU's. What Megatron calls the CPU's state
+    is kept aside and swapped in while a DataLoader works: only tensor-parallel rank 0 has a DataLoader, and a number drawn there
+    from the generator of the dropout masks would make the ranks of one model disagree about them. The seeds that a DataLoader
+    draws when it starts have a stream of their own, for it starts once more in a resumed run.
     """
     generator = torch.default_generator
-    global _host_state
-    _host_state = generator.get_state()
+
+    def device_state(device: Any = "cuda") -> torch.Tensor:
+        return generator.get_state()
 
     def set_device_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
         if state.numel() != generator.get_state().numel():
             raise RuntimeError(
-                "This checkpoint's random state was saved on a GPU and cannot continue on the CPU: resume with --no-load-rng."
+                "This checkpoint's random state was saved on a GPU and cannot continue on the CPU: "
+                "resume with --no-load-rng."
             )
         generator.set_state(state)
 
-    def seed(value: int) -> None:
-        generator.manual_seed(value)
+    def seed_device(seed: int) -> None:
+        generator.manual_seed(seed)
 
-    cuda: Any = torch.cuda
-    for module in (cuda, cuda.random):
-        module.get_rng_state = lambda device="cuda": (
-            generator.get_state()
-        )  # checkpointing.py, tensor_parallel/random.py
-        module.set_rng_state = set_device_state  # checkpointing.py
-        module.manual_seed = seed  # tensor_parallel/random.py
-    tracker = importlib.import_module("megatron.core.tensor_parallel.random")
-    tracker._set_cuda_rng_state = set_device_state  # its own goes through the CUDA generators
+    def seed_all(seed: int) -> torch.Generator:
+        generator.manual_seed(seed)
+        _aside.update(host=generator.get_state(), loaders=generator.get_state())
+        return generator
 
     def set_host_state(state: torch.Tensor) -> None:
-        global _host_state
-        _host_state = state
+        _aside["host"] = state
+
+    seed_all(torch.initial_seed())
+    cuda: Any = torch.cuda
+    for module in (cuda, cuda.random):
+        module.get_rng_state = device_state  # checkpointing.py, tensor_parallel/random.py
+        module.set_rng_state = set_device_state  # checkpointing.py
+        module.manual_seed = seed_device  # tensor_parallel/random.py
+    tracker: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    tracker._set_cuda_rng_state = set_device_state  # its own goes through the CUDA generators
 
     owners = ("megatron.core.tensor_parallel.random", "megatron.training.checkpointing")
-    torch.get_rng_state = _to_callers(owners, lambda: _host_state, torch.get_rng_state)  # type: ignore[assignment]
-    torch.set_rng_state = _to_callers(owners, set_host_state, torch.set_rng_state)  # type: ignore[assignment]
+    torch.get_rng_state = _to_callers(owners, lambda: _aside["host"], torch.get_rng_state)
+    torch.set_rng_state = _to_callers(owners, set_host_state, torch.set_rng_state)
+    torch.manual_seed = _to_callers(("megatron.training.initialize",), seed_all, torch.manual_seed)
 
-    def with_host_state(function: Callable[..., Any]) -> Callable[..., Any]:
+    def drawing_from(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            global _host_state
-            assert _host_state is not None
-            device_state = generator.get_state()
-            generator.set_state(_host_state)
+            device = generator.get_state()
+            generator.set_state(_aside[name])
             try:
                 return function(*args, **kwargs)
             finally:
-                _host_state = generator.get_state()
-                generator.set_state(device_state)
+                _aside[name] = generator.get_state()
+                generator.set_state(device)
 
         return wrapper
 
-    from torch.utils.data import DataLoader
-    from torch.utils.data.dataloader import _BaseDataLoaderIter
-
-    DataLoader.__iter__ = with_host_state(DataLoader.__iter__)  # type: ignore[method-assign]
-    _BaseDataLoaderIter.__next__ = with_host_state(_BaseDataLoaderIter.__next__)  # type: ignore[method-assign]
+    loader: Any = importlib.import_module("torch.utils.data.dataloader")
+    loader.DataLoader.__iter__ = drawing_from("loaders", loader.DataLoader.__iter__)
+    loader._BaseDataLoaderIter.__next__ = drawing_from("host", loader._BaseDataLoaderIter.__next__)
 
 
 def _patch_megatron() -> None:
-    from megatron_idft.integration import compatibility
+    from megatron_idft.integration import compatibility, local_layers
 
+    local_layers.install()
     compatibility.repair_compile_helpers()
     compatibility.repair_distributed_optimizer_load()
+    # training/initialize.py warms up compiled functions with random inputs. Nothing is compiled here, and the numbers drawn, which
+    # depend on the layout, would come from the generator that then initialises the weights.
+    initialize: Any = importlib.import_module("megatron.training.initialize")
+    initialize._warmup_jit_function = lambda *_, **__: None
+    # transformer/moe/token_dispatcher.py copies the split sizes of its all-to-all to the host, as numpy, if they are CUDA tensors.
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+
+    def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    dispatcher.maybe_move_tensor_to_cpu = on_host
