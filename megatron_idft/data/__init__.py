@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_idft.data.conversations import encode_conversation
-    from megatron_idft.data.dataset import ChatDataset, ShuffledEpochs
+    from megatron_idft.data.dataset import ChatDataset, RepeatedRounds, ShuffledEpochs
     from megatron_idft.data.inspect import render_sample
     from megatron_idft.data.template import BUILTIN_TEMPLATES, ConversationError, TemplateError
     from megatron_idft.data.token_cache import CacheError, TokenCache, build_token_cache, open_token_cache
@@ -17,6 +17,7 @@ _HOME = {
     "ChatDataset": "dataset",
     "ChatTokenizer": "tokenizer",
     "ConversationError": "template",
+    "RepeatedRounds": "dataset",
     "ShuffledEpochs": "dataset",
     "TemplateError": "template",
     "TokenCache": "token_cache",
@@ -33,6 +34,7 @@ __all__ = [
     "ChatDataset",
     "ChatTokenizer",
     "ConversationError",
+    "RepeatedRounds",
     "ShuffledEpochs",
     "TemplateError",
     "TokenCache",

@@ -50,17 +50,28 @@ class ChatDataset(Dataset[Sample]):
             "position_ids": torch.arange(self.seq_length, dtype=torch.int64),
         }
 
+    def untrained_sample(self) -> Sample:
+        """A sample of padding only. It fills up a batch and counts for nothing in a mean over trained tokens."""
+        return {
+            "tokens": torch.full((self.seq_length,), self.pad_id, dtype=torch.int64),
+            "labels": torch.full((self.seq_length,), IGNORED_LABEL, dtype=torch.int64),
+            "loss_mask": torch.zeros(self.seq_length, dtype=torch.float32),
+            "position_ids": torch.arange(self.seq_length, dtype=torch.int64),
+        }
+
 
 class ShuffledEpochs(Dataset[Sample]):
     """`num_samples` samples of `dataset` in whole epochs, each an independent shuffle that visits every record once.
 
     Sample i is a pure function of (seed, i): a resumed run, on any number of ranks, continues where it was. Only the
     permutation of the epoch in use is held (8 bytes per record; three times that while it is drawn).
+
+    num_epochs: after so many epochs, untrained samples fill up the last batch; None goes on shuffling.
     """
 
-    def __init__(self, dataset: Dataset[Sample], seed: int, num_samples: int):
-        self.dataset, self.seed, self.num_samples = dataset, seed, num_samples
-        self.records = len(dataset)  # type: ignore[arg-type]
+    def __init__(self, dataset: ChatDataset, seed: int, num_samples: int, num_epochs: int | None = None):
+        self.dataset, self.seed, self.num_samples, self.num_epochs = dataset, seed, num_samples, num_epochs
+        self.records = len(dataset)
         if self.records == 0 or num_samples < 0:
             raise ValueError(f"cannot draw {num_samples} samples from {self.records} records")
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
@@ -69,16 +80,42 @@ class ShuffledEpochs(Dataset[Sample]):
         return self.num_samples
 
     def __getitem__(self, index: int) -> Sample:
-        return self.dataset[self.record_index(index)]
+        record = self.record_index(index)
+        return self.dataset.untrained_sample() if record is None else self.dataset[record]
 
-    def record_index(self, index: int) -> int:
-        """Which record sample `index` is. Raises IndexError outside [0, num_samples)."""
+    def record_index(self, index: int) -> int | None:
+        """Which record sample `index` is; None behind the last epoch. Raises IndexError outside [0, num_samples)."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
         epoch, position = divmod(index, self.records)
+        if self.num_epochs is not None and epoch >= self.num_epochs:
+            return None
         if epoch != self._epoch:
             self._epoch, self._order = epoch, shuffled(self.records, self.seed, epoch)
         return int(self._order[position])
+
+
+class RepeatedRounds(Dataset[Sample]):
+    """The same `round_size` samples over and over, in order: each round of an evaluation sees the same records.
+
+    A round longer than the dataset is filled up with untrained samples, so it reads every record exactly once.
+    num_samples: at least this many, in whole rounds and one to spare.
+    """
+
+    def __init__(self, dataset: ChatDataset, round_size: int, num_samples: int):
+        if round_size < 1:
+            raise ValueError(f"round_size must be at least 1, got {round_size}")
+        self.dataset, self.round_size = dataset, round_size
+        self.num_samples = (-(-num_samples // round_size) + 1) * round_size
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        record = index % self.round_size
+        return self.dataset[record] if record < len(self.dataset) else self.dataset.untrained_sample()
 
 
 def shuffled(n: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ import argparse
 import inspect
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -71,7 +72,7 @@ class ChatTraining(TrainerIntegration):
     """The trainer with the loss, fed by chat records."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(end_of_turn_ids=self._corpus_end_of_turn_ids)
         self.tokenizer: ChatTokenizer | None = None
         self.train_cache: TokenCache | None = None
         self.valid_cache: TokenCache | None = None
@@ -81,6 +82,7 @@ class ChatTraining(TrainerIntegration):
         return self
 
     def _parse_args(self, original: Callable, call: inspect.BoundArguments) -> argparse.Namespace:
+        call.arguments["extra_args_provider"] = add_data_arguments
         args = super()._parse_args(original, call)
         _validate_data_arguments(args)
         return args
@@ -114,6 +116,8 @@ class ChatTraining(TrainerIntegration):
                 args.eval_iters = math.ceil(len(self.valid_cache) / args.eval_global_batch_size)
         else:
             args.eval_iters = 0
+        if args.eval_interval is None:  # evaluate once, after training
+            args.eval_interval = args.train_iters or sys.maxsize
 
     def _cache(self, args: argparse.Namespace, flag: str, paths: Sequence[str]) -> TokenCache:
         """The tokenized records, made by one process per file system while the others wait.
@@ -145,14 +149,12 @@ class ChatTraining(TrainerIntegration):
             store.set(f"{name}/node{node}", "done")
         store.wait([f"{name}/node{node}"], forever)
         cache = open_token_cache(list(paths), **settings)
-        if not len(cache):
-            raise ArgumentError(f"{flag} holds no record with a trained token:\n{cache.report()}")
         print_rank_0(cache.report())
         return cache
 
-    def _end_of_turn_ids(self) -> Sequence[int]:
-        assert self.tokenizer is not None
-        return self.tokenizer.end_of_turn_ids
+    def _corpus_end_of_turn_ids(self) -> Sequence[int]:
+        assert self.train_cache is not None
+        return self.train_cache.end_of_turn_ids
 
     def datasets(self, num_samples: Sequence[int]) -> tuple[Any, Any, None]:
         """The `train_valid_test_datasets_provider` of `pretrain()`: (train, validation, no test set)."""
@@ -179,7 +181,8 @@ class ChatTraining(TrainerIntegration):
                 round_size=args.eval_iters * args.eval_global_batch_size,
                 num_samples=num_samples[1],
             )
-            valid.split = Split.valid  # Megatron then reads it with the evaluation's batch sizes
+            # Megatron then reads it with the evaluation's batch sizes.
+            valid.split = Split.valid  # type: ignore[attr-defined]
         return train, valid, None
 
 
@@ -234,7 +237,7 @@ def train(program_name: str) -> None:
     from megatron_idft.integration.batches import forward_step
 
     training = ChatTraining().attach()
-    args = parse_and_validate_args(extra_args_provider=add_data_arguments)
+    args = parse_and_validate_args()
     model_config = gpt_config_from_args(args) if args.hybrid_layer_pattern is None else hybrid_config_from_args(args)
 
     def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> tuple[Any, Any, None]:

@@ -19,17 +19,22 @@ def prepare_process(program: str, argv: Sequence[str], force_cpu: bool) -> None:
     sys.argv = [program, *argv]
     import torch
 
+    from megatron_idft.integration import compatibility
+
+    # Before anything of megatron is imported: a mixture would fail later, and elsewhere.
+    origin = compatibility.check_megatron_origin()
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"> {origin.describe()}", flush=True)
     if force_cpu or not torch.cuda.is_available():
         from megatron_idft.integration import cpu
 
         cpu.enable()
         sys.argv[1:] = cpu.add_flags(sys.argv[1:], os.path.basename(program))
-    from megatron_idft.integration import compatibility
+    from megatron_idft.integration import local_layers
 
-    origin = compatibility.check_megatron_origin()
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"> {origin.describe()}", flush=True)
+    local_layers.install()
     compatibility.repair_compile_helpers()
+    compatibility.repair_distributed_optimizer_load()
 
 
 def run_script(path: str, argv: Sequence[str], force_cpu: bool = False) -> None:

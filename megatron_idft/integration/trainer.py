@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from megatron_idft.integration import arguments
+from megatron_idft.integration import arguments, compatibility
 from megatron_idft.integration.hook import LossHook, install, installed_hooks, resolved_backend
 from megatron_idft.integration.metrics import (
     GAMMA_EDGES,
@@ -86,6 +86,7 @@ class TrainerIntegration:
         setattr(module, name, replacement)
 
     def _parse_args(self, original: Callable, call: inspect.BoundArguments) -> argparse.Namespace:
+        compatibility.check_megatron_origin()  # once more: by now the script has imported what it uses
         # Megatron's own default stays for runs that keep Megatron's own loss.
         wants_loss = any(word == "--sft-loss" or word.startswith("--sft-loss=") for word in sys.argv[1:])
         call.arguments["extra_args_provider"] = arguments.compose_providers(

@@ -174,7 +174,7 @@ def add_arguments(parser):
     return parser
 
 
-if __name__ == "__main__":
+def main():
     args = parse_and_validate_args(
         extra_args_provider=add_arguments,
         args_defaults={"tokenizer_type": "NullTokenizer", "vocab_size": 127},
@@ -187,3 +187,7 @@ if __name__ == "__main__":
         forward_step,
         get_embedding_ranks=embedding_ranks,
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Builds real Megatron models on one process and checks the hook on them; run by test_hook.py under several versions.
+
+Prints one JSON object: the version, and per model what was measured.
+"""
+
+import json
+import sys
+
+import torch
+
+from megatron_idft.integration import cpu
+
+# The trainer's repairs are for 0.19; the models of older versions run on the CPU without them.
+cpu._patch_megatron = lambda: None
+cpu.enable()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec  # noqa: E402
+from megatron.core.package_info import __version__  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+from megatron_idft import install, uninstall  # noqa: E402
+from megatron_idft.integration.metrics import LossMetrics  # noqa: E402
+
+VOCAB, PADDED, SEQ, BATCH = 50, 64, 12, 3
+
+
+def build_gpt(mtp: bool) -> torch.nn.Module:
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        mtp_num_layers=1 if mtp else None,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+    )
+    spec = get_gpt_layer_local_spec()
+    extra = {"mtp_block_spec": get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)} if mtp else {}
+    return GPTModel(config, spec, vocab_size=PADDED, max_sequence_length=SEQ, position_embedding_type="rope", **extra)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(0, VOCAB, (BATCH, SEQ), generator=generator)
+    labels = torch.randint(0, VOCAB, (BATCH, SEQ), generator=generator)
+    loss_mask = (torch.rand(BATCH, SEQ, generator=generator) > 0.4).float()
+    causal = torch.triu(torch.ones(1, 1, SEQ, SEQ, dtype=torch.bool), diagonal=1)
+    return {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "attention_mask": causal}
+
+
+def call(model: torch.nn.Module, data: dict[str, torch.Tensor]) -> torch.Tensor:
+    positions = torch.arange(SEQ).expand(BATCH, SEQ)
+    return model(
+        data["tokens"], positions, data["attention_mask"], labels=data["labels"], loss_mask=data["loss_mask"]
+    )
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    (loss * mask).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def loss_and_logits(model: torch.nn.Module, data: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    caught = []
+
+    def keep(module: torch.nn.Module, inputs: tuple, output: tuple) -> tuple:
+        caught.append(output[0])
+        return (output[0].clone(), *output[1:])  # the stock cross-entropy overwrites fp32 logits in place
+
+    handle = model.output_layer.register_forward_hook(keep)
+    loss = call(model, data)
+    handle.remove()
+    return loss, caught[-1]  # the main head is the last to call it
+
+
+def expected(model: torch.nn.Module, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Independent of the library: IDFT's weight and cross-entropy over the true vocabulary, by autograd."""
+    _, logits = loss_and_logits(model, data)
+    log_probs = logits[..., :VOCAB].transpose(0, 1).double().log_softmax(-1)
+    log_prob = log_probs.gather(-1, data["labels"].unsqueeze(-1)).squeeze(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    gamma = torch.exp(-(log_prob + entropy)).clamp(0.1, 2.0)
+    weight = torch.exp(gamma * log_prob).detach()
+    return {"ce": -log_prob, "loss": -weight * log_prob, "weight": weight, "phi": log_prob + entropy}
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    return max(((a[k] - b[k]).abs().max() / (b[k].abs().max() + 1e-12)).item() for k in a)
+
+
+def measure(mtp: bool) -> dict[str, float | int | bool]:
+    torch.manual_seed(3)
+    model = build_gpt(mtp).train()
+    data, mask = batch(), batch()["loss_mask"]
+    original_method = model.compute_language_model_loss
+    stock = call(model, data)
+    stock_gradients = gradients(model, stock, mask)
+    want = expected(model, data)
+
+    metrics = LossMetrics(torch.device("cpu"), end_of_turn_ids=(5,), gamma_limits=(0.1, 2.0))
+    assert install([model], "idft", vocab_size=VOCAB, metrics=metrics) == [model]
+    install([model], "idft", vocab_size=VOCAB, metrics=metrics)  # again: replaces, never stacks
+    metrics.begin_step()
+    got = call(model, data)
+    got_gradients = gradients(model, got, mask)
+    metrics.commit_step()
+    report = metrics.report(None, 1.0)
+
+    # With autograd on an independent graph: the trained gradient of the main head, plus MTP's own if there is one.
+    model.zero_grad()
+    uninstall(model)
+    graph = expected_with_graph(model, data, mask)
+    install(model, "idft", vocab_size=VOCAB)
+    model.eval()
+    evaluated = call(model, data)
+    uninstall([model])
+    model.train()
+    again = call(model, data)
+    trained = mask > 0
+    return {
+        "values are cross-entropy": (got - want["ce"])[trained].abs().max().item(),
+        "untrained values": got[~trained].abs().max().item(),
+        "evaluation is cross-entropy": (evaluated - want["ce"])[trained].abs().max().item(),
+        "gradient is the objective's": largest_difference(got_gradients, graph),
+        "gradient differs from stock": largest_difference(got_gradients, stock_gradients),
+        "micro-batches": report.micro_batches,
+        "tokens": report.scalars["trained tokens"] - mask.sum().item(),
+        "phi mean": report.scalars["ddt/phi mean"] - want["phi"][trained].mean().item(),
+        "phi std": report.scalars["ddt/phi std"] - want["phi"][trained].std(unbiased=False).item(),
+        "sft loss": report.scalars["sft loss"] - want["loss"][trained].mean().item(),
+        "weight mean": report.scalars["sft weight mean"] - want["weight"][trained].mean().item(),
+        "restored": bool((again == stock).all()) and model.compute_language_model_loss == original_method,
+        "attributes left": int(any("idft" in key for key in model.__dict__)),
+    }
+
+
+def expected_with_graph(
+    model: torch.nn.Module, data: dict[str, torch.Tensor], mask: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Gradients of sum(mask * -w log p) for the stock model, and of MTP's own loss where the model has it."""
+    stock_loss, logits = loss_and_logits(model, data)
+    log_probs = logits[..., :VOCAB].transpose(0, 1).double().log_softmax(-1)
+    log_prob = log_probs.gather(-1, data["labels"].unsqueeze(-1)).squeeze(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    weight = torch.exp(torch.exp(-(log_prob + entropy)).clamp(0.1, 2.0) * log_prob).detach()
+    # 0 * stock_loss keeps MTP's auxiliary gradient, which hangs on the hidden states, in the graph.
+    loss = -(weight * log_prob * mask).sum() + 0.0 * stock_loss.sum()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def main() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(11)
+    json.dump({"version": __version__, "gpt": measure(mtp=False), "gpt with mtp": measure(mtp=True)}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
