@@ -1,10 +1,10 @@
 """Builds real Megatron models on one process and checks the hook on them; run by test_hook.py under several versions.
 
-Prints one JSON object: the version, and per model what was measured.
+The last line it prints is one JSON object of what was found.
 """
 
 import json
-import sys
+from collections.abc import Callable
 
 import torch
 
@@ -57,9 +57,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 def call(model: torch.nn.Module, data: dict[str, torch.Tensor]) -> torch.Tensor:
     positions = torch.arange(SEQ).expand(BATCH, SEQ)
-    return model(
-        data["tokens"], positions, data["attention_mask"], labels=data["labels"], loss_mask=data["loss_mask"]
-    )
+    return model(data["tokens"], positions, data["attention_mask"], labels=data["labels"], loss_mask=data["loss_mask"])
 
 
 def gradients(model: torch.nn.Module, loss: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -158,11 +156,104 @@ def expected_with_graph(
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def refusals() -> dict[str, str]:
+    """What the hook says where it cannot serve; empty where it wrongly says nothing."""
+    messages = {}
+
+    def attempt(name: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+            messages[name] = ""
+        except Exception as error:
+            messages[name] = f"{type(error).__name__}: {error}"
+
+    data = batch()
+    attempt("no language model", lambda: install(torch.nn.Linear(2, 2)))
+
+    model = build_gpt(mtp=False)
+    model.config.cross_entropy_loss_fusion = True
+    attempt("fused cross-entropy", lambda: install(model))
+
+    model = build_gpt(mtp=False)
+    model.fp16_lm_cross_entropy = True
+    attempt("fp16 cross-entropy", lambda: install(model))
+
+    model = build_gpt(mtp=False)
+    model.compute_language_model_loss = lambda labels, logits: logits
+    attempt("already replaced", lambda: install(model))
+
+    model = install(build_gpt(mtp=False), vocab_size=VOCAB)
+    logits = torch.zeros(SEQ, BATCH, PADDED)
+    attempt("called outside forward", lambda: model.compute_language_model_loss(data["labels"], logits))
+    model.output_layer.output_size_per_partition = PADDED // 2
+    attempt("gathered logits", lambda: call(model, data))
+    model.output_layer.output_size_per_partition = PADDED
+    attempt("label out of range", lambda: call(model, {**data, "labels": data["labels"] + VOCAB}))
+
+    model = build_gpt(mtp=False)
+    model._postprocess = lambda *args, **kwargs: torch.zeros(())
+    install(model)
+    attempt("loss computed elsewhere", lambda: call(model, data))
+    return messages
+
+
+def without_mask() -> dict[str, float]:
+    """A caller that passes no loss_mask is trained on every label, and gets no metrics."""
+    torch.manual_seed(3)
+    model, data = build_gpt(mtp=False).train(), batch()
+    metrics = LossMetrics(torch.device("cpu"))
+    install(model, "dft", vocab_size=VOCAB, metrics=metrics)
+    full = call(model, {**data, "loss_mask": torch.ones(BATCH, SEQ)})
+    metrics.begin_step()
+    loss = call(model, {**data, "loss_mask": None})
+    metrics.commit_step()
+    report = metrics.report(None, 1.0)
+    return {
+        "difference": (loss - full).abs().max().item(),
+        "unmasked micro-batches": report.unmasked_micro_batches,
+        "tokens": report.scalars["trained tokens"],
+    }
+
+
+def wrapped() -> dict[str, bool]:
+    """Chunks wrapped for mixed precision and data parallelism are reached through their wrappers."""
+    from megatron.core.transformer.module import Float16Module
+
+    model = build_gpt(mtp=False)
+    model.config.bf16 = True
+    wrapper = Float16Module(model.config, model)
+    loss_before = model.compute_language_model_loss
+    install([wrapper], "idft", vocab_size=VOCAB)
+    installed = model.compute_language_model_loss != loss_before
+    data = batch()
+    loss = wrapper(
+        data["tokens"],
+        torch.arange(SEQ).expand(BATCH, SEQ),
+        data["attention_mask"],
+        labels=data["labels"],
+        loss_mask=data["loss_mask"],
+    )
+    uninstall([wrapper])
+    return {
+        "installed": installed,
+        "fp32 values from bf16 logits": loss.dtype == torch.float32 and bool(loss.isfinite().all()),
+        "uninstalled": model.compute_language_model_loss == loss_before,
+    }
+
+
 def main() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(11)
-    json.dump({"version": __version__, "gpt": measure(mtp=False), "gpt with mtp": measure(mtp=True)}, sys.stdout)
+    found = {
+        "version": __version__,
+        "gpt": measure(mtp=False),
+        "gpt with mtp": measure(mtp=True),
+        "refusals": refusals(),
+        "without mask": without_mask(),
+        "wrapped": wrapped(),
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
