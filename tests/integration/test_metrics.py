@@ -1,0 +1,189 @@
+"""Metrics: right under reruns, accumulation and data parallelism, and under the keys that dashboards hold."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from distributed import run_ranks
+
+from megatron_idft import idft, vocab_parallel_loss
+from megatron_idft.integration.metrics import (
+    GAMMA_EDGES,
+    PHI_EDGES,
+    WEIGHT_EDGES,
+    LossMetrics,
+    format_report,
+    health_warning,
+)
+
+VOCAB = 2000
+CPU = torch.device("cpu")
+KEYS = [
+    "sft loss",
+    "ddt/phi mean",
+    "ddt/phi std",
+    "ddt/phi below -1",
+    "ddt/phi below -3",
+    "ddt/phi below -5",
+    "ddt/entropy",
+    "idft/gamma mean",
+    "idft/gamma at min",
+    "idft/gamma at max",
+    "idft/lambda",
+    "sft weight mean",
+    "sft weight end of turn",
+    "trained tokens",
+]
+
+
+def micro_batch(seed: int, tokens: int = 40):
+    generator = torch.Generator().manual_seed(seed)
+    # Sharp rows reach phi's far tail and gamma's upper clamp; flat rows around a likely label reach the lower one.
+    logits = torch.randn(tokens, VOCAB, generator=generator)
+    logits[::2] *= 6
+    labels = torch.randint(0, 12, (tokens,), generator=generator)
+    logits[1::4, :] += 8 * torch.nn.functional.one_hot(labels[1::4], VOCAB)
+    labels[torch.rand(tokens, generator=generator) < 0.3] = -100
+    return logits, labels
+
+
+def add(metrics: LossMetrics, seed: int, masked: bool = True) -> None:
+    logits, labels = micro_batch(seed)
+    objective = idft()
+    metrics.add(objective, labels, vocab_parallel_loss(logits, labels, objective), masked=masked)
+
+
+def new_metrics() -> LossMetrics:
+    return LossMetrics(CPU, end_of_turn_ids=(3, 4), gamma_limits=(0.1, 2.0), vocab_size=VOCAB)
+
+
+def expected(seeds) -> dict[str, float]:
+    """The metrics of the micro-batches `seeds`, written out in float64."""
+    phi, entropy, gamma, weight, loss, end = [], [], [], [], [], []
+    for seed in seeds:
+        logits, labels = micro_batch(seed)
+        trained = labels >= 0
+        log_probs = logits.double().log_softmax(-1)[trained]
+        target = labels[trained]
+        log_prob = log_probs.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        h = -(log_probs.exp() * log_probs).sum(-1)
+        g = torch.exp(-(log_prob + h)).clamp(0.1, 2.0)
+        w = torch.exp(g * log_prob)
+        for values, new in ((phi, log_prob + h), (entropy, h), (gamma, g), (weight, w), (loss, -w * log_prob)):
+            values.append(new)
+        end.append(w[(target == 3) | (target == 4)])
+    phi, entropy, gamma, weight, loss, end = map(torch.cat, (phi, entropy, gamma, weight, loss, end))
+    values = {
+        "sft loss": loss.mean(),
+        "ddt/phi mean": phi.mean(),
+        "ddt/phi std": phi.std(unbiased=False),
+        "ddt/entropy": entropy.mean(),
+        "idft/gamma mean": gamma.mean(),
+        "idft/gamma at min": (gamma <= 0.1).double().mean(),
+        "idft/gamma at max": (gamma >= 2.0).double().mean(),
+        "idft/lambda": torch.tensor(0.5),
+        "sft weight mean": weight.mean(),
+        "sft weight end of turn": end.mean(),
+        "trained tokens": torch.tensor(float(len(phi))),
+    }
+    for limit in (1, 3, 5):
+        values[f"ddt/phi below -{limit}"] = (phi < -limit).double().mean()
+    return {key: values[key].item() for key in KEYS}
+
+
+def test_keys_are_frozen_and_values_right_over_accumulated_micro_batches_and_steps():
+    metrics = new_metrics()
+    for step in ((1, 2), (3, 4)):
+        metrics.begin_step()
+        for seed in step:
+            add(metrics, seed)
+        metrics.commit_step()
+    report = metrics.report(None, gamma_lambda=0.5)
+    want = expected([1, 2, 3, 4])
+    assert list(report.scalars) == KEYS
+    assert all(0 < want[f"idft/gamma at {end}"] < 1 for end in ("min", "max")), "the case must reach both clamps"
+    for key in KEYS:
+        assert math.isclose(report.scalars[key], want[key], rel_tol=1e-5, abs_tol=1e-6), key
+    assert report.micro_batches == 4
+    assert metrics.report(None, 1.0).scalars == {"trained tokens": 0.0}, "the next interval starts empty"
+
+
+def test_other_objectives_report_no_gamma():
+    metrics = LossMetrics(CPU, end_of_turn_ids=(3, 4), vocab_size=VOCAB)
+    logits, labels = micro_batch(1)
+    metrics.add(idft(), labels, vocab_parallel_loss(logits, labels, "dft"), masked=True)
+    metrics.commit_step()
+    report = metrics.report(None, 1.0)
+    assert [key for key in KEYS if not key.startswith("idft/")] == list(report.scalars)
+    assert "idft/gamma" not in report.histograms
+
+
+def test_a_repeated_forward_backward_is_counted_once():
+    metrics = new_metrics()
+    for _ in range(3):  # the rerun machine rejects two
+        metrics.begin_step()
+        add(metrics, 1)
+    metrics.commit_step()
+    assert metrics.report(None, 1.0).scalars["trained tokens"] == expected([1])["trained tokens"]
+
+
+def test_without_a_mask_nothing_but_the_count_is_kept():
+    metrics = new_metrics()
+    add(metrics, 1, masked=False)
+    metrics.commit_step()
+    report = metrics.report(None, 1.0)
+    assert (report.micro_batches, report.unmasked_micro_batches) == (1, 1)
+    assert report.scalars == {"trained tokens": 0.0}
+
+
+def test_histograms_count_every_trained_token_and_keep_the_tails():
+    metrics = new_metrics()
+    add(metrics, 1)
+    metrics.commit_step()
+    histograms = metrics.report(None, 1.0).histograms
+    logits, labels = micro_batch(1)
+    out = vocab_parallel_loss(logits, labels)
+    phi = (out.log_prob + out.entropy)[labels >= 0]
+    counts = histograms["ddt/phi"]
+    assert sum(counts) == len(phi) and counts[0] == (phi < PHI_EDGES[0]).sum() > 0
+    for index, (low, high) in enumerate(pairwise(PHI_EDGES)):
+        assert counts[index + 1] == ((phi >= low) & (phi < high)).sum()
+    assert [len(histograms[key]) for key in ("ddt/phi", "idft/gamma", "sft weight")] == [
+        len(edges) + 1 for edges in (PHI_EDGES, GAMMA_EDGES, WEIGHT_EDGES)
+    ]
+
+
+def _rank_report() -> tuple[dict[str, float], int]:
+    collectives = []
+    all_reduce = torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda *args, **kwargs: (collectives.append(1), all_reduce(*args, **kwargs))[1]
+    metrics = new_metrics()
+    add(metrics, seed=torch.distributed.get_rank() + 1)
+    metrics.commit_step()
+    return metrics.report(torch.distributed.group.WORLD, 0.5).scalars, len(collectives)
+
+
+def test_data_parallel_ranks_agree_with_one_process_in_one_all_reduce():
+    results = run_ranks(_rank_report, 2)
+    want = expected([1, 2])
+    for scalars, collectives in results:
+        assert collectives == 1
+        for key in KEYS:
+            assert math.isclose(scalars[key], want[key], rel_tol=1e-5, abs_tol=1e-6), key
+
+
+def test_a_negative_mean_reaches_the_console():
+    line = format_report(10, 100, {"ddt/phi mean": -0.25, "trained tokens": 12.0})
+    assert "ddt/phi mean: -2.500000E-01" in line and "trained tokens: 12 |" in line
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "alarm"),
+    # The published starts of healthy runs, and of those that collapsed (sources in metrics.py).
+    [(-0.243, 1.69, False), (0.107, 0.31, False), (-2.69, 9.17, True), (-4.84, 12.4, True), (-0.5, 6.0, True)],
+)
+def test_the_alarm_rings_for_collapsed_runs_only(mean, std, alarm):
+    warning = health_warning({"ddt/phi mean": mean, "ddt/phi std": std})
+    assert bool(warning) == alarm
+    assert warning is None or "--sft-loss-weight-floor" in warning
