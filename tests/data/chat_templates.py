@@ -77,6 +77,11 @@ MARKED_WITH_HEADER = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+OPENS_THE_NEXT_TURN = (
+    "{% for m in messages %}{% if loop.first %}<|im_start|>{% endif %}{{ m.role }}\n{{ m.content }}<|im_end|>\n<|im_start|>"
+    "{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+
 # Name -> (template, what a trained span looks like around the answer, trimmed or not).
 FAMILIES = {
     "chatml": (CHATML, "{}<|im_end|>", False),
@@ -85,6 +90,7 @@ FAMILIES = {
     "mistral": (MISTRAL, " {}</s>", False),
     "gemma": (GEMMA, "{}<end_of_turn>", True),
     "cohere": (COHERE, "{}<|END_RESPONSE|><|END_OF_TURN|>", False),
+    "opens the next turn": (OPENS_THE_NEXT_TURN, "{}<|im_end|>", False),
     "marked": (MARKED, "{}<|im_end|>", False),
     "marked with header": (MARKED_WITH_HEADER, "{}<|im_end|>", False),
 }

@@ -7,7 +7,9 @@ import pytest
 from chat_templates import CHATML, FAMILIES, LLAMA3, QWEN3, QWEN3_MARKED, REFUSED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tiny_tokenizers import byte_level
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_idft.data import (
     ConversationError,
@@ -65,6 +67,7 @@ CONVERSATIONS = {
     "system": conversation(*CONTENTS[:4], system="Be brief."),
     "ends with the user": conversation(*CONTENTS[:3]),
     "same text everywhere": conversation("a", "a", "a", "a"),
+    "words of ours": conversation("Probe", "Probex", "Probexx Probe", "Probe"),
 }
 
 
@@ -178,6 +181,19 @@ def test_an_end_of_turn_that_is_no_token_is_refused(tokenizers):
     template = CHATML.replace("<|im_end|>", "<|nobody_knows|>").replace("<|im_start|>", "")
     with pytest.raises(TemplateError, match="never ends the assistant's turn with a special token of this tokenizer"):
         encode_conversation(tokenizers("byte-level", template), CONVERSATIONS["one turn"])
+
+
+def test_an_end_of_turn_that_the_tokenizer_overlooks_is_refused(tmp_path):
+    """`single_word` tokens are not found next to a letter."""
+    backend = byte_level()
+    backend.add_special_tokens([AddedToken("<|end|>", single_word=True)])
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    hf.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    hf.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    encode_conversation(tokenizer, conversation("question?", "answer."))
+    with pytest.raises(TemplateError, match=r"does not read the end of turn 'answer<\|end\|>' as a special token"):
+        encode_conversation(tokenizer, conversation("question?", "answer"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

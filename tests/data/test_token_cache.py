@@ -171,6 +171,17 @@ def test_an_edit_that_keeps_size_and_time_is_seen_in_head_and_tail(build, tmp_pa
     assert build(file).path != first.path
 
 
+def test_an_edit_in_the_middle_is_seen_by_its_time(build, tmp_path, monkeypatch):
+    from megatron_idft.data import token_cache
+
+    monkeypatch.setattr(token_cache, "_SAMPLE_BYTES", 8)
+    file = write(tmp_path / "a.jsonl", record("question 1"))
+    first, times = build(file), file.stat()
+    file.write_bytes(file.read_bytes().replace(b"question 1", b"question 2"))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    assert build(file).path != first.path
+
+
 def test_other_ranks_open_what_one_rank_built(build, tokenizer, tmp_path):
     file = write(tmp_path / "a.jsonl", record())
     same = {"tokenizer": tokenizer, "seq_length": 64, "cache_dir": tmp_path / "cache"}
@@ -264,10 +275,11 @@ def test_the_loser_of_a_race_takes_the_winners_cache(build, tmp_path, monkeypatc
     assert build(file).path == winner[0].path and len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_building_holds_a_batch_not_the_corpus(build, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("bound", "value"), [("_BATCH_RECORDS", 16), ("_BATCH_CHARACTERS", 30_000)])
+def test_building_holds_a_batch_not_the_corpus(build, tmp_path, monkeypatch, bound, value):
     from megatron_idft.data import token_cache
 
-    monkeypatch.setattr(token_cache, "_BATCH_RECORDS", 16)
+    monkeypatch.setattr(token_cache, bound, value)
     row = json.dumps(record("question", "world hello " * 150)).encode()
     few, many = write(tmp_path / "few.jsonl", *[row] * 100), write(tmp_path / "many.jsonl", *[row] * 800)
     peaks = []
