@@ -1,0 +1,166 @@
+"""The flags: frozen, validated in one place, every refusal naming its remedy. Megatron's own parser is the real one."""
+
+import argparse
+
+import pytest
+import torch
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_idft.integration import arguments
+from megatron_idft.integration.program import _validate_data_arguments, add_data_arguments
+
+LOSS_FLAGS = [
+    "--cpu",
+    "--idft-beta",
+    "--idft-gamma-max",
+    "--idft-gamma-min",
+    "--idft-lambda-ramp",
+    "--idft-lambda-warmup",
+    "--no-calculate-per-token-loss",
+    "--sft-loss",
+    "--sft-loss-backend",
+    "--sft-loss-exempt-tokens",
+    "--sft-loss-vocab-size",
+    "--sft-loss-weight-floor",
+]
+DATA_FLAGS = [
+    "--sft-bad-records",
+    "--sft-cache",
+    "--sft-data",
+    "--sft-truncation",
+    "--sft-valid-data",
+    "--train-epochs",
+]
+
+
+def new_parser() -> argparse.ArgumentParser:
+    return add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
+
+def parse(line: str, provider=arguments.add_arguments) -> argparse.Namespace:
+    return provider(new_parser()).parse_args(line.split())
+
+
+def validated(line: str) -> argparse.Namespace:
+    args = parse(line)
+    arguments.validate_arguments(args)
+    return args
+
+
+@pytest.mark.parametrize(
+    ("provider", "flags"), [(arguments.add_arguments, LOSS_FLAGS), (add_data_arguments, DATA_FLAGS)]
+)
+def test_flags_are_frozen_and_documented(provider, flags):
+    megatron = {option for action in new_parser()._actions for option in action.option_strings}
+    added = [action for action in provider(new_parser())._actions if not set(action.option_strings) <= megatron]
+    assert sorted(option for action in added for option in action.option_strings) == flags
+    assert all(action.help and len(action.help) > 40 for action in added)
+
+
+def test_defaults_are_the_papers_and_resolved_into_plain_values():
+    args = validated("--sft-loss idft")
+    assert (args.idft_beta, args.idft_gamma_min, args.idft_gamma_max) == (1.0, 0.1, 2.0)
+    assert (args.idft_lambda_warmup, args.idft_lambda_ramp) == (0.0, 0.0)
+    assert (args.sft_loss_weight_floor, args.sft_loss_exempt_tokens, args.sft_loss_backend) == (0.0, [], "auto")
+    assert args.calculate_per_token_loss
+
+
+def test_per_token_loss_has_a_negative_form():
+    assert not validated("--sft-loss idft --no-calculate-per-token-loss").calculate_per_token_loss
+
+
+def test_without_the_flag_megatron_is_left_alone():
+    args = parse("", lambda parser: arguments.compose_providers(None, per_token_loss_default=False)(parser))
+    arguments.validate_arguments(args)
+    assert args.sft_loss is None and not args.calculate_per_token_loss
+
+
+def test_a_scripts_own_provider_is_composed_with_ours():
+    def provider(parser):
+        parser.add_argument("--mine", type=int)
+        return parser
+
+    args = parse("--mine 3 --sft-loss dft", arguments.compose_providers(provider, per_token_loss_default=True))
+    assert (args.mine, args.sft_loss) == (3, "dft")
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("--sft-loss idff", "Choose one of ce, dft, idft, entropy"),
+        ("--idft-beta 2", "Add --sft-loss idft"),
+        ("--sft-loss-backend reference", "Add --sft-loss idft"),
+        ("--sft-loss dft --idft-beta 2", "use --sft-loss idft"),
+        ("--sft-loss ce --idft-lambda-ramp 0.1", "use --sft-loss idft"),
+        ("--sft-loss idft --idft-beta 0", "beta must be"),
+        ("--sft-loss idft --idft-gamma-min 3", "gamma_min <= gamma_max"),
+        ("--sft-loss idft --idft-lambda-warmup 1.2", "share of training"),
+        ("--sft-loss idft --idft-lambda-warmup 0.7 --idft-lambda-ramp 0.7", "must not exceed 1"),
+        ("--sft-loss idft --sft-loss-weight-floor 2", "weight_floor must lie in"),
+        ("--sft-loss idft --sft-loss-exempt-tokens -3", "non-negative"),
+        ("--sft-loss nowhere:weight", "PYTHONPATH"),
+        ("--sft-loss math:nothing", "has no 'nothing'"),
+        ("--sft-loss idft --cross-entropy-loss-fusion", "Drop --cross-entropy-loss-fusion"),
+        ("--sft-loss idft --fp16-lm-cross-entropy", "Drop --fp16-lm-cross-entropy"),
+        ("--sft-loss idft --logits-save-dir x", "without --sft-loss"),
+        ("--sft-loss idft --logits-load-dir x", "Drop --logits-load-dir"),
+        ("--sft-loss idft --perform-rl-step", "Drop --perform-rl-step"),
+        ("--sft-loss idft --ddp-average-in-collective", "--no-calculate-per-token-loss"),
+    ],
+)
+def test_refusals_name_the_remedy(line, remedy):
+    with pytest.raises(ValueError, match=remedy.replace("(", r"\(")):
+        validated(line)
+
+
+def test_a_yaml_configuration_is_refused_because_it_would_drop_the_flags():
+    with pytest.raises(arguments.ArgumentError, match="Pass Megatron's settings as flags"):
+        arguments.refuse_yaml(wants_loss=True)
+    arguments.refuse_yaml(wants_loss=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("", "pass --sft-data"),
+        ("--sft-data x", "pass --tokenizer-model"),
+        ("--sft-data x --tokenizer-model t", "pass --train-epochs"),
+        ("--sft-data x --tokenizer-model t --train-epochs 1 --train-iters 3", "pass one of them"),
+        ("--sft-data x --tokenizer-model t --train-epochs 0", "a whole number from 1"),
+        ("--sft-data x --tokenizer-model t --train-epochs 1 --sft", "Drop --sft"),
+        ("--sft-data x --tokenizer-model t --train-epochs 1 --data-path y", "drop --data-path"),
+        ("--sft-data x --tokenizer-model t --train-epochs 1 --dataloader-type cyclic", "drop the flag"),
+    ],
+)
+def test_data_refusals_name_the_remedy(line, remedy):
+    with pytest.raises(arguments.ArgumentError, match=remedy):
+        _validate_data_arguments(parse(line, add_data_arguments))
+
+
+def test_the_schedule_is_recorded_in_iterations_and_kept():
+    args = validated("--sft-loss idft --idft-lambda-warmup 0.2 --idft-lambda-ramp 0.1")
+    args.train_iters = 100
+    schedule = arguments.resolve_schedule(args)
+    assert (args.idft_lambda_warmup_iters, args.idft_lambda_ramp_iters) == (20, 10)
+    args.train_iters = 1000  # a longer continuation does not stretch what the weights have seen
+    assert arguments.resolve_schedule(args) == schedule
+
+
+def test_every_setting_reaches_the_objective():
+    line = "--sft-loss idft --idft-beta 0.5 --idft-gamma-min 0.2 --idft-gamma-max 1.5 --sft-loss-weight-floor 0.1"
+    objective = arguments.build_objective(validated(line + " --sft-loss-exempt-tokens 7 8"), torch.tensor(0.25))
+    assert objective.weight_floor == 0.1 and objective.exempt_token_ids == (7, 8)
+    assert objective.hyperparameters == {
+        "beta": 0.5,
+        "gamma_min": 0.2,
+        "gamma_max": 1.5,
+        "gamma_lambda": torch.tensor(0.25),
+    }
+
+
+def test_differences_from_a_checkpoint_are_named():
+    then, now = validated("--sft-loss idft --idft-beta 2"), validated("--sft-loss idft")
+    assert arguments.differences_from_checkpoint(now, then) == ["--idft-beta: 2.0 in the checkpoint, 1.0 now"]
+    other = validated("--sft-loss ce")
+    assert arguments.differences_from_checkpoint(now, other) == ["--sft-loss: ce in the checkpoint, idft now"]
+    assert arguments.differences_from_checkpoint(now, argparse.Namespace())[0].startswith("--sft-loss: None")
