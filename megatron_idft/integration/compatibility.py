@@ -18,10 +18,10 @@ REMEDY = 'pip install "megatron-core[training]>=0.19.0,<0.20" and take any Megat
 def repair_compile_helpers() -> None:
     """Let rank 0 start when Megatron comes from the wheel.
 
-    training/initialize.py compiles the dataset helpers with `make`; the wheel has them compiled but ships no Makefile, and
-    core/datasets/utils.py ends the process when `make` fails.
+    training/initialize.py compiles the dataset helpers with `make`; the wheel has them compiled but ships no
+    Makefile, and core/datasets/utils.py ends the process when `make` fails.
     """
-    utils = importlib.import_module("megatron.core.datasets.utils")
+    utils: Any = importlib.import_module("megatron.core.datasets.utils")
     try:
         importlib.import_module("megatron.core.datasets.helpers_cpp")
     except ImportError as error:
@@ -37,9 +37,9 @@ def repair_compile_helpers() -> None:
 def repair_distributed_optimizer_load() -> None:
     """Let `--use-distributed-optimizer` resume with torch's Adam (no Transformer Engine, no APEX).
 
-    optimizer/distrib_optimizer.py is written for FusedAdam, which has one step for all. It reads the step from the parameters'
-    states before it loads a checkpoint, where torch's Adam has none yet; then hands all of them one tensor, which torch's Adam
-    advances once per parameter, and overwrites it with the value from before the load.
+    optimizer/distrib_optimizer.py is written for FusedAdam, which has one step for all. It reads the step from the
+    parameters' states before it loads a checkpoint, where torch's Adam has none yet; then hands all of them one
+    tensor, which torch's Adam advances once per parameter, and overwrites it with the value from before the load.
     """
     module: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     optimizer_class = module.DistributedOptimizer
@@ -49,6 +49,7 @@ def repair_distributed_optimizer_load() -> None:
 
     upstream_sharded = optimizer_class.sharded_state_dict
     upstream_load = optimizer_class.load_state_dict
+    upstream_set = optimizer_class._set_main_param_and_optimizer_states
 
     @functools.wraps(upstream_sharded)
     def sharded_state_dict(
@@ -68,11 +69,17 @@ def repair_distributed_optimizer_load() -> None:
     def load_state_dict(self: Any, state_dict: Any) -> None:
         upstream_load(self, state_dict)
         if isinstance(self.optimizer, torch.optim.Adam):
-            step = float(state_dict["optimizer"]["param_groups"][0]["step"])
             for state in self.optimizer.state.values():
-                state["step"] = torch.tensor(step)
+                state["step"] = state["step"].clone()
+
+    @functools.wraps(upstream_set)
+    def set_states(self: Any, model_param: Any, tensors: Any) -> None:
+        upstream_set(
+            self, model_param, {**tensors, "step": None}
+        )  # None: leave the step, it was loaded with the groups
 
     optimizer_class.sharded_state_dict = sharded_state_dict
+    optimizer_class._set_main_param_and_optimizer_states = set_states
     optimizer_class.load_state_dict = load_state_dict
 
 
@@ -95,10 +102,11 @@ class MegatronOrigin:
 
 
 def check_megatron_origin() -> MegatronOrigin:
-    """Find `megatron.core` and `megatron.training` without importing them; one root and a served version, or RuntimeError.
+    """Find megatron.core and megatron.training without importing them; RuntimeError unless one root, version served.
 
-    `megatron` is a namespace package: a checkout on `sys.path` and an installed wheel mix without a word, each supplying the
-    subpackages that the other was not asked for yet. Call it once more after a script has imported what it needs.
+    `megatron` is a namespace package: a checkout on `sys.path` and an installed wheel mix without a word, each
+    supplying the subpackages that the other was not asked for yet. Call it once more after a script has imported
+    what it needs.
     """
     core, training = _folder("core"), _folder("training")
     if core.parent != training.parent:
@@ -113,7 +121,8 @@ def check_megatron_origin() -> MegatronOrigin:
             found = Path(file).resolve()
             if not found.is_relative_to(core.parent):
                 raise RuntimeError(
-                    f"{name} was imported from {found} but megatron.core comes from {core}: two installations are mixed. "
+                    f"{name} was imported from {found} but megatron.core comes from {core}: two installations are "
+                    "mixed. "
                     f"Keep one of them: {REMEDY}, or put only the checkout on PYTHONPATH."
                 )
     version, numbers = _version(core)
@@ -138,7 +147,7 @@ def _folder(name: str) -> Path:
 
 
 def _version(core: Path) -> tuple[str, tuple[int, ...]]:
-    """The version that core/package_info.py states, read and not imported: importing it imports all of megatron.core."""
+    """The version that core/package_info.py states, read as text: importing it imports all of megatron.core."""
     text = (core / "package_info.py").read_text(encoding="utf-8")
     found = dict(re.findall(r"^(MAJOR|MINOR|PATCH|PRE_RELEASE)\s*=\s*['\"]?(\w*)", text, flags=re.MULTILINE))
     numbers = tuple(int(found[key]) for key in ("MAJOR", "MINOR", "PATCH"))

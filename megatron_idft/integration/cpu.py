@@ -1,9 +1,10 @@
 """Run the stock Megatron trainer on a machine without a GPU: `enable()` and `add_flags()`.
 
-Megatron asks `torch.cuda` for a device, streams and random numbers at a few dozen places. `enable()` answers them on the CPU, in
-this process, with what each place needs and no more; every replacement below names the upstream file that needs it. Nothing claims
-that a GPU exists: `torch.cuda.is_available()` stays False for everybody, Transformer Engine and Triton kernels included; the two
-questions of Megatron's own start-up that must be answered otherwise are answered to that one module only (`_to_callers`).
+Megatron asks `torch.cuda` for a device, streams and random numbers at many places. `enable()` answers them on the
+CPU, in this process, with what each place needs and no more; every replacement names the upstream file that needs
+it. Nothing claims that a GPU exists: `torch.cuda.is_available()` is False for everybody, Transformer Engine and
+Triton kernels included; the few questions of Megatron's own that must be answered otherwise are answered to the
+asking module only (`_to_callers`).
 
 Never imported where a GPU is used.
 """
@@ -21,56 +22,65 @@ from typing import Any
 
 import torch
 
-# ----------------------------------------------------------------------------------------------------------------- flags
+# ---------------------------------------------------------------------------------------------------------------- flags
 
-# (flag that is added, its value, every spelling by which the user has already decided, why)
-_NEEDED: tuple[tuple[str, str | None, tuple[str, ...]], ...] = (
-    ("--distributed-backend", "gloo", ("--distributed-backend",)),
-    ("--transformer-impl", "local", ("--transformer-impl",)),
-    ("--use-cpu-initialization", None, ()),
-    ("--no-gradient-accumulation-fusion", None, ()),  # APEX kernel; tensor_parallel/layers.py refuses without it
-    ("--no-masked-softmax-fusion", None, ()),  # fusions/fused_softmax.py: CUDA extension
-    ("--no-rope-fusion", None, ()),  # transformer_config.py refuses it without Transformer Engine
-    ("--no-persist-layer-norm", None, ()),  # transformer/torch_norm.py refuses it
-    ("--no-bias-gelu-fusion", None, ()),  # the three below are torch.compile'd upstream; eager code is what runs here
-    ("--no-bias-swiglu-fusion", None, ()),
-    ("--no-bias-dropout-fusion", None, ()),
+# What is added unless the user decided: flag and value.
+_NEEDED: tuple[tuple[str, str | None], ...] = (
+    ("--distributed-backend", "gloo"),
+    ("--transformer-impl", "local"),
+    ("--use-cpu-initialization", None),
+    ("--no-gradient-accumulation-fusion", None),  # APEX kernel; tensor_parallel/layers.py refuses without it
+    ("--no-masked-softmax-fusion", None),  # CUDA extension of fusions/fused_softmax.py
+    ("--no-rope-fusion", None),  # transformer_config.py refuses it without Transformer Engine
+    ("--no-persist-layer-norm", None),  # transformer/torch_norm.py refuses it
+    # Compiled upstream; here they would be the same sums in another order than the plain layers'.
+    ("--no-bias-gelu-fusion", None),
+    ("--no-bias-swiglu-fusion", None),
+    ("--no-bias-dropout-fusion", None),
 )
 
-# flag -> (values that work on the CPU, or () if none does; what to do instead)
+_NO_TE = "it needs Transformer Engine; leave it out"
+_NO_STREAMS = "there are no CUDA streams to overlap; leave it out"
+_NO_GRAPHS = "there are no CUDA graphs; leave it out"
+_NO_DEVICE = "there is no device memory to offload from; leave it out"
+_NO_FSDP = "it works on CUDA devices only; use --use-distributed-optimizer"
+_NO_PROFILER = "there is no CUDA profiler; leave it out"
+
+# flag -> (the values that work, () if none does; what to do instead)
 _REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
-    "--distributed-backend": (("gloo",), "use --distributed-backend gloo, or leave it out"),
-    "--transformer-impl": (("local",), "Transformer Engine needs a GPU: use --transformer-impl local, or leave it out"),
-    "--fp8-format": ((), "FP8 is computed by Transformer Engine on a GPU: leave it out and use --bf16"),
-    "--fp4-format": ((), "FP4 is computed by Transformer Engine on a GPU: leave it out and use --bf16"),
-    "--fp16": ((), "half precision with loss scaling is not served on the CPU: use --bf16 or fp32"),
-    "--use-flash-attn": ((), "FlashAttention needs a GPU: leave it out"),
-    "--attention-backend": (("local", "unfused", "auto"), "leave it out"),
-    "--moe-grouped-gemm": ((), "grouped GEMM needs a GPU: leave it out, experts then run one after another"),
-    "--moe-permute-fusion": ((), "needs Transformer Engine: leave it out"),
-    "--moe-router-fusion": ((), "needs Transformer Engine: leave it out"),
+    "--distributed-backend": (("gloo",), "use gloo, or leave it out"),
+    "--transformer-impl": (("local",), "Transformer Engine needs a GPU; use local, or leave it out"),
+    "--attention-backend": (("auto", "local", "unfused"), "there is one attention, the unfused; leave it out"),
+    "--use-flash-attn": ((), "FlashAttention needs a GPU; leave it out"),
+    "--fp8-format": ((), "FP8 needs a GPU; use --bf16"),
+    "--fp4-format": ((), "FP4 needs a GPU; use --bf16"),
+    "--sft": ((), "packed sequences need Transformer Engine's attention; use unpacked batches"),
+    "--multi-latent-attention": ((), "the local attention does not take its shapes; it needs Transformer Engine"),
+    "--moe-grouped-gemm": ((), "leave it out: the experts run one after another"),
+    "--moe-permute-fusion": ((), _NO_TE),
+    "--moe-router-fusion": ((), _NO_TE),
     "--moe-token-dispatcher-type": (("allgather", "alltoall"), "use allgather or alltoall"),
-    "--overlap-moe-expert-parallel-comm": ((), "overlaps CUDA streams: leave it out"),
-    "--moe-shared-expert-overlap": ((), "overlaps CUDA streams: leave it out"),
-    "--cuda-graph-impl": (("none",), "CUDA graphs need a GPU: leave it out"),
-    "--enable-cuda-graph": ((), "CUDA graphs need a GPU: leave it out"),
-    "--external-cuda-graph": ((), "CUDA graphs need a GPU: leave it out"),
-    "--optimizer-cuda-graph": ((), "CUDA graphs need a GPU: leave it out"),
-    "--tp-comm-overlap": ((), "needs Transformer Engine: leave it out"),
-    "--sft": ((), "packed sequences need Transformer Engine's attention: use this package's data flags instead"),
-    "--use-megatron-fsdp": ((), "leave it out; --use-distributed-optimizer works here"),
-    "--use-torch-fsdp2": ((), "leave it out; --use-distributed-optimizer works here"),
-    "--optimizer-cpu-offload": ((), "there is no device to offload from: leave it out"),
-    "--use-precision-aware-optimizer": ((), "needs Transformer Engine's FusedAdam: leave it out"),
-    "--fine-grained-activation-offloading": ((), "there is no device to offload from: leave it out"),
-    "--cpu-offloading-num-layers": ((), "there is no device to offload from: leave it out"),
-    "--te-rng-tracker": ((), "needs Transformer Engine: leave it out"),
-    "--nccl-ub": ((), "there is no NCCL here: leave it out"),
-    "--use-pytorch-profiler": ((), "profiles a GPU here: leave it out"),
-    "--async-save": ((), "its writer copies from a CUDA stream: leave it out"),
+    "--tp-comm-overlap": ((), _NO_TE),
+    "--te-rng-tracker": ((), _NO_TE),
+    "--use-precision-aware-optimizer": ((), _NO_TE),
+    "--overlap-moe-expert-parallel-comm": ((), _NO_STREAMS),
+    "--cuda-graph-impl": (("none",), _NO_GRAPHS),
+    "--enable-cuda-graph": ((), _NO_GRAPHS),
+    "--external-cuda-graph": ((), _NO_GRAPHS),
+    "--optimizer-cuda-graph": ((), _NO_GRAPHS),
+    "--optimizer-cpu-offload": ((), _NO_DEVICE),
+    "--cpu-offloading-num-layers": ((), _NO_DEVICE),
+    "--fine-grained-activation-offloading": ((), _NO_DEVICE),
+    "--use-megatron-fsdp": ((), _NO_FSDP),
+    "--use-torch-fsdp2": ((), _NO_FSDP),
+    "--use-nccl-ub": ((), "there is no NCCL; leave it out"),
+    "--profile": ((), _NO_PROFILER),
+    "--record-memory-history": ((), _NO_PROFILER),
+    "--log-memory-to-tensorboard": ((), "there is no device memory to log; leave it out"),
+    "--log-device-memory-used": ((), "there is no device memory to log; leave it out"),
 }
 
-# CUDA_DEVICE_MAX_CONNECTIONS: training/arguments.py asserts it with TP or CP.
+# training/arguments.py asserts it with tensor or context parallelism.
 _ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
@@ -83,16 +93,18 @@ def add_flags(argv: Sequence[str], program_name: str) -> list[str]:
     given = dict(_flags(argv))
     for flag, (allowed, remedy) in _REFUSED.items():
         if flag in given and given[flag] not in allowed:
-            value = f" {given[flag]}" if given[flag] else ""
-            raise ValueError(f"{program_name}: {flag}{value} cannot work on the CPU: {remedy}.")
-    added = [(flag, value) for flag, value, _ in _NEEDED if flag not in given]
-    words = [word for flag, value in added for word in ((flag, value) if value else (flag,))]
+            asked = f"{flag} {given[flag]}".strip()
+            raise ValueError(f"{program_name}: {asked} does not work on the CPU: {remedy}.")
+    if "--num-experts" in given and "--disable-bias-linear" not in given:
+        # transformer/mlp.py adds the bias in place to the output of a custom autograd function, which torch forbids.
+        raise ValueError(f"{program_name}: local experts with a bias cannot be trained: add --disable-bias-linear.")
+    added = [word for flag, value in _NEEDED if flag not in given for word in (flag, value) if word]
     environment = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(environment)
-    if os.environ.get("RANK", "0") == "0" and (words or environment):
-        names = " ".join([*(f"{name}={value}" for name, value in environment.items()), *words])
+    if os.environ.get("RANK", "0") == "0" and (added or environment):
+        names = " ".join([*(f"{name}={value}" for name, value in environment.items()), *added])
         print(f"{program_name}: no GPU in use, running on the CPU; added: {names}", flush=True)
-    return [*argv, *words]
+    return [*argv, *added]
 
 
 def _flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -104,36 +116,51 @@ def _flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield flag, value or ("" if following.startswith("--") else following)
 
 
-# ------------------------------------------------------------------------------------------------------------------ shim
+# ----------------------------------------------------------------------------------------------------------------- shim
 
 _enabled = False
 
 
-def enable() -> None:
+def enable(trainer: bool = True) -> None:
     """Install the shim into torch and megatron in this process; a second call does nothing.
 
-    Call it before any megatron module does anything with a device. Hides GPUs that the machine may have. Raises RuntimeError if
-    this process already uses one, or has already imported Transformer Engine or APEX.
+    Call it before any megatron module does anything with a device. Hides GPUs that the machine may have. Raises
+    RuntimeError if this process already uses one, or has already imported a library of GPU kernels.
+
+    Args:
+        trainer: also prepare megatron.training. False serves the models of a megatron-core whose trainer is not served.
     """
     global _enabled
     if _enabled:
         return
     if torch.cuda.is_initialized():
         raise RuntimeError(
-            "CPU mode was asked for, but this process already uses a CUDA device: enable it first thing."
+            "CPU mode was asked for, but this process already uses a GPU: enable it before anything else."
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _hide_gpu_libraries()
     _redirect_devices()
     _stub_cuda()
     _split_random_state()
-    _patch_megatron()
+    if trainer:
+        _patch_megatron()
     _enabled = True
 
 
-# Megatron takes these whenever they import (in a container's login node they do), and then calls CUDA kernels.
-_GPU_LIBRARIES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda",
-                  "flash_attn", "flash_attn_3", "grouped_gemm", "mamba_ssm", "causal_conv1d", "deep_ep")  # fmt: skip
+# Megatron uses these whenever they import, and on a login node of a GPU cluster they do; then it calls their kernels.
+_GPU_LIBRARIES = (
+    "transformer_engine",
+    "transformer_engine_torch",
+    "apex",
+    "amp_C",
+    "fused_weight_gradient_mlp_cuda",
+    "flash_attn",
+    "flash_attn_3",
+    "grouped_gemm",
+    "mamba_ssm",
+    "causal_conv1d",
+    "deep_ep",
+)
 
 
 def _hide_gpu_libraries() -> None:
@@ -155,8 +182,12 @@ def _to_callers(modules: tuple[str, ...], answer: Callable[..., Any], real: Call
     return function
 
 
+def _constant(function: Callable[..., Any], value: Any) -> Callable[..., Any]:
+    return functools.wraps(function)(lambda *_: value)
+
+
 def _on_cpu(device: Any) -> Any:
-    """The CPU for anything that means a CUDA device ("cuda", "cuda:0", torch.device("cuda"), an index), else the same."""
+    """The CPU for anything that means a CUDA device ("cuda:0", torch.device("cuda"), an index), else the same."""
     is_cuda = (
         (isinstance(device, str) and device.startswith("cuda"))
         or (isinstance(device, int) and not isinstance(device, bool))
@@ -184,13 +215,14 @@ def _redirect_devices() -> None:
 
         return wrapper
 
-    names = [name for name in dir(torch) if _hashable(getattr(torch, name)) and getattr(torch, name) in originals]
-    for name in [*names, *(name for name in dir(torch) if name.endswith("_like") and not name.startswith("_"))]:
+    factories = [function.__name__ for function in originals if getattr(torch, function.__name__, None) is function]
+    for name in [*factories, *(name for name in dir(torch) if name.endswith("_like"))]:
         setattr(torch, name, redirect(getattr(torch, name)))
+    tensor: Any = torch.Tensor
     for name in ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"):
-        setattr(torch.Tensor, name, redirect(getattr(torch.Tensor, name)))
+        setattr(tensor, name, redirect(getattr(tensor, name)))
 
-    to = torch.Tensor.to
+    to = tensor.to
 
     @functools.wraps(to)
     def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -200,16 +232,8 @@ def _redirect_devices() -> None:
             kwargs["device"] = _on_cpu(kwargs["device"])
         return to(self, *args, **kwargs)
 
-    torch.Tensor.to = to_cpu  # type: ignore[assignment, method-assign]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
-
-
-def _hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
+    tensor.to = to_cpu
+    tensor.cuda = lambda self, *args, **kwargs: self
 
 
 class _Stream:
@@ -232,9 +256,10 @@ def _stub_cuda() -> None:
 
     # training/initialize.py asserts a GPU, and sets up model parallelism and seeds only if it counts at least one.
     start = ("megatron.training.initialize",)
-    cuda.is_available = _to_callers(start, lambda: True, cuda.is_available)
-    cuda.device_count = _to_callers(start, lambda: 1, cuda.device_count)
-    # training/utils/common_utils.py asks for the architecture (Blackwell changes what arguments.py demands); 0 is older.
+    # Everybody else hears that there is none, also where torch had counted one before it was hidden.
+    cuda.is_available = _to_callers(start, lambda: True, _constant(cuda.is_available, False))
+    cuda.device_count = _to_callers(start, lambda: 1, _constant(cuda.device_count, 0))
+    # training/utils/common_utils.py asks for the architecture, as arguments.py demands less on Blackwell; 0 is older.
     common = ("megatron.training.utils.common_utils",)
     cuda.get_device_properties = _to_callers(common, lambda *_: SimpleNamespace(major=0), cuda.get_device_properties)
     # Device 0 is an index that _on_cpu understands; everything in core/ passes it on as `device=`.
@@ -252,7 +277,7 @@ def _stub_cuda() -> None:
     def eager(model: Any = None, **_: Any) -> Any:
         return model if model is not None else (lambda function: function)
 
-    torch.compile = _to_callers(("megatron",), eager, torch.compile)  # type: ignore[assignment]
+    torch.compile = _to_callers(("megatron",), eager, torch.compile)
 
     # optimizer/{clip_grads,optimizer,distrib_optimizer}.py sort parameters by the name of their CUDA type.
     name_of = torch.Tensor.type
@@ -264,7 +289,7 @@ def _stub_cuda() -> None:
     torch.Tensor.type = _to_callers(("megatron.core.optimizer",), cuda_name, name_of)  # type: ignore[method-assign]
 
 
-# --------------------------------------------------------------------------------------------------------- random numbers
+# ------------------------------------------------------------------------------------------------------- random numbers
 
 # "host" is what Megatron saves as the CPU's state; "loaders" seeds the workers of DataLoaders.
 _aside: dict[str, torch.Tensor] = {}
@@ -273,11 +298,12 @@ _aside: dict[str, torch.Tensor] = {}
 def _split_random_state() -> None:
     """Three random streams where the CPU has one generator.
 
-    Dropout on CPU tensors draws from torch's default generator, so that one plays the GPU's: `torch.cuda`'s states are its
-    states, and Megatron's CudaRNGStatesTracker forks it by name as it would fork the GPU's. What Megatron calls the CPU's state
-    is kept aside and swapped in while a DataLoader works: only tensor-parallel rank 0 has a DataLoader, and a number drawn there
-    from the generator of the dropout masks would make the ranks of one model disagree about them. The seeds that a DataLoader
-    draws when it starts have a stream of their own, for it starts once more in a resumed run.
+    Dropout on CPU tensors draws from torch's default generator, so that one plays the GPU's: `torch.cuda`'s states
+    are its states, and Megatron's CudaRNGStatesTracker forks it by name as it would fork the GPU's. What Megatron
+    calls the CPU's state is kept aside and swapped in while a DataLoader works: only tensor-parallel rank 0 has a
+    DataLoader, and a number drawn there from the generator of the dropout masks would make the ranks of one model
+    disagree about them. The seeds that a DataLoader draws when it starts have a stream of their own, for it starts
+    once more in a resumed run.
     """
     generator = torch.default_generator
 
@@ -341,11 +367,11 @@ def _patch_megatron() -> None:
     local_layers.install()
     compatibility.repair_compile_helpers()
     compatibility.repair_distributed_optimizer_load()
-    # training/initialize.py warms up compiled functions with random inputs. Nothing is compiled here, and the numbers drawn, which
-    # depend on the layout, would come from the generator that then initialises the weights.
+    # training/initialize.py warms up compiled functions with random inputs. Nothing is compiled here, and the numbers
+    # drawn, which depend on the layout, would come from the generator that then initialises the weights.
     initialize: Any = importlib.import_module("megatron.training.initialize")
     initialize._warmup_jit_function = lambda *_, **__: None
-    # transformer/moe/token_dispatcher.py copies the split sizes of its all-to-all to the host, as numpy, if they are CUDA tensors.
+    # transformer/moe/token_dispatcher.py turns the split sizes of its all-to-all into numpy if they are CUDA tensors.
     dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
 
     def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -1,9 +1,9 @@
 """Layers that need neither Transformer Engine nor APEX: norms under sequence parallelism, and HybridModel.
 
-Stock `--transformer-impl local` serves GPTModel, without sequence parallelism. `install()` adds what is missing where Transformer
-Engine is absent: torch norms that allow `--sequence-parallel`, and `hybrid_stack_spec` as HybridModel's default. On a GPU with
-Transformer Engine it changes nothing; there the spec can be named with the stock flag
-`--spec megatron_idft.integration.local_layers hybrid_stack_spec`.
+Stock `--transformer-impl local` serves GPTModel, without sequence parallelism. `install()` adds what is missing
+where Transformer Engine is absent: torch norms that allow `--sequence-parallel`, and `hybrid_stack_spec` as
+HybridModel's default. On a GPU with Transformer Engine it changes nothing; there the spec can be named with the
+stock flag `--spec megatron_idft.integration.local_layers hybrid_stack_spec`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ from megatron.core.transformer.transformer_layer import (
 class LocalNorm:
     """torch's LayerNorm or RMSNorm, as the config asks, with or without sequence parallelism.
 
-    transformer/torch_norm.py refuses sequence parallelism because torch's norms do not mark their parameters. Under it every
-    tensor-parallel rank sees a part of the sequence, so distributed/finalize_model_grads.py must sum their gradients over the
-    ranks; it does so for parameters that carry `sequence_parallel`, as APEX's FusedLayerNorm sets it.
+    transformer/torch_norm.py refuses sequence parallelism because torch's norms do not mark their parameters. Under
+    it every tensor-parallel rank sees a part of the sequence, so distributed/finalize_model_grads.py must sum their
+    gradients over the ranks; it does so for parameters that carry `sequence_parallel`, as APEX's FusedLayerNorm
+    sets it.
     """
 
     def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
@@ -90,8 +91,8 @@ def _unserved(symbol: str, needs: str) -> ModuleSpec:
 
 _linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
-# As models/hybrid/hybrid_layer_specs.py, in local layers. Transformer Engine fuses a norm into the linear layer behind it; the key
-# maps name the local norms in checkpoints as the fused ones, so that checkpoints load into both.
+# As models/hybrid/hybrid_layer_specs.py, in local layers. Transformer Engine fuses a norm into the linear layer
+# behind it; the key maps name the local norms in checkpoints as the fused ones, so that checkpoints load into both.
 hybrid_stack_spec = ModuleSpec(
     module=LocalHybridStack,
     submodules=HybridStackSubmodules(
@@ -157,7 +158,7 @@ hybrid_stack_spec = ModuleSpec(
 
 
 def install() -> None:
-    """Where Transformer Engine is absent: let torch norms run under sequence parallelism, and HybridModel build by default."""
+    """Where Transformer Engine is absent, let torch's norms run under sequence parallelism and HybridModel build."""
     if HAVE_TE:
         return
     # Every importer of the class (backends.py, gpt_layer_specs.py, transformer_block.py) holds the class itself.
