@@ -24,6 +24,7 @@ from megatron.training.argument_utils import (
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
+MODEL_PROVIDER = None  # a function builds the model instead of the config, as scripts before 0.18 do
 BATCH_KEYS = ["attention_mask", "labels", "loss_mask", "position_ids", "tokens"]
 
 
@@ -181,10 +182,11 @@ def main():
     )
     model_config = hybrid_config_from_args(args) if args.hybrid_layer_pattern else gpt_config_from_args(args)
     pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
+        pretrain_cfg_container_from_args(args, None if MODEL_PROVIDER else model_config),
         datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
+        model_provider=MODEL_PROVIDER,
         get_embedding_ranks=embedding_ranks,
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from integration.checkpoints import load_scalars, load_tensors
+
 from launch import torchrun
 
 HERE = Path(__file__).parent
@@ -18,13 +19,13 @@ COMPARED = ("grad-norm", "lm loss", "sft loss", "ddt/phi mean", "ddt/entropy", "
 # Gradients of the same tokens are summed in another order; nothing else may differ.
 RTOL = 1e-5
 
-COMMON = (
-    "--hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 --micro-batch-size 2"
-    " --global-batch-size 8 --train-iters 11 --lr 1e-3 --lr-decay-style constant --hidden-dropout 0"
-    " --attention-dropout 0 --vocab-size 127 --make-vocab-size-divisible-by 64 --num-workers 0 --eval-interval 100 --eval-iters 0"
-    " --log-interval 1 --tensorboard-log-interval 1 --sft-loss idft --idft-lambda-ramp 0.5"
-    " --sft-loss-weight-floor 0.01 --ckpt-format torch_dist"
-).split()
+COMMON = """
+    --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 --micro-batch-size 2
+    --global-batch-size 8 --train-iters 11 --lr 1e-3 --lr-decay-style constant --hidden-dropout 0 --attention-dropout 0
+    --vocab-size 127 --make-vocab-size-divisible-by 64 --num-workers 0 --eval-interval 100 --eval-iters 0
+    --log-interval 1 --tensorboard-log-interval 1 --ckpt-format torch_dist
+    --sft-loss idft --idft-lambda-ramp 0.5 --sft-loss-weight-floor 0.01
+"""
 
 MODELS = {
     # 127 tokens over 128 columns: padding is in play; four layers, so that two stages can hold two chunks each.
@@ -56,9 +57,11 @@ LAYOUTS = [
 ]
 
 
-def launch(folder: Path, model: str, processes: int, layout: str, script: str = "stock_pretrain.py", *more: str) -> Path:
+def launch(
+    folder: Path, model: str, processes: int, layout: str, script: str = "stock_pretrain.py", *more: str
+) -> Path:
     folder.mkdir(exist_ok=True)
-    flags = [*COMMON, *MODELS[model].split(), *layout.split(), *more]
+    flags = [*COMMON.split(), *MODELS[model].split(), *layout.split(), *more]
     output = torchrun(
         ["-m", "megatron_idft", "run", HERE / script, *flags, "--tensorboard-dir", str(folder / "tensorboard")],
         nproc=processes,
@@ -75,7 +78,9 @@ def references(tmp_path_factory):
     def reference(model: str) -> Path:
         if model not in made:
             folder = tmp_path_factory.mktemp("reference")
-            made[model] = launch(folder, model, 1, "", "stock_pretrain.py", "--save", str(folder), "--save-interval", "1")
+            made[model] = launch(
+                folder, model, 1, "", "stock_pretrain.py", "--save", str(folder), "--save-interval", "1"
+            )
         return made[model]
 
     return reference
@@ -86,7 +91,11 @@ def assert_same_training(reference: Path, folder: Path) -> None:
     for key in COMPARED:
         for step in STEPS:
             torch.testing.assert_close(
-                got[key][step], expected[key][step], rtol=RTOL, atol=1e-6, msg=lambda m, k=key, s=step: f"{k} at {s}: {m}"
+                got[key][step],
+                expected[key][step],
+                rtol=RTOL,
+                atol=1e-6,
+                msg=lambda m, k=key, s=step: f"{k} at {s}: {m}",
             )
     weights, reference_weights = load_tensors(folder, 11), load_tensors(reference, 11)
     names = [name for name in reference_weights if not name.startswith(("optimizer", "rng", "rerun"))]
@@ -94,7 +103,9 @@ def assert_same_training(reference: Path, folder: Path) -> None:
     for name in names:
         # Adam divides by the root of the second moment, so a weight whose gradient is rounding noise moves by up to
         # the learning rate in a random direction: the absolute part is 1 % of one step.
-        torch.testing.assert_close(weights[name], reference_weights[name], rtol=RTOL, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            weights[name], reference_weights[name], rtol=RTOL, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def continue_reference(reference: Path, folder: Path, model: str, processes: int, layout: str, script: str) -> Path:
