@@ -1,4 +1,4 @@
-"""Start real processes: `torchrun(...)` runs a script under torch.distributed.run and fails with the tail of its output."""
+"""Start real processes: `torchrun(...)` runs a script under torch.distributed.run, failing with its output's tail."""
 
 from __future__ import annotations
 
@@ -22,15 +22,21 @@ def torchrun(
 ) -> str:
     """Run `python -m torch.distributed.run --nproc-per-node NPROC ARGS…` and return stdout and stderr together.
 
-    `env` is added to this process's environment. Raises AssertionError with the output's tail if the command fails or does
-    not end within `timeout` seconds (all its processes are then stopped).
+    `env` is added to this process's environment. Raises AssertionError with the output's tail if the command fails or
+    does not end within `timeout` seconds (all its processes are then stopped).
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
     command += [str(arg) for arg in args]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     merged = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **(env or {})}
     process = subprocess.Popen(
-        command, cwd=cwd, env=merged, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        cwd=cwd,
+        env=merged,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=timeout)

@@ -137,8 +137,8 @@ def enable(trainer: bool = True) -> None:
         raise RuntimeError(
             "CPU mode was asked for, but this process already uses a GPU: enable it before anything else."
         )
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _hide_gpu_libraries()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _redirect_devices()
     _stub_cuda()
     _split_random_state()
@@ -167,7 +167,8 @@ def _hide_gpu_libraries() -> None:
     for name in _GPU_LIBRARIES:
         if sys.modules.get(name) is not None:
             raise RuntimeError(f"CPU mode was asked for, but {name} is already imported: enable it before megatron.")
-        sys.modules[name] = None  # type: ignore[assignment]  # makes `import name` raise ModuleNotFoundError
+    modules: dict[str, Any] = sys.modules
+    modules.update(dict.fromkeys(_GPU_LIBRARIES))  # None makes `import name` raise ModuleNotFoundError
 
 
 def _to_callers(modules: tuple[str, ...], answer: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
@@ -338,7 +339,11 @@ def _split_random_state() -> None:
     tracker: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     tracker._set_cuda_rng_state = set_device_state  # its own goes through the CUDA generators
 
-    owners = ("megatron.core.tensor_parallel.random", "megatron.training.checkpointing")
+    owners = (
+        "megatron.core.tensor_parallel.random",
+        "megatron.core.rerun_state_machine",
+        "megatron.training.checkpointing",
+    )
     torch.get_rng_state = _to_callers(owners, lambda: _aside["host"], torch.get_rng_state)
     torch.set_rng_state = _to_callers(owners, set_host_state, torch.set_rng_state)
     torch.manual_seed = _to_callers(("megatron.training.initialize",), seed_all, torch.manual_seed)
