@@ -6,7 +6,6 @@ import argparse
 import inspect
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +16,8 @@ from megatron_idft.integration.trainer import TrainerIntegration
 
 if TYPE_CHECKING:
     from megatron_idft.data import ChatTokenizer, TokenCache
+
+NEVER = 10**9  # an interval, in iterations, that no training reaches
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -117,7 +118,7 @@ class ChatTraining(TrainerIntegration):
         else:
             args.eval_iters = 0
         if args.eval_interval is None:  # evaluate once, after training
-            args.eval_interval = args.train_iters or sys.maxsize
+            args.eval_interval = args.train_iters or NEVER
 
     def _cache(self, args: argparse.Namespace, flag: str, paths: Sequence[str]) -> TokenCache:
         """The tokenized records, made by one process per file system while the others wait.
@@ -218,6 +219,8 @@ def _validate_data_arguments(args: argparse.Namespace) -> None:
         raise ArgumentError(
             f"--dataloader-type {args.dataloader_type}: records are shuffled by --seed and epoch; drop the flag"
         )
+    if args.save and args.save_interval is None:
+        args.save_interval = NEVER  # once, after training
     if args.tokenizer_type is None:
         is_sentencepiece = args.tokenizer_model.endswith(".model")
         args.tokenizer_type = "SentencePieceTokenizer" if is_sentencepiece else "HuggingFaceTokenizer"

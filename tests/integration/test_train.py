@@ -1,0 +1,167 @@
+"""`train`: chat records through Megatron's trainer, in real processes; killed and resumed to the bit."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from integration.checkpoints import load_scalars, load_tensors
+
+from launch import ROOT, torchrun
+
+MODEL = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48
+    --micro-batch-size 2 --position-embedding-type rope --lr 1e-3 --lr-decay-style constant --num-workers 0
+    --log-interval 1 --chat-template chatml
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Additions of one and two turns, and a sentencepiece model trained on them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(5)
+    lines = []
+    for _ in range(30):
+        messages = []
+        for _ in range(rng.choice((1, 2))):
+            a, b = rng.randrange(50), rng.randrange(50)
+            messages += [{"role": "user", "content": f"{a} + {b}?"}, {"role": "assistant", "content": f"{a + b}."}]
+        lines.append(json.dumps({"messages": messages}))
+    (folder / "train.jsonl").write_text("\n".join(lines[:22]) + "\n")
+    (folder / "valid.jsonl").write_text("\n".join(lines[22:]) + "\n")
+    (folder / "text").write_text("\n".join(f"user assistant {a} + {a + 3}? {a}." for a in range(100)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=60,
+        hard_vocab_limit=False,
+        split_digits=True,
+        control_symbols=["<|im_start|>", "<|im_end|>"],
+        user_defined_symbols=["\n"],
+        pad_id=3,
+        minloglevel=2,
+    )
+    return folder
+
+
+def command(corpus: Path, folder: Path, flags: str) -> list[str]:
+    data = f"--sft-data {corpus / 'train.jsonl'} --tokenizer-model {corpus / 'tokenizer.model'}"
+    words = f"{MODEL} {data} --sft-cache {corpus / 'cache'} --tensorboard-dir {folder / 'tensorboard'} {flags}"
+    return ["-m", "megatron_idft", "train", *words.split()]
+
+
+def train(corpus: Path, folder: Path, flags: str, nproc: int = 1) -> str:
+    return torchrun(command(corpus, folder, flags), nproc=nproc)
+
+
+def test_an_epoch_trains_every_token_once_and_validation_reads_every_record_once(corpus, tmp_path):
+    # 22 records in batches of 8: the last batch is filled up with samples that count for nothing. Learning rate 0, so
+    # that every evaluation must give the same value, whatever batch it is cut into: 8 records by 8, and by 3 x 2.
+    valid = f"--sft-valid-data {corpus / 'valid.jsonl'} --eval-interval 4 --lr 0 --sft-loss idft"
+    output = train(corpus, tmp_path / "a", f"--train-epochs 2 --global-batch-size 8 {valid}")
+    train(corpus, tmp_path / "b", f"--train-iters 4 --global-batch-size 6 --micro-batch-size 3 {valid}")
+    assert "2 epochs of 22 records: 6 iterations" in output
+    cache = next(path for path in (corpus / "cache").iterdir() if f"token cache {path}" in output)
+    counts = json.loads((cache / "meta.json").read_text())["counts"]
+    first, second = load_scalars(tmp_path / "a" / "tensorboard"), load_scalars(tmp_path / "b" / "tensorboard")
+    assert counts["kept"] in (22, 8)
+    trained = {c["kept"]: c["trained_tokens"] for c in _counts(corpus)}
+    assert sum(first["trained tokens"].values()) == 2 * trained[22]
+    values = [*first["lm loss validation"].values(), *second["lm loss validation"].values()]
+    assert len(values) >= 3
+    for value in values:
+        assert value == pytest.approx(values[0], rel=1e-5)
+
+
+def _counts(corpus: Path) -> list[dict]:
+    return [json.loads(path.read_text())["counts"] for path in (corpus / "cache").glob("tokens-*/meta.json")]
+
+
+def test_start_shows_the_data_and_the_resolved_loss(corpus, tmp_path):
+    output = train(
+        corpus, tmp_path, "--train-iters 1 --global-batch-size 4 --sft-loss entropy --sft-loss-exempt-tokens 5"
+    )
+    sample = output[output.index("first sample") :].splitlines()
+    assert re.search(r"⟦\d+\.<\|im_end\|>⟧", "\n".join(sample[1:8])), "answer and end of turn are marked as trained"
+    assert not any(re.search(r"⟦[^⟧]*\?", line) for line in sample[1:8]), "the question is not"
+    assert re.search(r"records read +22\n", output) and "truncated" in output
+    line = next(line for line in output.splitlines() if line.startswith("> sft loss: "))
+    for part in ("objective entropy", "exempt tokens [5]", "end of turn [5]", "backend reference", "per-token-loss on"):
+        assert part in line
+    assert "vocabulary 60 of 128 padded rows" in line or re.search(r"vocabulary \d+ of 128 padded rows", line)
+
+
+def test_a_killed_run_resumes_to_the_bit(corpus, tmp_path):
+    """Dropout on, lambda moving, tensor parallel; killed without warning after a save, resumed by the same command."""
+    flags = (
+        "--train-iters 8 --global-batch-size 4 --save-interval 4 --tensor-model-parallel-size 2 --hidden-dropout 0.1"
+        " --attention-dropout 0.1 --sft-loss idft --idft-lambda-warmup 0.25 --idft-lambda-ramp 0.5"
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(corpus, whole, f"{flags} --save {whole} --load {whole}", nproc=2)
+    again = f"{flags} --save {broken} --load {broken}"
+    _kill_after(corpus, broken, again, "iteration        6/")
+    assert (broken / "latest_checkpointed_iteration.txt").read_text() == "4"
+    output = train(corpus, broken / "resumed", again, nproc=2)
+    assert "WARNING: this run continues" not in output
+
+    expected, got = load_scalars(whole / "tensorboard"), load_scalars(broken / "resumed" / "tensorboard")
+    for key in ("sft loss", "ddt/phi mean", "idft/lambda", "grad-norm", "lm loss", "learning-rate", "trained tokens"):
+        assert sorted(got[key]) == [5, 6, 7, 8]
+        assert got[key] == {step: expected[key][step] for step in got[key]}, key
+    assert [expected["idft/lambda"][step] for step in (2, 4, 8)] == [0.0, 0.25, 1.0]
+    want, have = load_tensors(whole, 8), load_tensors(broken, 8)
+    assert want.keys() == have.keys() and len(want) > 20
+    different = [name for name in want if not torch.equal(want[name], have[name])]
+    assert not different
+
+
+def _kill_after(corpus: Path, folder: Path, flags: str, text: str) -> None:
+    words = command(corpus, folder, flags)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    seen, deadline = "", time.monotonic() + 120
+    for line in process.stdout:
+        seen += line
+        if text in line or time.monotonic() > deadline:
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert text in seen, seen[-3000:]
+
+
+def test_another_loss_than_the_checkpoints_is_pointed_out(corpus, tmp_path):
+    flags = f"--global-batch-size 4 --save {tmp_path} --load {tmp_path} --sft-loss idft"
+    train(corpus, tmp_path, f"{flags} --train-iters 1")
+    output = train(corpus, tmp_path, f"{flags} --train-iters 2 --override-opt_param-scheduler --idft-beta 2")
+    assert (
+        "WARNING: this run continues a checkpoint with another loss: --idft-beta: 1.0 in the checkpoint, 2.0 now"
+        in output
+    )
+
+
+def test_a_bad_record_stops_the_run_and_is_named(corpus, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text((corpus / "train.jsonl").read_text() + '{"messages": [{"role": "user"}]}\n')
+    flags = f"--train-iters 1 --global-batch-size 4 --sft-data {bad}"
+    with pytest.raises(AssertionError, match=r"bad\.jsonl, line 23"):
+        train(corpus, tmp_path, flags)
+    output = train(corpus, tmp_path, f"{flags} --sft-bad-records skip")
+    assert re.search(r"bad, skipped +1 ", output) and re.search(r"kept +22 ", output)
