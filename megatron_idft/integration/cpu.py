@@ -205,7 +205,7 @@ def _redirect_devices() -> None:
     import torch.utils._device as torch_device
 
     # `with torch.device(...)` recognises factories by identity in this cached set: let it see the originals as well.
-    originals = frozenset(torch_device._device_constructors())
+    originals: frozenset[Any] = frozenset(torch_device._device_constructors())
 
     def redirect(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

@@ -66,23 +66,32 @@ def test_no_megatron_is_said_plainly():
     assert "megatron.core is not installed: pip install" in result.stderr
 
 
-def repair(before: str) -> subprocess.CompletedProcess[str]:
-    code = f"""
-import importlib, pathlib, sys
-utils = importlib.import_module("megatron.core.datasets.utils")
-upstream = utils.compile_helpers
+REPAIR = """
+import sys
+from megatron.core.datasets import utils
 from megatron_idft.integration.compatibility import repair_compile_helpers
-{before}
+
+upstream = utils.compile_helpers
 repair_compile_helpers()
-print("upstream" if utils.compile_helpers is upstream else utils.compile_helpers())
+print("compiled:", utils.compile_helpers())
+
+utils.compile_helpers = upstream
+sys.modules["megatron.core.datasets.helpers_cpp"] = None
+try:
+    repair_compile_helpers()
+except RuntimeError as error:
+    print("wheel without them:", error)
+
+utils.__file__ = sys.argv[1]  # beside a Makefile
+repair_compile_helpers()
+print("checkout:", utils.compile_helpers is upstream)
 """
-    return subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
 
 def test_compiled_helpers_are_not_compiled_again(tmp_path):
-    assert repair("").stdout.strip() == "None"
-    missing = 'sys.modules["megatron.core.datasets.helpers_cpp"] = None'
-    result = repair(missing)
-    assert "cannot be compiled" in result.stderr and "Reinstall Megatron" in result.stderr
     (tmp_path / "Makefile").touch()
-    assert repair(f"{missing}\nutils.__file__ = {str(tmp_path / 'utils.py')!r}").stdout.strip() == "upstream"
+    command = [sys.executable, "-c", REPAIR, tmp_path / "utils.py"]
+    result = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    compiled, wheel, checkout = result.stdout.splitlines()
+    assert compiled == "compiled: None" and checkout == "checkout: True"
+    assert "cannot be compiled" in wheel and "Reinstall Megatron" in wheel
