@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from megatron_idft import __version__
+from megatron_idft.errors import UserError
 
 VERBS = {
     "train": "fine-tune on chat records with Megatron's trainer:  torchrun … -m megatron_idft train <Megatron flags>",
@@ -27,4 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"megatron-idft: unknown verb {verb!r}; choose one of {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    return import_module(f"megatron_idft.cli.{verb}").main(rest)
+    try:
+        return import_module(f"megatron_idft.cli.{verb}").main(rest)
+    except (UserError, FileNotFoundError) as error:
+        # Every rank that meets it says so: under torchrun the first to fail stops the others.
+        print(f"megatron-idft {verb}: error: {error}", file=sys.stderr, flush=True)
+        return 2

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from megatron_idft.errors import UserError
+
 ROLES = ("system", "user", "assistant", "tool")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 MAX_LINE_BYTES = 64 << 20  # one line may not exhaust the memory: a file without newlines is a fault, not a record
@@ -43,7 +45,7 @@ class Record:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-class RecordError(ValueError):
+class RecordError(UserError, ValueError):
     """A record that cannot be used: which file, line (row in Parquet), field, and why."""
 
     def __init__(self, file: str, line: int, field: str, message: str, raw: str = ""):

@@ -14,6 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_idft.corpus.records import Message
+from megatron_idft.errors import UserError
 
 BUILTIN_TEMPLATES = {
     "chatml": (
@@ -36,11 +37,11 @@ BUILTIN_TEMPLATES = {
 _OPEN, _CLOSE = "\ue0f0\ue0f2\ue0f1", "\ue0f0\ue0f3\ue0f1"
 
 
-class TemplateError(ValueError):
+class TemplateError(UserError, ValueError):
     """The template itself is at fault: it cannot be used with these conversations. States the remedy."""
 
 
-class ConversationError(ValueError):
+class ConversationError(UserError, ValueError):
     """One conversation cannot be encoded, and the conversation is at fault: a bad record, in the words of `corpus`."""
 
 

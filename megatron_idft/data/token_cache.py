@@ -38,6 +38,7 @@ from megatron_idft.data.conversations import (
 )
 from megatron_idft.data.template import ConversationError, TemplateError
 from megatron_idft.data.tokenizer import ChatTokenizer
+from megatron_idft.errors import UserError
 
 FORMAT = 1  # raise it whenever the same corpus would give other bytes
 Truncation = Literal["truncate", "drop", "error"]
@@ -46,7 +47,7 @@ _BATCH_RECORDS, _BATCH_CHARACTERS = 512, 1 << 21  # what is held in memory betwe
 _SAMPLE_BYTES = 1 << 20
 
 
-class CacheError(RuntimeError):
+class CacheError(UserError, RuntimeError):
     """There is no usable token cache: it was not built, it is damaged, or nothing is left to train on."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_idft.errors import UserError
 from megatron_idft.objectives import LambdaSchedule, Objective, resolve_objective
 
 OBJECTIVES = ("ce", "dft", "idft", "entropy")
@@ -28,7 +29,7 @@ OBJECTIVE_ARGUMENTS = (
 )
 
 
-class ArgumentError(ValueError):
+class ArgumentError(UserError, ValueError):
     """Flags that cannot be combined; the message names the remedy."""
 
 
@@ -175,9 +176,11 @@ def validate_arguments(args: argparse.Namespace) -> None:
     if args.sft_loss_backend is None:
         args.sft_loss_backend = "auto"
     _refuse_incompatible(args)
-    # Building the objective checks every hyper-parameter, before anything expensive starts.
-    build_objective(args)
-    LambdaSchedule.from_shares(args.idft_lambda_warmup, args.idft_lambda_ramp, 1)
+    try:  # building the objective checks every hyper-parameter, before anything expensive starts
+        build_objective(args)
+        LambdaSchedule.from_shares(args.idft_lambda_warmup, args.idft_lambda_ramp, 1)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"--sft-loss {args.sft_loss}: {error}") from error
 
 
 def refuse_yaml(wants_loss: bool) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
 
 
-def get_batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) -> dict[str, Tensor | None]:
+def get_batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) -> dict[str, Any]:
     """This rank's share of the next micro-batch, or Nones on pipeline stages that need none.
 
     Returns:

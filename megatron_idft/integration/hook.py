@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_idft.errors import UserError
 from megatron_idft.integration.metrics import LossMetrics
 from megatron_idft.loss import resolve_backend, vocab_parallel_loss
 from megatron_idft.objectives import Objective, ce, resolve_objective
@@ -23,7 +24,7 @@ _ATTRIBUTE = "_megatron_idft_hook"
 IGNORED_LABEL = -100
 
 
-class UnsupportedModelError(RuntimeError):
+class UnsupportedModelError(UserError, RuntimeError):
     """The model's loss cannot be replaced; the message names the remedy."""
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from megatron_idft.integration import arguments, compatibility
-from megatron_idft.integration.hook import LossHook, install, installed_hooks, resolved_backend
+from megatron_idft.integration.hook import LossHook, UnsupportedModelError, install, installed_hooks, resolved_backend
 from megatron_idft.integration.metrics import (
     GAMMA_EDGES,
     PHI_EDGES,
@@ -187,7 +187,7 @@ class TrainerIntegration:
         result = original(*call.args, **call.kwargs)
         for hook in self._hooks:
             if not hook.calls:
-                raise RuntimeError(
+                raise UnsupportedModelError(
                     "a training step passed without the --sft-loss hook being called: the model computes its loss"
                     " somewhere else, so --sft-loss would have no effect. Use a script whose model is called with"
                     " labels, as Megatron's pretrain_gpt.py does, or train without --sft-loss"
@@ -209,12 +209,12 @@ class TrainerIntegration:
 
     def _refuse_bad_interval(self, args: argparse.Namespace, report: MetricsReport) -> None:
         if not report.micro_batches:
-            raise RuntimeError(
+            raise UnsupportedModelError(
                 "no micro-batch of this log interval went through the --sft-loss hook, so it had no effect. Train"
                 " without --sft-loss, or report the model and flags"
             )
         if report.invalid_labels:
-            raise ValueError(
+            raise arguments.ArgumentError(
                 f"{report.invalid_labels} labels of this log interval are at or above the vocabulary size"
                 f" {args.sft_loss_vocab_size}. The data was made with another tokenizer, or --sft-loss-vocab-size is"
                 " too small: make the data again, or correct the flag"
@@ -310,7 +310,7 @@ def _require_token_count(forward_step: Callable) -> Callable:
         def checked_loss_func(*loss_args: Any, **loss_kwargs: Any) -> Any:
             result = loss_func(*loss_args, **loss_kwargs)
             if len(result) != 3:
-                raise ValueError(
+                raise UnsupportedModelError(
                     "the script's loss_func returns (loss, metrics) without a token count, so the loss cannot be"
                     " normalised by trained tokens. Return (sum of losses, number of tokens as int tensor, metrics), as"
                     " Megatron's pretrain_gpt.py does"

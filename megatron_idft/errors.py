@@ -1,0 +1,5 @@
+"""The base of every error that its reader can mend."""
+
+
+class UserError(Exception):
+    """Input, flags or an installation that cannot be used. The message names the remedy; the programs show it alone."""
