@@ -81,3 +81,11 @@ def test_without_a_mask_every_label_is_trained_and_nothing_is_counted(found):
 
 def test_wrapped_models_are_reached(found):
     assert all(found["wrapped"].values()), found["wrapped"]
+
+
+def test_schedule_plans_keep_each_micro_batchs_labels_and_mask(found):
+    if found["version"].startswith("0.19"):
+        plans = found["schedule plan"]
+        assert plans["plans"] == 2 and plans["difference"] < CLOSE, plans
+    else:
+        assert "schedule plan" not in found, "older versions build plans otherwise; the trainer is served on 0.19"
