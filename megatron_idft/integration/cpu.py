@@ -204,8 +204,8 @@ def _redirect_devices() -> None:
     """
     import torch.utils._device as torch_device
 
-    # `with torch.device(...)` recognises factories by identity in this cached set: let it see the originals as well.
-    originals: frozenset[Any] = frozenset(torch_device._device_constructors())
+    # `with torch.device(...)` recognises factories by identity in a set cached at first use: let that hold the originals.
+    factories = {function.__name__ for function in torch_device._device_constructors()}
 
     def redirect(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -216,9 +216,9 @@ def _redirect_devices() -> None:
 
         return wrapper
 
-    factories = [function.__name__ for function in originals if getattr(torch, function.__name__, None) is function]
-    for name in [*factories, *(name for name in dir(torch) if name.endswith("_like"))]:
-        setattr(torch, name, redirect(getattr(torch, name)))
+    for name in dir(torch):
+        if name in factories or name.endswith("_like"):
+            setattr(torch, name, redirect(getattr(torch, name)))
     tensor: Any = torch.Tensor
     for name in ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"):
         setattr(tensor, name, redirect(getattr(tensor, name)))
