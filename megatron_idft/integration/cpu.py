@@ -204,7 +204,7 @@ def _redirect_devices() -> None:
     """
     import torch.utils._device as torch_device
 
-    # `with torch.device(...)` recognises factories by identity in a set cached at first use: let that hold the originals.
+    # `with torch.device(...)` knows factories by identity, in a set cached at first use: let it hold the originals.
     factories = {function.__name__ for function in torch_device._device_constructors()}
 
     def redirect(function: Callable[..., Any]) -> Callable[..., Any]:
