@@ -76,12 +76,12 @@ class Objective:
     @torch.no_grad()
     def gamma(self, statistics: TokenStatistics) -> Tensor | None:
         """[...] fp32 exponent as used in the weight, or None; meaningful at trained positions only."""
-        return None if self.token_gamma is None else self.token_gamma(statistics).detach()
+        return None if self.token_gamma is None else self.token_gamma(statistics)
 
     @torch.no_grad()
     def raw_gamma(self, statistics: TokenStatistics) -> Tensor | None:
         """[...] fp32 exponent within its clamp, before gamma_lambda, or None; meaningful at trained positions only."""
-        return None if self.token_raw_gamma is None else self.token_raw_gamma(statistics).detach()
+        return None if self.token_raw_gamma is None else self.token_raw_gamma(statistics)
 
     def _checked(self, weight: Tensor, labels: Tensor) -> Tensor:
         if not isinstance(weight, Tensor):
@@ -91,7 +91,7 @@ class Objective:
                 f"objective {self.name!r} must return one floating-point weight per token, shaped "
                 f"{tuple(labels.shape)} on {labels.device}; got {tuple(weight.shape)} {weight.dtype} on {weight.device}"
             )
-        return weight.detach().float()
+        return weight.float()
 
 
 _REGISTRY: dict[str, Callable[..., Objective]] = {}

@@ -60,7 +60,7 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, weight, log_prob, maximum, sum_exp = ctx.saved_tensors
         valid = slice(0, ctx.shard.valid_columns)
-        scale = torch.where(labels >= 0, weight * grad_loss, 0.0)
+        scale = weight * grad_loss
         grad = torch.empty_like(logits)
         grad[..., valid.stop :].zero_()
         _write_softmax(logits[..., valid], grad[..., valid], scale / sum_exp, maximum, labels)
@@ -141,8 +141,9 @@ def _scratch(columns: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _max_rows(columns: Tensor) -> int:
-    # CPU: a block stays in the caches between its passes. GPU: a pass over 64 MiB takes far longer than its launch.
-    block_bytes = 2**20 * torch.get_num_threads() if columns.device.type == "cpu" else 2**26
+    # CPU: a block stays in the last-level cache between its passes. Smaller ones are as fast on an idle machine only:
+    # the threads meet after every pass, which takes long on cores shared with others. GPU: 64 MiB dwarf a launch.
+    block_bytes = max(2**23, 2**20 * torch.get_num_threads()) if columns.device.type == "cpu" else 2**26
     return max(1, block_bytes // (4 * columns.shape[-1]))
 
 

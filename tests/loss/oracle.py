@@ -70,8 +70,9 @@ def assert_matches(actual: "dict[str, Tensor]", expected: Expected) -> None:
 
     An fp32 sum of exponentials is good to a few 2^-24 = 6e-8 relative and its logarithm to the same absolutely, hence
     the absolute part; a log_prob adds half an ulp of its own size, hence the relative part; a weight p^gamma amplifies
-    that by gamma log p, and the loss multiplies the weight's error by log_prob. Storing a gradient costs half an ulp of its dtype: 2^-8 relative in bf16,
-    2^-11 in fp16 with a spacing of 2^-24 near 0. A second rounding doubles that and is caught.
+    that by gamma log p, and the loss multiplies the weight's error by log_prob. Storing a gradient costs half an ulp of
+    its dtype: 2^-8 relative in bf16, 2^-11 in fp16 with a spacing of 2^-24 near 0. A second rounding doubles that and
+    is caught.
     """
     for name in ("loss", "weight", "log_prob", "entropy"):
         assert actual[name].dtype == torch.float32

@@ -143,7 +143,7 @@ def test_an_invalid_label_stops_every_rank_before_a_collective(ranks: list[dict[
         assert "1 of 2 labels" in rank["invalid label"]
 
 
-def test_collectives_are_seen(tmp_path: Any) -> None:
+def test_collectives_are_seen() -> None:
     # The counter itself must be able to fail.
     assert run_ranks(count_two_collectives, 2) == [["c10d::allreduce_", "c10d::broadcast_"]] * 2
 
@@ -153,6 +153,20 @@ def count_two_collectives() -> list[str]:
         torch.distributed.all_reduce(torch.ones(1))
         torch.distributed.broadcast(torch.ones(1), 0)
     return [name for name, *_ in collectives.calls]
+
+
+def call_with_a_group_of_rank_0() -> str:
+    group = torch.distributed.new_group([0])
+    try:
+        vocab_parallel_loss(torch.randn(2, 8), torch.tensor([0, 1]), tp_group=group)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_rank_outside_the_group_is_told() -> None:
+    inside, outside = run_ranks(call_with_a_group_of_rank_0, 2)
+    assert inside == "no error" and "not a member of tp_group" in outside
 
 
 def train_steps(vocab: int, steps: int) -> list[float]:
