@@ -11,8 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_idft.errors import UserError
+
 SUPPORTED = (0, 19)
 REMEDY = 'pip install "megatron-core[training]>=0.19.0,<0.20" and take any Megatron-LM checkout off PYTHONPATH'
+
+
+class InstallationError(UserError, RuntimeError):
+    """Megatron is missing, mixed from two places, or of a version that is not served; the message names the remedy."""
 
 
 def repair_compile_helpers() -> None:
@@ -27,7 +33,7 @@ def repair_compile_helpers() -> None:
     except ImportError as error:
         if (Path(utils.__file__).parent / "Makefile").exists():
             return  # a checkout: upstream compiles them
-        raise RuntimeError(
+        raise InstallationError(
             f"megatron.core.datasets.helpers_cpp does not import ({error}) and cannot be compiled, for "
             f"{Path(utils.__file__).parent} has no Makefile. Reinstall Megatron for this Python: {REMEDY}."
         ) from error
@@ -73,10 +79,10 @@ def repair_distributed_optimizer_load() -> None:
                 state["step"] = state["step"].clone()
 
     @functools.wraps(upstream_set)
+    @torch.no_grad()  # upstream's dp_reshardable path copies into fp32 parameters with gradients on
     def set_states(self: Any, model_param: Any, tensors: Any) -> None:
-        upstream_set(
-            self, model_param, {**tensors, "step": None}
-        )  # None: leave the step, it was loaded with the groups
+        # None leaves the step alone: it was loaded with the groups.
+        upstream_set(self, model_param, {**tensors, "step": None})
 
     optimizer_class.sharded_state_dict = sharded_state_dict
     optimizer_class._set_main_param_and_optimizer_states = set_states
@@ -102,7 +108,9 @@ class MegatronOrigin:
 
 
 def check_megatron_origin() -> MegatronOrigin:
-    """Find megatron.core and megatron.training without importing them; RuntimeError unless one root, version served.
+    """Find megatron.core and megatron.training without importing them.
+
+    Raises InstallationError unless both come from one root, in a version that is served.
 
     `megatron` is a namespace package: a checkout on `sys.path` and an installed wheel mix without a word, each
     supplying the subpackages that the other was not asked for yet. Call it once more after a script has imported
@@ -110,7 +118,7 @@ def check_megatron_origin() -> MegatronOrigin:
     """
     core, training = _folder("core"), _folder("training")
     if core.parent != training.parent:
-        raise RuntimeError(
+        raise InstallationError(
             f"megatron.core comes from {core} but megatron.training from {training}: two installations are mixed. "
             f"Keep one of them: {REMEDY}, or put only the checkout on PYTHONPATH."
         )
@@ -120,7 +128,7 @@ def check_megatron_origin() -> MegatronOrigin:
         if file and parts[0] == "megatron" and len(parts) > 1 and parts[1] in _MEGATRON_LM:
             found = Path(file).resolve()
             if not found.is_relative_to(core.parent):
-                raise RuntimeError(
+                raise InstallationError(
                     f"{name} was imported from {found} but megatron.core comes from {core}: two installations are "
                     "mixed. "
                     f"Keep one of them: {REMEDY}, or put only the checkout on PYTHONPATH."
@@ -128,7 +136,7 @@ def check_megatron_origin() -> MegatronOrigin:
     version, numbers = _version(core)
     if numbers[:2] != SUPPORTED:
         served = ".".join(map(str, SUPPORTED))
-        raise RuntimeError(f"Megatron {version} at {core}: the trainer is served for {served}.x only: {REMEDY}.")
+        raise InstallationError(f"Megatron {version} at {core}: the trainer is served for {served}.x only: {REMEDY}.")
     return MegatronOrigin(core, training, version)
 
 
@@ -142,7 +150,7 @@ def _folder(name: str) -> Path:
     except ModuleNotFoundError:  # no megatron at all
         spec = None
     if spec is None or spec.origin is None:
-        raise RuntimeError(f"megatron.{name} is not installed: {REMEDY}.")
+        raise InstallationError(f"megatron.{name} is not installed: {REMEDY}.")
     return Path(spec.origin).resolve().parent
 
 

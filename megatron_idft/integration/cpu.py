@@ -22,6 +22,13 @@ from typing import Any
 
 import torch
 
+from megatron_idft.errors import UserError
+
+
+class UnsupportedOnCPUError(UserError, RuntimeError):
+    """Something that was asked for needs a GPU, or CPU mode came too late; the message names the remedy."""
+
+
 # ---------------------------------------------------------------------------------------------------------------- flags
 
 # What is added unless the user decided: flag and value.
@@ -88,16 +95,18 @@ def add_flags(argv: Sequence[str], program_name: str) -> list[str]:
     """`argv` (without the program) plus the Megatron flags that the CPU needs and the user did not give.
 
     Sets the environment variables that Megatron wants as well, and says in one line on rank 0 what was added. Raises
-    ValueError, naming the remedy, for a flag that cannot work on the CPU.
+    UnsupportedOnCPUError, naming the remedy, for a flag that cannot work on the CPU.
     """
     given = dict(_flags(argv))
     for flag, (allowed, remedy) in _REFUSED.items():
         if flag in given and given[flag] not in allowed:
             asked = f"{flag} {given[flag]}".strip()
-            raise ValueError(f"{program_name}: {asked} does not work on the CPU: {remedy}.")
+            raise UnsupportedOnCPUError(f"{program_name}: {asked} does not work on the CPU: {remedy}.")
     if "--num-experts" in given and "--disable-bias-linear" not in given:
         # transformer/mlp.py adds the bias in place to the output of a custom autograd function, which torch forbids.
-        raise ValueError(f"{program_name}: local experts with a bias cannot be trained: add --disable-bias-linear.")
+        raise UnsupportedOnCPUError(
+            f"{program_name}: local experts with a bias cannot be trained: add --disable-bias-linear."
+        )
     added = [word for flag, value in _NEEDED if flag not in given for word in (flag, value) if word]
     environment = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(environment)
@@ -125,7 +134,7 @@ def enable(trainer: bool = True) -> None:
     """Install the shim into torch and megatron in this process; a second call does nothing.
 
     Call it before any megatron module does anything with a device. Hides GPUs that the machine may have. Raises
-    RuntimeError if this process already uses one, or has already imported a library of GPU kernels.
+    UnsupportedOnCPUError if this process already uses one, or has already imported a library of GPU kernels.
 
     Args:
         trainer: also prepare megatron.training. False serves the models of a megatron-core whose trainer is not served.
@@ -134,7 +143,7 @@ def enable(trainer: bool = True) -> None:
     if _enabled:
         return
     if torch.cuda.is_initialized():
-        raise RuntimeError(
+        raise UnsupportedOnCPUError(
             "CPU mode was asked for, but this process already uses a GPU: enable it before anything else."
         )
     _hide_gpu_libraries()
@@ -166,7 +175,9 @@ _GPU_LIBRARIES = (
 def _hide_gpu_libraries() -> None:
     for name in _GPU_LIBRARIES:
         if sys.modules.get(name) is not None:
-            raise RuntimeError(f"CPU mode was asked for, but {name} is already imported: enable it before megatron.")
+            raise UnsupportedOnCPUError(
+                f"CPU mode was asked for, but {name} is already imported: enable it before megatron."
+            )
     modules: dict[str, Any] = sys.modules
     modules.update(dict.fromkeys(_GPU_LIBRARIES))  # None makes `import name` raise ModuleNotFoundError
 
@@ -313,7 +324,7 @@ def _split_random_state() -> None:
 
     def set_device_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
         if state.numel() != generator.get_state().numel():
-            raise RuntimeError(
+            raise UnsupportedOnCPUError(
                 "This checkpoint's random state was saved on a GPU and cannot continue on the CPU: "
                 "resume with --no-load-rng."
             )

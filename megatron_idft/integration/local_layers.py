@@ -39,6 +39,8 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from megatron_idft.integration.hook import UnsupportedModelError
+
 
 class LocalNorm:
     """torch's LayerNorm or RMSNorm, as the config asks, with or without sequence parallelism.
@@ -79,7 +81,7 @@ class UnservedLayer(MegatronModule):
     """A layer of a hybrid pattern that has no implementation without its kernels."""
 
     def __init__(self, *args: Any, symbol: str, needs: str, **kwargs: Any) -> None:
-        raise ValueError(
+        raise UnsupportedModelError(
             f"'{symbol}' in --hybrid-layer-pattern needs {needs}, so it cannot be built from local layers. "
             "Install them on a machine with a GPU, or use a pattern of '*' (attention), '-' (MLP) and 'E' (MoE)."
         )

@@ -1,34 +1,40 @@
-"""Read what a run left behind: every tensor of a torch_dist checkpoint, and every logged value of a step."""
+"""Read what a run left behind: everything in a torch_dist checkpoint, and every logged value of a step."""
 
+import io
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 
-def load_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
-    """Name -> global tensor, whatever layout wrote it. Optimizer states are included."""
+def load_checkpoint(folder: Path, iteration: int) -> dict[str, object]:
+    """Everything in a checkpoint by path, whatever layout wrote it: model, optimizer, scheduler, random states."""
     state: dict = {}
     _load_state_dict(
         state,
-        storage_reader=dcp.FileSystemReader(folder / f"iter_{iteration:07d}"),
+        storage_reader=FileSystemReader(folder / f"iter_{iteration:07d}"),
         planner=_EmptyStateDictLoadPlanner(),
         no_dist=True,
     )
-    flat: dict[str, torch.Tensor] = {}
+    return dict(_leaves(state))
 
-    def walk(prefix: str, value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            flat[prefix] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), inner)
 
-    walk("", state)
-    return flat
+def load_weights(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """The model's tensors alone."""
+    others = ("/optimizer", "/rng", "/rerun")
+    saved = load_checkpoint(folder, iteration)
+    return {name: v for name, v in saved.items() if isinstance(v, torch.Tensor) and not name.startswith(others)}
+
+
+def differences(a: dict[str, object], b: dict[str, object]) -> list[str]:
+    """Paths that are not the same to the bit. The arguments are left out: they hold folders."""
+    names = [name for name in a.keys() | b.keys() if not name.endswith("/args")]
+    return [name for name in names if name not in a or name not in b or not _equal(a[name], b[name])]
 
 
 def load_scalars(folder: Path) -> dict[str, dict[int, float]]:
@@ -40,3 +46,22 @@ def load_scalars(folder: Path) -> dict[str, dict[int, float]]:
         for key in events.Tags()["scalars"]
         if not key.endswith(" vs samples")
     }
+
+
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for key, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}/{key}")
+    else:
+        yield path, value
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    return a.getvalue() == b.getvalue() if isinstance(a, io.BytesIO) else a == b

@@ -6,6 +6,7 @@ import threading
 
 import torch
 
+from megatron_idft.errors import UserError
 from megatron_idft.integration import cpu
 
 cpu.enable()
@@ -140,7 +141,7 @@ def unserved_hybrid_layers_say_what_they_need():
                 layer_type_list=[symbol],
                 pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
             )
-        except ValueError as error:
+        except UserError as error:
             assert f"'{symbol}'" in str(error) and needs in str(error) and "'*'" in str(error), error
         else:
             raise AssertionError(f"{symbol} was built")

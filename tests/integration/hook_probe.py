@@ -11,9 +11,7 @@ import torch
 
 from megatron_idft.integration import cpu
 
-# The trainer's repairs are for 0.19; the models of older versions run on the CPU without them.
-cpu._patch_megatron = lambda: None
-cpu.enable()
+cpu.enable(trainer=False)
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402

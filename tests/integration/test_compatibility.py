@@ -42,7 +42,7 @@ def test_the_installed_megatron_is_described():
 
 def test_core_and_training_of_two_installations_are_refused(tmp_path):
     result = check(make_package(tmp_path, "core", (0, 19, 0)))
-    assert "RuntimeError" in result.stderr and "mixed" in result.stderr and "PYTHONPATH" in result.stderr
+    assert "InstallationError" in result.stderr and "mixed" in result.stderr and "PYTHONPATH" in result.stderr
     assert str(tmp_path / "megatron/core") in result.stderr and "site-packages/megatron/training" in result.stderr
 
 

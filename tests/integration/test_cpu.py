@@ -4,7 +4,6 @@ Every run is the stock script behind the shim, in real gloo processes. What the 
 test_layouts.py.
 """
 
-import io
 import json
 import os
 import shutil
@@ -12,12 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from integration.checkpoints import differences, load_checkpoint
 
 from launch import ROOT, torchrun
 from megatron_idft.integration import cpu
@@ -67,39 +63,7 @@ class Run:
         return destination
 
     def saved(self, iteration: int) -> dict[str, object]:
-        """Everything in a checkpoint by path: model, optimizer, scheduler, random states."""
-        state: dict = {}
-        _load_state_dict(
-            state,
-            storage_reader=FileSystemReader(self.folder / "saved" / f"iter_{iteration:07d}"),
-            planner=_EmptyStateDictLoadPlanner(),
-            no_dist=True,
-        )
-        return dict(leaves(state))
-
-
-def leaves(value: object, path: str = ""):
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from leaves(inner, f"{path}/{key}")
-    elif isinstance(value, list | tuple):
-        for key, inner in enumerate(value):
-            yield from leaves(inner, f"{path}/{key}")
-    else:
-        yield path, value
-
-
-def equal(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, np.ndarray):
-        return np.array_equal(a, b)
-    return a.getvalue() == b.getvalue() if isinstance(a, io.BytesIO) else a == b
-
-
-def differences(a: dict[str, object], b: dict[str, object]) -> list[str]:
-    names = [name for name in a.keys() | b.keys() if not name.endswith("/args")]  # they hold the folders
-    return [name for name in names if name not in a or name not in b or not equal(a[name], b[name])]
+        return load_checkpoint(self.folder / "saved", iteration)
 
 
 CASES = {
@@ -235,7 +199,7 @@ def test_only_missing_flags_are_added_and_named_in_one_line(capsys, monkeypatch)
     ],
 )
 def test_flags_that_cannot_work_are_refused_with_the_remedy(flags, remedy):
-    with pytest.raises(ValueError, match=r"script\.py: ") as refused:
+    with pytest.raises(cpu.UnsupportedOnCPUError, match=r"script\.py: ") as refused:
         cpu.add_flags(flags.split(), "script.py")
     assert flags.replace("=", " ").split()[0] in str(refused.value) or "experts" in str(refused.value)
     assert remedy in str(refused.value)
