@@ -60,6 +60,8 @@ def vocab_parallel_loss(
     tp_group: ProcessGroup | None = None,
     vocab_size: int | None = None,
     backend: str = "auto",
+    *,
+    overwrite_logits: bool = False,
 ) -> LossOutput:
     """Per-token loss -w log p(label) over a vocabulary that may be split over tensor-parallel ranks.
 
@@ -76,6 +78,13 @@ def vocab_parallel_loss(
         tp_group: None without tensor parallelism.
         vocab_size: size of the true vocabulary; None: all columns count.
         backend: "auto" or "reference".
+        overwrite_logits: write the gradient into the logits' own memory in backward instead of allocating a tensor of
+            their size; the same bits. Afterwards `logits`, and every tensor that shares their memory, hold the
+            gradient. Sound where the logits are an intermediate result that nobody reads after backward, as those of
+            a linear output layer are. Autograd watches over its own graph: an operation that saved the logits, such as
+            the tanh of a soft cap or another loss on them, raises "modified by an inplace operation". It cannot watch
+            under saved-tensor hooks (activation checkpointing, offloading): called there, the gradient is copied.
+            Without gradient nothing is overwritten.
 
     Returns:
         LossOutput, the same bits on every rank of `tp_group`.
@@ -86,15 +95,23 @@ def vocab_parallel_loss(
     Raises:
         TypeError, ValueError: arguments that do not fit together, before any collective.
         ValueError: a label >= vocab_size, for labels on the CPU. On other devices `invalid_labels` counts them.
+        ValueError: overwrite_logits with logits that are a leaf or a view of one (backward would destroy what is being
+            trained), or whose elements share memory (an expanded tensor).
+        RuntimeError: a second backward through a graph whose logits the first one has overwritten.
     """
     _check_tensors(logits, labels)
+    overwrite_logits = overwrite_logits and logits.requires_grad and torch.is_grad_enabled()
+    if overwrite_logits:
+        _check_overwritable(logits)
+        # Under these hooks, autograd does not notice that a tensor which another operation saved has changed.
+        overwrite_logits = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     objective = resolve_objective(objective)
     token_loss = _BACKENDS[resolve_backend(backend, logits.device)]
     shard, vocab_size = vocab_shard(logits.shape[-1], vocab_size, tp_group)
     if labels.device.type == "cpu":
         _reject_invalid(labels, vocab_size)
     labels, invalid_labels = _ignore_invalid(labels, vocab_size)
-    return LossOutput(*token_loss(logits, labels, objective, shard, vocab_size), invalid_labels)
+    return LossOutput(*token_loss(logits, labels, objective, shard, vocab_size, overwrite_logits), invalid_labels)
 
 
 def _check_tensors(logits: Tensor, labels: Tensor) -> None:
@@ -111,6 +128,24 @@ def _check_tensors(logits: Tensor, labels: Tensor) -> None:
         )
     if labels.device != logits.device:
         raise ValueError(f"labels must be on the logits' device {logits.device}, got {labels.device}")
+
+
+def _check_overwritable(logits: Tensor) -> None:
+    owner = logits if logits._base is None else logits._base
+    if owner.is_leaf and owner.requires_grad:
+        raise ValueError(
+            "overwrite_logits=True would destroy the values of a leaf that requires grad: the logits are one, or a "
+            "view of one. Pass overwrite_logits=False, or logits.clone()"
+        )
+    span = 0  # of the dimensions so far, from the least stride: a stride beyond it leads to memory of its own
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride <= span:
+            raise ValueError(
+                f"overwrite_logits=True needs logits whose elements lie in memory of their own, got shape "
+                f"{tuple(logits.shape)} with strides {logits.stride()}, as an expanded tensor has. Pass "
+                "overwrite_logits=False, or logits.contiguous()"
+            )
+        span += (size - 1) * stride
 
 
 def _reject_invalid(labels: Tensor, vocab_size: int) -> None:

@@ -23,24 +23,37 @@ from megatron_idft.statistics import (
 
 
 def token_loss(
-    logits: Tensor, labels: Tensor, objective: Objective, shard: VocabShard, vocab_size: int
+    logits: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    shard: VocabShard,
+    vocab_size: int,
+    overwrite_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss, weight, log_prob and entropy, each [...] fp32; only the loss carries gradient.
 
     Args:
         logits: [..., V/tp] bf16, fp16 or fp32, any strides.
         labels: [...] int64, below vocab_size; negative = ignored.
+        overwrite_logits: backward stores the gradient in the logits' memory, whose elements must not overlap.
 
-    Memory beyond the logits: two fp32 blocks of a few rows and some numbers per token; in backward, the gradient.
+    Memory beyond the logits: two fp32 blocks of a few rows and some numbers per token; in backward, the gradient unless
+    it overwrites the logits.
     Collectives: one all-gather in forward (`VocabShard.gather_states`), none in backward.
     """
-    return _TokenLoss.apply(logits, labels, objective, shard, vocab_size)
+    return _TokenLoss.apply(logits, labels, objective, shard, vocab_size, overwrite_logits)
 
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, objective: Objective, shard: VocabShard, vocab_size: int
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        objective: Objective,
+        shard: VocabShard,
+        vocab_size: int,
+        overwrite_logits: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         state = _shard_state(logits[..., : shard.valid_columns], labels - shard.start)
         merged = merge_shard_states(shard.gather_states(state))
@@ -51,6 +64,8 @@ class _TokenLoss(torch.autograd.Function):
         loss = 0.0 - weight * log_prob  # a plain negation would show ignored positions as -0.0
 
         ctx.shard = shard
+        ctx.overwrite_logits = overwrite_logits
+        ctx.overwritten = False
         ctx.save_for_backward(logits, labels, weight, log_prob, merged.max, merged.sum_exp)
         ctx.mark_non_differentiable(weight, log_prob, entropy)
         return loss, weight, log_prob, entropy
@@ -58,14 +73,21 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.overwritten:
+            raise RuntimeError(
+                "backward ran a second time, but the first one overwrote the logits with their gradient. Run backward "
+                "once, over the sum of the losses, or pass overwrite_logits=False to vocab_parallel_loss"
+            )
         logits, labels, weight, log_prob, maximum, sum_exp = ctx.saved_tensors
         valid = slice(0, ctx.shard.valid_columns)
         scale = weight * grad_loss
-        grad = torch.empty_like(logits)
+        # A detached alias shares the version counter: each write tells autograd that the logits have changed.
+        grad = logits.detach() if ctx.overwrite_logits else torch.empty_like(logits)
+        ctx.overwritten = ctx.overwrite_logits
         grad[..., valid.stop :].zero_()
         _write_softmax(logits[..., valid], grad[..., valid], scale / sum_exp, maximum, labels)
         _write_target(grad[..., valid], scale * log_prob.expm1(), labels - ctx.shard.start)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 def _shard_state(columns: Tensor, target: Tensor) -> Tensor:
@@ -93,7 +115,10 @@ def _shard_state(columns: Tensor, target: Tensor) -> Tensor:
 
 
 def _write_softmax(columns: Tensor, grad: Tensor, softmax_scale: Tensor, maximum: Tensor, labels: Tensor) -> None:
-    """grad = softmax_scale exp(columns - maximum), rounded once by the store; exactly 0 where the label is ignored."""
+    """grad = softmax_scale exp(columns - maximum), rounded once by the store; exactly 0 where the label is ignored.
+
+    `grad` may be `columns` itself: a block is read before it is written.
+    """
     if columns.shape[-1] == 0:
         return
     # NaN times 0 is NaN, but NaN bits and 0 bits are 0: a select at the speed of a multiplication.

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_idft import resolve_objective, vocab_parallel_loss
 from tests.distributed import run_ranks
+from tests.loss.intermediate import as_intermediate, bits
 from tests.loss.oracle import assert_matches, expected_loss
 
 TP_SIZES = [1, 2, 4]
@@ -77,6 +78,12 @@ def run_shard(logits: Tensor, labels: Tensor, upstream: Tensor, objective: str, 
     with Collectives() as backward:
         out.loss.backward(upstream)
     result = {name: value.detach() for name, value in out._asdict().items()}
+    logits = as_intermediate(shard)
+    again = vocab_parallel_loss(logits, labels, objective, tp_group=group, vocab_size=vocab_size, overwrite_logits=True)
+    (overwriting,) = torch.autograd.grad(again.loss, logits, upstream)
+    assert overwriting.data_ptr() == logits.data_ptr()
+    assert shard.grad is not None and torch.equal(bits(overwriting), bits(shard.grad))
+    assert all(torch.equal(bits(value), bits(again._asdict()[name])) for name, value in out._asdict().items())
     return {**result, "grad": shard.grad, "forward": forward.calls, "backward": backward.calls}
 
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_idft import LossOutput, Objective, dft, idft, resolve_objective, vocab_parallel_loss
 from megatron_idft.loss import _ignore_invalid, reference, resolve_backend
+from tests.loss.intermediate import as_intermediate, bits
 from tests.loss.oracle import Expected, assert_matches, expected_loss
 
 OBJECTIVES = ["ce", "dft", "idft", "entropy"]
@@ -35,12 +36,32 @@ def run(
     vocab_size: int | None = None,
     upstream: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Outputs and the gradient with respect to `logits`, which are made a leaf without touching their strides."""
+    """Outputs and the gradient with respect to `logits`, found to be the same when it overwrites them."""
     leaf = logits.detach().requires_grad_()
-    out = vocab_parallel_loss(leaf, labels, objective, vocab_size=vocab_size, backend="reference")
-    out.loss.backward(torch.ones_like(out.loss) if upstream is None else upstream)
-    assert leaf.grad is not None
-    return {**{name: value.detach() for name, value in out._asdict().items()}, "grad": leaf.grad}
+    copying = loss_and_grad(leaf, labels, objective, vocab_size, upstream, overwrite_logits=False)
+    if 0 not in logits.stride():  # expanded logits cannot be overwritten
+        intermediate = as_intermediate(leaf)
+        overwriting = loss_and_grad(intermediate, labels, objective, vocab_size, upstream, overwrite_logits=True)
+        assert overwriting["grad"].data_ptr() == intermediate.data_ptr()
+        assert overwriting["grad"].stride() == logits.stride()
+        for name, value in copying.items():
+            assert torch.equal(bits(overwriting[name]), bits(value)), name
+    return copying
+
+
+def loss_and_grad(
+    logits: Tensor,
+    labels: Tensor,
+    objective: str | Objective,
+    vocab_size: int | None,
+    upstream: Tensor | None,
+    overwrite_logits: bool,
+) -> dict[str, Tensor]:
+    out = vocab_parallel_loss(
+        logits, labels, objective, vocab_size=vocab_size, backend="reference", overwrite_logits=overwrite_logits
+    )
+    (grad,) = torch.autograd.grad(out.loss, logits, torch.ones_like(out.loss) if upstream is None else upstream)
+    return {**{name: value.detach() for name, value in out._asdict().items()}, "grad": grad}
 
 
 def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -323,26 +344,35 @@ def test_logits_changed_between_forward_and_backward_are_noticed() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returned, by dtype."""
+    """Elements of the largest tensor that any operation returned, by dtype, other than views of `known`."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Tensor) -> None:
         super().__init__()
         self.elements: dict[torch.dtype, int] = {}
+        self.known = known.data_ptr()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() != self.known:
                 self.elements[value.dtype] = max(self.elements.get(value.dtype, 0), value.numel())
         return result
 
 
-def test_no_tensor_but_the_gradient_has_the_size_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("overwrite_logits", [False, True])
+def test_no_tensor_but_the_gradient_has_the_size_of_the_logits(
+    overwrite_logits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reference, "_max_rows", lambda columns: 4)
-    logits, labels = torch.randn(16, 8, 50).bfloat16().transpose(0, 1).requires_grad_(), torch.zeros(8, 16).long()
-    with LargestTensor() as largest:
-        vocab_parallel_loss(logits, labels).loss.sum().backward()
-    assert largest.elements[torch.bfloat16] == logits.numel()
+    logits = as_intermediate(torch.randn(16, 8, 50).bfloat16().transpose(0, 1).requires_grad_())
+    labels = torch.zeros(8, 16).long()
+    with LargestTensor(logits) as largest:
+        loss = vocab_parallel_loss(logits, labels, vocab_size=40, overwrite_logits=overwrite_logits).loss.sum()
+        torch.autograd.grad(loss, logits)
+    if overwrite_logits:
+        assert largest.elements[torch.bfloat16] <= labels.numel()  # the target logits
+    else:
+        assert largest.elements[torch.bfloat16] == logits.numel()
     others = {dtype: elements for dtype, elements in largest.elements.items() if dtype != torch.bfloat16}
     assert max(others.values()) <= max(4 * 50, 4 * labels.numel())  # a block, or the packed state
 
