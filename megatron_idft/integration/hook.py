@@ -145,6 +145,8 @@ class LossHook:
             labels = torch.where(loss_mask.reshape(labels.shape) > 0, labels, IGNORED_LABEL)
         labels = labels.transpose(0, 1)  # the labels are turned, never the logits: those are thousands of times larger
         training = self.model.training
+        # The output layer's backward reads its input and weight, never its output; but a hook may have kept that.
+        overwrite = training and not logits.is_leaf and not self.model.output_layer._forward_hooks
         out = vocab_parallel_loss(
             logits,
             labels,
@@ -152,6 +154,7 @@ class LossHook:
             tp_group=self.model.pg_collection.tp,
             vocab_size=self.vocab_size,
             backend=self.backend,
+            overwrite_logits=overwrite,
         )
         cross_entropy = -out.log_prob
         if training:
