@@ -1,11 +1,19 @@
-"""Start real processes: `torchrun(...)` runs a script under torch.distributed.run, failing with its output's tail."""
+"""Start real processes, failing with the tail of their output.
+
+`torchrun` starts fresh ones under torch.distributed.run, as a user does. `forked` forks them out of a process that has
+imported Megatron already, for the many runs whose subject is not the start.
+"""
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -50,3 +58,49 @@ def torchrun(
         raise
     assert process.returncode == 0, f"exit code {process.returncode}: {command}\n{output[-TAIL:]}"
     return output
+
+
+_zygote: subprocess.Popen[str] | None = None
+
+
+def forked(args: Sequence[str | Path], nproc: int = 1, timeout: float = 300) -> str:
+    """Like `torchrun`, with ranks forked out of an imported Megatron in CPU mode (zygote.py)."""
+    global _zygote
+    if _zygote is None:
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        _zygote = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "zygote.py")],
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(paths),
+                "PYTHONWARNINGS": "ignore",
+            },
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        atexit.register(_stop_zygote)
+    assert _zygote.stdin is not None and _zygote.stdout is not None
+    argv = [str(arg) for arg in args]
+    with tempfile.NamedTemporaryFile("r") as output:
+        request = {"argv": argv, "nproc": nproc, "cwd": str(ROOT), "output": output.name}
+        _zygote.stdin.write(json.dumps(request) + "\n")
+        _zygote.stdin.flush()
+        ready, _, _ = select.select([_zygote.stdout], [], [], timeout)
+        answer = _zygote.stdout.readline() if ready else ""
+        text = output.read()
+    if not answer:
+        _stop_zygote()
+        raise AssertionError(f"not done after {timeout} s: {argv}\n{text[-TAIL:]}")
+    assert not any(json.loads(answer)), f"exit codes {answer.strip()}: {argv}\n{text[-TAIL:]}"
+    return text
+
+
+def _stop_zygote() -> None:
+    global _zygote
+    if _zygote is not None:
+        os.killpg(_zygote.pid, signal.SIGKILL)
+        _zygote.wait()
+        _zygote = None

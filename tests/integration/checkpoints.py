@@ -26,9 +26,13 @@ def load_checkpoint(folder: Path, iteration: int) -> dict[str, object]:
 
 def load_weights(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
     """The model's tensors alone."""
-    others = ("/optimizer", "/rng", "/rerun")
+    parts = ("embedding.", "decoder.", "output_layer.", "mtp.")
     saved = load_checkpoint(folder, iteration)
-    return {name: v for name, v in saved.items() if isinstance(v, torch.Tensor) and not name.startswith(others)}
+    return {
+        name: value
+        for name, value in saved.items()
+        if isinstance(value, torch.Tensor) and name.removeprefix("/").startswith(parts)
+    }
 
 
 def differences(a: dict[str, object], b: dict[str, object]) -> list[str]:

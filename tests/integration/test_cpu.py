@@ -15,7 +15,7 @@ import pytest
 import torch
 from integration.checkpoints import differences, load_checkpoint
 
-from launch import ROOT, torchrun
+from launch import ROOT, forked
 from megatron_idft.integration import cpu
 
 HERE = Path(__file__).parent
@@ -36,7 +36,7 @@ class Run:
         self.folder = folder
         folder.mkdir()
         words = [word for group in (FLAGS, f"--trace {folder}", *flags) for word in group.split()]
-        self.output = torchrun([HERE / "on_cpu.py", HERE / "stock_pretrain.py", *words], nproc=processes)
+        self.output = forked([HERE / "on_cpu.py", HERE / "stock_pretrain.py", *words], nproc=processes)
 
     def trace(self, after: int = 0) -> dict[str, list[dict]]:
         """Per rank, the microbatches of the iterations after the first `after`, evaluations at their end included."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from integration.checkpoints import load_scalars, load_weights
 
-from launch import torchrun
+from launch import forked
 
 HERE = Path(__file__).parent
 STEPS = range(2, 12)
@@ -66,7 +66,7 @@ def launch(
 ) -> Path:
     folder.mkdir(exist_ok=True)
     flags = [*COMMON.split(), *MODELS[model].split(), *layout.split(), "--save", str(folder), *more]
-    torchrun(
+    forked(
         ["-m", "megatron_idft", "run", HERE / script, *flags, "--tensorboard-dir", str(folder / "tensorboard")],
         nproc=processes,
     )
