@@ -1,0 +1,62 @@
+"""The verbs from outside: help, exit codes, and what doctor finds."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(*words: str, path: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(ROOT)]), "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_idft", *words], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["doctor", "--help"], ["train", "-h"], ["--version"]])
+def test_help_is_help(words):
+    done = command(*words)
+    assert done.returncode == 0 and "megatron" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["fine-tune"], ["run"], ["run", "--sft-loss", "idft"], ["train"], ["doctor", "x"]]
+)
+def test_unusable_arguments_exit_with_2_and_say_what_is_expected(words):
+    done = command(*words)
+    assert done.returncode == 2 and re.search("usage|megatron-idft", done.stdout + done.stderr)
+
+
+def test_train_help_lists_megatrons_flags_and_ours_in_groups_of_their_own():
+    done = command("train", "--help")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for text in ("--tensor-model-parallel-size", "sft data:", "--sft-truncation", "sft loss:", "--idft-gamma-max"):
+        assert text in done.stdout
+
+
+def test_a_users_mistake_is_one_line_without_a_traceback():
+    done = command("run", "nowhere.py")
+    assert done.returncode == 2 and "there is no script" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_doctor_is_content_with_this_environment_and_names_what_will_be_used():
+    done = command("doctor")
+    assert done.returncode == 0, done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "training can start" and all(line.startswith(("ok ", "      ")) for line in lines[:-1])
+    for name in ("python", "torch", "megatron", "gloo", "triton", "uses: layers", "uses: loss", "loss"):
+        assert any(line[4:].strip().startswith(name) for line in lines), name
+
+
+def test_doctor_fails_where_two_installations_are_mixed(tmp_path):
+    (tmp_path / "megatron" / "training").mkdir(parents=True)
+    (tmp_path / "megatron" / "training" / "__init__.py").write_text("")
+    done = command("doctor", path=tmp_path)
+    assert done.returncode == 1 and "training cannot start" in done.stdout
+    failed = next(line for line in done.stdout.splitlines() if line.startswith("FAIL"))
+    assert "two installations are mixed" in failed and str(tmp_path) in failed
