@@ -6,8 +6,8 @@ from collections.abc import Sequence
 USAGE = """usage: torchrun … -m megatron_idft run [--cpu] SCRIPT.py <the script's flags> --sft-loss idft …
 
 Runs a Megatron training script (Megatron-LM's pretrain_gpt.py or pretrain_hybrid.py, or one of yours in their shape)
-unmodified, and adds the flags of the loss to its own. Everything after SCRIPT.py is the script's; `SCRIPT.py --help`
-lists its flags and, in the group "sft loss", those of the loss. Without --sft-loss the script runs as it is.
+unmodified, and adds the flags of the loss to its own: the group "sft loss" of `megatron-idft train --help`. Everything
+after SCRIPT.py is the script's. Without --sft-loss the script runs as it is.
 
   --cpu   run on the CPU with gloo even where a GPU is present; automatic where there is none"""
 

@@ -1,20 +1,30 @@
 """`train <Megatron flags>`: fine-tune on chat records with Megatron's trainer."""
 
+import argparse
 from collections.abc import Sequence
 
 USAGE = """usage: torchrun … -m megatron_idft train --sft-data FILE … --tokenizer-model PATH [--sft-loss idft] <flags>
 
-Fine-tunes a Megatron model on chat records. Every flag of Megatron-LM 0.19 is understood; `train --help` lists them
-all, in the groups "sft data" and "sft loss" those of this program. Without --sft-loss the loss is Megatron's own
-cross-entropy.
+Fine-tunes a Megatron model on chat records. Every flag of Megatron-LM 0.19 is understood besides those below. Without
+--sft-loss the loss is Megatron's own cross-entropy."""
 
-  --cpu   run on the CPU with gloo even where a GPU is present; automatic where there is none"""
+
+def print_help() -> None:
+    """Our flags alone: argparse cannot print Megatron 0.19's, one of whose help texts has a stray percent sign."""
+    from megatron_idft.integration.arguments import add_arguments
+    from megatron_idft.integration.program import add_data_arguments
+
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, description=None)
+    print(USAGE + "\n\n" + add_arguments(add_data_arguments(parser)).format_help())
 
 
 def main(argv: Sequence[str]) -> int:
-    if not argv or list(argv) == ["-h"]:
+    if not argv:
         print(USAGE)
-        return 0 if argv else 2
+        return 2
+    if "-h" in argv or "--help" in argv:
+        print_help()
+        return 0
     from megatron_idft.integration.program import train
     from megatron_idft.integration.script import prepare_process
 
