@@ -18,6 +18,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -242,7 +243,11 @@ class TrainerIntegration:
             for key, counts in report.histograms.items():
                 _write_histogram(writer, key, counts, iteration)
         if wandb:
-            wandb.log(dict(report.scalars), iteration)
+            histograms = {
+                f"{key} histogram": wandb.Histogram(np_histogram=(counts, _finite_edges(key)))
+                for key, counts in report.histograms.items()
+            }
+            wandb.log(report.scalars | histograms, iteration)
 
 
 def _describe(
@@ -325,20 +330,24 @@ def _require_token_count(forward_step: Callable) -> Callable:
 _HISTOGRAM_EDGES = {"ddt/phi": PHI_EDGES, "idft/gamma": GAMMA_EDGES, "sft weight": WEIGHT_EDGES}
 
 
-def _write_histogram(writer: Any, key: str, counts: list[int], iteration: int) -> None:
+def _finite_edges(key: str) -> list[float]:
+    """Edges of all bins. Both writers want finite ones, so the open tails are drawn one bin wide."""
     edges = _HISTOGRAM_EDGES[key]
     width = edges[1] - edges[0]
-    # TensorBoard wants finite limits: the open tails are drawn one bin wide.
-    limits = [*edges, edges[-1] + width]
-    centers = [limit - width / 2 for limit in limits]
+    return [edges[0] - width, *edges, edges[-1] + width]
+
+
+def _write_histogram(writer: Any, key: str, counts: list[int], iteration: int) -> None:
+    edges = _finite_edges(key)
+    centers = [(low + high) / 2 for low, high in pairwise(edges)]
     writer.add_histogram_raw(
         f"{key} histogram",
-        min=edges[0] - width,
-        max=limits[-1],
+        min=edges[0],
+        max=edges[-1],
         num=sum(counts),
         sum=sum(count * center for count, center in zip(counts, centers, strict=True)),
         sum_squares=sum(count * center**2 for count, center in zip(counts, centers, strict=True)),
-        bucket_limits=limits,
+        bucket_limits=edges[1:],
         bucket_counts=counts,
         global_step=iteration,
     )

@@ -156,6 +156,13 @@ def test_a_second_backward_is_refused(retain_graph: bool) -> None:
         loss.backward()
 
 
+def test_the_copying_mode_may_run_backward_twice() -> None:
+    leaf, labels = make_inputs(6, 9)
+    loss = vocab_parallel_loss(leaf * 1, labels).loss.sum()
+    first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_second_derivatives_are_refused() -> None:
     leaf, labels = make_inputs(6, 9)
     (grad,) = torch.autograd.grad(overwriting_loss(leaf * 1, labels).pow(2).sum(), leaf, create_graph=True)
