@@ -1,4 +1,4 @@
-"""Package metadata. The base install brings light libraries only: in a container it replaces neither torch nor Megatron."""
+"""Package metadata. The base install brings light libraries only: it replaces neither torch nor Megatron."""
 
 from pathlib import Path
 

@@ -54,7 +54,8 @@ def plot(values: dict[str, dict[str, list[float]]], label: str, path: Path) -> N
     models, colors = list(values), [COLORS[model.split("-")[0]] for model in values]
     for model, color in zip(models, colors, strict=True):
         x, y = values[model]["new task"], values[model]["base task"]
-        trade.scatter(x, y, color=color)
+        trade.scatter(x, y, color=color, s=12, alpha=0.4)  # each seed
+        trade.scatter(mean(x), mean(y), color=color)
         trade.annotate(model, (mean(x), mean(y)), xytext=(5, 4), textcoords="offset points", fontsize=8, color=color)
     trade.set(
         xlabel="new task: subtractions right", ylabel="base task: additions right", xlim=(-0.03, 1.1), ylim=(-0.03, 1.1)

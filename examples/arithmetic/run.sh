@@ -12,17 +12,18 @@ fresh=
 while [ $# -gt 0 ]; do
     case $1 in
         --out) out=${2:?--out needs a folder}; shift 2 ;;
-        --seeds) read -ra seeds <<<"${2:?--seeds needs numbers, such as --seeds '1 2 3'}"; shift 2 ;;
+        --seeds) read -ra seeds <<<"${2:?--seeds needs numbers}"; shift 2 ;;
         --fresh) fresh=yes; shift ;;
         -h | --help) sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         *) echo "run.sh: unknown argument $1; --help lists what there is" >&2; exit 2 ;;
     esac
 done
 python=${PYTHON:-$checkout/.venv/bin/python}
-if [ ! -x "$(command -v "$python")" ]; then
+if ! command -v "$python" >/dev/null; then
     echo "run.sh: there is no $python: bash launch/quickstart.sh makes it, or set PYTHON" >&2
     exit 1
 fi
+case $python in */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") ;; esac
 export OMP_NUM_THREADS=1 PYTHONPATH="$checkout${PYTHONPATH:+:$PYTHONPATH}"
 
 # ------------------------------------------------------------------------------------------------- the parts of a stage
@@ -35,8 +36,9 @@ logged() {
     local log=$1 filter=$2
     shift 2
     if ! "$@" 2>&1 | tee "$log" | sed -unE "$filter"; then
-        tail -n 30 "$log" >&2
-        echo "run.sh: this stage failed; above is the end of $log. Start again to go on from here." >&2
+        # Without what torchrun says at the end about processes that were stopped: the reason stands before it.
+        sed '/torch.distributed.elastic/,$d' "$log" | tail -n 15 >&2
+        echo "run.sh: this stage failed; all its output is in $PWD/$log. Start again to go on from here." >&2
         exit 1
     fi
 }
@@ -65,6 +67,10 @@ train() {
 # ----------------------------------------------------------------------------------------------------------- the stages
 
 version=$(cat "$here"/run.sh "$here"/problems.py "$here"/generate.py "$here"/train_tokenizer.py | cksum)
+if [ -d "$out" ] && [ ! -e "$out/version" ] && [ -n "$(ls -A "$out")" ]; then
+    echo "run.sh: $out holds something else; choose another folder with --out" >&2
+    exit 1
+fi
 if [ -n "$fresh" ]; then rm -rf "$out"; fi
 if [ -e "$out/version" ] && [ "$version" != "$(cat "$out/version")" ]; then
     echo "run.sh: $out was begun by another version of this example; --fresh starts over, --out keeps both" >&2
