@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import json
 import os
+import queue
 import runpy
 import signal
 import socket
@@ -20,6 +21,10 @@ from megatron_idft.integration import cpu
 cpu.enable()
 
 import megatron.training.training  # noqa: E402, F401  (imports what every rank needs)
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+
+# Upstream starts a manager process, which imports torch anew, for a queue that only --async-save shares.
+filesystem_async._results_queue = queue.Queue()
 
 
 def free_port() -> int:

@@ -1,8 +1,8 @@
 """Every parallel layout trains the same model: loss, metrics, gradient norm and weights agree with one process.
 
-The reference trains eleven iterations on one process and saves after each. Every layout continues its first checkpoint,
-so the ten steps also cross a resharded resume. Prompts have lengths of their own, so data- and context-parallel ranks
-train different numbers of tokens: a normaliser that is off by one token cannot pass.
+One process trains one iteration and saves. The reference continues it on one process for ten steps, every layout under
+its own, so the steps also cross a resharded resume. Prompts have lengths of their own, so data- and context-parallel
+ranks train different numbers of tokens: a normaliser that is off by one token cannot pass.
 """
 
 from pathlib import Path
@@ -76,8 +76,8 @@ def launch(
 def continue_from(
     start: Path, folder: Path, model: str, processes: int, layout: str, script: str = "stock_pretrain.py"
 ) -> Path:
-    """Steps 2 to 11 from `start`'s first checkpoint, under another layout."""
-    load = ["--load", str(start), "--ckpt-step", "1", "--save-interval", "100"]
+    """Steps 2 to 11 from `start`'s checkpoint, under a layout."""
+    load = ["--load", str(start), "--save-interval", "100"]
     if model in FRESH_OPTIMIZER:
         load += ["--no-load-optim", "--no-load-rng"]
     return launch(folder, model, processes, layout, *load, script=script)
@@ -85,16 +85,15 @@ def continue_from(
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    """Model -> (run that holds the first checkpoint, run to compare with), made when first asked for."""
+    """Model -> (run that stopped after one iteration, the run that one process made of it), when first asked for."""
     made: dict[str, tuple[Path, Path]] = {}
 
     def reference(model: str) -> tuple[Path, Path]:
         if model not in made:
-            start = launch(tmp_path_factory.mktemp("reference"), model, 1, "", "--save-interval", "1")
-            compared = start
-            if model in FRESH_OPTIMIZER:
-                compared = continue_from(start, tmp_path_factory.mktemp("continued"), model, 1, "")
-            made[model] = start, compared
+            start = launch(
+                tmp_path_factory.mktemp("start"), model, 1, "", "--save-interval", "100", "--exit-interval", "1"
+            )
+            made[model] = start, continue_from(start, tmp_path_factory.mktemp("reference"), model, 1, "")
         return made[model]
 
     return reference
