@@ -18,6 +18,7 @@ import torch
 from problems import stated_answer
 
 from megatron_idft.corpus.records import Record, read_records
+from megatron_idft.data import encode_conversation
 from megatron_idft.integration.script import prepare_process
 
 MAX_NEW_TOKENS = 56
@@ -116,7 +117,7 @@ def statistics(model: Any, tokenizer: Any, records: Sequence[Record]) -> dict[st
 
     device = next(model.parameters()).device
     sums = torch.zeros(5, dtype=torch.float64, device=device)
-    encoded = [tokenizer.encode_conversation(record.messages) for record in mine(records)]
+    encoded = [encode_conversation(tokenizer, record.messages) for record in mine(records)]
     for begin in range(0, len(encoded), 64):
         part = encoded[begin : begin + 64]
         width = max(len(ids) for ids, _ in part) - 1

@@ -21,16 +21,13 @@ of the header merged with the first word of the answer, is not trained; these ar
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_idft.corpus.records import Message
 from megatron_idft.data.template import ChatTemplate, ConversationError, TemplateError
-
-if TYPE_CHECKING:
-    from megatron_idft.data.tokenizer import ChatTokenizer
+from megatron_idft.data.tokenizer import ChatTokenizer
 
 Span = tuple[int, int]  # [start, end) characters
 
@@ -71,7 +68,7 @@ class EncodedConversation:
 
 
 def encode_conversation(
-    tokenizer: "ChatTokenizer", messages: list[Message]
+    tokenizer: ChatTokenizer, messages: list[Message]
 ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
     """Token ids int32 [n] and loss mask uint8 [n] of one conversation, neither truncated nor padded.
 
@@ -81,7 +78,7 @@ def encode_conversation(
     return encoded.ids, encoded.mask
 
 
-def render_conversation(tokenizer: "ChatTokenizer", messages: list[Message]) -> RenderedConversation:
+def render_conversation(tokenizer: ChatTokenizer, messages: list[Message]) -> RenderedConversation:
     """The text of a conversation and its trained spans. Raises ConversationError and TemplateError."""
     for i, message in enumerate(messages):
         for key in _UNSERVED:
@@ -101,7 +98,7 @@ def render_conversation(tokenizer: "ChatTokenizer", messages: list[Message]) -> 
     )
 
 
-def tokenize(tokenizer: "ChatTokenizer", conversations: Sequence[RenderedConversation]) -> list[EncodedConversation]:
+def tokenize(tokenizer: ChatTokenizer, conversations: Sequence[RenderedConversation]) -> list[EncodedConversation]:
     """Tokenise whole conversations and carry their spans over to the tokens. Raises TemplateError."""
     special = set(tokenizer.special_ids.values())
     cuts = [[cut for span in item.spans for cut in span] for item in conversations]
@@ -121,7 +118,7 @@ def tokenize(tokenizer: "ChatTokenizer", conversations: Sequence[RenderedConvers
     return encoded
 
 
-def _prefix_spans(tokenizer: "ChatTokenizer", messages: list[Message]) -> tuple[str, list[Span]]:
+def _prefix_spans(tokenizer: ChatTokenizer, messages: list[Message]) -> tuple[str, list[Span]]:
     template = tokenizer.template
     text = template.render(messages)
     spans = []
@@ -150,7 +147,7 @@ def _prefix_spans(tokenizer: "ChatTokenizer", messages: list[Message]) -> tuple[
     return text, spans
 
 
-def _marked_spans(tokenizer: "ChatTokenizer", messages: list[Message]) -> tuple[str, list[Span]]:
+def _marked_spans(tokenizer: ChatTokenizer, messages: list[Message]) -> tuple[str, list[Span]]:
     template = tokenizer.template
     text, blocks = template.render_marked(messages)
     turns = _assistant_turns(messages)
@@ -224,7 +221,7 @@ def _around(probe: str, text: str, i: int) -> tuple[str, str]:
     return before, after
 
 
-def _end_of_turn(tokenizer: "ChatTokenizer", after: str) -> int:
+def _end_of_turn(tokenizer: ChatTokenizer, after: str) -> int:
     """The length of the part of `after`, the template's text behind an answer, that ends the turn.
 
     That is up to the first special token, and through the special tokens that follow it directly (Cohere's templates

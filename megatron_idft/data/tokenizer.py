@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idft.corpus.records import Message
 from megatron_idft.data.template import ChatTemplate, TemplateError, read_template
 
 
@@ -62,12 +61,6 @@ class ChatTokenizer(ABC):
     @abstractmethod
     def _content(self) -> bytes:
         """Everything about the vocabulary that decides how text becomes ids."""
-
-    def encode_conversation(self, messages: list[Message]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """Token ids int32 [n] and loss mask uint8 [n]: see `conversations.encode_conversation`."""
-        from megatron_idft.data.conversations import encode_conversation
-
-        return encode_conversation(self, messages)
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_idft.errors import UserError
 from megatron_idft.integration.metrics import LossMetrics
-from megatron_idft.loss import resolve_backend, vocab_parallel_loss
+from megatron_idft.loss import vocab_parallel_loss
 from megatron_idft.objectives import Objective, ce, resolve_objective
 
 _ATTRIBUTE = "_megatron_idft_hook"
@@ -222,11 +222,6 @@ def uninstall[Models](models: Models) -> Models:
 def installed_hooks(models: Any) -> list[LossHook]:
     """The hooks that sit on `models`: one per chunk with an output layer."""
     return [model.__dict__[_ATTRIBUTE] for model in _language_models(models) if _ATTRIBUTE in model.__dict__]
-
-
-def resolved_backend(backend: str, device: torch.device) -> str:
-    """The name of the backend that `auto` stands for on `device`."""
-    return resolve_backend(backend, device)
 
 
 def _language_models(models: Any) -> Iterator[Any]:

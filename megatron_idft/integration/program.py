@@ -103,6 +103,11 @@ class ChatTraining(TrainerIntegration):
         self.tokenizer = load_tokenizer(
             args.tokenizer_model, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code
         )
+        if self.tokenizer.vocab_size > args.padded_vocab_size:
+            raise ArgumentError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens but the model {args.padded_vocab_size} output"
+                " rows. Pass the tokenizer that the model was trained with as --tokenizer-model"
+            )
         self.train_cache = self._cache(args, "--sft-data", args.sft_data)
         print_rank_0(
             "> first sample, trained spans in brackets:\n" + render_sample(*self.train_cache[0], self.tokenizer)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from megatron_idft.integration import arguments, compatibility
-from megatron_idft.integration.hook import LossHook, UnsupportedModelError, install, installed_hooks, resolved_backend
+from megatron_idft.integration.hook import LossHook, UnsupportedModelError, install, installed_hooks
 from megatron_idft.integration.metrics import (
     GAMMA_EDGES,
     PHI_EDGES,
@@ -34,6 +34,7 @@ from megatron_idft.integration.metrics import (
     format_report,
     health_warning,
 )
+from megatron_idft.loss import resolve_backend
 from megatron_idft.objectives import LambdaSchedule, Objective
 
 
@@ -223,19 +224,18 @@ class TrainerIntegration:
 
     def _publish(self, args: argparse.Namespace, iteration: int, report: MetricsReport) -> None:
         from megatron.training import get_tensorboard_writer, get_wandb_writer
-        from megatron.training.utils import print_rank_last
 
         if report.unmasked_micro_batches and not self._told_unmasked:
             self._told_unmasked = True
-            print_rank_last(
+            _print_rank_last(
                 "WARNING: the model is called without a loss_mask, so padding and prompts cannot be told from trained"
                 " text: the loss is trained, but there are no sft metrics. Pass loss_mask=... to the model in"
                 " forward_step, as Megatron's pretrain_gpt.py does"
             )
-        print_rank_last(format_report(iteration, args.train_iters, report.scalars))
+        _print_rank_last(format_report(iteration, args.train_iters, report.scalars))
         warning = health_warning(report.scalars)
         if warning:
-            print_rank_last(f"WARNING: {warning}")
+            _print_rank_last(f"WARNING: {warning}")
         writer, wandb = get_tensorboard_writer(), get_wandb_writer()
         if writer:
             for key, value in report.scalars.items():
@@ -248,6 +248,13 @@ class TrainerIntegration:
                 for key, counts in report.histograms.items()
             }
             wandb.log(report.scalars | histograms, iteration)
+
+
+def _print_rank_last(text: str) -> None:
+    """Print on the last rank, which logs in Megatron, in one write: two ranks' lines would run into each other."""
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
 def _describe(
@@ -269,7 +276,7 @@ def _describe(
         f"exempt tokens {args.sft_loss_exempt_tokens or 'none'}",
         f"end of turn {list(end_of_turn_ids) or 'unknown'}",
         f"vocabulary {args.sft_loss_vocab_size} of {args.padded_vocab_size} padded rows",
-        f"backend {resolved_backend(args.sft_loss_backend, device)}",
+        f"backend {resolve_backend(args.sft_loss_backend, device)}",
         f"calculate-per-token-loss {'on' if args.calculate_per_token_loss else 'off'}",
     ]
     return "> sft loss: " + ", ".join(settings)

@@ -108,23 +108,16 @@ def test_a_missing_script_is_named(tmp_path):
     assert "there is no script" in failure(tmp_path / "nowhere.py", "", tmp_path)
 
 
-REAL = os.environ.get("MEGATRON_LM")
+if "MEGATRON_LM" in os.environ:
 
-
-@pytest.mark.parametrize(
-    ("script", "model"),
-    [
-        ("pretrain_gpt.py", "--num-layers 2"),
-        ("pretrain_hybrid.py", "--hybrid-layer-pattern *-*-"),
-    ],
-)
-def test_megatron_lms_own_scripts(tmp_path, script, model):
-    """With MEGATRON_LM=/path/to/Megatron-LM: its scripts, unmodified, on mock data, over two tensor-parallel ranks."""
-    if REAL is None:
-        # Without a checkout, what these scripts do is proven on stock_pretrain.py, in their shape.
-        pytest.skip("MEGATRON_LM names no checkout")
-    flags = TINY.replace("--num-layers 2", model) + " --mock-data --tokenizer-type NullTokenizer --sft-loss idft"
-    flags += f" --tensor-model-parallel-size 2 --tensorboard-dir {tmp_path / 'tensorboard'}"
-    torchrun(["-m", "megatron_idft", "run", Path(REAL) / script, *flags.split()], nproc=2)
-    scalars = load_scalars(tmp_path / "tensorboard")
-    assert sorted(scalars["sft loss"]) == [1, 2, 3] and scalars["lm loss validation"]
+    @pytest.mark.parametrize(
+        ("script", "model"),
+        [("pretrain_gpt.py", "--num-layers 2"), ("pretrain_hybrid.py", "--hybrid-layer-pattern *-*-")],
+    )
+    def test_megatron_lms_own_scripts(tmp_path, script, model):
+        """Its scripts, unmodified, on mock data, over two tensor-parallel ranks; stock_pretrain.py has their shape."""
+        flags = TINY.replace("--num-layers 2", model) + " --mock-data --tokenizer-type NullTokenizer --sft-loss idft"
+        flags += f" --tensor-model-parallel-size 2 --tensorboard-dir {tmp_path / 'tensorboard'}"
+        torchrun(["-m", "megatron_idft", "run", Path(os.environ["MEGATRON_LM"]) / script, *flags.split()], nproc=2)
+        scalars = load_scalars(tmp_path / "tensorboard")
+        assert sorted(scalars["sft loss"]) == [1, 2, 3] and scalars["lm loss validation"]

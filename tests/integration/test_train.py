@@ -165,3 +165,33 @@ def test_a_bad_record_stops_the_run_and_is_named(corpus, tmp_path):
         train(corpus, tmp_path, flags)
     output = train(corpus, tmp_path, f"{flags} --sft-bad-records skip")
     assert re.search(r"bad, skipped +1 ", output) and re.search(r"kept +22 ", output)
+
+
+def test_a_hugging_face_folder_brings_its_template_and_its_end_of_turn(corpus, tmp_path):
+    folder = tmp_path / "tokenizer"
+    _save_hugging_face_tokenizer(corpus / "train.jsonl", folder)
+    flags = f"--train-iters 2 --global-batch-size 4 --sft-loss idft --tokenizer-model {folder}"
+    words = command(corpus, tmp_path, flags)
+    del words[words.index("--chat-template") : words.index("--chat-template") + 2]
+    output = torchrun(words)
+    assert re.search(r"\[user\]\d+ \+ \d+\?\[assistant\]⟦\d+\.\[end\]⟧", output), "the mask under the folder's template"
+    size, end = re.search(r"end of turn \[(\d+)\], vocabulary (\d+) of", output).group(2, 1)
+    scalars = load_scalars(tmp_path / "tensorboard")
+    assert int(end) < int(size) and sorted(scalars["sft weight end of turn"]) == [1, 2]
+
+
+def _save_hugging_face_tokenizer(text: Path, folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["[user]", "[assistant]", "[end]", "[eos]"]
+    tokenizer.train([str(text)], trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[eos]", pad_token="[eos]")
+    fast.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '[end]' if m.role == 'assistant' }}{% endfor %}"
+        "{{ '[assistant]' if add_generation_prompt }}"
+    )
+    fast.save_pretrained(folder)
