@@ -146,7 +146,10 @@ class ChatTraining(TrainerIntegration):
         name = f"megatron-idft/{flag}"
         node, forever = os.environ.get("GROUP_RANK", "0"), timedelta(days=7)
         if torch.distributed.get_rank() == 0:
-            build_token_cache(list(paths), progress=True, **settings)
+            try:
+                build_token_cache(list(paths), progress=True, **settings)
+            except PermissionError as error:
+                raise ArgumentError(f"the tokenized records cannot be kept ({error}): pass --sft-cache DIR") from error
             store.set(f"{name}/rank0", "done")
         store.wait([f"{name}/rank0"], forever)
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
