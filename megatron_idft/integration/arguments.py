@@ -244,7 +244,8 @@ def resolve_schedule(args: argparse.Namespace) -> LambdaSchedule:
     `args.train_iters` must be known, which Megatron guarantees after the optimizer is set up.
     """
     if getattr(args, "idft_lambda_warmup_iters", None) is None:
-        schedule = LambdaSchedule.from_shares(args.idft_lambda_warmup, args.idft_lambda_ramp, args.train_iters)
+        train_iters = args.train_iters or 1  # --skip-train needs no length
+        schedule = LambdaSchedule.from_shares(args.idft_lambda_warmup, args.idft_lambda_ramp, train_iters)
         args.idft_lambda_warmup_iters = schedule.warmup_iterations
         args.idft_lambda_ramp_iters = schedule.ramp_iterations
     return LambdaSchedule(args.idft_lambda_warmup_iters, args.idft_lambda_ramp_iters)

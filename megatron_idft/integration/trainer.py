@@ -111,6 +111,7 @@ class TrainerIntegration:
 
         result = original(*call.args, **call.kwargs)
         args = get_args()
+        self._compare_with_checkpoint(args)
         if args.sft_loss is not None:
             self._install(args, result[0])
         return result
@@ -120,7 +121,6 @@ class TrainerIntegration:
         from megatron.core.utils import get_attr_wrapped_model
         from megatron.training.utils import print_rank_0
 
-        self._continue_from_checkpoint(args, print_rank_0)
         # args.train_iters is known only now when training is counted in samples.
         self._schedule = arguments.resolve_schedule(args)
         device = next(model[0].parameters()).device
@@ -146,7 +146,10 @@ class TrainerIntegration:
         self._group = getattr(groups, "dp_cp_gtp_remat", None) or groups.dp_cp
         print_rank_0(_describe(args, objective, device, self._schedule, end_of_turn_ids))
 
-    def _continue_from_checkpoint(self, args: argparse.Namespace, print_rank_0: Callable[[str], None]) -> None:
+    def _compare_with_checkpoint(self, args: argparse.Namespace) -> None:
+        """Keep the schedule of the checkpoint that is continued, and say where its loss was another."""
+        from megatron.training.utils import print_rank_0
+
         before = self._checkpoint_args
         if before is None:
             return
@@ -159,7 +162,7 @@ class TrainerIntegration:
             args.idft_lambda_warmup_iters = before.idft_lambda_warmup_iters
             args.idft_lambda_ramp_iters = before.idft_lambda_ramp_iters
         recorded = argparse.Namespace(**vars(before))
-        if args.sft_loss_vocab_size is None:  # resolved below; compare only what was asked for
+        if args.sft_loss_vocab_size is None:  # resolved later; compare only what was asked for
             recorded.sft_loss_vocab_size = None
         differences = arguments.differences_from_checkpoint(args, recorded)
         if differences:

@@ -157,6 +157,13 @@ def test_another_loss_than_the_checkpoints_is_pointed_out(corpus, tmp_path):
     )
 
 
+def test_a_forgotten_flag_is_pointed_out(corpus, tmp_path):
+    flags = f"--global-batch-size 4 --save {tmp_path} --load {tmp_path}"
+    train(corpus, tmp_path, f"{flags} --train-iters 1 --sft-loss idft")
+    output = train(corpus, tmp_path, f"{flags} --train-iters 2 --override-opt_param-scheduler")
+    assert "another loss: --sft-loss: idft in the checkpoint, None now" in output
+
+
 def test_a_bad_record_stops_the_run_and_is_named(corpus, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text((corpus / "train.jsonl").read_text() + '{"messages": [{"role": "user"}]}\n')
