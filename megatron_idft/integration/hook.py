@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_idft.errors import UserError
 from megatron_idft.integration.metrics import LossMetrics
 from megatron_idft.loss import vocab_parallel_loss
-from megatron_idft.objectives import Objective, ce, resolve_objective
+from megatron_idft.objectives import Objective, resolve_objective
 
 _ATTRIBUTE = "_megatron_idft_hook"
 IGNORED_LABEL = -100
@@ -150,7 +150,7 @@ class LossHook:
         out = vocab_parallel_loss(
             logits,
             labels,
-            objective=self.objective if training else ce(),
+            objective=self.objective,
             tp_group=self.model.pg_collection.tp,
             vocab_size=self.vocab_size,
             backend=self.backend,

@@ -126,7 +126,7 @@ class LossMetrics:
         trained = (labels >= 0) & (labels < self.vocab_size)
         statistics = TokenStatistics(out.log_prob, out.entropy, labels, self.vocab_size)
         phi = statistics.centered_log_likelihood
-        ends_turn = trained & torch.isin(labels, self._end_of_turn)
+        ends_turn = torch.isin(labels, self._end_of_turn)
         gamma, raw_gamma = objective.gamma(statistics), objective.raw_gamma(statistics)
 
         def total(values: Tensor) -> Tensor:

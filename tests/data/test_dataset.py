@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from megatron_idft.data import ChatDataset, ShuffledEpochs, build_token_cache, encode_conversation, load_tokenizer
+from megatron_idft.data import (
+    ChatDataset,
+    RepeatedRounds,
+    ShuffledEpochs,
+    build_token_cache,
+    encode_conversation,
+    load_tokenizer,
+)
 from megatron_idft.data.dataset import shuffled
 
 CONVERSATIONS = [
@@ -110,3 +117,31 @@ def test_the_order_is_frozen():
 def test_the_order_is_a_fair_shuffle():
     positions = np.array([shuffled(10, seed, epoch).argmin() for seed in range(40) for epoch in range(50)])
     assert np.abs(np.bincount(positions, minlength=10) - 200).max() < 5 * np.sqrt(200)
+
+
+def test_a_last_batch_is_filled_up_with_samples_that_train_nothing(tokenizer, tmp_path):
+    data = ChatDataset(cache_of(tokenizer, tmp_path, 64), 64, pad_id=tokenizer.pad_id)
+    samples = ShuffledEpochs(data, seed=3, num_samples=12, num_epochs=2)
+    drawn = [samples.record_index(i) for i in range(12)]
+    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list(range(5)) and drawn[10:] == [None, None]
+    filler = samples[11]
+    assert not filler["loss_mask"].any() and (filler["labels"] == -100).all()
+    assert (filler["tokens"] == tokenizer.pad_id).all()
+    assert {key: value.dtype for key, value in filler.items()} == {key: v.dtype for key, v in data[0].items()}
+
+
+@pytest.mark.parametrize(("round_size", "num_samples"), [(8, 16), (5, 10), (3, 7), (8, 1)])
+def test_every_round_reads_the_same_records_each_once(tokenizer, tmp_path, round_size, num_samples):
+    """A round longer than the data, exactly as long, shorter, and a request for less than one round."""
+    data = ChatDataset(cache_of(tokenizer, tmp_path, 64), 64, pad_id=tokenizer.pad_id)
+    rounds = RepeatedRounds(data, round_size, num_samples)
+    assert len(rounds) >= num_samples and len(rounds) % round_size == 0
+    for start in range(0, len(rounds), round_size):
+        seen = [rounds[start + i] for i in range(round_size)]
+        for i, sample in enumerate(seen):
+            if i < len(data):
+                assert torch.equal(sample["tokens"], data[i]["tokens"]) and sample["loss_mask"].any()
+            else:
+                assert not sample["loss_mask"].any()
+    with pytest.raises(IndexError):
+        rounds[len(rounds)]

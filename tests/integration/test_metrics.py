@@ -149,6 +149,9 @@ def test_histograms_count_every_trained_token_and_keep_the_tails():
     assert sum(counts) == len(phi) and counts[0] == (phi < PHI_EDGES[0]).sum() > 0
     for index, (low, high) in enumerate(pairwise(PHI_EDGES)):
         assert counts[index + 1] == ((phi >= low) & (phi < high)).sum()
+    gamma = torch.exp(-phi).clamp(0.1, 2.0)
+    assert histograms["idft/gamma"][-1] == (gamma == 2.0).sum() > 0, "the upper clamp has a bin of its own"
+    assert histograms["idft/gamma"][1] >= (gamma == 0.1).sum() > 0 and histograms["idft/gamma"][0] == 0
     assert [len(histograms[key]) for key in ("ddt/phi", "idft/gamma", "sft weight")] == [
         len(edges) + 1 for edges in (PHI_EDGES, GAMMA_EDGES, WEIGHT_EDGES)
     ]

@@ -119,6 +119,7 @@ def test_a_killed_run_resumes_to_the_bit(corpus, tmp_path):
         assert sorted(got[key]) == [5, 6, 7, 8]
         assert got[key] == {step: expected[key][step] for step in got[key]}, key
     assert [expected["idft/lambda"][step] for step in (2, 4, 8)] == [0.0, 0.25, 1.0]
+    assert expected["idft/gamma mean"][2] == 1.0 != expected["idft/gamma mean"][4], "lambda reaches the loss"
     want, have = load_checkpoint(whole, 8), load_checkpoint(broken, 8)
     assert differences(want, have) == []
     moved = differences(load_checkpoint(whole, 4), want)
