@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Input, flags or an installation that cannot be used. The message names the remedy; the programs show it alone."""
+
+
+class InputError(UserError, ValueError):
+    """A file or setting that cannot be used as it is."""

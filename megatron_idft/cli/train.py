@@ -29,5 +29,5 @@ def main(argv: Sequence[str]) -> int:
     from megatron_idft.integration.script import prepare_process
 
     prepare_process("megatron-idft train", argv, force_cpu="--cpu" in argv)
-    train("megatron-idft train")
+    train()
     return 0

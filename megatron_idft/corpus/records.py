@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from megatron_idft.errors import UserError
+from megatron_idft.errors import InputError, UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -103,13 +103,13 @@ def read_records(
     on_bytes: called now and then with the number of bytes read from disk since the last call; they add up to the
     files' sizes.
 
-    Raises ValueError for an unknown file type and FileNotFoundError, both before anything is read; RecordError as
+    Raises InputError for an unknown file type and FileNotFoundError, both before anything is read; RecordError as
     above.
     """
     files = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     for file in files:
         if not str(file).endswith(SUFFIXES):
-            raise ValueError(f"{file}: unknown record file, expected a name ending in {', '.join(SUFFIXES)}")
+            raise InputError(f"{file}: unknown record file, expected a name ending in {', '.join(SUFFIXES)}")
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such record file")
     names = Counter(file.name for file in files)

@@ -103,7 +103,11 @@ class ChatTemplate:
         except _RejectedError as error:
             raise ConversationError(f"the chat template rejects it: {error.message}") from error
         except Exception as error:  # whatever a foreign template may raise
-            hint = "; give the date that the template asks for" if "strftime_now" in str(error) else ""
+            hint = (
+                "; give the date that it asks for with --sft-template-date YYYY-MM-DD"
+                if "strftime_now" in str(error)
+                else ""
+            )
             raise TemplateError(f"the chat template failed: {type(error).__name__}: {error}{hint}") from error
 
     def render_marked(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:

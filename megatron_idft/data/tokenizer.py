@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_idft.data.template import ChatTemplate, TemplateError, read_template
+from megatron_idft.errors import InputError
 
 
 @dataclass(slots=True)
@@ -90,7 +91,7 @@ def load_tokenizer(
         a sentencepiece model has none, so there it is required.
     template_date: `YYYY-MM-DD` for templates that write today's date; see `ChatTemplate`.
 
-    Raises FileNotFoundError for a missing path, ValueError with the remedy for a tokenizer without template, EOS
+    Raises FileNotFoundError for a missing path, InputError with the remedy for a tokenizer without template, EOS
     token or token offsets (a slow tokenizer), and for a template that is not valid Jinja.
     """
     path = Path(path)
@@ -99,10 +100,13 @@ def load_tokenizer(
             f"no tokenizer at {path}: expected a Hugging Face folder or a sentencepiece *.model file"
         )
     source = read_template(chat_template) if chat_template is not None else None
-    date = datetime.date.fromisoformat(template_date) if template_date is not None else None
+    try:
+        date = None if template_date is None else datetime.date.fromisoformat(template_date)
+    except ValueError as error:
+        raise InputError(f"template date {template_date!r}: write it as YYYY-MM-DD") from error
     if path.is_file():
         if path.suffix != ".model":
-            raise ValueError(
+            raise InputError(
                 f"{path}: a tokenizer file must be a sentencepiece *.model; for Hugging Face give the folder"
             )
         return SentencePieceChatTokenizer(path, source, date)
@@ -125,12 +129,12 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
 
         hf: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
         if not hf.is_fast:
-            raise ValueError(f"{path}: a slow tokenizer gives no token offsets; save the fast form (tokenizer.json)")
+            raise InputError(f"{path}: a slow tokenizer gives no token offsets; save the fast form (tokenizer.json)")
         if hf.eos_token_id is None:
-            raise ValueError(f"{path}: the tokenizer names no EOS token; set eos_token in tokenizer_config.json")
+            raise InputError(f"{path}: the tokenizer names no EOS token; set eos_token in tokenizer_config.json")
         if template is None:
             if not hf.chat_template:
-                raise ValueError(f"{path}: the tokenizer has no chat template; give one with --chat-template FILE")
+                raise InputError(f"{path}: the tokenizer has no chat template; give one with --chat-template FILE")
             template = hf.get_chat_template()
         self.template = ChatTemplate(template, hf.special_tokens_map, date)
         # A private copy, without what the calls of other people may have left in it: truncation, padding, and a
@@ -154,7 +158,7 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
             self.template.source + " Hello,  world!\n\tÄ 你好 😀 " + "".join(map(str, self.template.variables.values()))
         )
         if list(hf(text, add_special_tokens=False)["input_ids"]) != self._backend.encode(text).ids:
-            raise ValueError(
+            raise InputError(
                 f"{path}: the tokenizer's Python code changes the ids of its tokenizer.json, which is not served"
             )
 
@@ -191,14 +195,14 @@ class SentencePieceChatTokenizer(ChatTokenizer):
         import sentencepiece
 
         if template is None:
-            raise ValueError(
+            raise InputError(
                 f"{path}: a sentencepiece model has no chat template; give one with --chat-template chatml|plain|FILE"
             )
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.vocab_size = int(self._model.get_piece_size())
         self.eos_id, self.bos_id = int(self._model.eos_id()), _id_or_none(self._model.bos_id())
         if self.eos_id < 0:
-            raise ValueError(f"{path}: the model has no EOS piece; train it with one (eos_id >= 0)")
+            raise InputError(f"{path}: the model has no EOS piece; train it with one (eos_id >= 0)")
         pad = _id_or_none(self._model.pad_id())
         self.pad_id = self.eos_id if pad is None else pad
         types = _piece_types(self._model.serialized_model_proto())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_idft.errors import UserError
+from megatron_idft.loss import resolve_backend
 from megatron_idft.objectives import LambdaSchedule, Objective, resolve_objective
 
 OBJECTIVES = ("ce", "dft", "idft", "entropy")
@@ -178,6 +179,7 @@ def validate_arguments(args: argparse.Namespace) -> None:
     _refuse_incompatible(args)
     try:  # building the objective checks every hyper-parameter, before anything expensive starts
         build_objective(args)
+        resolve_backend(args.sft_loss_backend)
         LambdaSchedule.from_shares(args.idft_lambda_warmup, args.idft_lambda_ramp, 1)
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"--sft-loss {args.sft_loss}: {error}") from error

@@ -27,13 +27,14 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) 
     from megatron.training.utils import is_first_or_last_pipeline_stage
 
     args = get_args()
-    config = core_transformer_config_from_args(args)
-    mtp = mtp_on_this_rank(
-        layout=config.pipeline_model_parallel_layout,
-        mtp_num_layers=config.mtp_num_layers,
-        ignore_virtual=False,
-        vp_stage=vp_stage,
-    )
+    mtp = False
+    if args.mtp_num_layers:
+        mtp = mtp_on_this_rank(
+            layout=core_transformer_config_from_args(args).pipeline_model_parallel_layout,
+            mtp_num_layers=args.mtp_num_layers,
+            ignore_virtual=False,
+            vp_stage=vp_stage,
+        )
     if not is_first_or_last_pipeline_stage(vp_stage) and not mtp:
         return dict.fromkeys(_KEYS)
     tp_rank = mpu.get_tensor_model_parallel_rank()

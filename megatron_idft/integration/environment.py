@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, version
 
-TRAIN = 'pip install "megatron-idft[train]"'
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -72,13 +70,18 @@ _NEEDED = {
 def _packages() -> Iterator[Finding]:
     for distribution, why in _NEEDED.items():
         found = _installed(distribution)
-        yield Finding(distribution, found or f"missing; needed for {why}", bool(found), "" if found else TRAIN)
+        yield Finding(
+            distribution,
+            found or f"missing; needed for {why}",
+            bool(found),
+            "" if found else f"pip install {distribution}",
+        )
 
 
 def _torch() -> Iterator[Finding]:
     found = _installed("torch")
     if found is None:
-        yield Finding("torch", "missing", False, TRAIN)
+        yield Finding("torch", "missing", False, "pip install torch")
         return
     import torch
 
@@ -123,7 +126,7 @@ def _accelerators() -> Iterator[Finding]:
     yield Finding(
         "transformer-engine",
         engine or "missing: local layers are used; no FP8, no packed sequences, no context-parallel attention",
-        remedy="" if engine else "use an NGC PyTorch container, or pip install 'megatron-idft[gpu]'",
+        remedy="" if engine else 'use an NGC PyTorch container, or pip install "transformer-engine[pytorch]"',
     )
     # PyPI's `apex` is another project; NVIDIA's brings the extension module amp_C.
     apex = importlib.util.find_spec("amp_C") is not None

@@ -38,6 +38,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Validation records. Each evaluation reads all of them once, unless --eval-iters says fewer.",
     )
     group.add_argument(
+        "--sft-template-date",
+        metavar="YYYY-MM-DD",
+        default=None,
+        help="The date for chat templates that write today's: tokens must not depend on the day they are made. Without"
+        " it such templates fall back to their fixed date, or are refused.",
+    )
+    group.add_argument(
         "--train-epochs",
         type=int,
         default=None,
@@ -101,7 +108,10 @@ class ChatTraining(TrainerIntegration):
         from megatron_idft.data import load_tokenizer, render_sample
 
         self.tokenizer = load_tokenizer(
-            args.tokenizer_model, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code
+            args.tokenizer_model,
+            chat_template=args.chat_template,
+            trust_remote_code=args.trust_remote_code,
+            template_date=args.sft_template_date,
         )
         if self.tokenizer.vocab_size > args.padded_vocab_size:
             raise ArgumentError(
@@ -109,6 +119,7 @@ class ChatTraining(TrainerIntegration):
                 " rows. Pass the tokenizer that the model was trained with as --tokenizer-model"
             )
         self.train_cache = self._cache(args, "--sft-data", args.sft_data)
+        args.sft_data_fingerprint = self.train_cache.path.name  # recorded in checkpoints
         print_rank_0(
             "> first sample, trained spans in brackets:\n" + render_sample(*self.train_cache[0], self.tokenizer)
         )
@@ -160,6 +171,19 @@ class ChatTraining(TrainerIntegration):
         cache = open_token_cache(list(paths), **settings)
         print_rank_0(cache.report())
         return cache
+
+    def _compare_with_checkpoint(self, args: argparse.Namespace) -> None:
+        from megatron.training.utils import print_rank_0
+
+        super()._compare_with_checkpoint(args)
+        then = getattr(self._checkpoint_args, "sft_data_fingerprint", args.sft_data_fingerprint)
+        if then != args.sft_data_fingerprint:
+            print_rank_0(
+                f"WARNING: this run continues a checkpoint that was trained on {then}, now on"
+                f" {args.sft_data_fingerprint}: the records (or only their files' times), the tokenizer, its template,"
+                " --seq-length or --sft-truncation have changed, so samples may be repeated or left out. If the data"
+                " is another on purpose, --finetune starts its epochs at the beginning"
+            )
 
     def _corpus_end_of_turn_ids(self) -> Sequence[int]:
         assert self.train_cache is not None
@@ -234,7 +258,7 @@ def _validate_data_arguments(args: argparse.Namespace) -> None:
         args.tokenizer_type = "SentencePieceTokenizer" if is_sentencepiece else "HuggingFaceTokenizer"
 
 
-def train(program_name: str) -> None:
+def train() -> None:
     """Fine-tune as `sys.argv` says. `prepare_process` must have run."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain

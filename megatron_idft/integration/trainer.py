@@ -286,22 +286,18 @@ def _describe(
 
 
 def _true_vocab_size(args: argparse.Namespace) -> int:
-    if args.sft_loss_vocab_size is not None:
-        if not 0 < args.sft_loss_vocab_size <= args.padded_vocab_size:
-            raise arguments.ArgumentError(
-                f"--sft-loss-vocab-size {args.sft_loss_vocab_size} is not within the model's"
-                f" {args.padded_vocab_size} output rows"
-            )
-        return args.sft_loss_vocab_size
     from megatron.training import get_tokenizer
 
-    size = getattr(get_tokenizer(), "vocab_size", None)
+    size = args.sft_loss_vocab_size
     if size is None:
+        size = getattr(get_tokenizer(), "vocab_size", None)
+    if size is None or not 0 < size <= args.padded_vocab_size:
+        told = "is not known from the tokenizer" if size is None else f"{size} is not within the model's"
         raise arguments.ArgumentError(
-            "the tokenizer does not tell its vocabulary size, so padding columns cannot be told from tokens. Pass"
-            " --sft-loss-vocab-size"
+            f"the true vocabulary size {told}{'' if size is None else f' {args.padded_vocab_size} output rows'}, so"
+            " padding columns cannot be told from tokens. Pass it as --sft-loss-vocab-size"
         )
-    return min(int(size), args.padded_vocab_size)
+    return int(size)
 
 
 def _end_of_document_ids() -> list[int]:

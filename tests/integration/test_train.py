@@ -163,6 +163,9 @@ def test_a_forgotten_flag_is_pointed_out(corpus, tmp_path):
     train(corpus, tmp_path, f"{flags} --train-iters 1 --sft-loss idft")
     output = train(corpus, tmp_path, f"{flags} --train-iters 2 --override-opt_param-scheduler")
     assert "another loss: --sft-loss: idft in the checkpoint, None now" in output
+    assert "continues a checkpoint that was trained on" not in output
+    output = train(corpus, tmp_path, f"{flags} --train-iters 3 --override-opt_param-scheduler --sft-truncation drop")
+    assert "WARNING: this run continues a checkpoint that was trained on tokens-" in output
 
 
 def test_a_bad_record_stops_the_run_and_is_named(corpus, tmp_path):
