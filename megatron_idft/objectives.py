@@ -16,9 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_idft.statistics import TokenStatistics
+from megatron_idft.statistics import EXTRA_STATISTICS, TokenStatistics
 
 TokenFunction = Callable[[TokenStatistics], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class KernelFormula:
+    """A weight that loss kernels compute by themselves, in the launch that merges the statistics.
+
+    Attributes:
+        name: the formula, as the kernels know it.
+        function: the same formula in torch.
+        parameters: the numbers in it; gamma_lambda may be a 0-dim fp32 tensor.
+    """
+
+    name: str
+    function: TokenFunction
+    parameters: Mapping[str, float | Tensor] = field(default_factory=dict)
+
+    def __call__(self, statistics: TokenStatistics) -> Tensor:
+        return self.function(statistics)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +51,8 @@ class Objective:
         hyperparameters: what the objective was built with, by name.
         weight_floor: weights below it are raised to it; 0 is off.
         exempt_token_ids: labels whose weight is always 1 (end of turn, chat markers); empty is off.
+        extra_statistics: which of max_prob, sum_squared_prob and argmax `token_weight` reads beside log_prob and
+            entropy. They travel in the same collective.
     """
 
     name: str
@@ -42,8 +62,13 @@ class Objective:
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     weight_floor: float = 0.0
     exempt_token_ids: tuple[int, ...] = ()
+    extra_statistics: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        unknown = sorted(set(self.extra_statistics) - set(EXTRA_STATISTICS))
+        if unknown:
+            raise ValueError(f"extra_statistics may name {', '.join(EXTRA_STATISTICS)}; got {', '.join(unknown)}")
+        object.__setattr__(self, "extra_statistics", frozenset(self.extra_statistics))
         if not 0.0 <= self.weight_floor <= 1.0:
             raise ValueError(f"weight_floor must lie in [0, 1] (0 turns it off), got {self.weight_floor}")
         for token_id in self.exempt_token_ids:
@@ -105,13 +130,13 @@ def _register(constructor: Callable[..., Objective]) -> Callable[..., Objective]
 @_register
 def ce() -> Objective:
     """Cross-entropy, plain SFT: w = 1."""
-    return Objective("ce", lambda statistics: torch.ones_like(statistics.log_prob))
+    return Objective("ce", KernelFormula("ce", lambda statistics: torch.ones_like(statistics.log_prob)))
 
 
 @_register
 def dft() -> Objective:
     """Dynamic Fine-Tuning: w = p_y (arXiv 2508.05629)."""
-    return Objective("dft", lambda statistics: statistics.log_prob.exp())
+    return Objective("dft", KernelFormula("dft", lambda statistics: statistics.log_prob.exp()))
 
 
 @_register
@@ -158,7 +183,7 @@ def idft(
         return (gamma(statistics) * statistics.log_prob).exp()
 
     hyperparameters = {"beta": beta, "gamma_min": gamma_min, "gamma_max": gamma_max, "gamma_lambda": gamma_lambda}
-    return Objective("idft", weight, gamma, raw_gamma, hyperparameters)
+    return Objective("idft", KernelFormula("idft", weight, hyperparameters), gamma, raw_gamma, hyperparameters)
 
 
 @_register
@@ -171,7 +196,7 @@ def entropy() -> Objective:
     def weight(statistics: TokenStatistics) -> Tensor:
         return statistics.entropy / math.log(max(statistics.vocab_size, 2))  # a vocabulary of one token has H = 0
 
-    return Objective("entropy", weight)
+    return Objective("entropy", KernelFormula("entropy", weight))
 
 
 def objective_names() -> tuple[str, ...]:

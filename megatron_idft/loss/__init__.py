@@ -1,20 +1,21 @@
 """The vocabulary-parallel token loss. One module per backend; `vocab_parallel_loss` is the only entry."""
 
+import importlib.util
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_idft.loss import reference
+from megatron_idft.loss.autograd import Backend, TokenLoss
 from megatron_idft.loss.shard import vocab_shard
 from megatron_idft.objectives import Objective, resolve_objective
 
-# A backend is one function of the signature of `reference.token_loss`.
-_BACKENDS = {"reference": reference.token_loss}
+# A backend is a module with the functions of `autograd.Backend`, imported when it is first used.
+_BACKENDS = {"reference": "megatron_idft.loss.reference", "triton": "megatron_idft.loss.triton_backend"}
 
 _LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-IGNORED = -100
 
 
 class LossOutput(NamedTuple):
@@ -39,18 +40,29 @@ class LossOutput(NamedTuple):
 def resolve_backend(name: str = "auto", device: torch.device | str = "cpu") -> str:
     """The backend that `vocab_parallel_loss(..., backend=name)` uses for logits on `device`.
 
+    "auto" is triton on a CUDA device where the package triton is installed, else reference.
+
     Raises:
-        ValueError: there is no such backend.
+        ValueError: there is no such backend, or it cannot run here.
     """
+    device = torch.device(device)
     if name == "auto":
-        return "reference"
-    if name == "triton":
-        raise ValueError(
-            "this version has no Triton backend; use backend='auto' or 'reference', which run on any device"
-        )
+        return "triton" if device.type == "cuda" and _has_triton() else "reference"
     if name not in _BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose from auto, {', '.join(_BACKENDS)}")
+    if name == "triton":
+        if not _has_triton():
+            raise ValueError("backend 'triton' needs the package triton: pip install triton, or use backend='auto'")
+        if device.type != "cuda" and not import_module(_BACKENDS[name]).INTERPRETED:
+            raise ValueError(
+                f"backend 'triton' needs logits on a CUDA device, got {device}; use backend='auto' or 'reference' (for "
+                "tests, TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, slowly)"
+            )
     return name
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def vocab_parallel_loss(
@@ -62,6 +74,7 @@ def vocab_parallel_loss(
     backend: str = "auto",
     *,
     overwrite_logits: bool = False,
+    cross_entropy_values: bool = False,
 ) -> LossOutput:
     """Per-token loss -w log p(label) over a vocabulary that may be split over tensor-parallel ranks.
 
@@ -77,7 +90,7 @@ def vocab_parallel_loss(
         objective: a name, "module:function" or an `Objective`, see `resolve_objective`.
         tp_group: None without tensor parallelism.
         vocab_size: size of the true vocabulary; None: all columns count.
-        backend: "auto" or "reference".
+        backend: "auto", "reference" or "triton", see `resolve_backend`.
         overwrite_logits: write the gradient into the logits' own memory in backward instead of allocating a tensor of
             their size; the same bits. Afterwards `logits`, and every tensor that shares their memory, hold the
             gradient. Sound where the logits are an intermediate result that nobody reads after backward, as those of
@@ -85,6 +98,8 @@ def vocab_parallel_loss(
             the tanh of a soft cap or another loss on them, raises "modified by an inplace operation". It cannot watch
             under saved-tensor hooks (activation checkpointing, offloading): called there, the gradient is copied.
             Without gradient nothing is overwritten.
+        cross_entropy_values: `loss` holds the values of plain cross-entropy, -log_prob, while its gradient stays the
+            objective's: for trainers that log the loss and watch it for spikes.
 
     Returns:
         LossOutput, the same bits on every rank of `tp_group`.
@@ -106,12 +121,14 @@ def vocab_parallel_loss(
         # Under these hooks, autograd does not notice that a tensor which another operation saved has changed.
         overwrite_logits = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     objective = resolve_objective(objective)
-    token_loss = _BACKENDS[resolve_backend(backend, logits.device)]
+    implementation: Backend = import_module(_BACKENDS[resolve_backend(backend, logits.device)])
     shard, vocab_size = vocab_shard(logits.shape[-1], vocab_size, tp_group)
     if labels.device.type == "cpu":
         _reject_invalid(labels, vocab_size)
-    labels, invalid_labels = _ignore_invalid(labels, vocab_size)
-    return LossOutput(*token_loss(logits, labels, objective, shard, vocab_size, overwrite_logits), invalid_labels)
+    results = TokenLoss.apply(
+        logits, labels, objective, shard, vocab_size, implementation, overwrite_logits, cross_entropy_values
+    )
+    return LossOutput(*results)
 
 
 def _check_tensors(logits: Tensor, labels: Tensor) -> None:
@@ -155,9 +172,3 @@ def _reject_invalid(labels: Tensor, vocab_size: int) -> None:
             f"{invalid.numel()} of {labels.numel()} labels are >= vocab_size {vocab_size}, the first being "
             f"{int(invalid[0])}; check that data and model use one tokenizer, or set vocab_size"
         )
-
-
-def _ignore_invalid(labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Labels with those >= vocab_size ignored, and their number, without looking at either on the host."""
-    invalid = labels >= vocab_size
-    return torch.where(invalid, IGNORED, labels), invalid.sum()

@@ -1,98 +1,65 @@
 """Reference backend: plain torch on any device, in blocks of rows, never with a full fp32 copy of the logits."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megatron_idft.loss.autograd import TokenResults, weigh_tokens
 from megatron_idft.loss.shard import VocabShard
 from megatron_idft.objectives import Objective
 from megatron_idft.statistics import (
     LOWEST,
     MAX,
+    STATE_SIZE,
     SUM_EXP,
     SUM_EXP_SHIFTED,
     TARGET_LOGIT,
-    TokenStatistics,
+    extra_state_columns,
     merge_shard_states,
     neutral_shard_state,
 )
 
 
-def token_loss(
+def shard_state(
+    logits: Tensor, labels: Tensor, shard: VocabShard, vocab_size: int, extra_statistics: frozenset[str]
+) -> Tensor:
+    """See `autograd.Backend`. Memory beyond the logits: two fp32 blocks of a few rows and some numbers per token."""
+    target = torch.where(labels >= vocab_size, -1, labels) - shard.start
+    columns = extra_state_columns(extra_statistics)
+    return _shard_state(logits[..., : shard.valid_columns], target, columns, shard.start)
+
+
+def token_results(
+    states: Tensor, labels: Tensor, objective: Objective, vocab_size: int, cross_entropy_values: bool
+) -> TokenResults:
+    """See `autograd.Backend`."""
+    merged = merge_shard_states(states, extra_state_columns(objective.extra_statistics))
+    return weigh_tokens(merged, labels, objective, vocab_size, cross_entropy_values)
+
+
+def write_gradient(
     logits: Tensor,
+    gradient: Tensor,
     labels: Tensor,
-    objective: Objective,
+    upstream: Tensor,
+    results: TokenResults,
     shard: VocabShard,
     vocab_size: int,
-    overwrite_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, weight, log_prob and entropy, each [...] fp32; only the loss carries gradient.
-
-    Args:
-        logits: [..., V/tp] bf16, fp16 or fp32, any strides.
-        labels: [...] int64, below vocab_size; negative = ignored.
-        overwrite_logits: backward stores the gradient in the logits' memory, whose elements must not overlap.
-
-    Memory beyond the logits: two fp32 blocks of a few rows and some numbers per token; in backward, the gradient unless
-    it overwrites the logits.
-    Collectives: one all-gather in forward (`VocabShard.gather_states`), none in backward.
-    """
-    return _TokenLoss.apply(logits, labels, objective, shard, vocab_size, overwrite_logits)
+) -> None:
+    """See `autograd.Backend`. Memory: one fp32 block of a few rows."""
+    labels = torch.where(labels >= vocab_size, -1, labels)
+    valid = slice(0, shard.valid_columns)
+    scale = results.weight * upstream
+    gradient[..., valid.stop :].zero_()
+    _write_softmax(logits[..., valid], gradient[..., valid], scale / results.sum_exp, results.max, labels)
+    _write_target(gradient[..., valid], scale * results.log_prob.expm1(), labels - shard.start)
 
 
-class _TokenLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        objective: Objective,
-        shard: VocabShard,
-        vocab_size: int,
-        overwrite_logits: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        state = _shard_state(logits[..., : shard.valid_columns], labels - shard.start)
-        merged = merge_shard_states(shard.gather_states(state))
-        trained = labels >= 0
-        log_prob = torch.where(trained, merged.log_prob, 0.0)
-        entropy = torch.where(trained, merged.entropy, 0.0)
-        weight = objective.weight(TokenStatistics(log_prob, entropy, labels, vocab_size))
-        loss = 0.0 - weight * log_prob  # a plain negation would show ignored positions as -0.0
-
-        ctx.shard = shard
-        ctx.overwrite_logits = overwrite_logits
-        ctx.overwritten = False
-        ctx.save_for_backward(logits, labels, weight, log_prob, merged.max, merged.sum_exp)
-        ctx.mark_non_differentiable(weight, log_prob, entropy)
-        return loss, weight, log_prob, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.overwritten:
-            raise RuntimeError(
-                "backward ran a second time, but the first one overwrote the logits with their gradient. Run backward "
-                "once, over the sum of the losses, or pass overwrite_logits=False to vocab_parallel_loss"
-            )
-        logits, labels, weight, log_prob, maximum, sum_exp = ctx.saved_tensors
-        valid = slice(0, ctx.shard.valid_columns)
-        scale = weight * grad_loss
-        # A detached alias shares the version counter: each write tells autograd that the logits have changed.
-        grad = logits.detach() if ctx.overwrite_logits else torch.empty_like(logits)
-        ctx.overwritten = ctx.overwrite_logits
-        grad[..., valid.stop :].zero_()
-        _write_softmax(logits[..., valid], grad[..., valid], scale / sum_exp, maximum, labels)
-        _write_target(grad[..., valid], scale * log_prob.expm1(), labels - ctx.shard.start)
-        return grad, None, None, None, None, None
-
-
-def _shard_state(columns: Tensor, target: Tensor) -> Tensor:
-    """[..., 4] fp32 state of this shard's valid columns; `target` [...] is out of range where the label is not here."""
-    state = neutral_shard_state(target.shape, columns.device)
+def _shard_state(columns: Tensor, target: Tensor, extra_columns: Mapping[str, int], start: int) -> Tensor:
+    """[..., S] fp32 state of this shard's valid columns; `target` [...] is out of range where the label is not here."""
+    state = neutral_shard_state(target.shape, columns.device, STATE_SIZE + len(extra_columns))
     if columns.shape[-1] == 0:
         return state
     row_max = torch.empty(*target.shape, 1, dtype=torch.float32, device=columns.device)
@@ -104,6 +71,10 @@ def _shard_state(columns: Tensor, target: Tensor) -> Tensor:
         shifted = torch.sub(block, block_max, out=scratch(block))
         exp = torch.exp(shifted, out=scratch_exp(block))
         state[(*index, ..., SUM_EXP)] = exp.sum(-1)
+        if "sum_squared_prob" in extra_columns:
+            state[(*index, ..., extra_columns["sum_squared_prob"])] = exp.square().sum(-1)
+        if "argmax" in extra_columns:
+            state[(*index, ..., extra_columns["argmax"])] = (shifted.argmax(-1) + start).float()
         # exp(-inf) * -inf is NaN and counts as 0 here; a NaN logit shows in SUM_EXP all the same.
         state[(*index, ..., SUM_EXP_SHIFTED)] = exp.mul_(shifted).nansum(-1)
     state[..., MAX] = row_max[..., 0]

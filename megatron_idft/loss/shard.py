@@ -19,7 +19,7 @@ class VocabShard(NamedTuple):
     tp_group: ProcessGroup | None
 
     def gather_states(self, state: Tensor) -> Tensor:
-        """[..., 4] fp32 state of this shard -> [R, ..., 4] of all shards in rank order, the same bits on every rank.
+        """[..., S] fp32 state of this shard -> [R, ..., S] of all shards in rank order, the same bits on every rank.
 
         Collectives: one all-gather over `tp_group`; none without tensor parallelism or without tokens.
         """

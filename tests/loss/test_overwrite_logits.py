@@ -1,10 +1,13 @@
-"""overwrite_logits=True: what else happens to the memory, and what is refused. `run` in test_vocab_parallel_loss.py and
-`run_shard` in test_tensor_parallel.py compare its values and gradients with the copying mode's, in all of their cases.
+"""overwrite_logits=True: what else happens to the memory, and what is refused.
+
+`Engine.run` in engines.py and `run_shard` in test_tensor_parallel.py compare its values and gradients with those of the
+copying mode, in all of their cases.
 """
 
+import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,16 +17,26 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_idft import resolve_objective, vocab_parallel_loss
 from megatron_idft.integration.hook import LossHook
+from tests.loss.engines import Engine
 from tests.loss.intermediate import as_intermediate
 
 SECOND_BACKWARD = "first one overwrote the logits.*overwrite_logits=False"
 MODIFIED = "modified (by an )?inplace"
 
 
+@pytest.fixture(autouse=True)
+def on_the_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every call below uses the engine's backend, every new tensor its device."""
+    on_backend = functools.partial(vocab_parallel_loss, backend=engine.backend)
+    monkeypatch.setitem(globals(), "vocab_parallel_loss", on_backend)
+    with torch.device(engine.device):
+        yield
+
+
 def make_inputs(*shape: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    leaf = torch.randn(*shape, generator=generator).requires_grad_()
-    return leaf, torch.randint(-1, shape[-1], shape[:-1], generator=generator)
+    torch.manual_seed(0)
+    leaf = torch.randn(*shape).requires_grad_()
+    return leaf, torch.randint(-1, shape[-1], shape[:-1])
 
 
 def overwriting_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -253,7 +266,7 @@ def test_other_uses_of_the_logits_keep_their_gradients(model: Callable[[Tensor, 
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def hooked_loss(training: bool, watched: bool, is_leaf: bool) -> tuple[Tensor, Tensor]:
+def hooked_loss(backend: str, training: bool, watched: bool, is_leaf: bool) -> tuple[Tensor, Tensor]:
     """The logits after the Megatron hook's loss and its backward, and before."""
     leaf, labels = make_inputs(5, 2, 9)
     output_layer = torch.nn.Identity()
@@ -267,7 +280,7 @@ def hooked_loss(training: bool, watched: bool, is_leaf: bool) -> tuple[Tensor, T
         pg_collection=types.SimpleNamespace(tp=None),
         training=training,
     )
-    hook = LossHook(model, resolve_objective("idft"), None, "auto", None)
+    hook = LossHook(model, resolve_objective("idft"), None, backend, None)
     labels = labels.t().contiguous()
     hook._capture(inspect.signature(model.forward), (labels, None), {})
     logits = leaf if is_leaf else leaf * 1
@@ -284,7 +297,7 @@ def hooked_loss(training: bool, watched: bool, is_leaf: bool) -> tuple[Tensor, T
     [(True, False, False, True), (True, True, False, False), (True, False, True, False), (False, False, False, False)],
 )
 def test_the_hook_overwrites_in_training_what_nobody_reads(
-    training: bool, watched: bool, is_leaf: bool, overwritten: bool
+    engine: Engine, training: bool, watched: bool, is_leaf: bool, overwritten: bool
 ) -> None:
-    after, before = hooked_loss(training, watched, is_leaf)
+    after, before = hooked_loss(engine.backend, training, watched, is_leaf)
     assert torch.equal(after, before) != overwritten

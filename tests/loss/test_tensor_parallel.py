@@ -1,5 +1,6 @@
 """The loss over real gloo ranks. Each rank runs all cases of its world size; the parent judges what comes back."""
 
+import itertools
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.loss.intermediate import as_intermediate, bits
 from tests.loss.oracle import assert_matches, expected_loss
 
 TP_SIZES = [1, 2, 4]
+BACKENDS = ["reference", "triton"]  # interpreted: these ranks have CPUs. Compiled, see test_triton.py
 
 # name: (leading shape, padded vocabulary, true vocabulary, dtype, objective)
 CASES: dict[str, tuple[tuple[int, ...], int, int, torch.dtype, str]] = {
@@ -69,17 +71,19 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run_shard(logits: Tensor, labels: Tensor, upstream: Tensor, objective: str, vocab_size: int) -> dict[str, Any]:
-    group = torch.distributed.group.WORLD
+def run_shard(
+    logits: Tensor, labels: Tensor, upstream: Tensor, objective: str, vocab_size: int, backend: str
+) -> dict[str, Any]:
+    settings = {"tp_group": torch.distributed.group.WORLD, "vocab_size": vocab_size, "backend": backend}
     shard = logits.chunk(torch.distributed.get_world_size(), dim=-1)[torch.distributed.get_rank()]
     shard = shard.detach().requires_grad_()  # a strided view of the full logits
     with Collectives() as forward:
-        out = vocab_parallel_loss(shard, labels, objective, tp_group=group, vocab_size=vocab_size)
+        out = vocab_parallel_loss(shard, labels, objective, **settings)
     with Collectives() as backward:
         out.loss.backward(upstream)
     result = {name: value.detach() for name, value in out._asdict().items()}
     logits = as_intermediate(shard)
-    again = vocab_parallel_loss(logits, labels, objective, tp_group=group, vocab_size=vocab_size, overwrite_logits=True)
+    again = vocab_parallel_loss(logits, labels, objective, overwrite_logits=True, **settings)
     (overwriting,) = torch.autograd.grad(again.loss, logits, upstream)
     assert overwriting.data_ptr() == logits.data_ptr()
     assert shard.grad is not None and torch.equal(bits(overwriting), bits(shard.grad))
@@ -87,13 +91,13 @@ def run_shard(logits: Tensor, labels: Tensor, upstream: Tensor, objective: str, 
     return {**result, "grad": shard.grad, "forward": forward.calls, "backward": backward.calls}
 
 
-def run_all_cases() -> dict[str, Any]:
+def run_all_cases(backend: str) -> dict[str, Any]:
     results = {}
     for name, (_, _, vocab, _, objective) in CASES.items():
-        results[name] = run_shard(*make_case(name), objective, vocab)
+        results[name] = run_shard(*make_case(name), objective, vocab, backend)
     logits, labels = make_extremes()
     for objective in ("ce", "idft"):
-        results[f"extremes {objective}"] = run_shard(logits, labels, torch.ones(8), objective, 16)
+        results[f"extremes {objective}"] = run_shard(logits, labels, torch.ones(8), objective, 16, backend)
     try:
         vocab_parallel_loss(torch.randn(2, 8), torch.tensor([0, 10**6]), tp_group=torch.distributed.group.WORLD)
     except ValueError as error:
@@ -101,9 +105,10 @@ def run_all_cases() -> dict[str, Any]:
     return results
 
 
-@pytest.fixture(scope="module", params=TP_SIZES)
+@pytest.fixture(scope="module", params=itertools.product(BACKENDS, TP_SIZES), ids=str)
 def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    return run_ranks(run_all_cases, request.param)
+    backend, size = request.param
+    return run_ranks(run_all_cases, size, backend)
 
 
 def joined(ranks: list[dict[str, Any]], name: str) -> dict[str, Tensor]:

@@ -1,0 +1,226 @@
+"""Triton backend: each logit is read once in forward, once in backward, and overwritten in place.
+
+HBM bytes per element of bf16 or fp16 logits: 2 in forward, 4 in backward, 2 more for the rows of ignored tokens, which
+are only zeroed. No [T, V/tp] tensor is allocated, nothing synchronises with the host, there are no atomics and nothing
+is tuned at run time (a tuner would run the in-place kernel several times on the same logits), so that a CUDA graph can
+capture every call after the first, which compiles.
+
+Kernels in triton_kernels.py. TRITON_INTERPRET=1 runs them on the CPU, for tests.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_idft.loss import triton_kernels as kernels
+from megatron_idft.loss.autograd import TokenResults, weigh_tokens
+from megatron_idft.loss.shard import VocabShard
+from megatron_idft.objectives import KernelFormula, Objective
+from megatron_idft.statistics import STATE_SIZE, MergedState, extra_state_columns, neutral_shard_state
+
+INTERPRETED = bool(kernels.INTERPRETED)
+
+_LARGEST_EXACT_INDEX = 2**24  # in the fp32 column of the state that holds an argmax
+_MERGE_TOKENS = 128  # per program: 64 programs for 8192 tokens, whose few bytes half of the device reads at once
+
+
+class Launch(NamedTuple):
+    warps: int
+    vectors: int  # 16-byte vectors that each lane reads per block
+    stages: int  # 1: straight into registers, not staged through shared memory
+
+
+def launch_parameters(row_bytes: int) -> Launch:
+    """For rows of this many bytes, whatever the device.
+
+    Four vectors per lane: 64 bytes in flight for each of the some 40 warps that a multiprocessor holds at 48 registers
+    per lane (sm_90; tools/benchmarks/loss.py counts them) are several times what its share of the memory's bandwidth
+    times latency asks for, and blocks stay at 2 KiB per warp, so that few lanes idle in the last one. Warps: a row of
+    less than four blocks' worth would leave some without work; rows of more than 128 KiB are few in a given memory, and
+    eight warps fill the device with them.
+    """
+    for limit, warps in ((2**11, 1), (2**12, 2), (2**17, 4)):
+        if row_bytes <= limit:
+            return Launch(warps, vectors=4, stages=1)
+    return Launch(warps=8, vectors=4, stages=1)
+
+
+def shard_state(
+    logits: Tensor, labels: Tensor, shard: VocabShard, vocab_size: int, extra_statistics: frozenset[str]
+) -> Tensor:
+    """See `autograd.Backend`. One launch; ignored rows are not read."""
+    extra_columns = extra_state_columns(extra_statistics)
+    size = STATE_SIZE + len(extra_columns)
+    if shard.valid_columns == 0:
+        return neutral_shard_state(labels.shape, logits.device, size)
+    if "argmax" in extra_columns and vocab_size > _LARGEST_EXACT_INDEX:
+        raise ValueError(f"argmax is served for vocabularies of up to {_LARGEST_EXACT_INDEX} tokens, got {vocab_size}")
+    state = torch.empty(*labels.shape, size, dtype=torch.float32, device=logits.device)
+    launch = launch_parameters(shard.valid_columns * logits.element_size())
+    with torch.cuda.device_of(logits):
+        for grid in _grids((logits, labels), (state,)):
+            kernels.shard_state_kernel[(grid.tokens,)](
+                *grid.strided,
+                *grid.dense,
+                grid.inner_size,
+                *grid.strides[0],
+                logits.stride(-1),
+                *grid.strides[1],
+                shard.start,
+                shard.valid_columns,
+                logits.shape[-1],
+                vocab_size,
+                STATE_SIZE=size,
+                SUM_SQUARES=extra_columns.get("sum_squared_prob", 0),
+                ARGMAX=extra_columns.get("argmax", 0),
+                CONTIGUOUS=logits.stride(-1) == 1,
+                VECTORS=launch.vectors,
+                LANES=32 * launch.warps,
+                VECTOR=16 // logits.element_size(),
+                STAGES=launch.stages,
+                **_options(launch.warps),
+            )
+    return state
+
+
+def token_results(
+    states: Tensor, labels: Tensor, objective: Objective, vocab_size: int, cross_entropy_values: bool
+) -> TokenResults:
+    """See `autograd.Backend`. One launch and one sum for built-in objectives; others see the merged statistics."""
+    formula = objective.token_weight if isinstance(objective.token_weight, KernelFormula) else None
+    parameters: dict[str, Any] = {"beta": 1.0, "gamma_min": 0.0, "gamma_max": 1.0, "gamma_lambda": 1.0}
+    parameters |= formula.parameters if formula is not None else {}
+    extra_columns = extra_state_columns(objective.extra_statistics)
+    loss, weight, log_prob, entropy, maximum, sum_exp = (
+        torch.empty(labels.shape, dtype=torch.float32, device=labels.device) for _ in range(6)
+    )
+    extras = torch.empty(len(extra_columns), *labels.shape, dtype=torch.float32, device=labels.device)
+    tokens = labels.numel()
+    programs = -(-tokens // _MERGE_TOKENS)
+    invalid_labels = torch.empty(programs, dtype=torch.int32, device=labels.device)
+    if len(_merged_dimensions((labels,), labels.dim())) > 2:
+        labels = labels.contiguous()
+    with torch.cuda.device_of(labels):
+        for grid in _grids((labels,), (loss,)):
+            kernels.token_results_kernel[(programs,)](
+                states,
+                labels,
+                loss,
+                weight,
+                log_prob,
+                entropy,
+                maximum,
+                sum_exp,
+                extras,
+                invalid_labels,
+                tokens,
+                states.shape[0],
+                states.stride(0),
+                grid.inner_size,
+                *grid.strides[0],
+                vocab_size,
+                math.log(max(vocab_size, 2)),
+                *parameters.values(),
+                objective.weight_floor,
+                STATE_SIZE=states.shape[-1],
+                SUM_SQUARES=extra_columns.get("sum_squared_prob", 0),
+                ARGMAX=extra_columns.get("argmax", 0),
+                WEIGHT="" if formula is None else formula.name,
+                LAMBDA_ON_DEVICE=isinstance(parameters["gamma_lambda"], Tensor),
+                EXEMPT=objective.exempt_token_ids,
+                CROSS_ENTROPY_VALUES=cross_entropy_values,
+                TOKENS=_MERGE_TOKENS,
+                **_options(_MERGE_TOKENS // 32),
+            )
+    if formula is None:
+        merged = MergedState(log_prob, entropy, maximum, sum_exp)
+        merged = merged._replace(**{name: extras[column - STATE_SIZE] for name, column in extra_columns.items()})
+        return weigh_tokens(merged, labels, objective, vocab_size, cross_entropy_values)
+    return TokenResults(loss, weight, log_prob, entropy, maximum, sum_exp, invalid_labels.sum())
+
+
+def write_gradient(
+    logits: Tensor,
+    gradient: Tensor,
+    labels: Tensor,
+    upstream: Tensor,
+    results: TokenResults,
+    shard: VocabShard,
+    vocab_size: int,
+) -> None:
+    """See `autograd.Backend`. One launch; ignored rows and rows of weight 0 are written without being read."""
+    launch = launch_parameters(logits.shape[-1] * logits.element_size())
+    per_token = (results.weight, results.log_prob, results.max, results.sum_exp)
+    with torch.cuda.device_of(logits):
+        for grid in _grids((logits, gradient, labels, upstream), per_token):
+            kernels.gradient_kernel[(grid.tokens,)](
+                *grid.strided,
+                *grid.dense,
+                grid.tokens,
+                grid.inner_size,
+                *grid.strides[0],
+                logits.stride(-1),
+                *grid.strides[1],
+                gradient.stride(-1),
+                *grid.strides[2],
+                *grid.strides[3],
+                shard.start,
+                shard.valid_columns,
+                logits.shape[-1],
+                vocab_size,
+                CONTIGUOUS=logits.stride(-1) == 1 and gradient.stride(-1) == 1,
+                BLOCK=launch.warps * launch.vectors * 32 * 16 // logits.element_size(),
+                **_options(launch.warps),
+            )
+    torch.autograd.graph.increment_version(gradient)
+
+
+def _options(warps: int) -> dict[str, Any]:
+    # Triton's own default for fusing multiplications and additions is about to change.
+    return {"num_warps": warps, "enable_fp_fusion": True}
+
+
+class _Grid(NamedTuple):
+    """Tokens [outer, inner] that one launch serves.
+
+    strides: (outer, inner) for each of `strided`. The tokens of each of `dense` follow each other.
+    """
+
+    tokens: int
+    inner_size: int
+    strides: list[tuple[int, int]]
+    strided: tuple[Tensor, ...]
+    dense: tuple[Tensor, ...]
+
+
+def _grids(strided: tuple[Tensor, ...], dense: tuple[Tensor, ...]) -> Iterator[_Grid]:
+    """Grids that cover all tokens; more than one only for views whose tokens take more than two strides."""
+    *_, tokens_like = strided
+    shape = tokens_like.shape
+    if 0 in shape:
+        return
+    dimensions = _merged_dimensions(strided, len(shape))
+    if len(dimensions) > 2:
+        for index in range(shape[0]):
+            yield from _grids(tuple(tensor[index] for tensor in strided), tuple(tensor[index] for tensor in dense))
+        return
+    flat = [(1, [0] * len(strided))] * (2 - len(dimensions))
+    (_, outer_strides), (inner_size, inner_strides) = dimensions + flat
+    strides = list(zip(outer_strides, inner_strides, strict=True))
+    yield _Grid(math.prod(shape), inner_size, strides, strided, dense)
+
+
+def _merged_dimensions(tensors: tuple[Tensor, ...], count: int) -> list[tuple[int, list[int]]]:
+    """The first `count` dimensions, neighbours merged where every tensor allows it: (size, strides of the tensors)."""
+    merged: list[tuple[int, list[int]]] = []
+    for dim in range(count):
+        size, strides = tensors[0].shape[dim], [tensor.stride(dim) for tensor in tensors]
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == [stride * size for stride in strides]:
+            size *= merged.pop()[0]
+        merged.append((size, strides))
+    return merged

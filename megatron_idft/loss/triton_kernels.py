@@ -1,0 +1,381 @@
+"""Triton kernels of the loss: device code only. `triton_backend` launches them and states their contracts.
+
+Rows. A token's logits are one row. Tokens lie in a grid [outer, inner] with two strides per tensor, which covers every
+view that Megatron makes, such as logits [s, b, V/tp] with labels that are a transposed [b, s]. Row offsets are int64:
+20,000 rows of 152,064 columns pass 2^31.
+
+Variants. Triton compiles a variant for each set of integers that are 1 or divisible by 16. That pays for the logits'
+strides and widths, which decide about 16-byte loads; the other arguments are left out of it (`do_not_specialize`), so
+that a batch of another shape meets compiled kernels.
+
+Columns. Blocks of columns that are all valid are read without a mask. The last block is read up to `num_columns`, the
+end of the row in memory, and what lies beyond `valid_columns` is then replaced: a mask that ends at an odd true
+vocabulary would break the 16-byte loads into single elements.
+"""
+
+import triton
+import triton.language as tl
+
+from megatron_idft.statistics import LOWEST as _LOWEST
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOWEST = tl.constexpr(_LOWEST)
+LOG2_E = tl.constexpr(1.4426950408889634)
+NO_INDEX = tl.constexpr(2**30)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "inner_size",
+        "column_stride",
+        "labels_outer_stride",
+        "labels_inner_stride",
+        "start",
+        "vocab_size",
+    ]
+)
+def shard_state_kernel(
+    logits,
+    labels,
+    state,
+    inner_size,
+    logits_outer_stride,
+    logits_inner_stride,
+    column_stride,
+    labels_outer_stride,
+    labels_inner_stride,
+    start,
+    valid_columns,
+    num_columns,
+    vocab_size,
+    STATE_SIZE: tl.constexpr,
+    SUM_SQUARES: tl.constexpr,  # column of the state, 0 if not asked for
+    ARGMAX: tl.constexpr,  # column of the state, 0 if not asked for
+    CONTIGUOUS: tl.constexpr,  # column_stride == 1
+    VECTORS: tl.constexpr,  # 16-byte vectors per lane and block
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,  # elements in a 16-byte vector
+    STAGES: tl.constexpr,  # blocks in flight through shared memory; 1: straight into registers
+):
+    """One program per token: the shard's state (statistics.py) from one read of each valid logit.
+
+    Every lane keeps statistics of its own columns, relative to its own maximum, so the loop needs no communication
+    between lanes: they meet once, at the end of the row. An element costs one exponential; each lane's rescaling costs
+    one more per block.
+    """
+    token = tl.program_id(0)
+    outer = (token // inner_size).to(tl.int64)
+    inner = (token % inner_size).to(tl.int64)
+    label = tl.load(labels + outer * labels_outer_stride + inner * labels_inner_stride)
+    logits += outer * logits_outer_stride + inner * logits_inner_stride
+    state += token.to(tl.int64) * STATE_SIZE
+    if (label < 0) | (label >= vocab_size):
+        for column in tl.static_range(STATE_SIZE):
+            tl.store(state + column, LOWEST if column == 0 or column == 3 else 0.0)
+        return
+
+    BLOCK: tl.constexpr = VECTORS * LANES * VECTOR
+    tile = tl.arange(0, VECTORS)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
+    tile = tile * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    maximum = tl.full([LANES], LOWEST, tl.float32)
+    sum_exp = tl.zeros([LANES], tl.float32)
+    sum_shifted = tl.zeros([LANES], tl.float32)
+    sum_squares = tl.zeros([LANES], tl.float32)
+    argmax = tl.full([LANES], NO_INDEX, tl.int32)
+
+    whole_blocks = valid_columns // BLOCK * BLOCK
+    for first in tl.range(0, whole_blocks, BLOCK, num_stages=STAGES):
+        columns = first + tile
+        x = tl.load(logits + _offsets(columns, column_stride, CONTIGUOUS)).to(tl.float32)
+        maximum, sum_exp, sum_shifted, sum_squares, argmax = _accumulate(
+            x, columns, maximum, sum_exp, sum_shifted, sum_squares, argmax, SUM_SQUARES, ARGMAX
+        )
+    if whole_blocks < valid_columns:
+        columns = whole_blocks + tile
+        in_row = columns < num_columns
+        x = tl.load(logits + _offsets(columns, column_stride, CONTIGUOUS), mask=in_row, other=0.0).to(tl.float32)
+        x = tl.where(columns < valid_columns, x, float("-inf"))
+        maximum, sum_exp, sum_shifted, sum_squares, argmax = _accumulate(
+            x, columns, maximum, sum_exp, sum_shifted, sum_squares, argmax, SUM_SQUARES, ARGMAX
+        )
+
+    row_max = tl.max(maximum, 0)
+    shift = maximum - row_max
+    scale = tl.exp2(shift * LOG2_E)
+    tl.store(state, row_max)
+    tl.store(state + 1, tl.sum(sum_exp * scale, 0))
+    tl.store(state + 2, tl.sum((sum_shifted + sum_exp * shift) * scale, 0))
+    target = label - start
+    target_logit = LOWEST
+    if (target >= 0) & (target < valid_columns):
+        target_logit = tl.maximum(tl.load(logits + target * column_stride).to(tl.float32), LOWEST)
+    tl.store(state + 3, target_logit)
+    if SUM_SQUARES:
+        tl.store(state + SUM_SQUARES, tl.sum(sum_squares * scale * scale, 0))
+    if ARGMAX:
+        first_max = tl.min(tl.where(maximum == row_max, argmax, NO_INDEX), 0)
+        tl.store(state + ARGMAX, (first_max + start).to(tl.float32))
+
+
+@triton.jit
+def _accumulate(
+    x,
+    columns,
+    maximum,
+    sum_exp,
+    sum_shifted,
+    sum_squares,
+    argmax,
+    SUM_SQUARES: tl.constexpr,
+    ARGMAX: tl.constexpr,
+):
+    """Add a block x [VECTORS, LANES, VECTOR] fp32 to the lanes' statistics [LANES]."""
+    block_max = tl.max(tl.max(x, 2), 0)
+    new_max = tl.maximum(maximum, block_max)
+    if ARGMAX:
+        candidates = tl.where(x == block_max[None, :, None], columns, NO_INDEX)
+        argmax = tl.where(block_max > maximum, tl.min(tl.min(candidates, 2), 0), argmax)
+    shift = maximum - new_max
+    scale = tl.exp2(shift * LOG2_E)
+    shifted = x - new_max[None, :, None]
+    # exp2, not exp: one instruction, where exp spends three more on results below 2^-126.
+    exp = tl.exp2(shifted * LOG2_E)
+    # The clamp makes 0 * -inf of a -inf logit 0. A NaN logit shows in sum_exp.
+    weighted = exp * tl.maximum(shifted, LOWEST)
+    sum_shifted = (sum_shifted + sum_exp * shift) * scale + tl.sum(tl.sum(weighted, 2), 0)
+    sum_exp = sum_exp * scale + tl.sum(tl.sum(exp, 2), 0)
+    if SUM_SQUARES:
+        sum_squares = sum_squares * scale * scale + tl.sum(tl.sum(exp * exp, 2), 0)
+    return new_max, sum_exp, sum_shifted, sum_squares, argmax
+
+
+@triton.jit
+def _offsets(columns, column_stride, CONTIGUOUS: tl.constexpr):
+    return columns if CONTIGUOUS else columns.to(tl.int64) * column_stride
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "num_shards",
+        "shard_stride",
+        "inner_size",
+        "labels_outer_stride",
+        "labels_inner_stride",
+        "vocab_size",
+    ]
+)
+def token_results_kernel(
+    states,
+    labels,
+    loss,
+    weight,
+    log_prob,
+    entropy,
+    maximum,
+    sum_exp,
+    extras,
+    invalid_labels,
+    num_tokens,
+    num_shards,
+    shard_stride,
+    inner_size,
+    labels_outer_stride,
+    labels_inner_stride,
+    vocab_size,
+    log_vocab_size,
+    beta,
+    gamma_min,
+    gamma_max,
+    gamma_lambda,  # a number, or a pointer to one
+    weight_floor,
+    STATE_SIZE: tl.constexpr,
+    SUM_SQUARES: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    WEIGHT: tl.constexpr,  # formula of the weight; "" leaves weight and loss to the caller
+    LAMBDA_ON_DEVICE: tl.constexpr,
+    EXEMPT: tl.constexpr,  # tuple of token ids
+    CROSS_ENTROPY_VALUES: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """TOKENS tokens per program: merge the shards' states [R, T, STATE_SIZE] in rank order, and weigh the tokens.
+
+    The formulas are those of `merge_shard_states` (statistics.py) and of the built-in objectives (objectives.py).
+    """
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    exists = token < num_tokens
+    outer = (token // inner_size).to(tl.int64)
+    inner = (token % inner_size).to(tl.int64)
+    label = tl.load(labels + outer * labels_outer_stride + inner * labels_inner_stride, mask=exists, other=-1)
+    trained = (label >= 0) & (label < vocab_size)
+    # One number per program, summed by the caller: atomics would need a zeroed counter, and so one launch more.
+    tl.store(invalid_labels + tl.program_id(0), tl.sum((label >= vocab_size).to(tl.int32), 0))
+
+    states += token.to(tl.int64) * STATE_SIZE
+    state = states
+    row_max = tl.full([TOKENS], LOWEST, tl.float32)
+    target_logit = tl.full([TOKENS], LOWEST, tl.float32)
+    for _ in range(num_shards):
+        row_max = tl.maximum(row_max, tl.load(state, mask=exists, other=LOWEST))
+        target_logit = tl.maximum(target_logit, tl.load(state + 3, mask=exists, other=LOWEST))
+        state += shard_stride
+    state = states
+    row_sum = tl.zeros([TOKENS], tl.float32)
+    row_shifted = tl.zeros([TOKENS], tl.float32)
+    row_squares = tl.zeros([TOKENS], tl.float32)
+    row_argmax = tl.full([TOKENS], NO_INDEX, tl.float32)
+    for _ in range(num_shards):
+        shard_max = tl.load(state, mask=exists, other=LOWEST)
+        shard_sum = tl.load(state + 1, mask=exists, other=0.0)
+        shift = shard_max - row_max
+        scale = tl.exp(shift)
+        row_sum += shard_sum * scale
+        row_shifted += (tl.load(state + 2, mask=exists, other=0.0) + shard_sum * shift) * scale
+        if SUM_SQUARES:
+            row_squares += tl.load(state + SUM_SQUARES, mask=exists, other=0.0) * scale * scale
+        if ARGMAX:
+            index = tl.load(state + ARGMAX, mask=exists, other=0.0)
+            row_argmax = tl.where(shard_max == row_max, tl.minimum(row_argmax, index), row_argmax)
+        state += shard_stride
+    row_sum = tl.where(row_sum > 0, row_sum, float("nan"))
+    log_normalizer = tl.log(row_sum)
+    row_log_prob = tl.where(trained, (target_logit - row_max) - log_normalizer, 0.0)
+    row_entropy = tl.where(trained, log_normalizer - row_shifted / row_sum, 0.0)
+    tl.store(maximum + token, row_max, mask=exists)
+    tl.store(sum_exp + token, row_sum, mask=exists)
+    tl.store(log_prob + token, row_log_prob, mask=exists)
+    tl.store(entropy + token, row_entropy, mask=exists)
+    if SUM_SQUARES:
+        squares = tl.where(trained, row_squares / (row_sum * row_sum), 0.0)
+        tl.store(extras + (SUM_SQUARES - 4) * num_tokens + token, squares, mask=exists)
+    if ARGMAX:
+        tl.store(extras + (ARGMAX - 4) * num_tokens + token, tl.where(trained, row_argmax, -1.0), mask=exists)
+
+    if WEIGHT != "":
+        if WEIGHT == "ce":
+            row_weight = tl.full([TOKENS], 1.0, tl.float32)
+        elif WEIGHT == "dft":
+            row_weight = tl.exp(row_log_prob)
+        elif WEIGHT == "entropy":
+            row_weight = row_entropy / log_vocab_size
+        else:
+            tl.static_assert(WEIGHT == "idft")
+            phi = row_log_prob + row_entropy
+            gamma = tl.minimum(tl.maximum(tl.exp(-phi / beta), gamma_min), gamma_max)
+            share = tl.load(gamma_lambda) if LAMBDA_ON_DEVICE else gamma_lambda
+            # Exact at both ends, like torch.lerp.
+            gamma = tl.where(share < 0.5, 1.0 + share * (gamma - 1.0), gamma - (gamma - 1.0) * (1.0 - share))
+            row_weight = tl.exp(gamma * row_log_prob)
+        row_weight = tl.maximum(row_weight, weight_floor)
+        for index in tl.static_range(len(EXEMPT)):
+            row_weight = tl.where(label == EXEMPT[index], 1.0, row_weight)
+        row_weight = tl.where(trained, row_weight, 0.0)
+        value = row_log_prob if CROSS_ENTROPY_VALUES else row_weight * row_log_prob
+        tl.store(weight + token, row_weight, mask=exists)
+        tl.store(loss + token, 0.0 - value, mask=exists)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "inner_size",
+        "logits_column_stride",
+        "gradient_column_stride",
+        "labels_outer_stride",
+        "labels_inner_stride",
+        "upstream_outer_stride",
+        "upstream_inner_stride",
+        "start",
+        "vocab_size",
+    ]
+)
+def gradient_kernel(
+    logits,
+    gradient,
+    labels,
+    upstream,
+    weight,
+    log_prob,
+    maximum,
+    sum_exp,
+    num_tokens,
+    inner_size,
+    logits_outer_stride,
+    logits_inner_stride,
+    logits_column_stride,
+    gradient_outer_stride,
+    gradient_inner_stride,
+    gradient_column_stride,
+    labels_outer_stride,
+    labels_inner_stride,
+    upstream_outer_stride,
+    upstream_inner_stride,
+    start,
+    valid_columns,
+    num_columns,
+    vocab_size,
+    CONTIGUOUS: tl.constexpr,  # both column strides are 1
+    BLOCK: tl.constexpr,
+):
+    """One program per token: gradient = weight upstream (softmax - onehot), rounded once, by the store.
+
+    `gradient` may be `logits`: each element is read and written by one lane, in this order.
+    """
+    # The rows that the forward kernel read last are still in the L2 cache: serve them first.
+    token = num_tokens - 1 - tl.program_id(0)
+    outer = (token // inner_size).to(tl.int64)
+    inner = (token % inner_size).to(tl.int64)
+    label = tl.load(labels + outer * labels_outer_stride + inner * labels_inner_stride)
+    logits += outer * logits_outer_stride + inner * logits_inner_stride
+    gradient += outer * gradient_outer_stride + inner * gradient_inner_stride
+    scale = tl.load(weight + token) * tl.load(upstream + outer * upstream_outer_stride + inner * upstream_inner_stride)
+    tile = tl.arange(0, BLOCK)
+
+    first_zero = 0
+    if (label >= 0) & (label < vocab_size) & (scale != 0):
+        row_max = tl.load(maximum + token)
+        softmax_scale = scale / tl.load(sum_exp + token)
+        target = (label - start).to(tl.int32)
+        target_value = scale * _expm1(tl.load(log_prob + token))
+        whole_blocks = valid_columns // BLOCK * BLOCK
+        for first in range(0, whole_blocks, BLOCK):
+            columns = first + tile
+            x = tl.load(logits + _offsets(columns, logits_column_stride, CONTIGUOUS)).to(tl.float32)
+            value = tl.exp2((x - row_max) * LOG2_E) * softmax_scale
+            value = tl.where(columns == target, target_value, value)
+            pointers = gradient + _offsets(columns, gradient_column_stride, CONTIGUOUS)
+            tl.store(pointers, _rounded(value, gradient.dtype.element_ty))
+        first_zero = whole_blocks
+        if whole_blocks < valid_columns:
+            columns = whole_blocks + tile
+            in_row = columns < num_columns
+            x = tl.load(logits + _offsets(columns, logits_column_stride, CONTIGUOUS), mask=in_row, other=LOWEST)
+            value = tl.exp2((x.to(tl.float32) - row_max) * LOG2_E) * softmax_scale
+            value = tl.where(columns == target, target_value, value)
+            value = tl.where(columns < valid_columns, value, 0.0)
+            pointers = gradient + _offsets(columns, gradient_column_stride, CONTIGUOUS)
+            tl.store(pointers, _rounded(value, gradient.dtype.element_ty), mask=in_row)
+            first_zero = whole_blocks + BLOCK
+    for first in range(first_zero, num_columns, BLOCK):
+        columns = first + tile
+        pointers = gradient + _offsets(columns, gradient_column_stride, CONTIGUOUS)
+        tl.store(pointers, tl.zeros([BLOCK], gradient.dtype.element_ty), mask=columns < num_columns)
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 for x <= 0, to fp32 precision near 0 as well, where the subtraction would cancel."""
+    series = 1.0
+    for n in tl.static_range(8, 1, -1):
+        series = 1.0 + x / n * series
+    return tl.where(x > -0.35, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _rounded(value, dtype: tl.constexpr):
+    """fp32 -> dtype, to the nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
+        bits = value.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return value.to(dtype)

@@ -1,0 +1,75 @@
+"""Backends on devices: every test of the loss that takes an `engine` runs on each of them.
+
+On a machine without a GPU the Triton kernels run interpreted. The tests marked `gpu` run them compiled:
+`python -m pytest -m gpu tests/loss`.
+"""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_idft import Objective, vocab_parallel_loss
+from tests.loss.intermediate import as_intermediate, bits
+
+
+class Engine(NamedTuple):
+    backend: str
+    device: str
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """The tensor on this device, with its strides, offset and overlaps."""
+        storage = tensor.detach().as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+        return storage.to(self.device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def loss(self, logits: Tensor, labels: Tensor, objective: str | Objective = "idft", **settings: Any) -> Any:
+        return vocab_parallel_loss(logits, labels, objective, backend=self.backend, **settings)
+
+    def run(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        objective: str | Objective = "idft",
+        vocab_size: int | None = None,
+        upstream: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Outputs and the gradient with respect to `logits`, found to be the same when it overwrites them."""
+        leaf = self.place(logits).requires_grad_()
+        labels = self.place(labels)
+        upstream = torch.ones(labels.shape) if upstream is None else upstream
+        upstream = self.place(upstream)
+        copying = self._loss_and_grad(leaf, labels, objective, vocab_size, upstream, overwrite_logits=False)
+        if 0 not in logits.stride():  # expanded logits cannot be overwritten
+            intermediate = as_intermediate(leaf)
+            overwriting = self._loss_and_grad(intermediate, labels, objective, vocab_size, upstream, True)
+            assert overwriting["grad"].data_ptr() == intermediate.data_ptr()
+            assert overwriting["grad"].stride() == logits.stride()
+            for name, value in copying.items():
+                assert torch.equal(bits(overwriting[name]), bits(value)), name
+        return {name: value.cpu() for name, value in copying.items()}
+
+    def _loss_and_grad(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        objective: str | Objective,
+        vocab_size: int | None,
+        upstream: Tensor,
+        overwrite_logits: bool,
+    ) -> dict[str, Tensor]:
+        out = self.loss(logits, labels, objective, vocab_size=vocab_size, overwrite_logits=overwrite_logits)
+        (grad,) = torch.autograd.grad(out.loss, logits, upstream)
+        return {**{name: value.detach() for name, value in out._asdict().items()}, "grad": grad}
+
+
+REFERENCE = Engine("reference", "cpu")
+TRITON_ENGINES = [
+    pytest.param(Engine("triton", "cpu"), id="triton interpreted"),
+    pytest.param(Engine("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+]
+ENGINES = [
+    pytest.param(REFERENCE, id="reference"),
+    pytest.param(Engine("reference", "cuda"), id="reference on a GPU", marks=pytest.mark.gpu),
+    *TRITON_ENGINES,
+]
