@@ -102,8 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool 
         "--sft-loss-backend",
         choices=("auto", "reference", "triton"),
         default=None,
-        help="Implementation of the loss. auto takes the fastest one that this build has for the device and prints"
-        " which. Default auto.",
+        help="Implementation of the loss. triton: fused kernels, on a GPU. reference: plain torch, on any device. auto:"
+        " triton on a GPU where it is installed, else reference; the choice is printed. Default auto.",
     )
     group.add_argument(
         "--sft-loss-vocab-size",
@@ -179,7 +179,7 @@ def validate_arguments(args: argparse.Namespace) -> None:
     _refuse_incompatible(args)
     try:  # building the objective checks every hyper-parameter, before anything expensive starts
         build_objective(args)
-        resolve_backend(args.sft_loss_backend)
+        resolve_backend(args.sft_loss_backend, "cpu" if args.cpu or not torch.cuda.is_available() else "cuda")
         LambdaSchedule.from_shares(args.idft_lambda_warmup, args.idft_lambda_ramp, 1)
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"--sft-loss {args.sft_loss}: {error}") from error

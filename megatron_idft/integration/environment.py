@@ -169,7 +169,8 @@ def _choices() -> Iterator[Finding]:
     engine = gpu and _installed("transformer-engine") is not None
     apex = gpu and importlib.util.find_spec("amp_C") is not None
     triton = _installed("triton")
-    yield Finding("triton", triton or "missing: only the Triton loss backend needs it")
+    slow = "missing: on a GPU the loss runs on its slower reference backend"
+    yield Finding("triton", triton or slow, remedy="" if triton else "pip install triton")
     yield Finding("uses: device", "cuda" if gpu else "cpu")
     yield Finding("uses: communication", "nccl" if gpu else "gloo")
     yield Finding("uses: layers", "transformer_engine" if engine else "local")

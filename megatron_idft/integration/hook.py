@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_idft.errors import UserError
 from megatron_idft.integration.metrics import LossMetrics
 from megatron_idft.loss import vocab_parallel_loss
-from megatron_idft.objectives import Objective, resolve_objective
+from megatron_idft.objectives import Objective, ce, resolve_objective
 
 _ATTRIBUTE = "_megatron_idft_hook"
 IGNORED_LABEL = -100
@@ -31,9 +31,9 @@ class UnsupportedModelError(UserError, RuntimeError):
 class LossHook:
     """Stands in for one model's `compute_language_model_loss`.
 
-    In training it returns cross-entropy *values* with the *gradient* of the objective, `ce + (loss - loss.detach())`,
-    so `lm loss`, NaN checks and spike checks of any `loss_func` stay plain cross-entropy. In evaluation it returns
-    plain cross-entropy. Both are taken over the true vocabulary: Megatron's padding columns take no part.
+    In training it returns cross-entropy *values* with the *gradient* of the objective, so `lm loss`, NaN checks and
+    spike checks of any `loss_func` stay plain cross-entropy. In evaluation it returns plain cross-entropy. Both are
+    taken over the true vocabulary: Megatron's padding columns take no part.
 
     Args:
         model: a Megatron language model with an output layer (GPTModel, HybridModel and their kin).
@@ -150,19 +150,18 @@ class LossHook:
         out = vocab_parallel_loss(
             logits,
             labels,
-            objective=self.objective,
+            objective=self.objective if training else ce(),
             tp_group=self.model.pg_collection.tp,
             vocab_size=self.vocab_size,
             backend=self.backend,
             overwrite_logits=overwrite,
+            cross_entropy_values=True,
         )
-        cross_entropy = -out.log_prob
         if training:
             self.calls += 1
             if self.metrics is not None:
                 self.metrics.add(self.objective, labels, out, masked=loss_mask is not None)
-            cross_entropy = cross_entropy + (out.loss - out.loss.detach())
-        return cross_entropy.transpose(0, 1).contiguous()
+        return out.loss.transpose(0, 1).contiguous()
 
 
 def install[Models](

@@ -136,7 +136,7 @@ class LossMetrics:
             "micro_batches": zero + 1,
             "invalid_labels": out.invalid_labels,
             "tokens": trained.sum(),
-            "loss": total(out.loss.detach()),
+            "loss": -total(out.weight * out.log_prob),
             "phi": total(phi),
             "phi_squared": total(phi.double().square()),
             "phi_below_1": total((phi < PHI_THRESHOLDS[0]).float()),

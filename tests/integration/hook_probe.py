@@ -94,7 +94,7 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max(((a[k] - b[k]).abs().max() / (b[k].abs().max() + 1e-12)).item() for k in a)
 
 
-def measure(mtp: bool) -> dict[str, float | int | bool]:
+def measure(mtp: bool, backend: str = "auto") -> dict[str, float | int | bool]:
     torch.manual_seed(3)
     model = build_gpt(mtp).train()
     data, mask = batch(), batch()["loss_mask"]
@@ -105,7 +105,7 @@ def measure(mtp: bool) -> dict[str, float | int | bool]:
 
     metrics = LossMetrics(torch.device("cpu"), end_of_turn_ids=(5,), gamma_limits=(0.1, 2.0))
     assert install([model], "idft", vocab_size=VOCAB, metrics=metrics) == [model]
-    install([model], "idft", vocab_size=VOCAB, metrics=metrics)  # again: replaces, never stacks
+    install([model], "idft", vocab_size=VOCAB, metrics=metrics, backend=backend)  # again: replaces, never stacks
     metrics.begin_step()
     got = call(model, data)
     got_gradients = gradients(model, got, mask)
@@ -116,7 +116,7 @@ def measure(mtp: bool) -> dict[str, float | int | bool]:
     model.zero_grad()
     uninstall(model)
     graph = expected_with_graph(model, data, mask)
-    install(model, "idft", vocab_size=VOCAB)
+    install(model, "idft", vocab_size=VOCAB, backend=backend)
     model.eval()
     evaluated = call(model, data)
     uninstall([model])
@@ -291,6 +291,7 @@ def main() -> None:
         "version": __version__,
         "gpt": measure(mtp=False),
         "gpt with mtp": measure(mtp=True),
+        "gpt on the triton backend": measure(mtp=False, backend="triton"),
         "refusals": refusals(),
         "without mask": without_mask(),
         "wrapped": wrapped(),

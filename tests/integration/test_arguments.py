@@ -8,6 +8,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_idft.integration import arguments
 from megatron_idft.integration.program import _validate_data_arguments, add_data_arguments
+from megatron_idft.loss import triton_backend
 
 LOSS_FLAGS = [
     "--cpu",
@@ -99,7 +100,6 @@ def test_a_scripts_own_provider_is_composed_with_ours():
         ("--sft-loss idft --idft-lambda-warmup 0.7 --idft-lambda-ramp 0.7", "must not exceed 1"),
         ("--sft-loss idft --sft-loss-weight-floor 2", "weight_floor must lie in"),
         ("--sft-loss idft --sft-loss-exempt-tokens -3", "non-negative"),
-        ("--sft-loss idft --sft-loss-backend triton", "use backend='auto' or 'reference'"),
         ("--sft-loss nowhere:weight", "PYTHONPATH"),
         ("--sft-loss math:nothing", "has no 'nothing'"),
         ("--sft-loss idft --cross-entropy-loss-fusion", "Drop --cross-entropy-loss-fusion"),
@@ -113,6 +113,20 @@ def test_a_scripts_own_provider_is_composed_with_ours():
 def test_refusals_name_the_remedy(line, remedy):
     with pytest.raises(ValueError, match=remedy.replace("(", r"\(")):
         validated(line)
+
+
+@pytest.mark.parametrize("device", ["", "--cpu "])
+def test_a_backend_that_cannot_run_here_is_refused_before_training(device, monkeypatch):
+    line = f"{device}--sft-loss idft --sft-loss-backend triton"
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="CUDA device, got cpu; use backend='auto' or 'reference'"):
+        validated(line)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if device:
+        with pytest.raises(ValueError, match="CUDA device, got cpu"):
+            validated(line)
+    else:
+        assert validated(line).sft_loss_backend == "triton"
 
 
 def test_a_yaml_configuration_is_refused_because_it_would_drop_the_flags():

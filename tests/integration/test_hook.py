@@ -34,7 +34,7 @@ def found(request):
     return result
 
 
-@pytest.mark.parametrize("model", ["gpt", "gpt with mtp"])
+@pytest.mark.parametrize("model", ["gpt", "gpt with mtp", "gpt on the triton backend"])
 def test_values_are_cross_entropy_and_gradients_the_objectives(found, model):
     got = found[model]
     for key in (

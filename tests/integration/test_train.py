@@ -100,6 +100,19 @@ def test_start_shows_the_data_and_the_resolved_loss(corpus, tmp_path):
     assert "vocabulary 60 of 128 padded rows" in line or re.search(r"vocabulary \d+ of 128 padded rows", line)
 
 
+def test_the_triton_backend_trains_like_the_reference(corpus, tmp_path):
+    for loss in ("idft", "ce"):
+        scalars = []
+        for backend in ("reference", "triton"):  # interpreted, where there is no GPU
+            folder = tmp_path / loss / backend
+            flags = "--train-iters 2 --global-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel"
+            output = train(corpus, folder, f"{flags} --cpu --sft-loss {loss} --sft-loss-backend {backend}", nproc=2)
+            assert f"backend {backend}" in output
+            scalars.append(load_scalars(folder / "tensorboard"))
+        for name in ("lm loss", "sft loss", "grad-norm", "ddt/phi mean", "ddt/entropy", "sft weight mean"):
+            assert scalars[1][name] == pytest.approx(scalars[0][name], rel=1e-5, abs=1e-6), name
+
+
 def test_a_killed_run_resumes_to_the_bit(corpus, tmp_path):
     """Dropout on, lambda moving, tensor parallel; killed without warning after a save, resumed by the same command."""
     flags = (
