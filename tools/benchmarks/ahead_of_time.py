@@ -1,0 +1,224 @@
+"""The loss's kernels compiled for sm_90 without a GPU, by the very calls that a GPU would see; what their code does.
+
+A driver that only names the device stands in for CUDA, and every launch compiles its kernel and stops there. So the
+logits can have their full size: nobody touches their memory. Triton's own wheel has the compiler and the disassembler.
+
+Each kernel's main loop is found in the machine code as the first loop that reads global memory. What one lane reads and
+writes in an iteration, over the elements that it covers there, is the bytes per element as the hardware will see them.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.backends.nvidia
+from emulated_group import emulated_groups
+from implementations import ours
+from measure import OutputLayer
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGET = GPUTarget("cuda", 90, 32)
+DISASSEMBLER = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+
+
+class _OnlyATarget:
+    """What Triton asks of a driver in order to compile."""
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class Launch(NamedTuple):
+    kernel: str
+    compiled: Any
+    constants: dict[str, Any]
+
+
+def compile_all(cases: list[Any], result: dict[str, Any]) -> bool:
+    """Fill in result["cases"] and ["kernels"]. Whether a kernel spills."""
+    from megatron_idft.loss import triton_backend
+
+    triton_backend.INTERPRETED = True  # lets tensors on the CPU pass; nothing runs
+    driver.set_active(_OnlyATarget())
+    launches = _record_launches()
+    groups = emulated_groups()
+    kernels: dict[str, dict[str, Any]] = {}
+    result["target"] = f"sm_{TARGET.arch}"
+    result["cases"] = []
+    for case in cases:
+        group = groups[case.tp]
+        record = {**case._asdict(), "implementations": []}
+        result["cases"].append(record)
+        for one in ours():
+            if not one.name.startswith("triton") or (one.formula == "statistics") != (case.compared == "statistics"):
+                continue
+            group.reset()
+            group.set_empty_state(torch.tensor(one.empty_state))
+            launches.clear()
+            _call(one, case, group)
+            for launch in launches:
+                name = launch.compiled.hash
+                if name not in kernels:
+                    kernels[name] = read_kernel(launch, case.torch_dtype)
+                kernels[name]["columns"] = sorted({*kernels[name]["columns"], case.columns})
+            width = case.torch_dtype.itemsize
+            entry = {"name": one.name, "collectives": list(group.calls), "bytes_sent": round(group.bytes_sent)}
+            entry["forward_bytes_per_element"] = one.forward_bytes(width, case.trained)
+            if one.formula != "statistics":
+                entry["backward_bytes_per_element"] = one.backward_bytes(width, case.trained)
+            entry["kernels"] = [launch.compiled.hash[:12] for launch in launches]
+            record["implementations"].append(entry)
+    result["kernels"] = {name[:12]: kernel for name, kernel in kernels.items()}
+    print_kernels(list(result["kernels"].values()))
+    print_counts(result["cases"])
+    return any(kernel["spilled_bytes"] for kernel in kernels.values())
+
+
+def _record_launches() -> list[Launch]:
+    launches: list[Launch] = []
+    launch = JITFunction.run
+
+    def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = launch(self, *args, grid=grid, warmup=True, **options)
+        launches.append(Launch(self.__name__, compiled, options))
+        return compiled
+
+    JITFunction.run = compile_instead
+    return launches
+
+
+def _call(one: Any, case: Any, group: Any) -> None:
+    batch = 4 if case.tokens % 4 == 0 else 1
+    shape = (case.tokens // batch, batch)
+    group_or_none = group if case.tp > 1 else None
+    labels = torch.zeros(shape, dtype=torch.int64)
+    logits = torch.empty(*shape, case.columns, dtype=case.torch_dtype)
+    if one.formula == "statistics":
+        one.run(logits, labels, group_or_none)
+        return
+    intermediate = OutputLayer.apply(torch.zeros((), requires_grad=True), logits.detach)
+    values = one.run(intermediate, labels, group_or_none)
+    torch.autograd.grad(values, intermediate, torch.ones(shape))
+
+
+def read_kernel(launch: Launch, dtype: torch.dtype) -> dict[str, Any]:
+    """Resources, and what the main loop does per element."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(launch.compiled.asm["cubin"])
+        resources, code = (
+            subprocess.run([DISASSEMBLER, flag, cubin], capture_output=True, text=True, check=True).stdout
+            for flag in ("--dump-resource-usage", "-sass")
+        )
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", resources)}
+    instructions = _instructions(code)
+    warps = launch.compiled.metadata.num_warps
+    constants = {name: value for name, value in launch.constants.items() if name.isupper()}
+    constants = {name: list(value) if isinstance(value, tuple) else value for name, value in constants.items()}
+    kernel: dict[str, Any] = {
+        "kernel": launch.kernel,
+        "dtype": str(dtype).removeprefix("torch."),
+        "columns": [],
+        "constants": constants,
+        "warps": warps,
+        "registers": used["REG"],
+        "spilled_bytes": used["STACK"] + used["LOCAL"],
+        "shared_bytes": launch.compiled.metadata.shared,
+        "loads_of_16_bytes": sum(name.startswith("LDG") and ".128" in name for _, name, _ in instructions),
+        "stores_of_16_bytes": sum(name.startswith("STG") and ".128" in name for _, name, _ in instructions),
+        "barriers": sum(name.startswith("BAR") for _, name, _ in instructions),
+    }
+    elements = _elements_per_lane(constants, warps)
+    loop = _main_loop(instructions)
+    if elements and loop:
+        kernel["main_loop"] = {
+            "elements_per_lane": elements,
+            "instructions_per_element": round(len(loop) / elements, 2),
+            "exponentials_per_element": round(sum(name.startswith("MUFU.EX2") for name in loop) / elements, 2),
+            "bytes_read_per_element": sum(_width(name) for name in loop if name.startswith("LDG")) / elements,
+            "bytes_written_per_element": sum(_width(name) for name in loop if name.startswith("STG")) / elements,
+        }
+    return kernel
+
+
+def _instructions(code: str) -> list[tuple[int, str, str]]:
+    """(address, name, operands) of each instruction."""
+    pattern = r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
+    return [(int(address, 16), name, rest) for address, name, rest in re.findall(pattern, code)]
+
+
+def _main_loop(instructions: list[tuple[int, str, str]]) -> list[str]:
+    """Instruction names between the target of a backward branch and the branch, for the first with a global load."""
+    for address, name, rest in instructions:
+        target = re.search(r"0x([0-9a-f]+)\s*$", rest) if name == "BRA" else None
+        if target is None or int(target[1], 16) >= address:
+            continue
+        loop = [other for position, other, _ in instructions if int(target[1], 16) <= position <= address]
+        if any(other.startswith("LDG") for other in loop):
+            return loop
+    return []
+
+
+def _elements_per_lane(constants: dict[str, Any], warps: int) -> int:
+    if "VECTORS" in constants:
+        return constants["VECTORS"] * constants["VECTOR"]
+    return constants["BLOCK"] // (32 * warps) if "BLOCK" in constants else 0
+
+
+def _width(name: str) -> int:
+    """Bytes that one lane moves."""
+    for suffix, width in ((".128", 16), (".64", 8), (".U16", 2), (".S16", 2), (".16", 2), (".U8", 1), (".S8", 1)):
+        if suffix in name:
+            return width
+    return 4
+
+
+def print_kernels(kernels: list[dict[str, Any]]) -> None:
+    print(f"\nCompiled for sm_{TARGET.arch}; B, instructions and exponentials are the main loop's, per element")
+    print(
+        f"  {'kernel':22}{'dtype':10}{'warps':>6}{'registers':>10}{'spilled':>8}{'shared':>7}{'16 B loads':>11}"
+        f"{'16 B stores':>12}{'B read':>7}{'written':>8}{'instr.':>7}{'exp':>5}  columns"
+    )
+    for kernel in kernels:
+        loop = kernel.get("main_loop")
+        figures = f"{'':27}"
+        if loop:
+            figures = (
+                f"{loop['bytes_read_per_element']:7g}{loop['bytes_written_per_element']:8g}"
+                f"{loop['instructions_per_element']:7.1f}{loop['exponentials_per_element']:5.2f}"
+            )
+        print(
+            f"  {kernel['kernel']:22}{kernel['dtype']:10}{kernel['warps']:6}{kernel['registers']:10}"
+            f"{kernel['spilled_bytes']:8}{kernel['shared_bytes']:7}{kernel['loads_of_16_bytes']:11}"
+            f"{kernel['stores_of_16_bytes']:12}{figures}  {', '.join(map(str, kernel['columns']))}"
+        )
+
+
+def print_counts(cases: list[dict[str, Any]]) -> None:
+    print("\nCounted per case: bytes per element in forward and backward, collectives, KiB that a rank sends")
+    for case in cases:
+        variants: dict[str, list[str]] = {}
+        for one in case["implementations"]:
+            backward = one.get("backward_bytes_per_element")
+            figures = (
+                f"{one['forward_bytes_per_element']:6.3g}{'' if backward is None else f'{backward:.3g}':>6}"
+                f"{', '.join(one['collectives']) or 'none':>12}{one['bytes_sent'] / 1024:8.0f}"
+            )
+            variants.setdefault(figures, []).append(one["name"])
+        for figures, names in variants.items():
+            print(f"  {case['name']:38}{figures}   {'; '.join(names)}")
