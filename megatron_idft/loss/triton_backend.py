@@ -29,23 +29,23 @@ _MERGE_TOKENS = 128  # per program: 64 programs for 8192 tokens, whose few bytes
 
 class Launch(NamedTuple):
     warps: int
-    vectors: int  # 16-byte vectors that each lane reads per block
+    lane_bytes: int  # that each lane reads per block
     stages: int  # 1: straight into registers, not staged through shared memory
 
 
 def launch_parameters(row_bytes: int) -> Launch:
     """For rows of this many bytes, whatever the device.
 
-    Four vectors per lane: 64 bytes in flight for each of the some 40 warps that a multiprocessor holds at 48 registers
+    Bytes per lane: 64 of them in flight in each of the 30 to 40 warps that a multiprocessor holds at 48 to 64 registers
     per lane (sm_90; tools/benchmarks/loss.py counts them) are several times what its share of the memory's bandwidth
-    times latency asks for, and blocks stay at 2 KiB per warp, so that few lanes idle in the last one. Warps: a row of
-    less than four blocks' worth would leave some without work; rows of more than 128 KiB are few in a given memory, and
+    times latency asks for, and blocks stay at 2 KiB per warp, so that few lanes idle in the last one. Warps: rows
+    shorter than a block of four would leave some without work; rows of more than 128 KiB are few in a given memory, and
     eight warps fill the device with them.
     """
     for limit, warps in ((2**11, 1), (2**12, 2), (2**17, 4)):
         if row_bytes <= limit:
-            return Launch(warps, vectors=4, stages=1)
-    return Launch(warps=8, vectors=4, stages=1)
+            return Launch(warps, lane_bytes=64, stages=1)
+    return Launch(warps=8, lane_bytes=64, stages=1)
 
 
 def shard_state(
@@ -60,26 +60,27 @@ def shard_state(
         raise ValueError(f"argmax is served for vocabularies of up to {_LARGEST_EXACT_INDEX} tokens, got {vocab_size}")
     state = torch.empty(*labels.shape, size, dtype=torch.float32, device=logits.device)
     launch = launch_parameters(shard.valid_columns * logits.element_size())
+    vector = _vector(logits)
     with torch.cuda.device_of(logits):
         for grid in _grids((logits, labels), (state,)):
             kernels.shard_state_kernel[(grid.tokens,)](
                 *grid.strided,
                 *grid.dense,
                 grid.inner_size,
-                *grid.strides[0],
+                *(stride // vector for stride in grid.strides[0]),
                 logits.stride(-1),
                 *grid.strides[1],
                 shard.start,
                 shard.valid_columns,
-                logits.shape[-1],
+                logits.shape[-1] // vector,
                 vocab_size,
                 STATE_SIZE=size,
                 SUM_SQUARES=extra_columns.get("sum_squared_prob", 0),
                 ARGMAX=extra_columns.get("argmax", 0),
                 CONTIGUOUS=logits.stride(-1) == 1,
-                VECTORS=launch.vectors,
+                VECTORS=launch.lane_bytes // logits.element_size() // vector,
                 LANES=32 * launch.warps,
-                VECTOR=16 // logits.element_size(),
+                VECTOR=vector,
                 STAGES=launch.stages,
                 **_options(launch.warps),
             )
@@ -153,6 +154,7 @@ def write_gradient(
 ) -> None:
     """See `autograd.Backend`. One launch; ignored rows and rows of weight 0 are written without being read."""
     launch = launch_parameters(logits.shape[-1] * logits.element_size())
+    vector = min(_vector(logits), _vector(gradient))
     per_token = (results.weight, results.log_prob, results.max, results.sum_exp)
     with torch.cuda.device_of(logits):
         for grid in _grids((logits, gradient, labels, upstream), per_token):
@@ -161,21 +163,29 @@ def write_gradient(
                 *grid.dense,
                 grid.tokens,
                 grid.inner_size,
-                *grid.strides[0],
+                *(stride // vector for stride in grid.strides[0]),
                 logits.stride(-1),
-                *grid.strides[1],
+                *(stride // vector for stride in grid.strides[1]),
                 gradient.stride(-1),
                 *grid.strides[2],
                 *grid.strides[3],
                 shard.start,
                 shard.valid_columns,
-                logits.shape[-1],
+                logits.shape[-1] // vector,
                 vocab_size,
                 CONTIGUOUS=logits.stride(-1) == 1 and gradient.stride(-1) == 1,
-                BLOCK=launch.warps * launch.vectors * 32 * 16 // logits.element_size(),
+                BLOCK=32 * launch.warps * launch.lane_bytes // logits.element_size(),
+                VECTOR=vector,
                 **_options(launch.warps),
             )
     torch.autograd.graph.increment_version(gradient)
+
+
+def _vector(tensor: Tensor) -> int:
+    """Elements, a power of two and at most 16 bytes of them, that can be loaded at once wherever a row begins."""
+    if tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
+        return 1
+    return math.gcd(16 // tensor.element_size(), tensor.shape[-1], *tensor.stride()[:-1])
 
 
 def _options(warps: int) -> dict[str, Any]:

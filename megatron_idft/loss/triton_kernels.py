@@ -4,13 +4,13 @@ Rows. A token's logits are one row. Tokens lie in a grid [outer, inner] with two
 view that Megatron makes, such as logits [s, b, V/tp] with labels that are a transposed [b, s]. Row offsets are int64:
 20,000 rows of 152,064 columns pass 2^31.
 
-Variants. Triton compiles a variant for each set of integers that are 1 or divisible by 16. That pays for the logits'
-strides and widths, which decide about 16-byte loads; the other arguments are left out of it (`do_not_specialize`), so
-that a batch of another shape meets compiled kernels.
+Alignment. VECTOR is the number of elements, at most 16 bytes of them, by which the rows' strides and length are
+divisible. These come in units of VECTOR, so that the compiler sees the alignment that it needs to load a vector at
+once. No integer argument is specialized beyond that: a batch of another shape meets compiled kernels.
 
-Columns. Blocks of columns that are all valid are read without a mask. The last block is read up to `num_columns`, the
-end of the row in memory, and what lies beyond `valid_columns` is then replaced: a mask that ends at an odd true
-vocabulary would break the 16-byte loads into single elements.
+Columns. Blocks of columns that are all valid are read without a mask. The last block is read up to the end of the row
+in memory, and what lies beyond `valid_columns` is then replaced: a mask that ends at an odd true vocabulary would break
+the vectors into single elements.
 """
 
 import triton
@@ -23,17 +23,14 @@ LOWEST = tl.constexpr(_LOWEST)
 LOG2_E = tl.constexpr(1.4426950408889634)
 NO_INDEX = tl.constexpr(2**30)
 
+_INTEGERS = [
+    *("num_tokens", "inner_size", "num_shards", "shard_stride", "start", "valid_columns", "row_vectors", "vocab_size"),
+    *("column_stride", "logits_column_stride", "gradient_column_stride"),
+    *(f"{name}_{axis}_stride" for name in ("logits", "gradient", "labels", "upstream") for axis in ("outer", "inner")),
+]
 
-@triton.jit(
-    do_not_specialize=[
-        "inner_size",
-        "column_stride",
-        "labels_outer_stride",
-        "labels_inner_stride",
-        "start",
-        "vocab_size",
-    ]
-)
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def shard_state_kernel(
     logits,
     labels,
@@ -46,15 +43,15 @@ def shard_state_kernel(
     labels_inner_stride,
     start,
     valid_columns,
-    num_columns,
+    row_vectors,
     vocab_size,
     STATE_SIZE: tl.constexpr,
     SUM_SQUARES: tl.constexpr,  # column of the state, 0 if not asked for
     ARGMAX: tl.constexpr,  # column of the state, 0 if not asked for
     CONTIGUOUS: tl.constexpr,  # column_stride == 1
-    VECTORS: tl.constexpr,  # 16-byte vectors per lane and block
+    VECTORS: tl.constexpr,  # per lane and block
     LANES: tl.constexpr,
-    VECTOR: tl.constexpr,  # elements in a 16-byte vector
+    VECTOR: tl.constexpr,
     STAGES: tl.constexpr,  # blocks in flight through shared memory; 1: straight into registers
 ):
     """One program per token: the shard's state (statistics.py) from one read of each valid logit.
@@ -67,7 +64,7 @@ def shard_state_kernel(
     outer = (token // inner_size).to(tl.int64)
     inner = (token % inner_size).to(tl.int64)
     label = tl.load(labels + outer * labels_outer_stride + inner * labels_inner_stride)
-    logits += outer * logits_outer_stride + inner * logits_inner_stride
+    logits += (outer * logits_outer_stride + inner * logits_inner_stride) * VECTOR
     state += token.to(tl.int64) * STATE_SIZE
     if (label < 0) | (label >= vocab_size):
         for column in tl.static_range(STATE_SIZE):
@@ -92,7 +89,7 @@ def shard_state_kernel(
         )
     if whole_blocks < valid_columns:
         columns = whole_blocks + tile
-        in_row = columns < num_columns
+        in_row = columns < row_vectors * VECTOR
         x = tl.load(logits + _offsets(columns, column_stride, CONTIGUOUS), mask=in_row, other=0.0).to(tl.float32)
         x = tl.where(columns < valid_columns, x, float("-inf"))
         maximum, sum_exp, sum_shifted, sum_squares, argmax = _accumulate(
@@ -154,17 +151,7 @@ def _offsets(columns, column_stride, CONTIGUOUS: tl.constexpr):
     return columns if CONTIGUOUS else columns.to(tl.int64) * column_stride
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_tokens",
-        "num_shards",
-        "shard_stride",
-        "inner_size",
-        "labels_outer_stride",
-        "labels_inner_stride",
-        "vocab_size",
-    ]
-)
+@triton.jit(do_not_specialize=_INTEGERS)
 def token_results_kernel(
     states,
     labels,
@@ -275,20 +262,7 @@ def token_results_kernel(
         tl.store(loss + token, 0.0 - value, mask=exists)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_tokens",
-        "inner_size",
-        "logits_column_stride",
-        "gradient_column_stride",
-        "labels_outer_stride",
-        "labels_inner_stride",
-        "upstream_outer_stride",
-        "upstream_inner_stride",
-        "start",
-        "vocab_size",
-    ]
-)
+@triton.jit(do_not_specialize=_INTEGERS)
 def gradient_kernel(
     logits,
     gradient,
@@ -312,10 +286,11 @@ def gradient_kernel(
     upstream_inner_stride,
     start,
     valid_columns,
-    num_columns,
+    row_vectors,
     vocab_size,
     CONTIGUOUS: tl.constexpr,  # both column strides are 1
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """One program per token: gradient = weight upstream (softmax - onehot), rounded once, by the store.
 
@@ -326,10 +301,11 @@ def gradient_kernel(
     outer = (token // inner_size).to(tl.int64)
     inner = (token % inner_size).to(tl.int64)
     label = tl.load(labels + outer * labels_outer_stride + inner * labels_inner_stride)
-    logits += outer * logits_outer_stride + inner * logits_inner_stride
-    gradient += outer * gradient_outer_stride + inner * gradient_inner_stride
+    logits += (outer * logits_outer_stride + inner * logits_inner_stride) * VECTOR
+    gradient += (outer * gradient_outer_stride + inner * gradient_inner_stride) * VECTOR
     scale = tl.load(weight + token) * tl.load(upstream + outer * upstream_outer_stride + inner * upstream_inner_stride)
     tile = tl.arange(0, BLOCK)
+    num_columns = row_vectors * VECTOR
 
     first_zero = 0
     if (label >= 0) & (label < vocab_size) & (scale != 0):
@@ -348,7 +324,7 @@ def gradient_kernel(
         first_zero = whole_blocks
         if whole_blocks < valid_columns:
             columns = whole_blocks + tile
-            in_row = columns < num_columns
+            in_row = columns < row_vectors * VECTOR
             x = tl.load(logits + _offsets(columns, logits_column_stride, CONTIGUOUS), mask=in_row, other=LOWEST)
             value = tl.exp2((x.to(tl.float32) - row_max) * LOG2_E) * softmax_scale
             value = tl.where(columns == target, target_value, value)

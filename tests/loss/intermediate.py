@@ -9,7 +9,11 @@ from torch import Tensor
 class _OutputLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
-        return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype).copy_(logits)
+        # With the same offset too: how memory is aligned decides how many elements a kernel loads at once, and so the
+        # order of its sums.
+        span = sum((size - 1) * stride for size, stride in zip(logits.shape, logits.stride(), strict=True))
+        storage = logits.new_empty(logits.storage_offset() + max(span, 0) + 1).untyped_storage()
+        return logits.new_empty(0).set_(storage, logits.storage_offset(), logits.shape, logits.stride()).copy_(logits)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
