@@ -4,7 +4,7 @@
     python tools/benchmarks/loss.py --out RESULTS                 without one: compiles for sm_90 and counts, no times
     python tools/benchmarks/loss.py --out RESULTS --smoke         without one: the whole program, interpreted, tiny
     python tools/benchmarks/loss.py --sweep                       launch parameters against those in use
-    --quick measures four cases; --peers FOLDER holds unpacked wheels of other libraries (wheels.sh makes it).
+    --quick measures four cases.
 
 Written to RESULTS: loss.json with every figure, loss.png, and what is printed as loss.txt.
 
@@ -52,7 +52,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout needs no installation
+CHECKOUT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(CHECKOUT))  # a checkout needs no installation
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TIMED_CALLS = 15
@@ -384,13 +385,27 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for JSON, table and picture")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=CHECKOUT / ".cache" / "loss",
+        help="folder for JSON, table and picture; default %(default)s",
+    )
     parser.add_argument("--quick", action="store_true", help="four cases only")
-    parser.add_argument("--smoke", action="store_true", help="interpret the kernels on the CPU, on tiny shapes")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="interpret the kernels on the CPU, on tiny shapes; Triton 3.6 needs numpy < 2.4 for it",
+    )
     parser.add_argument("--compile-only", action="store_true", help="no times, even where there is a GPU")
     parser.add_argument("--sweep", action="store_true", help="time launch parameters and compare with those in use")
     parser.add_argument("--time-limit", type=float, default=210, help="seconds after which no further case starts")
-    parser.add_argument("--peers", type=Path, help="folder of unpacked wheels of other libraries")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        default=CHECKOUT / ".cache" / "peers",
+        help="folder of unpacked wheels of other libraries, as tests/run.sh and gpu.sh make it; default %(default)s",
+    )
     args = parser.parse_args()
     if args.sweep and not torch.cuda.is_available():
         parser.error("--sweep measures, so it needs a GPU")

@@ -23,7 +23,7 @@ from torch import Tensor
 IGNORED = -100
 
 
-def load(folder: Path | None) -> tuple[list[Implementation], dict[str, str], dict[str, str]]:
+def load(folder: Path) -> tuple[list[Implementation], dict[str, str], dict[str, str]]:
     """Implementations, library -> reason of its absence, and library -> version."""
     found: list[Implementation] = []
     absent: dict[str, str] = {}
