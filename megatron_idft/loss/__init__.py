@@ -1,5 +1,6 @@
 """The vocabulary-parallel token loss. One module per backend; `vocab_parallel_loss` is the only entry."""
 
+import functools
 import importlib.util
 from importlib import import_module
 from typing import NamedTuple
@@ -61,6 +62,7 @@ def resolve_backend(name: str = "auto", device: torch.device | str = "cpu") -> s
     return name
 
 
+@functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

@@ -1,6 +1,5 @@
 """The loss over real gloo ranks. Each rank runs all cases of its world size; the parent judges what comes back."""
 
-import itertools
 import math
 from typing import Any
 
@@ -12,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_idft import resolve_objective, vocab_parallel_loss
 from tests.distributed import run_ranks
+from tests.loss.engines import interpreted
 from tests.loss.intermediate import as_intermediate, bits
 from tests.loss.oracle import assert_matches, expected_loss
 
 TP_SIZES = [1, 2, 4]
-BACKENDS = ["reference", "triton"]  # interpreted: these ranks have CPUs. Compiled, see test_triton.py
+BACKENDS = ["reference", pytest.param("triton", marks=interpreted)]  # on CPUs; compiled, see test_triton.py
 
 # name: (leading shape, padded vocabulary, true vocabulary, dtype, objective)
 CASES: dict[str, tuple[tuple[int, ...], int, int, torch.dtype, str]] = {
@@ -105,10 +105,14 @@ def run_all_cases(backend: str) -> dict[str, Any]:
     return results
 
 
-@pytest.fixture(scope="module", params=itertools.product(BACKENDS, TP_SIZES), ids=str)
-def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    backend, size = request.param
-    return run_ranks(run_all_cases, size, backend)
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=TP_SIZES)
+def ranks(request: pytest.FixtureRequest, backend: str) -> list[dict[str, Any]]:
+    return run_ranks(run_all_cases, request.param, backend)
 
 
 def joined(ranks: list[dict[str, Any]], name: str) -> dict[str, Tensor]:

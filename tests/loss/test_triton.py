@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_idft import Objective, idft, resolve_objective, vocab_parallel_loss
 from megatron_idft.loss import triton_backend, triton_kernels
 from megatron_idft.loss.shard import VocabShard
-from tests.loss.engines import Engine
+from tests.loss.engines import Engine, interpreted
 from tests.loss.intermediate import as_intermediate
 from tests.loss.oracle import assert_matches, expected_loss
 from tests.loss.test_reference import LargestTensor
@@ -191,6 +191,7 @@ def test_rows_without_gradient_are_not_read(row: int, survives: bool) -> None:
         assert child.returncode == -11  # SIGSEGV
 
 
+@interpreted
 def test_columns_beyond_the_row_are_not_read() -> None:
     # 1000 columns, the last of which ends at an unreadable page.
     memory = mmap.mmap(-1, 2 * 4096)
