@@ -303,16 +303,17 @@ def gradient_kernel(
     label = tl.load(labels + outer * labels_outer_stride + inner * labels_inner_stride)
     logits += (outer * logits_outer_stride + inner * logits_inner_stride) * VECTOR
     gradient += (outer * gradient_outer_stride + inner * gradient_inner_stride) * VECTOR
+    # All before the first branch: a row waits for its few numbers once.
     scale = tl.load(weight + token) * tl.load(upstream + outer * upstream_outer_stride + inner * upstream_inner_stride)
+    row_max = tl.load(maximum + token)
+    softmax_scale = scale / tl.load(sum_exp + token)
+    target_value = scale * _expm1(tl.load(log_prob + token))
+    target = (label - start).to(tl.int32)
     tile = tl.arange(0, BLOCK)
     num_columns = row_vectors * VECTOR
 
     first_zero = 0
     if (label >= 0) & (label < vocab_size) & (scale != 0):
-        row_max = tl.load(maximum + token)
-        softmax_scale = scale / tl.load(sum_exp + token)
-        target = (label - start).to(tl.int32)
-        target_value = scale * _expm1(tl.load(log_prob + token))
         whole_blocks = valid_columns // BLOCK * BLOCK
         for first in range(0, whole_blocks, BLOCK):
             columns = first + tile

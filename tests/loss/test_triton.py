@@ -142,6 +142,12 @@ def test_no_tensor_has_the_size_of_the_logits(triton_engine: Engine) -> None:
     assert largest_bytes <= 16 * labels.numel() < logits.nbytes / 4  # the state
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_widest_rows(triton_engine: Engine, dtype: torch.dtype) -> None:
+    logits, labels = make_inputs((3,), 300_000, dtype)
+    assert_matches(triton_engine.run(logits, labels), expected_loss(logits, labels, "idft"))
+
+
 # Offsets beyond 2^31 elements, in rows and in columns; on a CPU only the pages that are touched exist.
 @pytest.mark.parametrize("shape,stride", [((2, 100), (2**31 + 64, 1)), ((2, 40), (1, 2**26))])
 def test_offsets_beyond_2_to_the_31(triton_engine: Engine, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
