@@ -19,7 +19,7 @@ dry=${GPU_SH_DRY_RUN:-}
 
 all_stages=(environment tests compile benchmark training sanitizer)
 declare -A seconds_at_most=(
-    [environment]=60 [tests]=120 [compile]=40 [benchmark]=215 [training]=150 [sanitizer]=60 [sweep]=400
+    [environment]=60 [tests]=120 [compile]=40 [benchmark]=215 [training]=150 [sanitizer]=120 [sweep]=400
 )
 
 environment() {

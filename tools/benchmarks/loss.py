@@ -143,7 +143,7 @@ def main() -> int:
     if args.sweep:
         from sweep import sweep
 
-        return sweep()
+        return sweep(args.smoke)
     measuring = args.smoke or (torch.cuda.is_available() and not args.compile_only)
     args.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
@@ -161,7 +161,7 @@ def main() -> int:
             from ahead_of_time import compile_all
 
             failed = compile_all(cases, result)
-    (args.out / "loss.json").write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.out)
     (args.out / "loss.txt").write_text(printed.getvalue())
     if measuring:
         from picture import draw
@@ -169,6 +169,10 @@ def main() -> int:
         draw(result, args.out / "loss.png")
     print(f"written: {', '.join(str(path) for path in sorted(args.out.glob('loss.*')))}")
     return 1 if failed else 0
+
+
+def save(result: dict[str, Any], folder: Path) -> None:
+    (folder / "loss.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def measure_all(cases: list[Case], args: argparse.Namespace, result: dict[str, Any]) -> bool:
@@ -196,6 +200,7 @@ def measure_all(cases: list[Case], args: argparse.Namespace, result: dict[str, A
         chosen = [one for one in implementations if takes_part(one, case)]
         measure_case(case, chosen, record, groups[case.tp], device, result["timed_calls"])
         print_case(record)
+        save(result, args.out)  # in case that this is stopped
         if device.type == "cuda":
             torch.cuda.empty_cache()
     result["seconds"] = round(time.monotonic() - started, 1)
@@ -251,8 +256,13 @@ def measure_case(
             copy_times, read_times = Times(), Times()
         bench.time_copy(copy_times)
         bench.time_read(read_times)
-        for one in timed:
-            bench.time_call(one, times[one.name])
+        for one in list(timed):
+            try:
+                bench.time_call(one, times[one.name])
+            except torch.cuda.OutOfMemoryError as error:
+                records[one.name] |= {"status": "failed", "reason": str(error).splitlines()[0]}
+                timed.remove(one)
+                torch.cuda.empty_cache()
     elements = case.tokens * case.columns
     logits_bytes = elements * dtype.itemsize
     record["logits_bytes"] = logits_bytes
@@ -407,8 +417,8 @@ def parse_arguments() -> argparse.Namespace:
         help="folder of unpacked wheels of other libraries, as tests/run.sh and gpu.sh make it; default %(default)s",
     )
     args = parser.parse_args()
-    if args.sweep and not torch.cuda.is_available():
-        parser.error("--sweep measures, so it needs a GPU")
+    if args.sweep and not (args.smoke or torch.cuda.is_available()):
+        parser.error("--sweep measures, so it needs a GPU; --sweep --smoke tries it without one")
     return args
 
 
