@@ -118,6 +118,7 @@ def test_machine_code_moves_the_counted_bytes(compiled):
         assert loop["bytes_read_per_element"] == width
         assert loop["bytes_written_per_element"] == (width if kernel["kernel"] == "gradient_kernel" else 0)
         assert 1.0 <= loop["exponentials_per_element"] <= 1.25
+        assert loop["exchanges_between_lanes"] == 0
         aligned = all(columns * width % 16 == 0 for columns in kernel["columns"])
         assert (kernel["loads_of_16_bytes"] > 0) == aligned
     assert loops >= 8

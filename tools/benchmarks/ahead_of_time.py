@@ -141,7 +141,6 @@ def read_kernel(launch: Launch, dtype: torch.dtype) -> dict[str, Any]:
         "shared_bytes": launch.compiled.metadata.shared,
         "loads_of_16_bytes": sum(name.startswith("LDG") and ".128" in name for _, name, _ in instructions),
         "stores_of_16_bytes": sum(name.startswith("STG") and ".128" in name for _, name, _ in instructions),
-        "barriers": sum(name.startswith("BAR") for _, name, _ in instructions),
     }
     elements = _elements_per_lane(constants, warps)
     loop = _main_loop(instructions)
@@ -150,6 +149,7 @@ def read_kernel(launch: Launch, dtype: torch.dtype) -> dict[str, Any]:
             "elements_per_lane": elements,
             "instructions_per_element": round(len(loop) / elements, 2),
             "exponentials_per_element": round(sum(name.startswith("MUFU.EX2") for name in loop) / elements, 2),
+            "exchanges_between_lanes": sum(name.startswith(("SHFL", "BAR")) for name in loop),
             "bytes_read_per_element": sum(_width(name) for name in loop if name.startswith("LDG")) / elements,
             "bytes_written_per_element": sum(_width(name) for name in loop if name.startswith("STG")) / elements,
         }
@@ -189,18 +189,19 @@ def _width(name: str) -> int:
 
 
 def print_kernels(kernels: list[dict[str, Any]]) -> None:
-    print(f"\nCompiled for sm_{TARGET.arch}; B, instructions and exponentials are the main loop's, per element")
+    print(f"\nCompiled for sm_{TARGET.arch}. Of main loops: figures per element, and exchanges between lanes per block")
     print(
         f"  {'kernel':22}{'dtype':10}{'warps':>6}{'registers':>10}{'spilled':>8}{'shared':>7}{'16 B loads':>11}"
-        f"{'16 B stores':>12}{'B read':>7}{'written':>8}{'instr.':>7}{'exp':>5}  columns"
+        f"{'16 B stores':>12}{'B read':>7}{'written':>8}{'instr.':>7}{'exp':>5}{'lanes':>6}  columns"
     )
     for kernel in kernels:
         loop = kernel.get("main_loop")
-        figures = f"{'':27}"
+        figures = f"{'':33}"
         if loop:
             figures = (
                 f"{loop['bytes_read_per_element']:7g}{loop['bytes_written_per_element']:8g}"
                 f"{loop['instructions_per_element']:7.1f}{loop['exponentials_per_element']:5.2f}"
+                f"{loop['exchanges_between_lanes']:6}"
             )
         print(
             f"  {kernel['kernel']:22}{kernel['dtype']:10}{kernel['warps']:6}{kernel['registers']:10}"
