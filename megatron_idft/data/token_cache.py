@@ -5,6 +5,7 @@ A cache is a folder `tokens-<fingerprint>` that holds
     tokens.bin     int32 [tokens]       the ids of all conversations, one after the other
     loss_mask.bin  uint8 [tokens]       1 where the token is trained
     offsets.bin    int64 [records + 1]  where each conversation begins
+    records.parquet                     id, file, line and source of each, see record_index.py
     meta.json      fingerprint, settings, counts
     errors.jsonl   the bad records that were skipped, if any
 
@@ -36,11 +37,12 @@ from megatron_idft.data.conversations import (
     render_conversation,
     tokenize,
 )
+from megatron_idft.data.record_index import RecordIndexWriter, read_record_index
 from megatron_idft.data.template import ConversationError, TemplateError
 from megatron_idft.data.tokenizer import ChatTokenizer
 from megatron_idft.errors import UserError
 
-FORMAT = 1  # raise it whenever the same corpus would give other bytes
+FORMAT = 2  # raise it whenever the same corpus would give other bytes
 Truncation = Literal["truncate", "drop", "error"]
 BadRecords = Literal["stop", "skip"]
 _BATCH_RECORDS, _BATCH_CHARACTERS = 512, 1 << 21  # what is held in memory between reader and tokenizer
@@ -159,6 +161,14 @@ class TokenCache:
         start, end = offsets[index : index + 2]
         return tokens[start:end], mask[start:end]
 
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each record, int64 [records]."""
+        return np.diff(self._map()[2])
+
+    def records(self, indices: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """Where the records of these indices (None: all) came from, see `read_record_index`."""
+        return read_record_index(self.path / "records.parquet", indices)
+
     def _map(self) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64]]:
         if self._arrays is None:
             self._arrays = (
@@ -250,6 +260,7 @@ def _build(folder: Path, settings: _Settings, described: dict[str, Any], progres
         tokens, mask, offsets = (
             stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in ("tokens", "loss_mask", "offsets")
         )
+        index = stack.enter_context(RecordIndexWriter(folder / "records.parquet"))
         errors = stack.enter_context(ErrorLog(folder / "errors.jsonl"))
         offsets.write(np.int64(0).tobytes())
         for record, encoded in _encode(settings, errors, counts, stack.enter_context(_Progress(settings, progress))):
@@ -257,6 +268,7 @@ def _build(folder: Path, settings: _Settings, described: dict[str, Any], progres
             if fitted is None:
                 continue
             ids, trained = fitted
+            index.add(record, truncated=len(ids) < len(encoded.ids))
             tokens.write(ids.astype("<i4", copy=False).tobytes())
             mask.write(trained.tobytes())
             counts.kept += 1
@@ -267,6 +279,8 @@ def _build(folder: Path, settings: _Settings, described: dict[str, Any], progres
         for file in (tokens, mask, offsets):
             file.flush()
             os.fsync(file.fileno())
+    with open(folder / "records.parquet", "rb") as written:
+        os.fsync(written.fileno())
     if not counts.kept:
         raise CacheError("no record is left to train on\n" + _report(counts, settings.seq_length, None))
     meta = {

@@ -105,7 +105,7 @@ def shard_state_kernel(
     target = label - start
     target_logit = LOWEST
     if (target >= 0) & (target < valid_columns):
-        target_logit = tl.maximum(tl.load(logits + target * column_stride).to(tl.float32), LOWEST)
+        target_logit = tl.load(logits + target * column_stride).to(tl.float32)
     tl.store(state + 3, target_logit)
     if SUM_SQUARES:
         tl.store(state + SUM_SQUARES, tl.sum(sum_squares * scale * scale, 0))

@@ -316,12 +316,12 @@ EXTRA_STATISTICS: dict[str, Callable[[TokenStatistics], Tensor | None]] = {
     "asked", [[name] for name in EXTRA_STATISTICS] + [["sum_squared_prob", "argmax"], [*EXTRA_STATISTICS]]
 )
 def test_statistics_that_an_objective_asks_for(engine: Engine, asked: list[str]) -> None:
-    logits, labels = make_inputs((6, 5), 1500)
-    logits[0, 0, 1300:] = logits[0, 0].max() + 1  # a tie: the first counts
-    logits[1, :, 1499] = 80.0  # padding, which counts nowhere
+    logits, labels = make_inputs((3, 5), 5000)  # several of the kernels' blocks
+    logits[0, 0, 4300:] = logits[0, 0].max() + 1  # a tie: the first counts
+    logits[1, :, 4999] = 80.0  # padding, which counts nowhere
     labels[logits.argmax(-1) == labels] = 3
-    labels.clamp_(max=1498)
-    probs = torch.where(labels.unsqueeze(-1) < 0, 0.0, logits[..., :1499].double().softmax(-1))
+    labels.clamp_(max=4998)
+    probs = torch.where(labels.unsqueeze(-1) < 0, 0.0, logits[..., :4999].double().softmax(-1))
     expected = {
         "max_prob": probs.amax(-1),
         "sum_squared_prob": probs.square().sum(-1),
@@ -334,7 +334,7 @@ def test_statistics_that_an_objective_asks_for(engine: Engine, asked: list[str])
             return torch.full_like(statistics.log_prob, -7.0) if value is None else value.float()
 
         objective = Objective("probe", weight, extra_statistics=frozenset(asked))
-        actual = engine.run(logits, labels, objective, vocab_size=1499)["weight"]
+        actual = engine.run(logits, labels, objective, vocab_size=4999)["weight"]
         wanted = expected[name].clamp(min=0) if name in asked else torch.where(labels < 0, 0.0, -7.0)
         torch.testing.assert_close(
             actual.clamp(min=0) if name in asked else actual, wanted.float(), rtol=1e-5, atol=1e-7

@@ -1,0 +1,82 @@
+"""Which record each sample of a token cache came from: a Parquet file beside the tokens, one row per sample."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_idft.corpus.records import Message, Record
+
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("source", pa.string()),
+        ("truncated", pa.bool_()),
+        ("prompt_hash", pa.string()),
+        ("response_hash", pa.string()),
+    ]
+)
+_ROWS = 4096  # in memory while writing
+
+
+class RecordIndexWriter:
+    """Writes rows in the order of the samples; `close` completes the file."""
+
+    def __init__(self, path: Path):
+        self._writer = pq.ParquetWriter(path, _SCHEMA)
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, record: Record, truncated: bool) -> None:
+        """truncated: the record was longer than its sample."""
+        assistant = [message for message in record.messages if message["role"] == "assistant"]
+        others = [message for message in record.messages if message["role"] != "assistant"]
+        self._rows.append(
+            {
+                "id": record.id,
+                "file": record.file,
+                "line": record.line,
+                "source": record.source,
+                "truncated": truncated,
+                "prompt_hash": _text_hash(others),
+                "response_hash": _text_hash(assistant),
+            }
+        )
+        if len(self._rows) == _ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.write_table(pa.Table.from_pylist(self._rows, _SCHEMA))
+        self._rows = []
+
+    def close(self) -> None:
+        if self._rows:
+            self._flush()
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def read_record_index(path: Path, samples: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """Rows {id, file, line, source, truncated, prompt_hash, response_hash}: all, or those of `samples` in their order.
+
+    Equal hashes are equal texts up to white space.
+    """
+    table = pq.read_table(path, memory_map=True)
+    if samples is not None:
+        table = table.take(pa.array(samples, pa.int64()))
+    return table.to_pylist()
+
+
+def _text_hash(messages: Iterable[Message]) -> str:
+    text = "\0".join(" ".join(str(message["content"]).split()) for message in messages)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
