@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from megatron_idft import LossOutput, Objective, dft, idft, loss, resolve_objective, vocab_parallel_loss
 from megatron_idft.loss import resolve_backend, triton_backend
+from megatron_idft.loss.shard import VocabShard
 from megatron_idft.statistics import TokenStatistics
 from tests.loss.engines import Engine
 from tests.loss.oracle import Expected, assert_matches, expected_loss
@@ -317,9 +319,9 @@ EXTRA_STATISTICS: dict[str, Callable[[TokenStatistics], Tensor | None]] = {
 )
 def test_statistics_that_an_objective_asks_for(engine: Engine, asked: list[str]) -> None:
     logits, labels = make_inputs((3, 5), 5000)  # several of the kernels' blocks
-    logits[0, 0, 4300:] = logits[0, 0].max() + 1  # a tie: the first counts
+    logits[0, 0, 1000:] = logits[0, 0].max() + 1  # a tie within and across blocks: the first counts
     logits[1, :, 4999] = 80.0  # padding, which counts nowhere
-    labels[logits.argmax(-1) == labels] = 3
+    labels[0, 0] = 3  # trained
     labels.clamp_(max=4998)
     probs = torch.where(labels.unsqueeze(-1) < 0, 0.0, logits[..., :4999].double().softmax(-1))
     expected = {
@@ -339,6 +341,31 @@ def test_statistics_that_an_objective_asks_for(engine: Engine, asked: list[str])
         torch.testing.assert_close(
             actual.clamp(min=0) if name in asked else actual, wanted.float(), rtol=1e-5, atol=1e-7
         )
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_extra_statistics_merge_over_shards(engine: Engine, shards: int) -> None:
+    logits, labels = make_inputs((6, 5), 96)
+    logits[0, :, 30:60] = logits[0].amax() + 1  # a tie within a shard and across shards: the first counts
+    labels[labels < 0] = 0
+    backend = import_module(loss._BACKENDS[engine.backend])
+    seen: dict[str, Tensor] = {}
+
+    def weight(statistics: TokenStatistics) -> Tensor:
+        assert statistics.argmax is not None and statistics.sum_squared_prob is not None
+        seen.update(argmax=statistics.argmax.cpu(), squares=statistics.sum_squared_prob.cpu())
+        return torch.ones_like(statistics.log_prob)
+
+    objective = Objective("probe", weight, extra_statistics=frozenset(["argmax", "sum_squared_prob"]))
+    placed, width = engine.place(labels), 96 // shards
+    states = [
+        backend.shard_state(part, placed, VocabShard(r * width, width, None), 96, objective.extra_statistics)
+        for r, part in enumerate(engine.place(logits).chunk(shards, -1))
+    ]
+    backend.token_results(torch.stack(states), placed, objective, 96, False)
+    probs = logits.double().softmax(-1)
+    assert torch.equal(seen["argmax"], probs.argmax(-1))
+    torch.testing.assert_close(seen["squares"], probs.square().sum(-1).float(), rtol=1e-6, atol=1e-7)
 
 
 def test_an_unknown_extra_statistic_is_refused() -> None:
