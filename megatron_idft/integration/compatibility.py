@@ -89,6 +89,27 @@ def repair_distributed_optimizer_load() -> None:
     optimizer_class.load_state_dict = load_state_dict
 
 
+def repair_rope_scaling_factor() -> None:
+    """Let `--rope-scaling-factor` reach the model.
+
+    training/argument_utils.py makes the model's config from the arguments and leaves this one out, so every model
+    gets 8, Llama 3.1's; Llama 3.2 has 32.
+    """
+    module: Any = importlib.import_module("megatron.training.argument_utils")
+    upstream = module.gpt_config_from_args
+    if hasattr(upstream, "__wrapped__"):
+        return
+
+    @functools.wraps(upstream)
+    def gpt_config_from_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        config = upstream(args, *rest, **kwargs)
+        if getattr(args, "use_rope_scaling", False) and hasattr(config, "rope_scaling_factor"):
+            config.rope_scaling_factor = args.rope_scaling_factor
+        return config
+
+    module.gpt_config_from_args = gpt_config_from_args
+
+
 @dataclass(frozen=True)
 class MegatronOrigin:
     """Where the two halves of Megatron were found."""

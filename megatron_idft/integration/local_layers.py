@@ -9,6 +9,7 @@ stock flag `--spec megatron_idft.integration.local_layers hybrid_stack_spec`.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 from functools import partial
 from typing import Any
@@ -22,7 +23,6 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_token_prediction import (
@@ -67,6 +67,18 @@ def _build_norm(config: Any, hidden_size: int, eps: float) -> Any:
     return norm
 
 
+class LocalSelfAttention(SelfAttention):
+    """SelfAttention with local norms under `--qk-layernorm`, where transformer/attention.py takes Transformer Engine's.
+
+    The spec cannot name them: upstream refuses a norm in the spec when the config has none.
+    """
+
+    def __init__(self, config: Any, submodules: SelfAttentionSubmodules, *args: Any, **kwargs: Any) -> None:
+        if config.qk_layernorm:
+            submodules = dataclasses.replace(submodules, q_layernorm=LocalNorm, k_layernorm=LocalNorm)
+        super().__init__(config, submodules, *args, **kwargs)
+
+
 class LocalHybridStack(HybridStack):
     """HybridStack with a local final norm; models/hybrid/hybrid_block.py hard-wires Transformer Engine's."""
 
@@ -107,14 +119,12 @@ hybrid_stack_spec = ModuleSpec(
             submodules=TransformerLayerSubmodules(
                 input_layernorm=LocalNorm,
                 self_attention=ModuleSpec(
-                    module=SelfAttention,
+                    module=LocalSelfAttention,
                     params={"attn_mask_type": AttnMaskType.causal},
                     submodules=SelfAttentionSubmodules(
                         linear_qkv=ColumnParallelLinear,
                         core_attention=DotProductAttention,
                         linear_proj=RowParallelLinear,
-                        q_layernorm=IdentityOp,
-                        k_layernorm=IdentityOp,
                     ),
                 ),
                 self_attn_bda=get_bias_dropout_add,

@@ -35,6 +35,7 @@ def prepare_process(program: str, argv: Sequence[str], force_cpu: bool) -> None:
     local_layers.install()
     compatibility.repair_compile_helpers()
     compatibility.repair_distributed_optimizer_load()
+    compatibility.repair_rope_scaling_factor()
 
 
 def run_script(path: str, argv: Sequence[str], force_cpu: bool = False) -> None:

@@ -1,0 +1,283 @@
+"""The model families that are converted: one table each.
+
+A table says which tensors a Hugging Face folder of the family holds, of which shapes, and where each lives in a
+Megatron checkpoint; and it accounts for every field of config.json: read, required to have a value that Megatron's
+model can take, or known to have no part in the forward pass. A field that no table knows is refused, so nothing is
+dropped silently. Adding a family is adding a `Family` here.
+
+The Hugging Face side is stated by `transformers/models/*/{configuration,modeling}_*.py`, the Megatron side by
+`megatron/core/models/gpt/gpt_layer_specs.py`, `models/hybrid/hybrid_layer_specs.py` and `transformer/attention.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Shape = tuple[str, ...]  # of names of dimensions; see `config.ModelShape.dimension`
+Scope = Literal["model", "attention", "mlp", "expert"]
+# How several Hugging Face tensors make one of Megatron's; see `tensors.py`.
+Layout = Literal["copy", "stack", "qkv", "vocabulary"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron tensor and the Hugging Face tensors it is made of.
+
+    Attributes:
+        megatron: name within the model, or within a decoder layer if the scope is not "model".
+        sources: Hugging Face name -> shape, in the order in which they are joined along the first axis. Within a layer,
+            names are relative to `model.layers.N.`; `{expert}` stands for the expert's number.
+        scope: "attention" and "mlp" are the two layers that HybridModel makes of a GPTModel layer; "expert" is once per
+            expert of an mlp.
+        layout: how the sources are joined.
+        also: other names under which the same tensor is stored, for the layer specs that look for it there.
+    """
+
+    megatron: str
+    sources: dict[str, Shape]
+    scope: Scope
+    layout: Layout = "copy"
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is converted, and what config.json may say.
+
+    Attributes:
+        architecture: the class in transformers; config.json's `architectures` must name it, or nothing.
+        rules: the tensors.
+        required: field -> the values that are served, with what to do about others. A missing field is as good.
+        defaults: field -> what transformers takes for a field that config.json leaves out.
+        neutral: fields of this family without a part in the forward pass, or that are covered by another field.
+        ignored_tensors: regular expressions of buffers that old checkpoints hold and transformers does not read.
+    """
+
+    model_type: str
+    architecture: str
+    rules: tuple[Rule, ...]
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    experts: bool = False
+    required: dict[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    neutral: frozenset[str] = frozenset()
+    ignored_tensors: tuple[str, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
+
+EMBEDDING = Rule(
+    "embedding.word_embeddings.weight", {"model.embed_tokens.weight": ("vocab", "hidden")}, "model", "vocabulary"
+)
+FINAL_NORM = Rule("final_norm", {"model.norm.weight": ("hidden",)}, "model")  # its name depends on the model class
+HEAD = Rule("output_layer.weight", {"lm_head.weight": ("vocab", "hidden")}, "model", "vocabulary")  # unless tied
+
+_ATTENTION = (
+    # Transformer Engine fuses the norm into the linear layer behind it; the local specs use the fused name on disk.
+    Rule("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": ("hidden",)}, "attention"),
+    Rule(
+        "self_attention.linear_qkv.weight",
+        {
+            "self_attn.q_proj.weight": ("query", "hidden"),
+            "self_attn.k_proj.weight": ("key", "hidden"),
+            "self_attn.v_proj.weight": ("key", "hidden"),
+        },
+        "attention",
+        "qkv",
+    ),
+    Rule("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": ("hidden", "query")}, "attention"),
+)
+_QKV_BIAS = (
+    Rule(
+        "self_attention.linear_qkv.bias",
+        {
+            "self_attn.q_proj.bias": ("query",),
+            "self_attn.k_proj.bias": ("key",),
+            "self_attn.v_proj.bias": ("key",),
+        },
+        "attention",
+        "qkv",
+    ),
+)
+_QK_NORM = (
+    Rule("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": ("head_dim",)}, "attention"),
+    Rule("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": ("head_dim",)}, "attention"),
+)
+_MLP = (
+    Rule("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": ("hidden",)}, "mlp"),
+    Rule(
+        "mlp.linear_fc1.weight",
+        {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
+        "mlp",
+        "stack",
+    ),
+    Rule("mlp.linear_fc2.weight", {"mlp.down_proj.weight": ("hidden", "ffn")}, "mlp"),
+)
+_EXPERTS = (
+    # The norm before experts is never fused: Transformer Engine's specs and HybridModel's save it under its own name.
+    # Only GPTModel's local spec renames it as if it were, as its key map makes no difference between dense and MoE.
+    Rule(
+        "pre_mlp_layernorm.weight",
+        {"post_attention_layernorm.weight": ("hidden",)},
+        "mlp",
+        also=("mlp.linear_fc1.layer_norm_weight",),
+    ),
+    Rule("mlp.router.weight", {"mlp.gate.weight": ("experts", "hidden")}, "mlp"),
+    Rule(
+        "mlp.experts.experts.linear_fc1.weight",
+        {
+            "mlp.experts.{expert}.gate_proj.weight": ("expert_ffn", "hidden"),
+            "mlp.experts.{expert}.up_proj.weight": ("expert_ffn", "hidden"),
+        },
+        "expert",
+        "stack",
+    ),
+    Rule(
+        "mlp.experts.experts.linear_fc2.weight",
+        {"mlp.experts.{expert}.down_proj.weight": ("hidden", "expert_ffn")},
+        "expert",
+    ),
+)
+
+# -------------------------------------------------------------------------------------------------------------- config
+
+# Fields that `config.read_model` reads for every family.
+READ = frozenset(
+    {
+        "model_type",
+        "architectures",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "initializer_range",
+        "attention_dropout",
+        "torch_dtype",
+        "dtype",
+    }
+)
+READ_EXPERTS = frozenset(
+    {"num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
+)
+# Fields of any config.json that say how to call a model, or who saved it, and nothing about what it computes.
+NEUTRAL = frozenset(
+    {
+        "_name_or_path",
+        "name_or_path",
+        "transformers_version",
+        "_commit_hash",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "use_return_dict",
+        "torchscript",
+        "_attn_implementation_autoset",
+        "_attn_implementation",
+        "_experts_implementation",
+        "attn_implementation",
+        "chunk_size_feed_forward",
+        "problem_type",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "task_specific_params",
+        "finetuning_task",
+        "tokenizer_class",
+        "prefix",
+        "unsloth_fixed",
+        "unsloth_version",
+    }
+)
+_ADVICE_BRIDGE = "Megatron-Bridge may serve it: pip install megatron-bridge, then run the same command"
+# What Megatron's models take for granted in all of these families.
+REQUIRED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "hidden_act": (("silu",), _ADVICE_BRIDGE),
+    "attention_bias": ((False,), "biases of the attention's output have no place in the mapping; " + _ADVICE_BRIDGE),
+    "mlp_bias": ((False,), _ADVICE_BRIDGE),
+    "pretraining_tp": ((0, 1), "set it to 1: it only splits matrix products, the weights are the same"),
+    "is_encoder_decoder": ((False,), _ADVICE_BRIDGE),
+    "partial_rotary_factor": ((1, 1.0), _ADVICE_BRIDGE),
+    "tie_encoder_decoder": ((False,), _ADVICE_BRIDGE),
+    "is_decoder": ((False,), _ADVICE_BRIDGE),
+    "add_cross_attention": ((False,), _ADVICE_BRIDGE),
+    "pruned_heads": (({}, None), _ADVICE_BRIDGE),
+}
+_WINDOW_ADVICE = (
+    "Megatron's model would attend to the whole sequence. With --seq-length up to the window both are the same: then"
+    " switch the window off in a copy of config.json"
+)
+_QWEN_WINDOW: dict[str, tuple[tuple[Any, ...], str]] = {"use_sliding_window": ((False,), _WINDOW_ADVICE)}
+# Qwen's window and the layers it holds for mean nothing while use_sliding_window is false.
+_QWEN_NEUTRAL = frozenset({"sliding_window", "max_window_layers"})
+_OLD_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family(
+            "llama",
+            "LlamaForCausalLM",
+            rules=_ATTENTION + _MLP,
+            ignored_tensors=_OLD_BUFFERS,
+        ),
+        Family(
+            "mistral",
+            "MistralForCausalLM",
+            rules=_ATTENTION + _MLP,
+            required={"sliding_window": ((None,), _WINDOW_ADVICE)},
+            defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+            ignored_tensors=_OLD_BUFFERS,
+        ),
+        Family(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            rules=_ATTENTION + _QKV_BIAS + _MLP,
+            qkv_bias=True,
+            required=_QWEN_WINDOW,
+            defaults={"num_key_value_heads": 32},
+            neutral=_QWEN_NEUTRAL,
+        ),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            rules=_ATTENTION + _QK_NORM + _MLP,
+            qk_norm=True,
+            required=_QWEN_WINDOW,
+            defaults={"num_key_value_heads": 32, "head_dim": 128},
+            neutral=_QWEN_NEUTRAL,
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            rules=_ATTENTION + _QK_NORM + _EXPERTS,
+            qk_norm=True,
+            experts=True,
+            required=_QWEN_WINDOW
+            | {
+                "decoder_sparse_step": ((1,), "every layer must hold experts; " + _ADVICE_BRIDGE),
+                "mlp_only_layers": (([], None), "every layer must hold experts; " + _ADVICE_BRIDGE),
+            },
+            defaults={"num_key_value_heads": 4, "norm_topk_prob": False},
+            # The auxiliary loss is a matter of training: --moe-aux-loss-coeff.
+            neutral=_QWEN_NEUTRAL | {"router_aux_loss_coef", "output_router_logits"},
+        ),
+    )
+}

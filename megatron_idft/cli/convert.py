@@ -1,0 +1,66 @@
+"""`convert to-megatron|to-hf`: models between Hugging Face folders and Megatron checkpoints."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+USAGE = """usage: megatron-idft convert to-megatron HF_DIR OUT_DIR [--model gpt|hybrid]
+       megatron-idft convert to-hf MEGATRON_DIR OUT_DIR [--hf-config DIR] [--iteration N] [--dtype bf16|fp16|fp32]
+
+Converts Llama, Mistral, Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE between Hugging Face safetensors folders and Megatron's
+torch_dist checkpoints, tensor by tensor, on the CPU, in one process. One checkpoint serves every TP, PP and EP, and the
+local as well as the Transformer Engine layers. Other families go to Megatron-Bridge where it is installed.
+
+  --model gpt|hybrid   write it for GPTModel (the default) or for HybridModel
+  --hf-config DIR      the Hugging Face folder that the model came from, where the checkpoint does not have its config
+  --iteration N        instead of the last one
+  --dtype              of the tensors written; the checkpoint's own unless given
+
+to-megatron  writes OUT_DIR for --load, with the model's flags in OUT_DIR/model_flags.sh and the tokenizer in
+             OUT_DIR/tokenizer
+to-hf        writes OUT_DIR for transformers, from a checkpoint of this tool or of a training that began with one"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-idft convert", usage=USAGE.removeprefix("usage: "), add_help=False)
+    verbs = parser.add_subparsers(dest="direction", required=True)
+    megatron = verbs.add_parser("to-megatron", usage=USAGE.removeprefix("usage: "), add_help=False)
+    megatron.add_argument("source")
+    megatron.add_argument("target")
+    megatron.add_argument("--model", choices=("gpt", "hybrid"), default="gpt")
+    hf = verbs.add_parser("to-hf", usage=USAGE.removeprefix("usage: "), add_help=False)
+    hf.add_argument("source")
+    hf.add_argument("target")
+    hf.add_argument("--hf-config", metavar="DIR", default=None)
+    hf.add_argument("--iteration", type=int, default=None)
+    hf.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default=None)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    if not argv or "-h" in argv or "--help" in argv:
+        print(USAGE)
+        return 0 if argv else 2
+    args = _parser().parse_args(list(argv))
+    import torch
+
+    from megatron_idft.checkpoint import UnknownFamilyError, bridge, to_hf, to_megatron
+
+    if args.direction == "to-megatron":
+        try:
+            model = to_megatron(args.source, args.target, args.model)
+        except UnknownFamilyError as error:
+            bridge.to_megatron(args.source, args.target, error)
+            print(f"{args.target}: converted by Megatron-Bridge; its flags are in its run_config.yaml")
+            return 0
+        print(f"{args.target}: --load it with the flags in model_flags.sh; true vocabulary {model.vocab}")
+        return 0
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
+    try:
+        to_hf(args.source, args.target, args.hf_config, args.iteration, dtypes[args.dtype])
+    except UnknownFamilyError as error:
+        if args.hf_config is None:
+            raise
+        bridge.to_hf(args.source, args.target, args.hf_config, error)
+    print(f"{args.target}: open it with transformers' from_pretrained", file=sys.stdout)
+    return 0
