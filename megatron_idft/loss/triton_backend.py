@@ -61,6 +61,9 @@ def shard_state(
     state = torch.empty(*labels.shape, size, dtype=torch.float32, device=logits.device)
     launch = launch_parameters(shard.valid_columns * logits.element_size())
     vector = _vector(logits)
+    vectors, lanes = launch.lane_bytes // logits.element_size() // vector, 32 * launch.warps
+    if INTERPRETED:  # each operation costs the same there, however wide: the same block in two tiles
+        vectors, lanes = 2, lanes * vectors // 2
     with torch.cuda.device_of(logits):
         for grid in _grids((logits, labels), (state,)):
             kernels.shard_state_kernel[(grid.tokens,)](
@@ -78,8 +81,8 @@ def shard_state(
                 SUM_SQUARES=extra_columns.get("sum_squared_prob", 0),
                 ARGMAX=extra_columns.get("argmax", 0),
                 CONTIGUOUS=logits.stride(-1) == 1,
-                VECTORS=launch.lane_bytes // logits.element_size() // vector,
-                LANES=32 * launch.warps,
+                VECTORS=vectors,
+                LANES=lanes,
                 VECTOR=vector,
                 STAGES=launch.stages,
                 **_options(launch.warps),

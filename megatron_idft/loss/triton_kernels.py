@@ -71,9 +71,9 @@ def shard_state_kernel(
             tl.store(state + column, LOWEST if column == 0 or column == 3 else 0.0)
         return
 
-    BLOCK: tl.constexpr = VECTORS * LANES * VECTOR
-    tile = tl.arange(0, VECTORS)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
-    tile = tile * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    TILE: tl.constexpr = LANES * VECTOR
+    BLOCK: tl.constexpr = VECTORS * TILE
+    tile = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     maximum = tl.full([LANES], LOWEST, tl.float32)
     sum_exp = tl.zeros([LANES], tl.float32)
     sum_shifted = tl.zeros([LANES], tl.float32)
@@ -82,18 +82,22 @@ def shard_state_kernel(
 
     whole_blocks = valid_columns // BLOCK * BLOCK
     for first in tl.range(0, whole_blocks, BLOCK, num_stages=STAGES):
-        columns = first + tile
-        x = tl.load(logits + _offsets(columns, column_stride, CONTIGUOUS)).to(tl.float32)
+        xs = ()
+        for v in tl.static_range(VECTORS):
+            columns = first + v * TILE + tile
+            xs += (tl.load(logits + _offsets(columns, column_stride, CONTIGUOUS)),)
         maximum, sum_exp, sum_shifted, sum_squares, argmax = _accumulate(
-            x, columns, maximum, sum_exp, sum_shifted, sum_squares, argmax, SUM_SQUARES, ARGMAX
+            xs, first + tile, maximum, sum_exp, sum_shifted, sum_squares, argmax, SUM_SQUARES, ARGMAX
         )
     if whole_blocks < valid_columns:
-        columns = whole_blocks + tile
-        in_row = columns < row_vectors * VECTOR
-        x = tl.load(logits + _offsets(columns, column_stride, CONTIGUOUS), mask=in_row, other=0.0).to(tl.float32)
-        x = tl.where(columns < valid_columns, x, float("-inf"))
+        xs = ()
+        for v in tl.static_range(VECTORS):
+            columns = whole_blocks + v * TILE + tile
+            in_row = columns < row_vectors * VECTOR
+            x = tl.load(logits + _offsets(columns, column_stride, CONTIGUOUS), mask=in_row, other=0.0)
+            xs += (tl.where(columns < valid_columns, x, float("-inf")),)
         maximum, sum_exp, sum_shifted, sum_squares, argmax = _accumulate(
-            x, columns, maximum, sum_exp, sum_shifted, sum_squares, argmax, SUM_SQUARES, ARGMAX
+            xs, whole_blocks + tile, maximum, sum_exp, sum_shifted, sum_squares, argmax, SUM_SQUARES, ARGMAX
         )
 
     row_max = tl.max(maximum, 0)
@@ -116,7 +120,7 @@ def shard_state_kernel(
 
 @triton.jit
 def _accumulate(
-    x,
+    xs,
     columns,
     maximum,
     sum_exp,
@@ -126,23 +130,35 @@ def _accumulate(
     SUM_SQUARES: tl.constexpr,
     ARGMAX: tl.constexpr,
 ):
-    """Add a block x [VECTORS, LANES, VECTOR] fp32 to the lanes' statistics [LANES]."""
-    block_max = tl.max(tl.max(x, 2), 0)
+    """Add a block, a tuple of [LANES, VECTOR] tiles, to the lanes' statistics [LANES]; `columns` are the first tile's.
+
+    A tuple and not one tensor of three dimensions, because Triton 3.6 gives that a layout in which lanes share columns.
+    """
+    block_max = tl.max(xs[0].to(tl.float32), 1)
+    for i in tl.static_range(1, len(xs)):
+        block_max = tl.maximum(block_max, tl.max(xs[i].to(tl.float32), 1))
     new_max = tl.maximum(maximum, block_max)
     if ARGMAX:
-        candidates = tl.where(x == block_max[None, :, None], columns, NO_INDEX)
-        argmax = tl.where(block_max > maximum, tl.min(tl.min(candidates, 2), 0), argmax)
+        block_argmax = tl.full(argmax.shape, NO_INDEX, tl.int32)
+        for i in tl.static_range(len(xs)):
+            candidates = tl.where(xs[i].to(tl.float32) == block_max[:, None], columns + i * columns.numel, NO_INDEX)
+            block_argmax = tl.minimum(block_argmax, tl.min(candidates, 1))
+        argmax = tl.where(block_max > maximum, block_argmax, argmax)
     shift = maximum - new_max
     scale = tl.exp2(shift * LOG2_E)
-    shifted = x - new_max[None, :, None]
-    # exp2, not exp: one instruction, where exp spends three more on results below 2^-126.
-    exp = tl.exp2(shifted * LOG2_E)
-    # The clamp makes 0 * -inf of a -inf logit 0. A NaN logit shows in sum_exp.
-    weighted = exp * tl.maximum(shifted, LOWEST)
-    sum_shifted = (sum_shifted + sum_exp * shift) * scale + tl.sum(tl.sum(weighted, 2), 0)
-    sum_exp = sum_exp * scale + tl.sum(tl.sum(exp, 2), 0)
+    sum_shifted = (sum_shifted + sum_exp * shift) * scale
+    sum_exp = sum_exp * scale
     if SUM_SQUARES:
-        sum_squares = sum_squares * scale * scale + tl.sum(tl.sum(exp * exp, 2), 0)
+        sum_squares = sum_squares * scale * scale
+    for i in tl.static_range(len(xs)):
+        shifted = xs[i].to(tl.float32) - new_max[:, None]
+        # exp2, not exp: one instruction, where exp spends three more on results below 2^-126.
+        exp = tl.exp2(shifted * LOG2_E)
+        # The clamp makes 0 * -inf of a -inf logit 0. A NaN logit shows in sum_exp.
+        sum_shifted += tl.sum(exp * tl.maximum(shifted, LOWEST), 1)
+        sum_exp += tl.sum(exp, 1)
+        if SUM_SQUARES:
+            sum_squares += tl.sum(exp * exp, 1)
     return new_max, sum_exp, sum_shifted, sum_squares, argmax
 
 
