@@ -62,7 +62,7 @@ def shard_state(
     launch = launch_parameters(shard.valid_columns * logits.element_size())
     vector = _vector(logits)
     vectors, lanes = launch.lane_bytes // logits.element_size() // vector, 32 * launch.warps
-    if INTERPRETED:  # each operation costs the same there, however wide: the same block in two tiles
+    if kernels.INTERPRETED:  # each operation costs the same there, however wide: the same block in two tiles
         vectors, lanes = 2, lanes * vectors // 2
     with torch.cuda.device_of(logits):
         for grid in _grids((logits, labels), (state,)):
