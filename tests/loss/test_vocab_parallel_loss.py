@@ -179,6 +179,14 @@ def test_a_broken_trained_row_is_nan_and_harms_no_other(engine: Engine, poison: 
     assert actual["loss"][[0, 2]].isfinite().all() and actual["grad"][[0, 2]].isfinite().all()
 
 
+def test_a_row_of_minus_infinity_has_no_distribution(engine: Engine) -> None:
+    logits = torch.randn(3, 9)
+    logits[1] = -math.inf
+    actual = engine.run(logits, torch.tensor([1, 2, 3]), "ce")
+    assert actual["log_prob"].isnan().tolist() == actual["entropy"].isnan().tolist() == [False, True, False]
+    assert actual["grad"].isnan().any(-1).tolist() == [False, True, False]
+
+
 def extreme_rows(vocab: int = 40) -> dict[str, Tensor]:
     noise = torch.randn(vocab, generator=torch.Generator().manual_seed(3))
     one_hot = torch.zeros(vocab)
