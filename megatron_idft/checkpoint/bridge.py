@@ -1,9 +1,9 @@
 """Families without a table: Megatron-Bridge's own conversion, where that package is installed.
 
-Not run here: Megatron-Bridge needs a CUDA build of its dependencies. The calls are those of its public `AutoBridge`
-(`megatron/bridge/models/conversion/auto_bridge.py`: `import_ckpt`, `from_hf_pretrained`, `export_ckpt`). Its
-checkpoints keep their settings in `run_config.yaml`; they are loaded by its own programs and by Megatron-LM with the
-model's flags given.
+Written against the source and not run: Megatron-Bridge 0.6 needs a CUDA build of its dependencies. The calls are those
+of its public `AutoBridge` (`megatron/bridge/models/conversion/auto_bridge.py`: `import_ckpt`, `from_hf_pretrained`,
+`export_ckpt`). It holds the whole model in memory, and its checkpoints keep the model's settings in `run_config.yaml`,
+for its own programs: for Megatron-LM the flags must be written by hand.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_idft.checkpoint.config import ConversionError, UnknownFamilyError
+from megatron_idft.checkpoint.safetensors_files import SafetensorsFolder
 
 
 def _auto_bridge(because: UnknownFamilyError) -> Any:
@@ -30,11 +31,12 @@ def to_megatron(source: str | Path, target: str | Path, because: UnknownFamilyEr
 
     Raises:
         UnknownFamilyError: it is not installed.
-        ConversionError: `target` exists.
+        ConversionError: `target` exists, or the weights are no safetensors.
     """
     bridge = _auto_bridge(because)
     _refuse_existing(target)
-    bridge.import_ckpt(str(source), str(target), trust_remote_code=False)
+    SafetensorsFolder(Path(source))  # transformers, which reads it then, would take a pickle too
+    bridge.import_ckpt(str(source), str(target), trust_remote_code=False, use_safetensors=True)
 
 
 def to_hf(source: str | Path, target: str | Path, companions: str | Path, because: UnknownFamilyError) -> None:
@@ -46,7 +48,9 @@ def to_hf(source: str | Path, target: str | Path, companions: str | Path, becaus
     """
     bridge = _auto_bridge(because)
     _refuse_existing(target)
-    bridge.from_hf_pretrained(str(companions), trust_remote_code=False).export_ckpt(str(source), str(target))
+    SafetensorsFolder(Path(companions))
+    model = bridge.from_hf_pretrained(str(companions), trust_remote_code=False, use_safetensors=True)
+    model.export_ckpt(str(source), str(target), strict=True)
 
 
 def _refuse_existing(target: str | Path) -> None:

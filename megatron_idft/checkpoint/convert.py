@@ -35,6 +35,7 @@ from megatron_idft.checkpoint.settings import (
 )
 from megatron_idft.checkpoint.tensors import Part, Piece, cut, extra_states, join, pieces
 from megatron_idft.checkpoint.torch_dist import TRACKER, TorchDistCheckpoint, TorchDistWriter, find_iteration
+from megatron_idft.data.token_cache import remove_dead_builds
 
 COMPANIONS = "tokenizer"  # the folder of config.json and the tokenizer's files, inside a Megatron checkpoint
 RECORD = "conversion.json"
@@ -112,7 +113,7 @@ def to_megatron(
             )
         folder.close()
         (building / TRACKER).write_text("release", encoding="utf-8")
-        _copy_companions(source, building / COMPANIONS)
+        copy_companions(source, building / COMPANIONS)
         write_flags_file(building / "model_flags.sh", model, model_class)
         record = {
             "source": str(source.resolve()),
@@ -134,6 +135,7 @@ def to_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
+    replace: bool = False,
 ) -> ModelShape:
     """Write a Megatron checkpoint as a Hugging Face folder `target`: safetensors, config.json, tokenizer.
 
@@ -148,6 +150,7 @@ def to_hf(
         dtype: of the tensors; None keeps the checkpoint's.
         shard_bytes: size of the largest file, unless one tensor is larger.
         progress: a tqdm bar on stderr.
+        replace: a `target` that exists, once the new one is complete.
 
     Raises:
         ConversionError: no config.json, a model with other settings than config.json's, or tensors that are missing,
@@ -175,8 +178,8 @@ def to_hf(
         part.name: (part.shape, dtypes[piece.key]) for piece in plan for part in piece.parts
     }
     total = sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values())
-    with new_folder(target) as building, _bar(f"to {target.name}", total, progress) as bar:
-        _copy_companions(companion, building)
+    with new_folder(target, replace) as building, _bar(f"to {target.name}", total, progress) as bar:
+        copy_companions(companion, building)
         name = "torch_dtype" if "torch_dtype" in config else "dtype"
         config[name] = str(dtypes[plan[0].key]).removeprefix("torch.")
         (building / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -309,25 +312,31 @@ def _model_class(args: Any, model: ModelShape, folder: Path) -> ModelClass:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that is renamed to it at the end, and removed after an error.
 
+    What killed conversions of this machine left beside `target` is removed too.
+
     Raises:
-        ConversionError: `target` exists.
+        ConversionError: `target` exists, unless it is to be replaced.
     """
-    if target.exists():
+    if target.exists() and not replace:
         raise ConversionError(f"{target} exists already: nothing is overwritten. Remove it, or name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    building = target.parent / f".{target.name}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    remove_dead_builds(target.parent)
+    building = target.parent / f".building-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     building.mkdir()
     try:
         yield building
+        if replace:
+            shutil.rmtree(target, ignore_errors=True)
         building.rename(target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy config.json and the tokenizer's files, no weights and no code, into `target`."""
     target.mkdir(exist_ok=True)
     for pattern in _COMPANION_FILES:
         for path in sorted(source.glob(pattern)):

@@ -22,12 +22,14 @@ class Setting:
     Attributes:
         name: its attribute in Megatron's arguments.
         value: what it must be.
-        words: the words of the command line that make it so, none if it is so by default.
+        flag: that sets it.
+        words: of the command line that make it so: the flag and its value, or none if it is so without the flag.
         fixed: whether another value is another model. Otherwise the user may choose.
     """
 
     name: str
     value: Any
+    flag: str
     words: tuple[str, ...]
     fixed: bool = True
 
@@ -55,10 +57,10 @@ def megatron_settings(model: ModelShape, model_class: ModelClass) -> list[Settin
     settings: list[Setting] = []
 
     def value(name: str, flag: str, content: Any, fixed: bool = True) -> None:
-        settings.append(Setting(name, content, (flag, str(content)), fixed))
+        settings.append(Setting(name, content, flag, (flag, str(content)), fixed))
 
     def switch(name: str, flag: str, on: bool, when_on: bool = True) -> None:
-        settings.append(Setting(name, when_on if on else not when_on, (flag,) if on else ()))
+        settings.append(Setting(name, when_on if on else not when_on, flag, (flag,) if on else ()))
 
     if model_class == "hybrid":
         if model.rope_scaling_factor is not None:

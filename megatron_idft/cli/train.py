@@ -3,7 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
-USAGE = """usage: torchrun … -m megatron_idft train --sft-data FILE … --tokenizer-model PATH [--sft-loss idft] <flags>
+USAGE = """usage: torchrun … -m megatron_idft train --sft-data FILE … --hf-model DIR [--sft-loss idft] <flags>
+       torchrun … -m megatron_idft train --sft-data FILE … --tokenizer-model PATH --load DIR <model flags> <flags>
 
 Fine-tunes a Megatron model on chat records. Every flag of Megatron-LM 0.19 is understood besides those below. Without
 --sft-loss the loss is Megatron's own cross-entropy."""
@@ -25,9 +26,10 @@ def main(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print_help()
         return 0
+    from megatron_idft.integration.hf_model import expand
     from megatron_idft.integration.program import train
     from megatron_idft.integration.script import prepare_process
 
-    prepare_process("megatron-idft train", argv, force_cpu="--cpu" in argv)
+    prepare_process("megatron-idft train", expand(argv), force_cpu="--cpu" in argv)
     train()
     return 0

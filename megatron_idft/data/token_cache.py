@@ -92,7 +92,7 @@ class _Settings:
     def describe(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            "sources": [_describe_source(Path(path)) for path in self.paths],
+            "sources": [describe_source(Path(path)) for path in self.paths],
             "tokenizer": self.tokenizer.fingerprint(),
             "seq_length": self.seq_length,
             "truncation": self.truncation,
@@ -100,7 +100,7 @@ class _Settings:
         }
 
 
-def _describe_source(path: Path) -> dict[str, Any]:
+def describe_source(path: Path) -> dict[str, Any]:
     """What identifies a source file without reading it whole, at every launch, on every rank.
 
     An edit changes the size or the modification time; the hash of head and tail catches files that were swapped or
@@ -209,7 +209,7 @@ def build_token_cache(
     if final.exists():
         return TokenCache(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    _remove_dead_builds(final.parent)
+    remove_dead_builds(final.parent)
     building = final.parent / f".building-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     building.mkdir()
     try:
@@ -432,7 +432,7 @@ def _report(counts: Counts, seq_length: int, path: Path | None) -> str:
     return "\n".join([f"token cache {path}" if path else "token cache", *(f"  {row}" for row in rows)])
 
 
-def _remove_dead_builds(folder: Path) -> None:
+def remove_dead_builds(folder: Path) -> None:
     """Delete what killed builds of this machine left behind. Other machines' processes cannot be seen from here."""
     host = socket.gethostname()
     for build in folder.glob(f".building-{host}-*"):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
-import os
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_idft.integration import hf_model
 from megatron_idft.integration.arguments import ArgumentError
+from megatron_idft.integration.shared_build import build_once
 from megatron_idft.integration.trainer import TrainerIntegration
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Where the tokenized records are kept, under a fingerprint of data, tokenizer, template and length."
         " Default: the folder `.megatron-idft-cache` beside the first training file.",
     )
+    hf_model.add_hf_arguments(group)
     # A length that the data decides, unless the user does.
     parser.set_defaults(eval_iters=None)
     return parser
@@ -84,23 +85,52 @@ class ChatTraining(TrainerIntegration):
         self.tokenizer: ChatTokenizer | None = None
         self.train_cache: TokenCache | None = None
         self.valid_cache: TokenCache | None = None
+        self._export: hf_model.HuggingFaceExport | None = None
+        self._last_saved: int | None = None
 
     def attach(self) -> ChatTraining:
+        from megatron.training import training
+
         super().attach()
+        self._wrap(training, "save_checkpoint_and_time", self._save_checkpoint)
         return self
 
     def _parse_args(self, original: Callable, call: inspect.BoundArguments) -> argparse.Namespace:
         call.arguments["extra_args_provider"] = add_data_arguments
         args = super()._parse_args(original, call)
         _validate_data_arguments(args)
+        self._export = hf_model.HuggingFaceExport(args)
+        if args.sft_loss is not None and args.sft_loss_vocab_size is None:
+            args.sft_loss_vocab_size = hf_model.recorded_vocab_size(args)
         return args
 
     def _setup_model_and_optimizer(self, original: Callable, call: inspect.BoundArguments) -> Any:
         # The length of training may follow from the data, and the learning-rate schedule follows from that length.
         from megatron.training import get_args
 
-        self._open_data(get_args())
+        args = get_args()
+        self._open_data(args)
+        assert self._export is not None and self.tokenizer is not None
+        hf_model.convert_before_loading(args)
+        self._export.keep_companions(args, self.tokenizer.template.source)
         return super()._setup_model_and_optimizer(original, call)
+
+    def _save_checkpoint(self, original: Callable, call: inspect.BoundArguments) -> None:
+        from megatron.training import get_args
+
+        original(*call.args, **call.kwargs)
+        call.apply_defaults()
+        if not call.arguments["non_persistent_ckpt"]:
+            assert self._export is not None
+            self._last_saved = call.arguments["iteration"]
+            self._export.after_save(get_args(), self._last_saved)
+
+    def finish(self) -> None:
+        """What is left to do on every rank when `pretrain()` has returned."""
+        from megatron.training import get_args
+
+        assert self._export is not None
+        self._export.after_training(get_args(), self._last_saved)
 
     def _open_data(self, args: argparse.Namespace) -> None:
         from megatron.training.utils import print_rank_0
@@ -137,14 +167,10 @@ class ChatTraining(TrainerIntegration):
             args.eval_interval = args.train_iters or NEVER
 
     def _cache(self, args: argparse.Namespace, flag: str, paths: Sequence[str]) -> TokenCache:
-        """The tokenized records, made by one process per file system while the others wait.
-
-        The waiting is on the store, not in a collective: no collective's timeout limits how long tokenizing may take.
-        """
-        import torch
+        """The tokenized records."""
         from megatron.training.utils import print_rank_0
 
-        from megatron_idft.data import build_token_cache, open_token_cache
+        from megatron_idft.data import open_token_cache
 
         settings = {
             "tokenizer": self.tokenizer,
@@ -153,21 +179,7 @@ class ChatTraining(TrainerIntegration):
             "truncation": args.sft_truncation,
             "on_bad_record": args.sft_bad_records,
         }
-        store = torch.distributed.distributed_c10d._get_default_store()
-        name = f"megatron-idft/{flag}"
-        node, forever = os.environ.get("GROUP_RANK", "0"), timedelta(days=7)
-        if torch.distributed.get_rank() == 0:
-            try:
-                build_token_cache(list(paths), progress=True, **settings)
-            except PermissionError as error:
-                raise ArgumentError(f"the tokenized records cannot be kept ({error}): pass --sft-cache DIR") from error
-            store.set(f"{name}/rank0", "done")
-        store.wait([f"{name}/rank0"], forever)
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            # A node that does not share rank 0's file system makes its own; any other finds it made.
-            build_token_cache(list(paths), progress=False, **settings)
-            store.set(f"{name}/node{node}", "done")
-        store.wait([f"{name}/node{node}"], forever)
+        build_shared_token_cache(flag, paths, settings)
         cache = open_token_cache(list(paths), **settings)
         print_rank_0(cache.report())
         return cache
@@ -217,6 +229,19 @@ class ChatTraining(TrainerIntegration):
             # Megatron then reads it with the evaluation's batch sizes.
             valid.split = Split.valid  # type: ignore[attr-defined]
         return train, valid, None
+
+
+def build_shared_token_cache(name: str, paths: Sequence[str], settings: dict[str, Any]) -> None:
+    """`build_token_cache` on one process per file system; afterwards every rank can open it."""
+    from megatron_idft.data import build_token_cache
+
+    def build(progress: bool) -> None:
+        try:
+            build_token_cache(list(paths), progress=progress, **settings)
+        except PermissionError as error:
+            raise ArgumentError(f"the tokenized records cannot be kept ({error}): pass --sft-cache DIR") from error
+
+    build_once(name, build)
 
 
 def _validate_data_arguments(args: argparse.Namespace) -> None:
@@ -285,3 +310,4 @@ def train() -> None:
         ModelType.encoder_or_decoder,
         forward_step,
     )
+    training.finish()

@@ -1,12 +1,12 @@
 """Logits of converted checkpoints as Megatron computes them: `logits.py CASES.json OUTPUT <layout flags>`.
 
 Every case is one command line of flags; Megatron parses, builds and loads each with its own code, one after the other
-in this process group. Writes OUTPUT/<case>.pt, fp32 [2, length, padded vocabulary].
+in this process group. Writes OUTPUT/<case>.pt, fp32 [2, length, padded vocabulary]; for a case with a prompt the ids
+of the prompt and `steps` more, each the likeliest, by as many forward passes over all that there is.
 """
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 from megatron_idft.integration.script import prepare_process
@@ -18,9 +18,10 @@ COMMON = """
 """
 
 
-def logits_of(argv, tokens_of):
-    """The logits on one rank of the last stage, None on the others."""
+def result_of(argv, case):
+    """The logits, or the ids, on one rank of the last stage; None on the others."""
     sys.argv[1:] = argv
+    import models
     import torch
     from megatron.core import mpu
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -42,28 +43,38 @@ def logits_of(argv, tokens_of):
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = builder.build_distributed_models(pg_collection=groups, wrap_with_ddp=False)
     load_checkpoint(model, None, None)
-    tokens = tokens_of(args)
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-
-    def forward_step(iterator, chunk):
-        def collect(result, non_loss_data=False):
-            return gather_from_tensor_model_parallel_region(result)
-
-        return chunk(tokens, positions, None), collect
-
     for chunk in model:
         chunk.eval()
-    with torch.no_grad():
-        result = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[None] * len(model) if len(model) > 1 else None,
-            model=model,
-            num_microbatches=2 if len(model) > 1 else 1,
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+
+    def forward(tokens):
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+
+        def forward_step(iterator, chunk):
+            def collect(result, non_loss_data=False):
+                return gather_from_tensor_model_parallel_region(result)
+
+            return chunk(tokens, positions, None), collect
+
+        with torch.no_grad():
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[None] * len(model) if len(model) > 1 else None,
+                model=model,
+                num_microbatches=2 if len(model) > 1 else 1,
+                seq_length=tokens.shape[1],
+                micro_batch_size=tokens.shape[0],
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+
+    if "prompt" in case:
+        ids = torch.tensor([case["prompt"]])
+        for _ in range(case["steps"]):
+            likeliest = forward(ids)[0][:, -1:, : case["vocab"]].argmax(-1)
+            ids = torch.cat([ids, likeliest], dim=1)
+        result = [ids]
+    else:
+        result = forward(models.tokens(case["vocab"], args.seq_length))
     unset_global_variables()
     destroy_rerun_state_machine()
     first = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0
@@ -74,19 +85,13 @@ def main() -> None:
     prepare_process("logits", [*layout, *COMMON.split()], force_cpu=True)
     added = sys.argv[1:]
     import torch
-    from models import tokens
 
-    cases = json.loads(Path(cases_file).read_text())
-    for name, case in cases.items():
-        result = logits_of([*added, *case["flags"]], partial(_tokens, tokens, case["vocab"]))
+    for name, case in json.loads(Path(cases_file).read_text()).items():
+        result = result_of([*added, *case["flags"]], case)
         if result is not None:
             torch.save(result, Path(output) / f"{name}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-def _tokens(make, vocab, args):
-    return make(vocab, args.seq_length)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def refused(folder: Path) -> str:
     target = folder.parent / "megatron"
     with pytest.raises(ConversionError) as caught:
         to_megatron(folder, target, progress=False)
-    assert not target.exists() and not list(folder.parent.glob(".megatron*"))
+    assert not target.exists() and not list(folder.parent.glob(".building*"))
     return str(caught.value)
 
 

@@ -25,6 +25,9 @@ LOSS_FLAGS = [
     "--sft-loss-weight-floor",
 ]
 DATA_FLAGS = [
+    "--hf-cache",
+    "--hf-model",
+    "--save-hf",
     "--sft-bad-records",
     "--sft-cache",
     "--sft-data",

@@ -1,0 +1,44 @@
+"""Hugging Face folders converted once: `hf-<fingerprint>` folders in a cache, each one for Megatron's --load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from megatron_idft.checkpoint.config import ConversionError
+from megatron_idft.checkpoint.settings import ModelClass
+from megatron_idft.data.token_cache import describe_source
+
+FORMAT = 1  # raise it whenever the same folder would give another checkpoint
+
+
+def cached_checkpoint(source: Path, cache_dir: Path, model_class: ModelClass) -> Path:
+    """Where the converted `source` lies, or will. Reads the head and tail of its files, never all of them.
+
+    The fingerprint covers the folder's config.json, weights and tokenizer by name, size, modification time and the
+    hash of head and tail; a folder that is merely touched is converted again.
+
+    Raises:
+        ConversionError: `source` is not a Hugging Face folder.
+    """
+    if not (source / "config.json").is_file():
+        raise ConversionError(f"{source} is not a Hugging Face model folder: it has no config.json")
+    files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
+    described = {"format": FORMAT, "model_class": model_class, "files": [describe_source(path) for path in files]}
+    return cache_dir / f"hf-{hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]}"
+
+
+def build_cached_checkpoint(source: Path, target: Path, model_class: ModelClass, progress: bool) -> None:
+    """Convert `source` into `target`, the answer of `cached_checkpoint`, unless it is there. Idempotent."""
+    from megatron_idft.checkpoint.convert import to_megatron
+
+    if target.exists():
+        return
+    try:
+        to_megatron(source, target, model_class, progress)
+    except PermissionError as error:
+        raise ConversionError(f"the converted model cannot be kept ({error}): pass --hf-cache DIR") from error
+    except OSError:  # another launch was faster, and a folder that is not empty cannot be renamed over
+        if not target.exists():
+            raise

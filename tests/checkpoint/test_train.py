@@ -1,0 +1,178 @@
+"""`train --hf-model … --save-hf …`: from a Hugging Face folder to a Hugging Face folder, by the real trainer."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from checkpoint.test_round_trip import assert_same, tensors
+
+from launch import ROOT, forked
+from megatron_idft.checkpoint import ConversionError
+from megatron_idft.checkpoint.cache import cached_checkpoint
+from megatron_idft.integration.arguments import ArgumentError
+from megatron_idft.integration.hf_model import expand
+
+ROWS = 310  # of the embedding; the tokenizer has fewer tokens, as Qwen's
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Additions, and two models with a tokenizer trained on them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(5)
+    pairs = [(rng.randrange(20), rng.randrange(20)) for _ in range(24)]
+    (folder / "train.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{a} + {b}?", "response": f"{a + b}."}) + "\n" for a, b in pairs)
+    )
+    for name in ("qwen2", "qwen3_moe"):
+        models.save(name, folder / name, vocab_size=ROWS)
+        _save_tokenizer(folder / "train.jsonl", folder / name)
+    return folder
+
+
+def _save_tokenizer(text: Path, folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["[user]", "[assistant]", "[end]", "[eos]", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train([str(text)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[eos]", pad_token="[eos]")
+    fast.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '[end]' if m.role == 'assistant' }}{% endfor %}"
+        "{{ '[assistant]' if add_generation_prompt }}"
+    )
+    fast.save_pretrained(folder)
+
+
+def command(corpus: Path, model: str, flags: str) -> list[str]:
+    words = (
+        f"--sft-data {corpus / 'train.jsonl'} --hf-model {corpus / model} --seq-length 32 --micro-batch-size 2"
+        f" --global-batch-size 8 --lr-decay-style constant --num-workers 0 --log-interval 1 {flags}"
+    )
+    return ["-m", "megatron_idft", "train", *words.split()]
+
+
+def test_a_tuned_model_generates_the_same_text_in_transformers_and_in_megatron(corpus, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    save = tmp_path / "save"
+    flags = f"--train-iters 40 --lr 3e-3 --sft-loss ce --save {save} --load {save} --save-hf final"
+    output = forked(command(corpus, "qwen2", f"{flags} --tensor-model-parallel-size 2"), nproc=2)
+    assert f"vocabulary {ROWS} of 384 padded rows" in output, "the true size is the model's, not the tokenizer's"
+    assert [path.name for path in (save / "hf").iterdir()] == ["iter_0000040"]
+    exported = save / "hf" / "iter_0000040"
+
+    tuned = AutoModelForCausalLM.from_pretrained(exported)
+    before = tensors(corpus / "qwen2")
+    moved = [name for name, value in tensors(exported).items() if not torch.equal(value, before[name])]
+    assert len(moved) == len(before), "every tensor was trained"
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "3 + 4?"}], add_generation_prompt=True, return_dict=False
+    )
+    with torch.no_grad():
+        ids = tuned.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=None)
+
+    # The same from Megatron, at another layout than it was trained in, by flags made from the exported folder.
+    model_flags = expand(["--hf-model", str(exported), "--hf-cache", str(tmp_path / "unused")])[4:]
+    at = model_flags.index("--pretrained-checkpoint")
+    case = {"flags": [*model_flags[:at], "--load", str(save)], "vocab": ROWS, "prompt": prompt, "steps": 12}
+    (tmp_path / "cases.json").write_text(json.dumps({"greedy": case}))
+    forked([ROOT / "tests" / "checkpoint" / "logits.py", tmp_path / "cases.json", tmp_path])
+    megatron = torch.load(tmp_path / "greedy.pt")
+    assert tokenizer.decode(megatron[0]) == tokenizer.decode(ids[0])
+    assert torch.equal(megatron, ids) and len(set(ids[0, len(prompt) :].tolist())) > 1
+
+
+def test_the_same_command_goes_on_and_every_checkpoint_is_written(corpus, tmp_path):
+    save = tmp_path / "save"
+    flags = f"--lr 1e-3 --save {save} --load {save} --save-hf every --save-interval 2 --hf-cache {tmp_path / 'cache'}"
+    first = forked(command(corpus, "qwen2", f"{flags} --train-iters 2"))
+    again = forked(command(corpus, "qwen2", f"{flags} --train-iters 6 --override-opt_param-scheduler"))
+    assert "to hf-" in first and "to hf-" not in again, "converted once"
+    assert "iteration        1/" not in again and "iteration        3/" in again, "continued where it was"
+    assert sorted(path.name for path in (save / "hf").iterdir()) == [f"iter_000000{i}" for i in (2, 4, 6)]
+    assert not list((save / "hf").glob(".*")) and len(list((tmp_path / "cache").iterdir())) == 1
+    two, six = (tensors(save / "hf" / f"iter_000000{i}") for i in (2, 6))
+    assert not torch.equal(two["model.norm.weight"], six["model.norm.weight"])
+
+
+def test_a_hybrid_of_experts_that_learned_nothing_comes_out_as_it_went_in(corpus, tmp_path):
+    """Learning rate 0, expert parallel: every tensor passes through Megatron's training and checkpoint unchanged."""
+    flags = (
+        f"--train-iters 2 --lr 0 --min-lr 0 --save {tmp_path} --save-hf final --expert-model-parallel-size 2"
+        " --hybrid-layer-pattern *E*E*E*E --moe-token-dispatcher-type alltoall --sft-loss idft"
+        f" --chat-template chatml --hf-cache {tmp_path / 'cache'}"
+    )
+    forked(command(corpus, "qwen3_moe", flags), nproc=2)
+    exported = tmp_path / "hf" / "iter_0000002"
+    assert_same(corpus / "qwen3_moe", exported)
+    assert "<|im_start|>" in (exported / "chat_template.jinja").read_text(), "the template that was trained"
+
+
+def test_a_failed_export_ends_the_training(corpus, tmp_path):
+    (tmp_path / "hf").write_text("in the way")
+    flags = f"--train-iters 2 --lr 1e-3 --save {tmp_path} --save-interval 1 --save-hf every"
+    with pytest.raises(AssertionError, match=r"exit codes.*\[1"):
+        forked(command(corpus, "qwen2", flags))
+
+
+def test_flags_that_say_otherwise_are_all_named(corpus):
+    source = str(corpus / "qwen2")
+    words = "--num-layers 3 --hidden-size 64 --qk-layernorm --normalization LayerNorm --squared-relu --rotary-base 5"
+    with pytest.raises(ArgumentError) as caught:
+        expand(["--hf-model", source, *words.split(), "--load", "x", "--finetune", "--use-checkpoint-args"])
+    message = str(caught.value)
+    for text in (
+        "--num-layers 3 (the model is --num-layers 4)",
+        "--qk-layernorm (the model is without --qk-layernorm)",
+        "--normalization LayerNorm (the model is --normalization RMSNorm)",
+        "--squared-relu",
+        "--rotary-base 5",
+        "--finetune (with --load",
+        "--use-checkpoint-args",
+    ):
+        assert text in message
+    assert "--hidden-size" not in message, "the same value is no conflict"
+    with pytest.raises(ArgumentError, match=r"--num-layers, |--num-layers$"):
+        expand(["--hf-model", source, "--num-layers", "4", "--hybrid-layer-pattern", "*-*-*-*-"])
+    with pytest.raises(ArgumentError, match=r"the model is \*-\*-\*-\*-"):
+        expand(["--hf-model", source, "--hybrid-layer-pattern", "*-*-"])
+
+
+def test_what_is_given_stays_and_what_is_missing_is_added(corpus):
+    source = str(corpus / "qwen2")
+    expanded = expand(
+        ["--hf-model", source, "--max-position-embeddings=64", "--tokenizer-model", "t", "--sft-loss", "ce"]
+    )
+    assert expanded.count("--max-position-embeddings") == 0 and expanded.count("--tokenizer-model") == 1
+    assert expanded[expanded.index("--sft-loss-vocab-size") + 1] == str(ROWS)
+    assert expanded[expanded.index("--num-layers") + 1] == "4" and "--swiglu" in expanded
+    assert expand(["--num-layers", "2"]) == ["--num-layers", "2"]
+    piped = expand(["--hf-model", source, "--hybrid-layer-pattern", "*-*-|*-*-"])
+    assert "--num-layers" not in piped and piped.count("--hybrid-layer-pattern") == 1
+    with pytest.raises(ConversionError, match="has no config"):
+        expand(["--hf-model", str(corpus)])
+
+
+def test_the_cache_follows_the_files(corpus, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(corpus / "qwen2", folder)
+    first = cached_checkpoint(folder, tmp_path, "gpt")
+    assert first == cached_checkpoint(folder, tmp_path, "gpt") != cached_checkpoint(folder, tmp_path, "hybrid")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    assert cached_checkpoint(folder, tmp_path, "gpt") != first
