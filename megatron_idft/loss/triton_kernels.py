@@ -266,9 +266,7 @@ def token_results_kernel(
             phi = row_log_prob + row_entropy
             gamma = tl.minimum(tl.maximum(tl.exp(-phi / beta), gamma_min), gamma_max)
             share = tl.load(gamma_lambda) if LAMBDA_ON_DEVICE else gamma_lambda
-            # Exact at both ends, like torch.lerp.
-            gamma = tl.where(share < 0.5, 1.0 + share * (gamma - 1.0), gamma - (gamma - 1.0) * (1.0 - share))
-            row_weight = tl.exp(gamma * row_log_prob)
+            row_weight = tl.exp((1.0 + share * (gamma - 1.0)) * row_log_prob)
         row_weight = tl.maximum(row_weight, weight_floor)
         for index in tl.static_range(len(EXEMPT)):
             row_weight = tl.where(label == EXEMPT[index], 1.0, row_weight)
