@@ -9,21 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
-import shutil
-import socket
 import sys
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_idft.checkpoint.checks import check_checkpoint, check_source, checked_model_class
 from megatron_idft.checkpoint.config import ConversionError, ModelShape, read_config, read_model
-from megatron_idft.checkpoint.families import HEAD
+from megatron_idft.checkpoint.folders import COMPANIONS, copy_companions, find_companions, new_folder
 from megatron_idft.checkpoint.safetensors_files import DTYPES, SHARD_BYTES, SafetensorsFolder, SafetensorsWriter
 from megatron_idft.checkpoint.settings import (
     ModelClass,
@@ -33,27 +27,10 @@ from megatron_idft.checkpoint.settings import (
     padded_vocabulary,
     write_flags_file,
 )
-from megatron_idft.checkpoint.tensors import Part, Piece, cut, extra_states, join, pieces
+from megatron_idft.checkpoint.tensors import Part, cut, extra_states, join, pieces
 from megatron_idft.checkpoint.torch_dist import TRACKER, TorchDistCheckpoint, TorchDistWriter, find_iteration
-from megatron_idft.data.token_cache import remove_dead_builds
 
-COMPANIONS = "tokenizer"  # the folder of config.json and the tokenizer's files, inside a Megatron checkpoint
 RECORD = "conversion.json"
-# Small files of a Hugging Face folder that travel with the weights. No Python: nothing here ever runs a model's code.
-_COMPANION_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "additional_chat_templates",
-    "*.model",
-    "*.tiktoken",
-    "LICENSE*",
-)
 _EMPTY_STATE = torch.empty(0, dtype=torch.uint8)  # Transformer Engine's sign that there is no FP8 state
 
 
@@ -82,7 +59,7 @@ def to_megatron(
     settings = megatron_settings(model, model_class)
     folder = SafetensorsFolder(source)
     plan = list(pieces(model, model_class))
-    _check_source(folder, plan, model)
+    check_source(folder, plan, model)
     total = sum(math.prod(part.size) * _dtype(folder, part).itemsize for piece in plan for part in piece.parts)
     with new_folder(target) as building, _bar(f"to {target.name}", total, progress) as bar:
         release = building / "release"
@@ -158,12 +135,12 @@ def to_hf(
     """
     source, target = Path(source), Path(target)
     folder = find_iteration(source, iteration)
-    companion = _find_companions(source, folder, companions)
+    companion = find_companions(source, folder, companions)
     config = read_config(companion)
     model = read_model(config, str(companion / "config.json"))
     checkpoint = TorchDistCheckpoint(folder)
     args = checkpoint.arguments()
-    model_class = _model_class(args, model, folder)
+    model_class = checked_model_class(args, model, folder)
     other = differences(megatron_settings(model, model_class), args)
     if other:
         raise ConversionError(
@@ -172,7 +149,7 @@ def to_hf(
         )
     plan = [piece for piece in pieces(model, model_class) if piece.parts]
     stored = checkpoint.tensors()
-    keys = _check_checkpoint(stored, plan, folder)
+    keys = check_checkpoint(stored, plan, folder)
     dtypes = {piece.key: dtype or stored[keys[piece.key]][1] for piece in plan}
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         part.name: (part.shape, dtypes[piece.key]) for piece in plan for part in piece.parts
@@ -192,171 +169,6 @@ def to_hf(
                     writer.write(part.name, tensor)
                     bar.update(tensor.numel() * tensor.element_size())
     return model
-
-
-# --------------------------------------------------------------------------------------------------------------- checks
-
-
-def _check_source(folder: SafetensorsFolder, plan: Iterable[Piece], model: ModelShape) -> None:
-    expected: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, set[str]] = {}
-    for piece in plan:
-        for part in piece.parts:
-            expected[part.name] = part.shape
-            if part.name in folder.tensors:
-                dtypes.setdefault(piece.key, set()).add(folder.tensors[part.name].dtype)
-    found = {name: stored.shape for name, stored in folder.tensors.items()}
-    (head,) = HEAD.sources
-    if model.tied and head in found:
-        _check_tied(folder, head)
-        del found[head]
-    faults = _compare(expected, found, tuple(map(re.compile, model.family.ignored_tensors)))
-    faults += [
-        f"{name}: dtype {folder.tensors[name].dtype}, only {', '.join(DTYPES)} are served: save the model unquantised"
-        for name in expected
-        if name in found and folder.tensors[name].dtype not in DTYPES
-    ]
-    faults += [
-        f"the tensors that make {key} have different dtypes ({', '.join(sorted(kinds))}): save the model in one"
-        for key, kinds in dtypes.items()
-        if len(kinds) > 1
-    ]
-    if faults:
-        raise ConversionError(_listed(f"{folder.folder} lacks the tensors that its config.json implies", faults))
-
-
-def _check_tied(folder: SafetensorsFolder, head: str) -> None:
-    """A tied model may store its one matrix twice; two matrices would be another model."""
-    embedding = "model.embed_tokens.weight"
-    stored = folder.tensors.get(embedding)
-    same = stored is not None and stored.shape == folder.tensors[head].shape and stored.dtype in DTYPES
-    rows = stored.shape[0] if stored is not None and same else 0
-    step = 4096
-    same = same and all(
-        torch.equal(folder.read(head, row, min(step, rows - row)), folder.read(embedding, row, min(step, rows - row)))
-        for row in range(0, rows, step)
-    )
-    if not same:
-        raise ConversionError(
-            f"{folder.folder}: config.json ties {head} to {embedding}, but both are stored and differ. Set"
-            " tie_word_embeddings to false in a copy of config.json if both are meant"
-        )
-
-
-def _check_checkpoint(
-    stored: dict[str, tuple[tuple[int, ...], torch.dtype]], plan: Iterable[Piece], folder: Path
-) -> dict[str, str]:
-    """The name under which each piece's tensor is stored, of those it may have."""
-    expected: dict[str, tuple[int, ...]] = {}
-    keys: dict[str, str] = {}
-    accounted: set[str] = set()
-    for piece in plan:
-        if piece.key in keys:
-            continue
-        key = next((key for key in (piece.key, *piece.also) if key in stored), piece.key)
-        keys[piece.key] = key
-        accounted |= {piece.key, *piece.also}
-        shape = piece.shape
-        if len(shape) == 2 and key in stored and key.endswith(("word_embeddings.weight", "output_layer.weight")):
-            # Padded for whatever tensor parallelism; the true rows must be there.
-            rows = stored[key][0][0]
-            shape = (max(rows, piece.parts[0].shape[0]), *shape[1:])
-        expected[key] = shape
-    ours = ("embedding.", "decoder.", "output_layer.", "mtp.")
-    found = {
-        name: shape
-        for name, (shape, _) in stored.items()
-        if name.startswith(ours) and (name in expected or name not in accounted)
-    }
-    faults = _compare(expected, found, ())
-    if faults:
-        raise ConversionError(_listed(f"{folder} does not hold the model that config.json describes", faults))
-    return keys
-
-
-def _compare(
-    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], ignored: Iterable[re.Pattern[str]]
-) -> list[str]:
-    faults = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    faults += [
-        f"misshapen: {name} is {list(found[name])}, should be {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    faults += [
-        f"unexpected: {name} {list(shape)}"
-        for name, shape in found.items()
-        if name not in expected and not any(pattern.fullmatch(name) for pattern in ignored)
-    ]
-    return faults
-
-
-def _listed(title: str, faults: list[str]) -> str:
-    return f"{title}:\n" + "\n".join(f"  - {fault}" for fault in faults)
-
-
-def _model_class(args: Any, model: ModelShape, folder: Path) -> ModelClass:
-    pattern = getattr(args, "hybrid_layer_pattern", None)
-    if not pattern:
-        return "gpt"
-    layers = pattern.split("/")[0].replace("|", "")
-    pair = "*E" if model.experts else "*-"
-    if layers != pair * model.layers:
-        raise ConversionError(
-            f"{folder} is a HybridModel of layers {layers}, not {pair!r} {model.layers} times, which config.json says"
-        )
-    return "hybrid"
-
-
-# -------------------------------------------------------------------------------------------------------------- folders
-
-
-@contextmanager
-def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target` that is renamed to it at the end, and removed after an error.
-
-    What killed conversions of this machine left beside `target` is removed too.
-
-    Raises:
-        ConversionError: `target` exists, unless it is to be replaced.
-    """
-    if target.exists() and not replace:
-        raise ConversionError(f"{target} exists already: nothing is overwritten. Remove it, or name another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_dead_builds(target.parent)
-    building = target.parent / f".building-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    building.mkdir()
-    try:
-        yield building
-        if replace:
-            shutil.rmtree(target, ignore_errors=True)
-        building.rename(target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy config.json and the tokenizer's files, no weights and no code, into `target`."""
-    target.mkdir(exist_ok=True)
-    for pattern in _COMPANION_FILES:
-        for path in sorted(source.glob(pattern)):
-            if path.is_dir():
-                if path.name == "additional_chat_templates":
-                    shutil.copytree(path, target / path.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(path, target / path.name)
-
-
-def _find_companions(source: Path, folder: Path, given: str | Path | None) -> Path:
-    if given is not None:
-        return Path(given)
-    for place in (source / COMPANIONS, folder.parent / COMPANIONS):
-        if (place / "config.json").is_file():
-            return place
-    raise ConversionError(
-        f"{source} says nothing about the Hugging Face model it is to become: pass --hf-config with the Hugging Face"
-        " folder that it was converted from (its config.json and tokenizer are copied, its weights are not read)"
-    )
 
 
 def _dtype(folder: SafetensorsFolder, part: Part) -> torch.dtype:

@@ -63,6 +63,8 @@ class SafetensorsFolder:
                 weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 files: dict[Path, set[str]] = {}
                 for name, file in weights.items():
+                    if Path(file).name != file:
+                        raise ValueError(f"{file} is not a file of this folder")
                     files.setdefault(self.folder / file, set()).add(name)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ConversionError(f"{index} is not an index of safetensors: {error!r}") from error

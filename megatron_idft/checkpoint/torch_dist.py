@@ -23,7 +23,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -102,7 +102,7 @@ class TorchDistWriter:
         self._close_file()
         if kind is not None:
             return
-        metadata = Metadata(self._entries, storage_data=self._storage, version=CURRENT_DCP_VERSION)
+        metadata = Metadata(self._entries, storage_data=self._storage)
         with open(self._folder / ".metadata", "wb") as file:
             pickle.dump(metadata, file)
             file.flush()

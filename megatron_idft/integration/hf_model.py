@@ -40,8 +40,8 @@ _OTHER_MODELS = (
 )
 
 
-def add_hf_arguments(group: Any) -> None:
-    """Add the flags to an argument group of Megatron's parser."""
+def add_hf_model_arguments(group: Any) -> None:
+    """Add the flags of the model that a program begins with to an argument group of Megatron's parser."""
     group.add_argument(
         "--hf-model",
         metavar="DIR",
@@ -56,6 +56,10 @@ def add_hf_arguments(group: Any) -> None:
         help="Where converted models are kept, under a fingerprint of the folder's files; as large as the model."
         " Default: the folder `.megatron-idft-cache` beside the folder of --hf-model.",
     )
+
+
+def add_save_hf_argument(group: Any) -> None:
+    """Add the flag of what a training leaves behind."""
     group.add_argument(
         "--save-hf",
         choices=("final", "every"),
@@ -190,7 +194,7 @@ class HuggingFaceExport:
 
         if self._model is None or not args.save or torch.distributed.get_rank() != 0:
             return
-        from megatron_idft.checkpoint.convert import COMPANIONS, copy_companions
+        from megatron_idft.checkpoint.folders import COMPANIONS, copy_companions
 
         folder = Path(args.save) / COMPANIONS
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +236,7 @@ class HuggingFaceExport:
 
 def _huggingface_folder(args: argparse.Namespace) -> Path | None:
     """The folder with the config.json of the model that is trained, if it is known."""
-    from megatron_idft.checkpoint.convert import COMPANIONS
+    from megatron_idft.checkpoint.folders import COMPANIONS
 
     if args.hf_model is not None:
         return Path(args.hf_model)

@@ -71,7 +71,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Where the tokenized records are kept, under a fingerprint of data, tokenizer, template and length."
         " Default: the folder `.megatron-idft-cache` beside the first training file.",
     )
-    hf_model.add_hf_arguments(group)
+    hf_model.add_hf_model_arguments(group)
+    hf_model.add_save_hf_argument(group)
     # A length that the data decides, unless the user does.
     parser.set_defaults(eval_iters=None)
     return parser

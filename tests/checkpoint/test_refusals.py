@@ -77,9 +77,9 @@ def test_pickles_are_not_read(folder):
     assert "holds neither model.safetensors nor" in refused(folder)
 
 
-@pytest.mark.parametrize("damage", ["cut", "header", "index", "shard"])
+@pytest.mark.parametrize("damage", ["cut", "header", "index", "shard", "outside"])
 def test_damaged_files_are_named(converted, tmp_path, damage):
-    source = converted["mistral" if damage in ("index", "shard") else "qwen2"].huggingface
+    source = converted["mistral" if damage in ("index", "shard", "outside") else "qwen2"].huggingface
     folder = tmp_path / "hf"
     shutil.copytree(source, folder)
     path = sorted(folder.glob("*.safetensors"))[0]
@@ -90,11 +90,12 @@ def test_damaged_files_are_named(converted, tmp_path, damage):
     elif damage == "index":
         index = folder / "model.safetensors.index.json"
         index.write_text(index.read_text().replace("model.norm.weight", "model.norm.wait"))
+    elif damage == "outside":
+        index = folder / "model.safetensors.index.json"
+        index.write_text(index.read_text().replace(path.name, "../" + path.name))
     else:
         path.unlink()
-    assert {"cut": path.name, "header": path.name, "index": "model.norm.wait", "shard": path.name}[damage] in refused(
-        folder
-    )
+    assert {"index": "model.norm.wait", "outside": "../" + path.name}.get(damage, path.name) in refused(folder)
 
 
 def config(**changes: Any) -> dict[str, Any]:

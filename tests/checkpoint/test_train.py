@@ -11,7 +11,7 @@ import torch
 from checkpoint.test_round_trip import assert_same, tensors
 
 from launch import ROOT, forked
-from megatron_idft.checkpoint import ConversionError
+from megatron_idft.checkpoint import ConversionError, to_hf, to_megatron
 from megatron_idft.checkpoint.cache import cached_checkpoint
 from megatron_idft.integration.arguments import ArgumentError
 from megatron_idft.integration.hf_model import expand
@@ -99,6 +99,7 @@ def test_a_tuned_model_generates_the_same_text_in_transformers_and_in_megatron(c
 def test_the_same_command_goes_on_and_every_checkpoint_is_written(corpus, tmp_path):
     save = tmp_path / "save"
     flags = f"--lr 1e-3 --save {save} --load {save} --save-hf every --save-interval 2 --hf-cache {tmp_path / 'cache'}"
+    flags += " --hybrid-layer-pattern *-*-*-*-"
     first = forked(command(corpus, "qwen2", f"{flags} --train-iters 2"))
     again = forked(command(corpus, "qwen2", f"{flags} --train-iters 6 --override-opt_param-scheduler"))
     assert "to hf-" in first and "to hf-" not in again, "converted once"
@@ -109,17 +110,37 @@ def test_the_same_command_goes_on_and_every_checkpoint_is_written(corpus, tmp_pa
     assert not torch.equal(two["model.norm.weight"], six["model.norm.weight"])
 
 
-def test_a_hybrid_of_experts_that_learned_nothing_comes_out_as_it_went_in(corpus, tmp_path):
-    """Learning rate 0, expert parallel: every tensor passes through Megatron's training and checkpoint unchanged."""
-    flags = (
-        f"--train-iters 2 --lr 0 --min-lr 0 --save {tmp_path} --save-hf final --expert-model-parallel-size 2"
-        " --hybrid-layer-pattern *E*E*E*E --moe-token-dispatcher-type alltoall --sft-loss idft"
-        f" --chat-template chatml --hf-cache {tmp_path / 'cache'}"
-    )
-    forked(command(corpus, "qwen3_moe", flags), nproc=2)
-    exported = tmp_path / "hf" / "iter_0000002"
-    assert_same(corpus / "qwen3_moe", exported)
+def test_experts_that_learned_nothing_come_out_as_they_went_in(corpus, tmp_path):
+    """Learning rate 0, bf16: every tensor passes through Megatron's training and checkpoint with one rounding."""
+    cache = f"--hf-cache {tmp_path / 'cache'}"
+    flags = f"--bf16 --train-iters 1 --lr 0 --min-lr 0 --save {tmp_path} --save-hf final --chat-template chatml {cache}"
+    forked(command(corpus, "qwen3_moe", flags))
+    exported = tmp_path / "hf" / "iter_0000001"
     assert "<|im_start|>" in (exported / "chat_template.jinja").read_text(), "the template that was trained"
+    assert json.loads((exported / "config.json").read_text())["dtype"] == "bfloat16"
+    got, want = tensors(exported), tensors(corpus / "qwen3_moe")
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert torch.equal(got[name], value.bfloat16()), name
+
+
+def test_a_converted_checkpoint_by_its_flags_and_load(corpus, tmp_path):
+    """HybridModel with experts in parallel, without --hf-model; its checkpoint becomes a folder by the verb, too."""
+    to_megatron(corpus / "qwen3_moe", tmp_path / "base", "hybrid", progress=False)
+    model_flags = json.loads((tmp_path / "base" / "conversion.json").read_text())["megatron_flags"]
+    flags = (
+        f"--train-iters 2 --lr 0 --min-lr 0 --load {tmp_path / 'base'} --save {tmp_path / 'tuned'} --save-hf final"
+        f" --tokenizer-model {corpus / 'qwen3_moe'} --expert-model-parallel-size 2 --sft-loss idft"
+        " --moe-token-dispatcher-type alltoall"
+    )
+    words = [*command(corpus, "qwen3_moe", flags), *model_flags]
+    del words[words.index("--hf-model") : words.index("--hf-model") + 2]
+    output = forked(words, nproc=2)
+    assert f"vocabulary {ROWS} of 384 padded rows" in output
+    to_hf(tmp_path / "tuned", tmp_path / "by hand", progress=False)
+    for exported in (tmp_path / "tuned" / "hf" / "iter_0000002", tmp_path / "by hand"):
+        assert_same(corpus / "qwen3_moe", exported)
+        assert (exported / "tokenizer.json").read_bytes() == (corpus / "qwen3_moe" / "tokenizer.json").read_bytes()
 
 
 def test_a_failed_export_ends_the_training(corpus, tmp_path):

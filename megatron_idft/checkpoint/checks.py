@@ -1,0 +1,133 @@
+"""Are the tensors there that the model needs? All that is wrong is found before the first byte is written."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from megatron_idft.checkpoint.config import ConversionError, ModelShape
+from megatron_idft.checkpoint.families import HEAD
+from megatron_idft.checkpoint.safetensors_files import DTYPES, SafetensorsFolder
+from megatron_idft.checkpoint.settings import ModelClass
+from megatron_idft.checkpoint.tensors import Piece
+
+
+def check_source(folder: SafetensorsFolder, plan: Iterable[Piece], model: ModelShape) -> None:
+    """Refuse a Hugging Face folder whose tensors are not those of the plan, naming every difference."""
+    expected: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, set[str]] = {}
+    for piece in plan:
+        for part in piece.parts:
+            expected[part.name] = part.shape
+            if part.name in folder.tensors:
+                dtypes.setdefault(piece.key, set()).add(folder.tensors[part.name].dtype)
+    found = {name: stored.shape for name, stored in folder.tensors.items()}
+    (head,) = HEAD.sources
+    if model.tied and head in found:
+        _check_tied(folder, head)
+        del found[head]
+    faults = _compare(expected, found, tuple(map(re.compile, model.family.ignored_tensors)))
+    faults += [
+        f"{name}: dtype {folder.tensors[name].dtype}, only {', '.join(DTYPES)} are served: save the model unquantised"
+        for name in expected
+        if name in found and folder.tensors[name].dtype not in DTYPES
+    ]
+    faults += [
+        f"the tensors that make {key} have different dtypes ({', '.join(sorted(kinds))}): save the model in one"
+        for key, kinds in dtypes.items()
+        if len(kinds) > 1
+    ]
+    if faults:
+        raise ConversionError(_listed(f"{folder.folder} lacks the tensors that its config.json implies", faults))
+
+
+def _check_tied(folder: SafetensorsFolder, head: str) -> None:
+    """A tied model may store its one matrix twice; two matrices would be another model."""
+    embedding = "model.embed_tokens.weight"
+    stored = folder.tensors.get(embedding)
+    same = stored is not None and stored.shape == folder.tensors[head].shape and stored.dtype in DTYPES
+    rows = stored.shape[0] if stored is not None and same else 0
+    step = 4096
+    same = same and all(
+        torch.equal(folder.read(head, row, min(step, rows - row)), folder.read(embedding, row, min(step, rows - row)))
+        for row in range(0, rows, step)
+    )
+    if not same:
+        raise ConversionError(
+            f"{folder.folder}: config.json ties {head} to {embedding}, but both are stored and differ. Set"
+            " tie_word_embeddings to false in a copy of config.json if both are meant"
+        )
+
+
+def check_checkpoint(
+    stored: dict[str, tuple[tuple[int, ...], torch.dtype]], plan: Iterable[Piece], folder: Path
+) -> dict[str, str]:
+    """The name under which each piece's tensor is stored, of those it may have.
+
+    stored: name -> global shape and dtype. Refuses a checkpoint whose tensors are not those of the plan, naming every
+    difference; an optimizer's are passed over.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    keys: dict[str, str] = {}
+    accounted: set[str] = set()
+    for piece in plan:
+        if piece.key in keys:
+            continue
+        key = next((key for key in (piece.key, *piece.also) if key in stored), piece.key)
+        keys[piece.key] = key
+        accounted |= {piece.key, *piece.also}
+        shape = piece.shape
+        if len(shape) == 2 and key in stored and key.endswith(("word_embeddings.weight", "output_layer.weight")):
+            # Padded for whatever tensor parallelism; the true rows must be there.
+            rows = stored[key][0][0]
+            shape = (max(rows, piece.parts[0].shape[0]), *shape[1:])
+        expected[key] = shape
+    ours = ("embedding.", "decoder.", "output_layer.", "mtp.")
+    found = {
+        name: shape
+        for name, (shape, _) in stored.items()
+        if name.startswith(ours) and (name in expected or name not in accounted)
+    }
+    faults = _compare(expected, found, ())
+    if faults:
+        raise ConversionError(_listed(f"{folder} does not hold the model that config.json describes", faults))
+    return keys
+
+
+def _compare(
+    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], ignored: Iterable[re.Pattern[str]]
+) -> list[str]:
+    faults = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    faults += [
+        f"misshapen: {name} is {list(found[name])}, should be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    faults += [
+        f"unexpected: {name} {list(shape)}"
+        for name, shape in found.items()
+        if name not in expected and not any(pattern.fullmatch(name) for pattern in ignored)
+    ]
+    return faults
+
+
+def _listed(title: str, faults: list[str]) -> str:
+    return f"{title}:\n" + "\n".join(f"  - {fault}" for fault in faults)
+
+
+def checked_model_class(args: argparse.Namespace, model: ModelShape, folder: Path) -> ModelClass:
+    """The class that wrote a checkpoint with these arguments. Refuses a hybrid pattern that is another model's."""
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if not pattern:
+        return "gpt"
+    layers = pattern.split("/")[0].replace("|", "")
+    pair = "*E" if model.experts else "*-"
+    if layers != pair * model.layers:
+        raise ConversionError(
+            f"{folder} is a HybridModel of layers {layers}, not {pair!r} {model.layers} times, which config.json says"
+        )
+    return "hybrid"
