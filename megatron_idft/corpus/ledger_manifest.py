@@ -1,0 +1,98 @@
+"""What a ledger's folder is for: settings that every launch of the job must share."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_idft.corpus.ledger_files import LedgerError, put, sync
+
+FORMAT = 1  # raise it whenever older launches could not share a folder with newer ones
+_PACKAGES = ("megatron-idft", "megatron-core", "torch", "transformers", "numpy", "pyarrow")  # for information only
+_ABSENT = "(absent)"
+
+
+class SettingsMismatch(LedgerError):
+    """The folder belongs to a job with other settings. `differences`: key -> (value in the folder, value now)."""
+
+    def __init__(self, folder: Path, differences: dict[str, tuple[Any, Any]]):
+        self.folder, self.differences = folder, differences
+        rows = [f"  {key}: {_show(old)} in the folder, {_show(new)} now" for key, (old, new) in differences.items()]
+        super().__init__(
+            f"{folder} was begun with other settings:\n" + "\n".join(rows) + "\nName another output folder for these "
+            "settings, or go on with those of the folder."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:  # the default would call __init__ with the text alone
+        return type(self), (self.folder, self.differences)
+
+
+def agree(folder: Path, unfinished: Path, token: str, job: dict[str, Any]) -> None:
+    """Record the job in the folder, or compare it with the one that is recorded there. Atomic: one launch records.
+
+    unfinished: where to write a temporary file. token: this launch's own.
+    Raises SettingsMismatch, LedgerError, OSError.
+    """
+    manifest, parts = folder / "manifest.json", folder / "parts"
+    job = {"format": FORMAT} | json.loads(json.dumps(job))  # tuples become the lists that are read back
+    if not manifest.exists():
+        has_parts = parts.is_dir() and any(parts.iterdir())
+        if has_parts and manifest.name not in os.listdir(folder):  # looked up last: it comes before any part
+            raise LedgerError(f"{folder} holds parts but no manifest.json: name another output folder")
+        temporary = unfinished / f"manifest.{token}.json"
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                json.dump(job | {"versions": _versions()}, file, indent=1, ensure_ascii=False)
+            sync(temporary)
+            put(temporary, manifest)
+        except FileNotFoundError:  # cleared away by a launch that was faster
+            if not manifest.exists():
+                raise
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(folder)
+    there = read_manifest(folder)
+    differences = dict(_differences(there["settings"], job["settings"]))
+    # The format first: a manifest of another one may mean anything.
+    for key in ("part_suffix", "num_chunks", "format"):
+        if there[key] != job[key]:
+            differences = {key: (there[key], job[key])} | differences
+    if differences:
+        raise SettingsMismatch(folder, differences)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`format`, `num_chunks`, `part_suffix`, `settings` and `versions` of the job. Raises LedgerError, OSError."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest["settings"], dict) or not manifest.keys() >= {"format", "num_chunks", "part_suffix"}:
+            raise TypeError("not what a ledger writes")
+    except (ValueError, KeyError, TypeError) as error:
+        raise LedgerError(f"{path} is damaged ({error}): restore it, or name another output folder") from error
+    return manifest
+
+
+def _differences(old: Any, new: Any, at: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{at}.{key}" if at else key)
+    # Compared as text: NaN equals itself, and true is not 1.
+    elif json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
+        yield at, (old, new)
+
+
+def _show(value: Any) -> str:
+    text = value if value == _ABSENT else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
