@@ -36,7 +36,7 @@ setup(
         "train": TRAIN,
         "gpu": ["transformer-engine[pytorch]>=2.4"],
         "examples": ["matplotlib>=3.8"],
-        "dev": ["hypothesis>=6.100", "matplotlib>=3.8", "mypy>=1.11", "pytest>=8.2", "ruff>=0.6"],
+        "dev": ["hypothesis>=6.100", "matplotlib>=3.8", "mypy>=1.11", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.6"],
     },
     entry_points={"console_scripts": ["megatron-idft = megatron_idft.__main__:main"]},
     classifiers=[

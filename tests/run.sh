@@ -36,7 +36,7 @@ export TRITON_INTERPRET=1
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 if [ $# -eq 0 ]; then
-    # Tests that need a GPU are left out by name here.
-    set -- -m "not gpu"
+    # Tests that need a GPU are left out by name here. Two at a time; a file's tests share fixtures that take long.
+    set -- -m "not gpu" -n 2 --dist loadfile
 fi
 exec .venv/bin/python -m pytest -q --durations=15 "$@"

@@ -134,13 +134,7 @@ class LossHook:
         return self._original(labels, logits)
 
     def _main_head_loss(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:
-        shard_width = self.model.output_layer.output_size_per_partition
-        if logits.shape[-1] != shard_width:
-            raise UnsupportedModelError(
-                f"the output layer returned {logits.shape[-1]} columns where this rank's vocabulary shard has"
-                f" {shard_width}: gathered logits (parallel_output=False or runtime_gather_output=True) would add"
-                " log(tensor parallel size) to the loss. Build the model with parallel_output=True"
-            )
+        self._require_shard(logits)
         if loss_mask is not None:
             labels = torch.where(loss_mask.reshape(labels.shape) > 0, labels, IGNORED_LABEL)
         labels = labels.transpose(0, 1)  # the labels are turned, never the logits: those are thousands of times larger
@@ -162,6 +156,15 @@ class LossHook:
             if self.metrics is not None:
                 self.metrics.add(self.objective, labels, out, masked=loss_mask is not None)
         return out.loss.transpose(0, 1).contiguous()
+
+    def _require_shard(self, logits: Tensor) -> None:
+        shard_width = self.model.output_layer.output_size_per_partition
+        if logits.shape[-1] != shard_width:
+            raise UnsupportedModelError(
+                f"the output layer returned {logits.shape[-1]} columns where this rank's vocabulary shard has"
+                f" {shard_width}: gathered logits (parallel_output=False or runtime_gather_output=True) would add"
+                " log(tensor parallel size) to the loss. Build the model with parallel_output=True"
+            )
 
 
 def install[Models](
@@ -191,7 +194,7 @@ def install[Models](
     """
     resolved = resolve_objective(objective)
     found = False
-    for model in _language_models(models):
+    for model in language_models(models):
         found = True
         uninstall(model)
         if getattr(model, "post_process", True):
@@ -211,7 +214,7 @@ def install[Models](
 
 def uninstall[Models](models: Models) -> Models:
     """Give `models` their own loss back. A model that has no hook is left alone; returns what it was given."""
-    for model in _language_models(models):
+    for model in language_models(models):
         hook = model.__dict__.pop(_ATTRIBUTE, None)
         if hook is not None:
             hook.detach()
@@ -220,10 +223,11 @@ def uninstall[Models](models: Models) -> Models:
 
 def installed_hooks(models: Any) -> list[LossHook]:
     """The hooks that sit on `models`: one per chunk with an output layer."""
-    return [model.__dict__[_ATTRIBUTE] for model in _language_models(models) if _ATTRIBUTE in model.__dict__]
+    return [model.__dict__[_ATTRIBUTE] for model in language_models(models) if _ATTRIBUTE in model.__dict__]
 
 
-def _language_models(models: Any) -> Iterator[Any]:
+def language_models(models: Any) -> Iterator[Any]:
+    """The Megatron language models in a model, a wrapper of one, or a sequence of chunks."""
     from megatron.core.models.common.language_module.language_module import LanguageModule
 
     chunks = models if isinstance(models, Sequence) else [models]

@@ -126,7 +126,7 @@ class TrainerIntegration:
         device = next(model[0].parameters()).device
         self._gamma_lambda = torch.ones((), dtype=torch.float32, device=device)
         objective = arguments.build_objective(args, self._gamma_lambda)
-        args.sft_loss_vocab_size = _true_vocab_size(args)
+        args.sft_loss_vocab_size = true_vocab_size(args)
         end_of_turn_ids = tuple(sorted(set(self._end_of_turn_ids())))
         self._metrics = LossMetrics(
             device=device,
@@ -285,7 +285,7 @@ def _describe(
     return "> sft loss: " + ", ".join(settings)
 
 
-def _true_vocab_size(args: argparse.Namespace) -> int:
+def true_vocab_size(args: argparse.Namespace) -> int:
     from megatron.training import get_tokenizer
 
     size = args.sft_loss_vocab_size

@@ -1,0 +1,82 @@
+"""`score`: statistics of a corpus under a model; what to do with them afterwards needs no model."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+USAGE = """usage: torchrun … -m megatron_idft score --load DIR --tokenizer-model PATH --data FILE … --output DIR <flags>
+       megatron-idft score status DIR
+       megatron-idft score report DIR … [--output DIR] [--title TEXT]
+       megatron-idft score select DIR --keep EXPRESSION --data FILE … --output FILE.jsonl
+
+Scores the responses of a corpus under a Megatron model: log p, entropy and phi = log p + H of every trained token.
+Start it as often as you like on one output folder: launches share the work, and a stopped one goes on where it was.
+Every flag of Megatron-LM 0.19 that describes a model or a layout is understood besides those below."""
+
+
+def status(argv: Sequence[str]) -> int:
+    from megatron_idft.corpus.ledger import status_of
+
+    parser = argparse.ArgumentParser("megatron-idft score status", description="Chunks, launches and the time left.")
+    parser.add_argument("folder", type=Path, help="the --output of score")
+    print(status_of(parser.parse_args(argv).folder).format())
+    return 0
+
+
+def report(argv: Sequence[str]) -> int:
+    from megatron_idft.corpus.scored import report_on
+
+    parser = argparse.ArgumentParser(
+        "megatron-idft score report", description="One page and one JSON on scored corpora, with the linter's findings."
+    )
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="the --output of score")
+    parser.add_argument("--output", type=Path, help="where report.html and report.json go; default: the first DIR")
+    parser.add_argument("--title", default="Scored corpora", help="of the page")
+    args = parser.parse_args(argv)
+    page, numbers = report_on(args.folders, args.output or args.folders[0], args.title)
+    print(f"{page}\n{numbers}")
+    return 0
+
+
+def select(argv: Sequence[str]) -> int:
+    from megatron_idft.corpus.scored import select_records
+
+    parser = argparse.ArgumentParser(
+        "megatron-idft score select",
+        description="The records whose scores fulfil an expression, as they were, to JSONL.",
+    )
+    parser.add_argument("folder", type=Path, help="the --output of score")
+    parser.add_argument(
+        "--keep",
+        required=True,
+        help="an expression over the columns of scores.parquet: 'phi_mean > -0.3 and ends_turn'",
+    )
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="the records that were scored")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="a new file")
+    args = parser.parse_args(argv)
+    print(json.dumps(select_records(args.folder, args.keep, args.data, args.output)))
+    return 0
+
+
+WITHOUT_MODEL: dict[str, Callable[[Sequence[str]], int]] = {"status": status, "report": report, "select": select}
+
+
+def main(argv: Sequence[str]) -> int:
+    if not argv:
+        print(USAGE)
+        return 2
+    if argv[0] in WITHOUT_MODEL:
+        return WITHOUT_MODEL[argv[0]](argv[1:])
+    if "-h" in argv or "--help" in argv:
+        from megatron_idft.integration.scoring_program import add_score_arguments
+
+        parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+        print(USAGE + "\n\n" + add_score_arguments(parser).format_help())
+        return 0
+    from megatron_idft.integration.scoring_program import score
+    from megatron_idft.integration.script import prepare_process
+
+    prepare_process("megatron-idft score", argv, force_cpu="--cpu" in argv)
+    score()
+    return 0

@@ -1,0 +1,140 @@
+"""A scored corpus: its parts merged into one file in input order, and rows read back from it."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_idft.corpus.estimates import ClusterSums
+from megatron_idft.corpus.ledger_manifest import read_manifest
+from megatron_idft.corpus.records import read_records
+from megatron_idft.corpus.report import ReportBuilder
+from megatron_idft.corpus.scoring import RECORD_SCHEMA, TOKEN_SCHEMA
+from megatron_idft.corpus.selection import compile_selection
+from megatron_idft.errors import InputError
+
+SCORES = "scores.parquet"
+OWN_SAMPLE_TEMPERATURES = (1.0, 0.3)  # the null itself, and what sampling below T = 1 looks like
+
+
+def merge_parts(output: Path, parts: Sequence[Path], *, per_token: bool) -> Path:
+    """Write `output`/scores.parquet from the parts, in their order, with or without the columns per token.
+
+    Memory: one part. The file appears complete or not at all.
+    """
+    schema = TOKEN_SCHEMA if per_token else RECORD_SCHEMA
+    building, final = output / f".{SCORES}.{os.getpid()}", output / SCORES
+    with pq.ParquetWriter(building, schema, compression="zstd") as writer:
+        for part in parts:
+            writer.write_table(pq.read_table(part, columns=schema.names).cast(schema))
+    building.replace(final)
+    return final
+
+
+def read_scored(output: Path, *, per_token: bool = False) -> Iterator[dict[str, Any]]:
+    """Rows of a finished or unfinished output folder, in input order. per_token: with the lists per token, if kept.
+
+    Raises InputError where nothing is scored.
+    """
+    parts = sorted((output / "parts").glob("chunk-*.parquet"))
+    if not parts:
+        raise InputError(f"{output}: no scored records there; it should be the --output folder of `score`")
+    columns = (TOKEN_SCHEMA if per_token else RECORD_SCHEMA).names
+    for part in parts:
+        for batch in pq.ParquetFile(part).iter_batches(batch_size=256, columns=columns):
+            yield from pa.Table.from_batches([batch]).to_pylist()
+
+
+def finish_scores(output: Path, parts: Sequence[Path], *, per_token: bool) -> str:
+    """Merge the parts and say what came out, for a person."""
+    path = merge_parts(output, parts, per_token=per_token)
+    table = pq.read_table(path, columns=["phi_sum", "num_tokens", "log_prob_sum"])
+    tokens = sum(table["num_tokens"].to_pylist())
+    phi = sum(table["phi_sum"].to_pylist()) / tokens
+    log_prob = sum(table["log_prob_sum"].to_pylist()) / tokens
+    return (
+        f"> {table.num_rows:,} records, {tokens:,} response tokens: phi {phi:+.4f}, log p {log_prob:.4f} per token;"
+        f" {path}"
+    )
+
+
+def own_samples_path(output: Path, temperature: float) -> Path:
+    """Where `score --calibrate` keeps the model's own answers at this temperature."""
+    return output / f"own_samples_T{temperature:g}.parquet"
+
+
+def read_own_samples(output: Path) -> dict[float, list[dict[str, Any]]]:
+    """Scored rows of the model's own answers by temperature; empty without `--calibrate`."""
+    paths = {temperature: own_samples_path(output, temperature) for temperature in OWN_SAMPLE_TEMPERATURES}
+    return {temperature: pq.read_table(path).to_pylist() for temperature, path in paths.items() if path.exists()}
+
+
+def describe_own_samples(path: Path, temperature: float) -> str:
+    """The mean of phi with its standard error, each answer being one draw, for a person."""
+    sums = ClusterSums()
+    for row in pq.read_table(path, columns=["num_tokens", "phi_sum"]).to_pylist():
+        sums.add({"tokens": row["num_tokens"], "phi": row["phi_sum"]})
+    mean = sums.ratio("phi")
+    assert mean is not None
+    error = "unknown" if mean.se is None else f"{mean.se:.4f}"
+    return (
+        f"> own samples at temperature {temperature:g}: phi {mean.value:+.4f} per token, standard error {error}, over"
+        f" {sums.records} answers, {sums['tokens']:,.0f} tokens"
+    )
+
+
+def report_on(folders: Sequence[Path], output: Path, title: str) -> tuple[Path, Path]:
+    """Write report.html and report.json on scored folders into `output`; own samples of the same model are their null.
+
+    Raises InputError where a folder holds no scores.
+    """
+    builder = ReportBuilder(title)
+    seen: set[tuple[str, float]] = set()
+    for folder in folders:
+        settings = read_manifest(folder)["settings"]
+        model = f"{Path(settings['model']).name}, iteration {settings['iteration']}"
+        for temperature, rows in read_own_samples(folder).items():
+            if (model, temperature) not in seen:
+                builder.add_null(model, temperature, rows)
+                seen.add((model, temperature))
+        builder.add_corpus(", ".join(settings["data"]), model, read_scored(folder, per_token=True))
+    output.mkdir(parents=True, exist_ok=True)
+    return builder.build().save(output)
+
+
+def select_records(folder: Path, expression: str, data: Sequence[str], output: Path) -> dict[str, int]:
+    """Copy the records of `data` whose scores fulfil `expression` to a new JSONL, every field as it was.
+
+    Returns {"scored", "kept"}. Raises SelectionError for the expression; InputError where the output exists or the
+    scores are not of this data.
+    """
+    if output.exists():
+        raise InputError(f"{output} exists; name a new file")
+    keep = compile_selection(expression, RECORD_SCHEMA.names)
+    kept: set[tuple[str, int]] = set()
+    scored = 0
+    for row in read_scored(folder):
+        scored += 1
+        if keep(row):
+            kept.add((row["file"], row["line"]))
+    building = output.with_name(f".{output.name}.{os.getpid()}")
+    written = 0
+    with open(building, "w", encoding="utf-8") as file:
+        for record in read_records(list(data), on_error=lambda error: None):
+            if (record.file, record.line) in kept:
+                named = {"id": record.id, "answer": record.answer, "source": record.source}
+                row = {"messages": record.messages, **{k: v for k, v in named.items() if v is not None}, **record.extra}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                written += 1
+    if written != len(kept):
+        building.unlink()
+        raise InputError(
+            f"{len(kept) - written} of {len(kept)} selected records are not in {', '.join(data)}: pass the files that"
+            f" {folder} was scored from"
+        )
+    building.replace(output)
+    return {"scored": scored, "kept": written}

@@ -1,0 +1,141 @@
+"""Statistics of one record's response under a model, from its tokens' log-probabilities and entropies.
+
+phi = log p + H, in nats at temperature 1 (arXiv 2602.12222, section 2; statistics.py). Only trained tokens count: the
+assistant's turns and the tokens that end them.
+"""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+PHI_THRESHOLDS = (-1.0, -3.0, -5.0)  # as in the training metrics, and in the authors' Hinted Decoding demo
+WORST_TOKENS = 5
+CONTEXT_TOKENS = 12  # before a worst token
+Decode = Callable[[Sequence[int] | NDArray[np.integer]], str]
+
+_WORST = pa.struct(
+    [
+        ("position", pa.int32()),
+        ("token_id", pa.int32()),
+        ("token", pa.string()),
+        ("context", pa.string()),
+        ("phi", pa.float32()),
+        ("log_prob", pa.float32()),
+        ("entropy", pa.float32()),
+    ]
+)
+RECORD_FIELDS = [
+    ("index", pa.int64()),
+    ("id", pa.string()),
+    ("file", pa.string()),
+    ("line", pa.int64()),
+    ("source", pa.string()),
+    ("num_prompt_tokens", pa.int32()),
+    ("num_tokens", pa.int32()),
+    ("truncated", pa.bool_()),
+    ("ends_turn", pa.bool_()),
+    ("prompt_hash", pa.string()),
+    ("response_hash", pa.string()),
+    ("template_markers", pa.int32()),
+    ("prompt_overlap", pa.float32()),
+    ("log_prob_mean", pa.float64()),
+    ("log_prob_sum", pa.float64()),
+    ("entropy_mean", pa.float64()),
+    ("phi_mean", pa.float64()),
+    ("phi_std", pa.float64()),
+    ("phi_sum", pa.float64()),
+    ("phi_below_1", pa.float64()),
+    ("phi_below_3", pa.float64()),
+    ("phi_below_5", pa.float64()),
+    ("worst_tokens", pa.list_(_WORST)),
+]
+TOKEN_FIELDS = [
+    ("positions", pa.list_(pa.int32())),
+    ("token_ids", pa.list_(pa.int32())),
+    ("tokens", pa.list_(pa.string())),
+    ("log_prob", pa.list_(pa.float32())),
+    ("entropy", pa.list_(pa.float32())),
+    ("phi", pa.list_(pa.float32())),
+]
+RECORD_SCHEMA = pa.schema(RECORD_FIELDS)
+TOKEN_SCHEMA = pa.schema(RECORD_FIELDS + TOKEN_FIELDS)
+
+
+def scored_record(
+    ids: NDArray[np.int32],
+    mask: NDArray[np.uint8],
+    log_prob: NDArray[np.float32],
+    entropy: NDArray[np.float32],
+    *,
+    decode: Decode,
+    end_of_turn_ids: Collection[int],
+    special_ids: Collection[int],
+) -> dict[str, Any]:
+    """A row of `TOKEN_SCHEMA`, but for what the record index knows (index, id, file, line, source, …).
+
+    Args:
+        ids: [n] token ids of the conversation. mask: [n], 1 where the token is trained.
+        log_prob, entropy: [n - 1] fp32: of token t + 1 given those up to t. Read where mask[1:] is 1.
+        decode: token ids -> text.
+        end_of_turn_ids: the tokens that end assistant turns in this corpus.
+        special_ids: all tokens that templates write, such as chat markers.
+
+    Sums are float64. phi_std is that of the tokens, not of the mean.
+    """
+    positions = np.flatnonzero(mask[1:]) + 1
+    tokens = ids[positions]
+    log_p, h = log_prob[positions - 1].astype(np.float64), entropy[positions - 1].astype(np.float64)
+    phi = log_p + h
+    worst = np.argsort(phi, kind="stable")[:WORST_TOKENS]
+    last_of_spans = np.append(np.diff(positions) > 1, True)
+    markers = np.isin(tokens, list(special_ids)) & ~last_of_spans
+    row: dict[str, Any] = {
+        "num_prompt_tokens": int(positions[0]),
+        "num_tokens": len(positions),
+        "ends_turn": int(tokens[-1]) in end_of_turn_ids,
+        "template_markers": int(markers.sum()),
+        "prompt_overlap": _repeated_prompt(ids[: positions[0]], tokens) / len(tokens),
+        "log_prob_mean": float(log_p.mean()),
+        "log_prob_sum": float(log_p.sum()),
+        "entropy_mean": float(h.mean()),
+        "phi_mean": float(phi.mean()),
+        "phi_std": float(phi.std()),
+        "phi_sum": float(phi.sum()),
+        "worst_tokens": [
+            {
+                "position": int(positions[i]),
+                "token_id": int(tokens[i]),
+                "token": decode(tokens[i : i + 1]),
+                "context": decode(ids[max(0, positions[i] - CONTEXT_TOKENS) : positions[i]]),
+                "phi": float(phi[i]),
+                "log_prob": float(log_p[i]),
+                "entropy": float(h[i]),
+            }
+            for i in worst
+        ],
+        "positions": positions.astype(np.int32),
+        "token_ids": tokens.astype(np.int32),
+        "tokens": [decode(tokens[i : i + 1]) for i in range(len(tokens))],
+        "log_prob": log_p.astype(np.float32),
+        "entropy": h.astype(np.float32),
+        "phi": phi.astype(np.float32),
+    }
+    for threshold in PHI_THRESHOLDS:
+        row[f"phi_below_{-threshold:g}"] = float((phi < threshold).mean())
+    if not all(math.isfinite(row[name]) for name in ("log_prob_mean", "entropy_mean")):
+        raise FloatingPointError("the model gives NaN or infinite logits for this record")
+    return row
+
+
+def _repeated_prompt(prompt: NDArray[np.int32], response: NDArray[np.int32]) -> int:
+    """The length of the longest beginning of the response that stands in the prompt, word for word."""
+    longest = 0
+    for start in np.flatnonzero(prompt == response[0]):
+        there = prompt[start : start + len(response)]
+        differs = np.flatnonzero(there != response[: len(there)])
+        longest = max(longest, int(differs[0]) if len(differs) else len(there))
+    return longest

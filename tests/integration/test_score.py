@@ -1,0 +1,243 @@
+"""`score`: a checkpoint that the trainer wrote, under any layout, in any number of launches; killed and resumed."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import sentencepiece
+
+from launch import ROOT, forked
+
+MODEL = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48
+    --position-embedding-type rope --chat-template chatml
+"""
+PROBE = str(Path(__file__).with_name("scoring_probe.py"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Additions, a tokenizer, and a model that has learned to answer in their form."""
+    folder = tmp_path_factory.mktemp("score")
+    rng = random.Random(5)
+    lines = []
+    for number in range(60):
+        messages = []
+        for _ in range(rng.choice((1, 2))):
+            a, b = rng.randrange(50), rng.randrange(50)
+            messages += [{"role": "user", "content": f"{a} + {b}?"}, {"role": "assistant", "content": f"{a + b}."}]
+        lines.append(json.dumps({"messages": messages, "source": "even" if number % 2 == 0 else "odd", "kept": number}))
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "text").write_text("\n".join(f"user assistant {a} + {a + 3}? {a}." for a in range(100)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=60,
+        hard_vocab_limit=False,
+        split_digits=True,
+        control_symbols=["<|im_start|>", "<|im_end|>"],
+        user_defined_symbols=["\n"],
+        pad_id=3,
+        minloglevel=2,
+    )
+    flags = f"{MODEL} --sft-data {folder / 'train.jsonl'} --tokenizer-model {folder / 'tokenizer.model'}"
+    flags += f" --train-iters 60 --micro-batch-size 4 --global-batch-size 8 --lr 1e-2 --save {folder / 'model'}"
+    forked(["-m", "megatron_idft", "train", *flags.split(), "--num-workers", "0", "--lr-decay-style", "constant"])
+    return folder
+
+
+def flags(folder: Path, output: Path | str, more: str = "") -> list[str]:
+    words = f"{MODEL} --data {folder / 'train.jsonl'} --tokenizer-model {folder / 'tokenizer.model'}"
+    return f"{words} --load {folder / 'model'} --output {output} {more}".split()
+
+
+def score(folder: Path, output: Path, more: str = "", nproc: int = 1) -> list[dict]:
+    forked(["-m", "megatron_idft", "score", *flags(folder, output, more)], nproc=nproc)
+    return pq.read_table(output / "scores.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def scored(folder) -> list[dict]:
+    return score(folder, folder / "whole", "--per-token")
+
+
+def test_statistics_are_those_of_the_whole_logits_under_every_layout(folder, tmp_path):
+    layouts = {
+        "one": (1, ""),
+        "small batches": (1, "--tokens-per-batch 1"),
+        "tp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        "pp": (2, "--pipeline-model-parallel-size 2 --tokens-per-batch 60"),
+        "dp": (2, "--tokens-per-batch 100"),
+    }
+    found = {}
+    for name, (nproc, more) in layouts.items():
+        out = tmp_path / f"{name}.npz"
+        forked([PROBE, out, *flags(folder, tmp_path, more)], nproc=nproc)
+        found[name] = np.load(out)
+    keys = [key for key in found["one"].files if key.startswith("found")]
+    assert len(keys) == 18
+    for name, arrays in found.items():
+        for key in keys:
+            expected = found["one"][key.replace("found", "expected")]
+            np.testing.assert_allclose(arrays[key], expected, rtol=1e-5, atol=5e-6, err_msg=f"{name}, {key}")
+
+
+def test_every_record_is_there_once_in_order_with_its_statistics(folder, scored):
+    assert [row["line"] for row in scored] == list(range(1, 61)) and [row["index"] for row in scored] == list(range(60))
+    assert {row["source"] for row in scored} == {"even", "odd"} and {Path(row["file"]).name for row in scored} == {
+        "train.jsonl"
+    }
+    for row in scored:
+        phi = np.array(row["log_prob"], dtype=np.float64) + np.array(row["entropy"], dtype=np.float64)
+        np.testing.assert_allclose(row["phi"], phi, atol=1e-6)
+        assert row["num_tokens"] == len(phi) == len(row["tokens"])
+        assert row["phi_mean"] == pytest.approx(phi.mean(), abs=1e-6)
+        assert row["phi_std"] == pytest.approx(phi.std(), abs=1e-6)
+        assert row["phi_sum"] == pytest.approx(phi.sum(), abs=1e-5)
+        assert row["phi_below_1"] == (phi < -1).mean()
+        worst = [token["phi"] for token in row["worst_tokens"]]
+        assert worst == pytest.approx(sorted(phi)[:5], abs=1e-6)
+        assert row["ends_turn"] and not row["truncated"] and row["template_markers"] == 0
+        assert row["tokens"][-1] == "<|im_end|>"
+
+
+def assert_same(rows: list[dict], expected: list[dict]) -> None:
+    assert [row["id"] for row in rows] == [row["id"] for row in expected]
+    for name in ("phi_mean", "phi_std", "log_prob_mean", "entropy_mean", "num_tokens"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], abs=1e-5), name
+
+
+@pytest.mark.parametrize("nproc,more", [(2, "--tensor-model-parallel-size 2"), (1, "--chunk-records 7")])
+def test_layout_and_chunks_do_not_change_the_scores(folder, scored, tmp_path, nproc, more):
+    assert_same(score(folder, tmp_path / "again", more, nproc), scored)
+
+
+def test_several_launches_one_of_them_killed(folder, scored, tmp_path):
+    output = tmp_path / "shared"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    command += ["-m", "megatron_idft", "score", *flags(folder, output, "--chunk-records 1 --lease-seconds 3")]
+    launches = [
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        for _ in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(output.glob("parts/*.parquet"))) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        subprocess.run(["pkill", "-9", "-g", str(launches[0].pid)], check=True)
+        assert launches[1].wait(120) == 0
+    finally:
+        for launch in launches:
+            if launch.poll() is None:
+                launch.send_signal(signal.SIGKILL)
+    assert_same(pq.read_table(output / "scores.parquet").to_pylist(), scored)
+    assert len(list(output.glob("parts/*.parquet"))) == 60
+
+
+def test_other_settings_are_refused_on_the_same_folder(folder, scored):
+    with pytest.raises(AssertionError, match="chunk_records"):
+        score(folder, folder / "whole", "--chunk-records 3")
+
+
+def test_own_samples_have_mean_phi_0_and_the_report_and_selection_follow(folder, scored, tmp_path):
+    output = tmp_path / "out"
+    text = forked(
+        ["-m", "megatron_idft", "score", *flags(folder, output, "--calibrate 60 --calibrate-max-tokens 24 --per-token")]
+    )
+    assert "own samples at temperature 1:" in text
+    for temperature, low, high in ((1.0, -4, 4), (0.3, 4, np.inf)):
+        rows = pq.read_table(output / f"own_samples_T{temperature:g}.parquet").to_pylist()
+        assert len(rows) == 60
+        sums, tokens = (np.array([row[name] for row in rows]) for name in ("phi_sum", "num_tokens"))
+        mean = sums.sum() / tokens.sum()
+        error = np.sqrt(((sums - mean * tokens) ** 2).sum()) / tokens.sum()
+        assert low < mean / error < high, (temperature, mean, error)
+    # The same draws under another layout.
+    forked(
+        [
+            *("-m", "megatron_idft", "score"),
+            *flags(folder, tmp_path / "tp", "--calibrate 60 --calibrate-max-tokens 24 --tensor-model-parallel-size 2"),
+        ],
+        nproc=2,
+    )
+    name = "own_samples_T1.parquet"
+    own, again = (pq.read_table(path / name)["token_ids"].to_pylist() for path in (output, tmp_path / "tp"))
+    assert sum(a == b for a, b in zip(own, again, strict=True)) >= 58  # a draw may fall on a rounding difference
+
+    verbs = [sys.executable, "-m", "megatron_idft", "score"]
+    subprocess.run([*verbs, "report", output], check=True, cwd=ROOT)
+    numbers = json.loads((output / "report.json").read_text())
+    assert len(numbers["corpora"]) == 1 and len(numbers["nulls"]) == 2
+    chosen = tmp_path / "chosen.jsonl"
+    select = [*verbs, "select", output, "--data", folder / "train.jsonl", "--output", chosen, "--keep"]
+    subprocess.run([*select, "phi_mean > 0.1 and source == 'even'"], check=True, cwd=ROOT)
+    kept = [json.loads(line)["kept"] for line in chosen.read_text().splitlines()]
+    assert kept == [row["index"] for row in scored if row["phi_mean"] > 0.1 and row["source"] == "even"]
+    assert 0 < len(kept) < 30
+    refused = subprocess.run(
+        [*select[:-2], "--output", chosen, "--keep", "phi_mean > 0"], capture_output=True, cwd=ROOT
+    )
+    assert refused.returncode == 2
+    status = subprocess.run([*verbs, "status", output], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert "1 of 1 chunks finished" in status.stdout
+
+
+def test_foreign_text_is_told_from_the_models_own(folder, scored, tmp_path):
+    """Answers exchanged between records, and a template that the model has never seen."""
+    records = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    words = [record["messages"][-1]["content"] for record in records]
+    for record, word in zip(records, words[7:] + words[:7], strict=True):
+        record["messages"][-1]["content"] = "is " + word[::-1]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(record) for record in records) + "\n")
+    exchanged = tmp_path / "exchanged"
+    data = ["--data", str(tmp_path / "train.jsonl")]
+    forked(["-m", "megatron_idft", "score", *flags(folder, exchanged), *data])
+    template = tmp_path / "template"
+    forked(["-m", "megatron_idft", "score", *flags(folder, template), "--chat-template", "plain"])
+
+    def phi(rows: list[dict]) -> tuple[float, float]:
+        means = np.array([row["phi_mean"] for row in rows])
+        return float(means.mean()), float(means.std() / len(means) ** 0.5)
+
+    own = phi(scored)
+    for output in (exchanged, template):
+        mean, error = phi(pq.read_table(output / "scores.parquet").to_pylist())
+        assert own[0] - mean > 4 * np.hypot(error, own[1]), (output, mean, own)
+
+
+def test_dry_run_and_estimate_write_nothing(folder, tmp_path):
+    output = tmp_path / "out"
+    text = forked(["-m", "megatron_idft", "score", *flags(folder, output, "--dry-run")])
+    assert "⟦" in text and "scored spans" in text
+    text = forked(["-m", "megatron_idft", "score", *flags(folder, output, "--estimate")])
+    assert "tokens/s" in text and "standard error" in text
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("drop", "more", "remedy"),
+    [
+        ("--load", "", "pass its checkpoint as --load"),
+        ("--data", "", "pass the records as --data"),
+        ("--tokenizer-model", "", "pass --tokenizer-model"),
+        ("", "--limit 0", "whole number from 1"),
+    ],
+)
+def test_missing_flags_are_named(folder, tmp_path, drop, more, remedy):
+    words = flags(folder, tmp_path / "out", more)
+    if drop:
+        at = words.index(drop)
+        del words[at : at + 2]
+    with pytest.raises(AssertionError, match=remedy):
+        forked(["-m", "megatron_idft", "score", *words])
