@@ -72,6 +72,7 @@ def spread_rows(mean, std, count=60):
         (-8, 6.5, "problem"),  # the published run with a broken template
         (-0.243, 1.69, "ok"),  # the published foreign corpora and own ones
         (0.054, 0.27, "ok"),
+        (-3, 5.5, "problem"),  # two signs of three: about a third of the tokens lie below -5
         (-2.5, 1.5, "look"),
         (0.0, 5.5, "look"),
     ],
@@ -219,6 +220,9 @@ def test_the_foreign_source_is_named_and_no_other():
         assert found.verdict == "look" and found.value == {"sources": 5, "judged": 4, "foreign": 1}
         assert [entry["source"] for entry in found.evidence["foreign"]] == ["odd"]
         assert "1 not judged" in found.result
+        rest = np.concatenate([row["phi"] for row in chain(*parts, few)])
+        of_rest = found.evidence["foreign"][0]["phi_mean_of_the_rest"]["value"]
+        assert of_rest == pytest.approx(rest.mean(), rel=1e-6)
 
 
 def test_a_shift_of_the_mean_alone_makes_a_source_foreign():
@@ -227,6 +231,17 @@ def test_a_shift_of_the_mean_alone_makes_a_source_foreign():
     found = findings(chain(*steady, lower), own(20))["foreign sources"]
     assert [entry["source"] for entry in found.evidence["foreign"]] == ["lower"]
     assert len(found.evidence["foreign"][0]["reasons"]) == 1
+
+
+def test_a_wider_spread_alone_makes_a_source_foreign():
+    steady = [own(i, 60, source=f"s{i}", name=f"s{i}") for i in range(2)]
+    wider = own(5, 60, source="wider", name="wider")
+    for start, by in ((0, 3), (1, -3)):  # as many tokens up as down, so that the mean stays
+        wider = list(shifted(wider, slice(start, 20, 2), by))
+    found = findings(chain(*steady, wider), own(20))["foreign sources"]
+    assert [entry["source"] for entry in found.evidence["foreign"]] == ["wider"]
+    [reason] = found.evidence["foreign"][0]["reasons"]
+    assert reason.startswith("spread")
 
 
 def test_own_samples_that_fail_their_own_check_are_not_a_reference():

@@ -152,6 +152,13 @@ def test_the_error_counts_records_not_tokens():
     assert mean["se"] == pytest.approx(np.std([row["phi_mean"] for row in rows], ddof=1) / np.sqrt(40), rel=1e-6)
 
 
+def test_equal_tokens_leave_no_error():
+    rows = [row_of(i, np.full(n, -5.0), np.ones(n), [1] * n) for i, n in enumerate((5, 30, 80))]
+    [corpus] = report(rows).to_json()["corpora"]
+    for estimate in (corpus["first_against_rest"], *(corpus["summary"][key] for key in ("log_prob_mean", "phi_mean"))):
+        assert estimate["se"] == pytest.approx(0, abs=1e-6)
+
+
 def test_paired_differences_between_checkpoints():
     before = list(sampled_rows(80, seed=1, model=0.0))
     after = list(sampled_rows(80, seed=1, model=0.4))
@@ -365,7 +372,8 @@ def test_the_page_shows_the_numbers():
 def test_names_of_sources_are_not_read_as_mathematics():
     rows = [*sampled_rows(20, source="$x$ 你好", name="a"), *sampled_rows(20, seed=2, source="${", name="b")]
     page = check_page(report(rows).to_html())
-    assert "$x$ 你好" in base64.b64decode(page.images[-1].split(",")[1]).decode()
+    drawn = ElementTree.fromstring(base64.b64decode(page.images[-1].split(",")[1]))
+    assert {"$x$ 你好", "${"} <= {text.strip() for text in drawn.itertext()}
 
 
 @pytest.mark.parametrize(
