@@ -17,6 +17,7 @@ from megatron_idft.checkpoint.config import read_config, read_model
 from megatron_idft.checkpoint.safetensors_files import SafetensorsWriter
 from megatron_idft.checkpoint.settings import megatron_settings
 from megatron_idft.checkpoint.tensors import pieces
+from megatron_idft.checkpoint.torch_dist import TorchDistCheckpoint
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -59,6 +60,19 @@ def test_in_bf16_and_in_many_files(tmp_path):
     to_hf(tmp_path / "megatron", tmp_path / "wide", dtype=torch.float32, progress=False)
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
     assert {tensor.dtype for tensor in tensors(tmp_path / "wide").values()} == {torch.float32}
+
+
+def test_a_vocabulary_larger_than_a_block_is_written_in_blocks(converted, tmp_path, monkeypatch):
+    source = converted["qwen3"].huggingface
+    monkeypatch.setattr("megatron_idft.checkpoint.tensors.BLOCK", 64 * 10)
+    to_megatron(source, tmp_path / "megatron", progress=False)
+    to_hf(tmp_path / "megatron", tmp_path / "back", shard_bytes=30_000, progress=False)
+    assert_same(source, tmp_path / "back")
+    checkpoint = TorchDistCheckpoint(tmp_path / "megatron" / "release")
+    rows = checkpoint.read("output_layer.weight", (0, 0), (384, 64))
+    assert torch.equal(rows[:257], tensors(source)["lm_head.weight"]) and not rows[257:].any()
+    chunks = checkpoint._metadata.state_dict_metadata["output_layer.weight"].chunks
+    assert [chunk.sizes[0] for chunk in chunks] == [10] * 25 + [7, 127]
 
 
 def test_the_tokenizer_travels_along_and_code_does_not(converted, tmp_path):
