@@ -35,6 +35,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "gpu": ["transformer-engine[pytorch]>=2.4"],
+        "report": ["matplotlib>=3.8"],  # the pages of `score report`
         "examples": ["matplotlib>=3.8"],
         "dev": ["hypothesis>=6.100", "matplotlib>=3.8", "mypy>=1.11", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.6"],
     },

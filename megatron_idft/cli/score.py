@@ -5,7 +5,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-USAGE = """usage: torchrun … -m megatron_idft score --load DIR --tokenizer-model PATH --data FILE … --output DIR <flags>
+USAGE = """usage: torchrun … -m megatron_idft score --hf-model DIR --data FILE … --output DIR --seq-length N <flags>
+       torchrun … -m megatron_idft score --load DIR --tokenizer-model PATH --data FILE … --output DIR <model flags>
        megatron-idft score status DIR
        megatron-idft score report DIR … [--output DIR] [--title TEXT]
        megatron-idft score select DIR --keep EXPRESSION --data FILE … --output FILE.jsonl
@@ -74,9 +75,10 @@ def main(argv: Sequence[str]) -> int:
         parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
         print(USAGE + "\n\n" + add_score_arguments(parser).format_help())
         return 0
+    from megatron_idft.integration.hf_model import expand
     from megatron_idft.integration.scoring_program import score
     from megatron_idft.integration.script import prepare_process
 
-    prepare_process("megatron-idft score", argv, force_cpu="--cpu" in argv)
+    prepare_process("megatron-idft score", expand(argv), force_cpu="--cpu" in argv)
     score()
     return 0

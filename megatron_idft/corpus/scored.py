@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_idft.corpus.estimates import ClusterSums
-from megatron_idft.corpus.ledger_manifest import read_manifest
+from megatron_idft.corpus.ledger.manifest import read_manifest
 from megatron_idft.corpus.records import read_records
 from megatron_idft.corpus.report import ReportBuilder
 from megatron_idft.corpus.scoring import RECORD_SCHEMA, TOKEN_SCHEMA

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_idft.errors import UserError
+from megatron_idft.integration import hf_model
 from megatron_idft.integration.arguments import ArgumentError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         default=None,
         help="Where the scores go. Any number of launches with the same settings may share it; a stopped one goes on.",
     )
+    hf_model.add_hf_model_arguments(group)
     group.add_argument(
         "--per-token",
         action="store_true",
@@ -166,8 +168,11 @@ def _parse() -> argparse.Namespace:
     args = megatron_arguments.parse_args(add_score_arguments)
     if not args.data or not args.output:
         raise ArgumentError("pass the records as --data FILE [FILE …] and a folder as --output DIR")
-    if args.load is None:
-        raise ArgumentError("no model: pass its checkpoint as --load DIR, with the model's flags as in training")
+    if args.load is None and args.pretrained_checkpoint is None:
+        raise ArgumentError(
+            "no model: pass a Hugging Face folder as --hf-model DIR, or its checkpoint as --load DIR with the model's"
+            " flags as in training"
+        )
     if args.tokenizer_model is None:
         raise ArgumentError(
             "no tokenizer: pass --tokenizer-model with a Hugging Face folder or a sentencepiece .model file"
@@ -183,6 +188,8 @@ def _parse() -> argparse.Namespace:
         is_sentencepiece = args.tokenizer_model.endswith(".model")
         sys.argv += ["--tokenizer-type", "SentencePieceTokenizer" if is_sentencepiece else "HuggingFaceTokenizer"]
     args = megatron_arguments.parse_and_validate_args(add_score_arguments)
+    if args.sft_loss_vocab_size is None:
+        args.sft_loss_vocab_size = hf_model.recorded_vocab_size(args)
     initialize_megatron()
     return args
 
@@ -225,6 +232,7 @@ def _load_scorer(args: argparse.Namespace) -> ModelScorer:
     from megatron_idft.integration.scoring import ModelScorer
     from megatron_idft.integration.trainer import true_vocab_size
 
+    hf_model.convert_before_loading(args)
     model_config = gpt_config_from_args(args) if args.hybrid_layer_pattern is None else hybrid_config_from_args(args)
     model, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
@@ -352,7 +360,7 @@ def _write_part(path: Path, *, rows: list[dict[str, Any]]) -> None:
 def _settings(args: argparse.Namespace, cache: TokenCache, total: int) -> dict[str, Any]:
     """What must agree between launches on one output folder. Layouts may differ: they change rounding alone."""
     return {
-        "model": str(Path(args.load).resolve()),
+        "model": str(Path(args.load or args.pretrained_checkpoint).resolve()),
         "data": [Path(path).name for path in args.data],
         "iteration": args.iteration,
         "tokens": cache.path.name,  # the fingerprint of records, tokenizer, template and length

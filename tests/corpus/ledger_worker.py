@@ -17,8 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from megatron_idft.corpus import leases
-from megatron_idft.corpus.ledger import Ledger, SettingsMismatch
+from megatron_idft.corpus.ledger import Ledger, SettingsMismatch, leases
 
 SETTINGS = {"model": "tiny"}
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idft.corpus.leases import Owner
 from megatron_idft.corpus.ledger import Ledger, LedgerError, SettingsMismatch, status_of
+from megatron_idft.corpus.ledger.leases import Owner
 from megatron_idft.errors import UserError
 
 SETTINGS = {"model": "tiny"}

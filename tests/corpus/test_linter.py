@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scored_rows import END_ID, row_of, sampled_rows, without_lists
 
-from megatron_idft.corpus import lint_thresholds
-from megatron_idft.corpus.linter import ROW_TESTS, lint, lint_null
+from megatron_idft.corpus.lint import thresholds as lint_thresholds
+from megatron_idft.corpus.lint.linter import ROW_TESTS, lint, lint_null
 from megatron_idft.corpus.summary import EXAMPLES, CorpusSummary
 
 ROOT = Path(__file__).parents[2]

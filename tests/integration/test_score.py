@@ -228,7 +228,7 @@ def test_dry_run_and_estimate_write_nothing(folder, tmp_path):
 @pytest.mark.parametrize(
     ("drop", "more", "remedy"),
     [
-        ("--load", "", "pass its checkpoint as --load"),
+        ("--load", "", "--hf-model DIR, or its checkpoint as --load"),
         ("--data", "", "pass the records as --data"),
         ("--tokenizer-model", "", "pass --tokenizer-model"),
         ("", "--limit 0", "whole number from 1"),

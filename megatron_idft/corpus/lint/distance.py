@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_idft.corpus.estimates import ClusterSums, Estimate
-from megatron_idft.corpus.finding import LOOK, NOT_CHECKED, OK, PROBLEM, Finding, said
-from megatron_idft.corpus.lint_thresholds import (
+from megatron_idft.corpus.lint.finding import LOOK, NOT_CHECKED, OK, PROBLEM, Finding, said
+from megatron_idft.corpus.lint.thresholds import (
     ALARM_SOURCE,
     DISTANCE_SOURCE,
     END_OF_TURN_LOOK,

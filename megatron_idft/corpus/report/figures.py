@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_idft.corpus.display import source_name
-from megatron_idft.corpus.html_text import visible
+from megatron_idft.corpus.report.html_text import visible
 from megatron_idft.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 from megatron_idft.corpus.display import bounded, source_name
-from megatron_idft.corpus.finding import LOOK, NOT_CHECKED, OK, PROBLEM
-from megatron_idft.corpus.html_text import escaped, number
+from megatron_idft.corpus.lint.finding import LOOK, NOT_CHECKED, OK, PROBLEM
+from megatron_idft.corpus.report.html_text import escaped, number
 
 _BADGES = {
     PROBLEM: ("problem", "✖ problem"),

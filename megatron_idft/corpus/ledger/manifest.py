@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_idft.corpus.ledger_files import LedgerError, put, sync
+from megatron_idft.corpus.ledger.files import LedgerError, put, sync
 
 FORMAT = 1  # raise it whenever older launches could not share a folder with newer ones
 _PACKAGES = ("megatron-idft", "megatron-core", "torch", "transformers", "numpy", "pyarrow")  # for information only

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_idft.corpus.finding import LOOK, NOT_CHECKED, OK, PROBLEM, Finding, said
-from megatron_idft.corpus.lint_distance import check_distance, check_template
-from megatron_idft.corpus.lint_thresholds import (
+from megatron_idft.corpus.lint.distance import check_distance, check_template
+from megatron_idft.corpus.lint.finding import LOOK, NOT_CHECKED, OK, PROBLEM, Finding, said
+from megatron_idft.corpus.lint.thresholds import (
     ERRORS_SOURCE,
     FEW,
     FEW_SOURCE,

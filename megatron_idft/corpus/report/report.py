@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from megatron_idft.corpus.estimates import ClusterSums, Estimate
-from megatron_idft.corpus.finding import Finding
-from megatron_idft.corpus.linter import ROW_TESTS, lint, lint_null
+from megatron_idft.corpus.lint.finding import Finding
+from megatron_idft.corpus.lint.linter import ROW_TESTS, lint, lint_null
 from megatron_idft.corpus.record_table import paired_differences
 from megatron_idft.corpus.summary import PHI_EDGES, RECORD_EDGES, CorpusSummary, Row, SourceSummary
 from megatron_idft.errors import InputError
@@ -56,7 +56,7 @@ class Report:
 
     def to_html(self) -> str:
         """One page without scripts that loads nothing. Needs matplotlib."""
-        from megatron_idft.corpus.report_page import render_page
+        from megatron_idft.corpus.report.page import render_page
 
         return render_page(self._data)
 

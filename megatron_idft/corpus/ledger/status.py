@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_idft.corpus.leases import Lease, Leases
+from megatron_idft.corpus.ledger.leases import Lease, Leases
 
 _RATE_PARTS = 32  # the rate follows launches that join and leave
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_idft.corpus.display import source_name
-from megatron_idft.corpus.html_text import escaped, number, table, token_text
-from megatron_idft.corpus.report_findings import place
+from megatron_idft.corpus.report.findings import place
+from megatron_idft.corpus.report.html_text import escaped, number, table, token_text
 
 # Lower bound of phi, class, what the legend says. Orange and blue, which colour-blind readers can tell apart.
 _LEVELS = (

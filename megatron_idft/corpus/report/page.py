@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_idft.corpus.display import source_name
-from megatron_idft.corpus.finding import PROBLEM
-from megatron_idft.corpus.html_text import escaped, number, table
-from megatron_idft.corpus.report_figures import cumulative_figure, distribution_figure, sources_figure
-from megatron_idft.corpus.report_findings import estimate, render_findings
-from megatron_idft.corpus.report_records import legend, recurring_table, render_records, worst_table
-from megatron_idft.corpus.report_style import STYLE
+from megatron_idft.corpus.lint.finding import PROBLEM
+from megatron_idft.corpus.report.figures import cumulative_figure, distribution_figure, sources_figure
+from megatron_idft.corpus.report.findings import estimate, render_findings
+from megatron_idft.corpus.report.html_text import escaped, number, table
+from megatron_idft.corpus.report.records import legend, recurring_table, render_records, worst_table
+from megatron_idft.corpus.report.style import STYLE
 
 TABLE_SOURCES = 50
 _SECTIONS = (
