@@ -20,8 +20,7 @@ def _auto_bridge(because: UnknownFamilyError) -> Any:
         from megatron.bridge import AutoBridge
     except ImportError as error:
         raise UnknownFamilyError(
-            f"{because}. Megatron-Bridge converts more families and is used when it is installed (pip install"
-            f" megatron-bridge, or an NVIDIA NeMo container): {error}"
+            f"{because}. It is not installed here ({error}): pip install megatron-bridge, or use a NeMo container"
         ) from error
     return AutoBridge
 

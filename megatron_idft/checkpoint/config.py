@@ -93,7 +93,8 @@ def read_model(config: dict[str, Any], where: str = "config.json") -> ModelShape
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UnknownFamilyError(
-            f"{where}: model_type {kind!r} has no conversion table; there are tables for {', '.join(FAMILIES)}"
+            f"{where}: model_type {kind!r} has no conversion table; there are tables for {', '.join(FAMILIES)}."
+            " Megatron-Bridge converts more families: where it is installed, `megatron-idft convert` uses it"
         )
     family = FAMILIES[kind]
     config = family.defaults | config

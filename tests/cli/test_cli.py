@@ -18,14 +18,26 @@ def command(*words: str, path: Path = ROOT) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["doctor", "--help"], ["train", "-h"], ["--version"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["run", "--help"], ["doctor", "--help"], ["train", "-h"], ["convert", "-h"], ["--version"]]
+)
 def test_help_is_help(words):
     done = command(*words)
     assert done.returncode == 0 and "megatron" in done.stdout and not done.stderr
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["fine-tune"], ["run"], ["run", "--sft-loss", "idft"], ["train"], ["doctor", "x"]]
+    "words",
+    [
+        [],
+        ["fine-tune"],
+        ["run"],
+        ["run", "--sft-loss", "idft"],
+        ["train"],
+        ["doctor", "x"],
+        ["convert"],
+        ["convert", "x"],
+    ],
 )
 def test_unusable_arguments_exit_with_2_and_say_what_is_expected(words):
     done = command(*words)
