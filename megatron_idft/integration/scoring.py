@@ -61,11 +61,15 @@ class ModelScorer:
             raise UnsupportedModelError("context parallelism is not served in scoring: use --context-parallel-size 1")
         self.model = list(model)
         self.tokens_per_batch = tokens_per_batch
+        self.hooks = [
+            StatisticsHook(language_model, vocab_size, backend)
+            for language_model in language_models(self.model)
+            if getattr(language_model, "post_process", True)
+        ]
+        for hook in self.hooks:
+            hook.attach()
         for chunk in self.model:
             chunk.eval()
-            for language_model in language_models(chunk):
-                if getattr(language_model, "post_process", True):
-                    StatisticsHook(language_model, vocab_size, backend).attach()
         config = get_model_config(self.model[0])
         config.variable_seq_lengths = True  # micro-batches of different lengths share one pipeline pass
         self._multiple = mpu.get_tensor_model_parallel_world_size() if config.sequence_parallel else 1

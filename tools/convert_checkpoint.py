@@ -1,0 +1,11 @@
+"""`megatron-idft convert` from a checkout: python tools/convert_checkpoint.py --help, or torchrun … tools/convert_checkpoint.py …"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_idft.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", *sys.argv[1:]]))

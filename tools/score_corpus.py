@@ -1,0 +1,11 @@
+"""`megatron-idft score` from a checkout: python tools/score_corpus.py --help, or torchrun … tools/score_corpus.py …"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_idft.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["score", *sys.argv[1:]]))
