@@ -1,4 +1,4 @@
-"""`megatron-idft convert` from a checkout: python tools/convert_checkpoint.py --help, or torchrun … tools/convert_checkpoint.py …"""
+"""`megatron-idft convert` from a checkout: python tools/convert_checkpoint.py --help."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`megatron-idft score` from a checkout: python tools/score_corpus.py --help, or torchrun … tools/score_corpus.py …"""
+"""`megatron-idft score` from a checkout: python tools/score_corpus.py --help."""
 
 import sys
 from pathlib import Path
