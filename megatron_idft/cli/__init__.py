@@ -17,7 +17,7 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code (0 done, 1 failed, 2 unusable arguments)."""
+    """Run one verb and return its exit code (0 done, 1 failed, 2 unusable arguments, 143 stopped by SIGTERM)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--version"]:
         print(f"megatron-idft {__version__}")
@@ -35,4 +35,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, FileNotFoundError) as error:
         # Every rank that meets it says so: under torchrun the first to fail stops the others.
         print(f"megatron-idft {verb}: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code if isinstance(error, UserError) else 2

@@ -37,6 +37,8 @@ _MEGATRON_DEFAULTS = {"micro_batch_size": 1, "no_load_optim": True, "no_load_rng
 class Terminated(UserError):
     """SIGTERM arrived: what was in flight is given back."""
 
+    exit_code = 143
+
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of scoring to Megatron's parser."""

@@ -1,8 +1,10 @@
 """`score`: a checkpoint that the trainer wrote, under any layout, in any number of launches; killed and resumed."""
 
 import json
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import pytest
 import sentencepiece
 
 from launch import ROOT, forked
+from megatron_idft.corpus.ledger import status_of
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48
@@ -143,6 +146,26 @@ def test_several_launches_one_of_them_killed(folder, scored, tmp_path):
                 launch.send_signal(signal.SIGKILL)
     assert_same(pq.read_table(output / "scores.parquet").to_pylist(), scored)
     assert len(list(output.glob("parts/*.parquet"))) == 60
+
+
+def test_sigterm_gives_the_chunk_back_and_the_command_goes_on(folder, scored, tmp_path):
+    output = tmp_path / "out"
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, "-m", "megatron_idft", "score", *flags(folder, output, "--chunk-records 1")]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        environment["MASTER_PORT"] = str(probe.getsockname()[1])
+    launch = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(output.glob("parts/*.parquet"))) < 3:
+        assert time.monotonic() < deadline and launch.poll() is None
+        time.sleep(0.002)
+    launch.send_signal(signal.SIGTERM)
+    _, stderr = launch.communicate(timeout=60)
+    assert launch.returncode == 143 and b"the same command goes on from there" in stderr
+    state = status_of(output)
+    assert 3 <= state.finished < 60 and not state.leased
+    assert_same(score(folder, output, "--chunk-records 1"), scored)
 
 
 def test_other_settings_are_refused_on_the_same_folder(folder, scored):
