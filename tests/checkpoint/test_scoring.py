@@ -5,7 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 import torch
-from checkpoint.test_train import ROWS, corpus  # noqa: F401  (a fixture)
+from checkpoint.test_training import ROWS, corpus  # noqa: F401  (a fixture)
 
 from launch import forked
 
