@@ -239,6 +239,19 @@ def test_foreign_text_is_told_from_the_models_own(folder, scored, tmp_path):
         assert own[0] - mean > 4 * np.hypot(error, own[1]), (output, mean, own)
 
 
+def test_a_malformed_record_is_named_and_loses_no_other(folder, scored, tmp_path):
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    bad = tmp_path / "train.jsonl"
+    bad.write_text("\n".join([*lines[:5], '{"messages": [{"role": "user"}]}', "{not json", *lines[5:]]) + "\n")
+    words = [*flags(folder, tmp_path / "out"), "--data", str(bad)]
+    with pytest.raises(AssertionError, match=r"train\.jsonl, line 6"):
+        forked(["-m", "megatron_idft", "score", *words])
+    forked(["-m", "megatron_idft", "score", *words, "--bad-records", "skip"])
+    rows = pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
+    assert [row["line"] for row in rows] == [*range(1, 6), *range(8, 63)]
+    assert [row["phi_mean"] for row in rows] == pytest.approx([row["phi_mean"] for row in scored], abs=1e-5)
+
+
 def test_dry_run_and_estimate_write_nothing(folder, tmp_path):
     output = tmp_path / "out"
     text = forked(["-m", "megatron_idft", "score", *flags(folder, output, "--dry-run")])
