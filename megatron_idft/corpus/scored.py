@@ -18,6 +18,7 @@ from megatron_idft.corpus.selection import compile_selection
 from megatron_idft.errors import InputError
 
 SCORES = "scores.parquet"
+OWN_SAMPLES = "own_samples"  # folder of the ledger of `score --calibrate`: chunk i has temperature i
 OWN_SAMPLE_TEMPERATURES = (1.0, 0.3)  # the null itself, and what sampling below T = 1 looks like
 
 
@@ -62,29 +63,31 @@ def finish_scores(output: Path, parts: Sequence[Path], *, per_token: bool) -> st
     )
 
 
-def own_samples_path(output: Path, temperature: float) -> Path:
-    """Where `score --calibrate` keeps the model's own answers at this temperature."""
-    return output / f"own_samples_T{temperature:g}.parquet"
-
-
 def read_own_samples(output: Path) -> dict[float, list[dict[str, Any]]]:
     """Scored rows of the model's own answers by temperature; empty without `--calibrate`."""
-    paths = {temperature: own_samples_path(output, temperature) for temperature in OWN_SAMPLE_TEMPERATURES}
-    return {temperature: pq.read_table(path).to_pylist() for temperature, path in paths.items() if path.exists()}
+    found = {}
+    for chunk, temperature in enumerate(OWN_SAMPLE_TEMPERATURES):
+        path = output / OWN_SAMPLES / "parts" / f"chunk-{chunk:06d}.parquet"
+        if path.exists():
+            found[temperature] = pq.read_table(path).to_pylist()
+    return found
 
 
-def describe_own_samples(path: Path, temperature: float) -> str:
-    """The mean of phi with its standard error, each answer being one draw, for a person."""
-    sums = ClusterSums()
-    for row in pq.read_table(path, columns=["num_tokens", "phi_sum"]).to_pylist():
-        sums.add({"tokens": row["num_tokens"], "phi": row["phi_sum"]})
-    mean = sums.ratio("phi")
-    assert mean is not None
-    error = "unknown" if mean.se is None else f"{mean.se:.4f}"
-    return (
-        f"> own samples at temperature {temperature:g}: phi {mean.value:+.4f} per token, standard error {error}, over"
-        f" {sums.records} answers, {sums['tokens']:,.0f} tokens"
-    )
+def describe_own_samples(output: Path) -> str:
+    """The mean of phi at each temperature with its standard error, each answer being one draw, for a person."""
+    lines = []
+    for temperature, rows in read_own_samples(output).items():
+        sums = ClusterSums()
+        for row in rows:
+            sums.add({"tokens": row["num_tokens"], "phi": row["phi_sum"]})
+        mean = sums.ratio("phi")
+        assert mean is not None
+        error = "unknown" if mean.se is None else f"{mean.se:.4f}"
+        lines.append(
+            f"> own samples at temperature {temperature:g}: phi {mean.value:+.4f} per token, standard error {error},"
+            f" over {sums.records} answers, {sums['tokens']:,.0f} tokens"
+        )
+    return "\n".join(lines)
 
 
 def report_on(folders: Sequence[Path], output: Path, title: str) -> tuple[Path, Path]:
@@ -93,17 +96,27 @@ def report_on(folders: Sequence[Path], output: Path, title: str) -> tuple[Path, 
     Raises InputError where a folder holds no scores.
     """
     builder = ReportBuilder(title)
+    manifests = [read_manifest(folder)["settings"] for folder in folders]
+    labels = _labels([(settings["model"], settings["iteration"], settings["hf_model"]) for settings in manifests])
     seen: set[tuple[str, float]] = set()
-    for folder in folders:
-        settings = read_manifest(folder)["settings"]
-        model = f"{Path(settings['model']).name}, iteration {settings['iteration']}"
+    for folder, settings, label in zip(folders, manifests, labels, strict=True):
         for temperature, rows in read_own_samples(folder).items():
-            if (model, temperature) not in seen:
-                builder.add_null(model, temperature, rows)
-                seen.add((model, temperature))
-        builder.add_corpus(", ".join(settings["data"]), model, read_scored(folder, per_token=True))
+            if (label, temperature) not in seen:
+                builder.add_null(label, temperature, rows)
+                seen.add((label, temperature))
+        builder.add_corpus(", ".join(settings["data"]), label, read_scored(folder, per_token=True))
     output.mkdir(parents=True, exist_ok=True)
     return builder.build().save(output)
+
+
+def _labels(models: Sequence[tuple[str, int, str | None]]) -> list[str]:
+    """What the page calls each (checkpoint, iteration, Hugging Face folder): short, unless that fits two of them."""
+    short = [name or f"{Path(path).name}, iteration {iteration}" for path, iteration, name in models]
+    long = [f"{label} ({path})" for label, (path, _, _) in zip(short, models, strict=True)]
+    meant: dict[str, set[tuple[str, int]]] = {}
+    for label, (path, iteration, _) in zip(short, models, strict=True):
+        meant.setdefault(label, set()).add((path, iteration))
+    return [label if len(meant[label]) == 1 else full for label, full in zip(short, long, strict=True)]
 
 
 def select_records(folder: Path, expression: str, data: Sequence[str], output: Path) -> dict[str, int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import signal
 import sys
 import time
@@ -154,9 +153,9 @@ def score() -> None:
     if args.estimate:
         _estimate(args, scorer, tokenizer, cache, total)
         return
+    _score_chunks(args, scorer, tokenizer, cache, total)
     if args.calibrate is not None:
         _calibrate(args, scorer, tokenizer, cache, total)
-    _score_chunks(args, scorer, tokenizer, cache, total)
 
 
 def _raise_terminated(*_: object) -> None:
@@ -319,9 +318,8 @@ def _score_chunks(
         if _leads():
             settings = _settings(args, cache, total)
             ledger = stack.enter_context(Ledger(args.output, settings, chunks, lease_seconds=args.lease_seconds))
-        bar = stack.enter_context(
-            tqdm(total=chunks, desc="scoring", unit="chunk", disable=ledger is None, file=sys.stderr, mininterval=1.0)
-        )
+        bar = tqdm(total=chunks, desc="scoring", unit="chunk", disable=ledger is None, file=sys.stderr, mininterval=1.0)
+        stack.callback(bar.close)
         tokens = 0
         for chunk in _claimed(ledger):
             samples = range(chunk * args.chunk_records, min((chunk + 1) * args.chunk_records, total))
@@ -333,6 +331,7 @@ def _score_chunks(
             bar.n = len(ledger.parts())
             bar.set_postfix_str(f"{tokens / bar.format_dict['elapsed']:,.0f} tokens/s in this launch", refresh=False)
             bar.refresh()
+        bar.close()
         if ledger is not None:
             print(finish_scores(Path(args.output), ledger.parts(), per_token=args.per_token), flush=True)
 
@@ -363,6 +362,7 @@ def _settings(args: argparse.Namespace, cache: TokenCache, total: int) -> dict[s
     """What must agree between launches on one output folder. Layouts may differ: they change rounding alone."""
     return {
         "model": str(Path(args.load or args.pretrained_checkpoint).resolve()),
+        "hf_model": None if args.hf_model is None else Path(args.hf_model).resolve().name,
         "data": [Path(path).name for path in args.data],
         "iteration": args.iteration,
         "tokens": cache.path.name,  # the fingerprint of records, tokenizer, template and length
@@ -376,46 +376,48 @@ def _settings(args: argparse.Namespace, cache: TokenCache, total: int) -> dict[s
 def _calibrate(
     args: argparse.Namespace, scorer: ModelScorer, tokenizer: ChatTokenizer, cache: TokenCache, total: int
 ) -> None:
-    """Own answers to prompts spread over the corpus, scored like records: `own_samples_T….parquet` in the output."""
+    """Own answers to prompts spread over the corpus, scored like records: a ledger with one part per temperature."""
     import numpy as np
 
-    from megatron_idft.corpus.scored import OWN_SAMPLE_TEMPERATURES, describe_own_samples, own_samples_path
+    from megatron_idft.corpus.ledger import Ledger
+    from megatron_idft.corpus.scored import OWN_SAMPLE_TEMPERATURES, OWN_SAMPLES, describe_own_samples
     from megatron_idft.inference.decoding import RecomputingDecoder
 
-    output = Path(args.output)
     decoder = RecomputingDecoder(
         scorer.model, args.sft_loss_vocab_size, args.tokens_per_batch, max_positions=args.seq_length
     )
     samples = sorted({int(index) for index in np.linspace(0, total - 1, min(total, args.calibrate))})
     prompts = [ids[: int(np.flatnonzero(mask)[0])] for ids, mask in (cache[index] for index in samples)]
-    for temperature in OWN_SAMPLE_TEMPERATURES:
-        path = own_samples_path(output, temperature)
-        if _from_leader(path.exists()):
-            continue
-        answers = decoder.generate(
-            prompts,
-            [str(index) for index in samples],
-            max_tokens=args.calibrate_max_tokens,
-            temperature=temperature,
-            seed=args.seed,
-            stop_ids={*cache.end_of_turn_ids, tokenizer.eos_id},
-        )
-        answered = [(index, prompt, answer) for index, prompt, answer in zip(samples, prompts, answers, strict=True)]
-        answered = [item for item in answered if len(item[2])]
-        sequences = [
-            (
-                np.concatenate([prompt, answer]).astype(np.int32),
-                np.repeat([0, 1], [len(prompt), len(answer)]).astype(np.uint8),
+    with ExitStack() as stack:
+        ledger = None
+        if _leads():
+            settings = _settings(args, cache, total) | {
+                "answers": len(samples),
+                "max_tokens": args.calibrate_max_tokens,
+                "seed": args.seed,
+                "temperatures": list(OWN_SAMPLE_TEMPERATURES),
+            }
+            folder, count = Path(args.output) / OWN_SAMPLES, len(OWN_SAMPLE_TEMPERATURES)
+            ledger = stack.enter_context(Ledger(folder, settings, count, lease_seconds=args.lease_seconds))
+        for chunk in _claimed(ledger):
+            answers = decoder.generate(
+                prompts,
+                [str(index) for index in samples],
+                max_tokens=args.calibrate_max_tokens,
+                temperature=OWN_SAMPLE_TEMPERATURES[chunk],
+                seed=args.seed,
+                stop_ids={*cache.end_of_turn_ids, tokenizer.eos_id},
             )
-            for _, prompt, answer in answered
-        ]
-        rows = _score_sequences(scorer, tokenizer, cache, [index for index, _, _ in answered], sequences)
-        if rows is not None:
-            output.mkdir(parents=True, exist_ok=True)
-            building = path.with_name(f".{path.name}.{os.getpid()}")
-            _write_part(building, rows=rows)
-            building.replace(path)
-            print(describe_own_samples(path, temperature), flush=True)
+            answered = [(i, p, a) for i, p, a in zip(samples, prompts, answers, strict=True) if len(a)]
+            sequences = [
+                (np.concatenate([p, a]).astype(np.int32), np.repeat([0, 1], [len(p), len(a)]).astype(np.uint8))
+                for _, p, a in answered
+            ]
+            rows = _score_sequences(scorer, tokenizer, cache, [index for index, _, _ in answered], sequences)
+            if ledger is not None and rows is not None:
+                ledger.finish(chunk, functools.partial(_write_part, rows=rows))
+    if ledger is not None:
+        print(describe_own_samples(Path(args.output)), flush=True)
 
 
 def _estimate(

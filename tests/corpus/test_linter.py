@@ -81,6 +81,14 @@ def test_the_template_alarm_at_published_values(mean, std, verdict):
     assert findings(spread_rows(mean, std))["chat template"].verdict == verdict
 
 
+def test_a_template_that_fits_one_source_is_not_the_fault_of_another():
+    foreign = [{**row, "source": "foreign"} for row in spread_rows(-12, 6.5)]
+    assert findings(foreign)["chat template"].verdict == "problem"
+    own = [{**row, "source": "own", "id": f"own {row['id']}"} for row in spread_rows(0.0, 0.4)]
+    found = findings([*foreign, *own])["chat template"]
+    assert found.verdict == "look" and "source 'own'" in found.result
+
+
 @pytest.mark.parametrize(
     ("mean", "std", "verdict"),
     [

@@ -17,6 +17,7 @@ import sentencepiece
 
 from launch import ROOT, forked
 from megatron_idft.corpus.ledger import status_of
+from megatron_idft.corpus.scored import read_own_samples
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48
@@ -180,7 +181,7 @@ def test_own_samples_have_mean_phi_0_and_the_report_and_selection_follow(folder,
     )
     assert "own samples at temperature 1:" in text
     for temperature, low, high in ((1.0, -4, 4), (0.3, 4, np.inf)):
-        rows = pq.read_table(output / f"own_samples_T{temperature:g}.parquet").to_pylist()
+        rows = read_own_samples(output)[temperature]
         assert len(rows) == 60
         sums, tokens = (np.array([row[name] for row in rows]) for name in ("phi_sum", "num_tokens"))
         mean = sums.sum() / tokens.sum()
@@ -194,8 +195,7 @@ def test_own_samples_have_mean_phi_0_and_the_report_and_selection_follow(folder,
         ],
         nproc=2,
     )
-    name = "own_samples_T1.parquet"
-    own, again = (pq.read_table(path / name)["token_ids"].to_pylist() for path in (output, tmp_path / "tp"))
+    own, again = ([row["token_ids"] for row in read_own_samples(path)[1.0]] for path in (output, tmp_path / "tp"))
     assert sum(a == b for a, b in zip(own, again, strict=True)) >= 58  # a draw may fall on a rounding difference
 
     verbs = [sys.executable, "-m", "megatron_idft", "score"]

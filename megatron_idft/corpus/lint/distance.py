@@ -45,14 +45,23 @@ def check_template(corpus: CorpusSummary, null: CorpusSummary | None) -> Iterato
         )
     if mean is None or std is None or below is None:
         return
-    signs = [mean.value <= PHI_MEAN_ALARM, std.value >= PHI_STD_ALARM, below.value > SHARE_BELOW_5_ALARM]
+    signs = _template_signs(total)
+    verdict = PROBLEM if signs >= 2 else LOOK if signs else OK
+    result = f"Mean phi {said(mean)}, spread {std.value:.2f}, {below.value:.1%} of the tokens below -5."
+    # One template wrote all sources: where it fits one of them, it is another's text that does not fit the model.
+    fits = [
+        name for name, source in corpus.sources.items() if source.sums.records >= MIN_RECORDS and _fits(source.sums)
+    ]
+    if verdict == PROBLEM and fits:
+        verdict = LOOK
+        result += f" But source {fits[0]!r}, under the same template, shows no sign of a wrong one."
     yield Finding(
         "chat template",
-        PROBLEM if sum(signs) >= 2 else LOOK if any(signs) else OK,
-        f"Mean phi {said(mean)}, spread {std.value:.2f}, {below.value:.1%} of the tokens below -5.",
+        verdict,
+        result,
         {"phi_mean": mean.as_json(), "phi_std": std.as_json(), "phi_below_5": below.as_json()},
-        f"look at one of, problem at two of: mean ≤ {PHI_MEAN_ALARM:g}, spread ≥ {PHI_STD_ALARM:g}, more than"
-        f" {SHARE_BELOW_5_ALARM:.0%} of the tokens below -5",
+        f"look at one of, problem at two of and in every source: mean ≤ {PHI_MEAN_ALARM:g}, spread ≥"
+        f" {PHI_STD_ALARM:g}, more than {SHARE_BELOW_5_ALARM:.0%} of the tokens below -5",
         f"{ALARM_SOURCE}. Half of the tokens below -5: a third-party guide to DDT fails there",
         "Numbers like these come from a wrong or missing chat template, the wrong tokenizer, shuffled columns or a"
         " damaged checkpoint far more often than from unusual text. Look at the first rendered prompt (--dry-run).",
@@ -60,6 +69,16 @@ def check_template(corpus: CorpusSummary, null: CorpusSummary | None) -> Iterato
         " that the model does not know can cross them.",
     )
     yield from _edges(corpus, null)
+
+
+def _template_signs(sums: ClusterSums) -> int:
+    mean, std, below = sums.ratio("phi"), sums.std(), sums.ratio("below_5")
+    assert mean is not None and std is not None and below is not None
+    return sum([mean.value <= PHI_MEAN_ALARM, std.value >= PHI_STD_ALARM, below.value > SHARE_BELOW_5_ALARM])
+
+
+def _fits(sums: ClusterSums) -> bool:
+    return sums.records >= MIN_RECORDS and sums["tokens"] > 0 and _template_signs(sums) == 0
 
 
 def _edges(corpus: CorpusSummary, null: CorpusSummary | None) -> Iterator[Finding]:
