@@ -7,10 +7,12 @@ imported Megatron already, for the many runs whose subject is not the start.
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -58,6 +60,21 @@ def torchrun(
         raise
     assert process.returncode == 0, f"exit code {process.returncode}: {command}\n{output[-TAIL:]}"
     return output
+
+
+_ports = itertools.count(os.getpid() * 101)
+
+
+def free_port() -> int:
+    """A port for a rendezvous. Below the range from which connections take theirs: one of those could get it first."""
+    for number in _ports:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", 20000 + number % 10000))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+    raise AssertionError
 
 
 _zygote: subprocess.Popen[str] | None = None

@@ -12,10 +12,10 @@ import os
 import queue
 import runpy
 import signal
-import socket
 import sys
 import traceback
 
+from launch import free_port
 from megatron_idft.integration import cpu
 
 cpu.enable()
@@ -25,12 +25,6 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa
 
 # Upstream starts a manager process, which imports torch anew, for a queue that only --async-save shares.
 filesystem_async._results_queue = queue.Queue()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_rank(request: dict, rank: int, port: int) -> int:

@@ -57,7 +57,7 @@ launch() { "$python" -m torch.distributed.run --standalone --nproc-per-node "$1"
 
 progress='s|^.* sft iteration +([0-9]+)/ +([0-9]+) .*sft loss: ([^ ]+) .*phi mean: ([^ ]+) .*phi std: ([^ ]+) .*|'
 progress+='        step \1 of \2   objective \3   phi mean \4   phi std \5|p'
-scored='s/^(.*\])?> ((own samples|[0-9,]+ records, ).*)/        \2/p' # behind a progress bar, too
+scored='s/^> ((own samples|[0-9,]+ records, ).*)/        \1/p'
 
 # train PROCESSES NAME FLAG…: Megatron's trainer into the folder NAME; a checkpoint there is continued.
 train() {
@@ -113,15 +113,16 @@ sed 's/^/        /' megatron/model_flags.sh
 cmp model/model.safetensors back/model.safetensors
 echo "        model/ and back/ hold the same weights, byte for byte"
 
-# The launches share the chunks; either could be killed and started again. The first has the model answer prompts itself
-# before it takes chunks, so here the second does most of the scoring.
+# The launches share the chunks, and then the two temperatures at which the model answers prompts itself; either could
+# be killed and started again.
 say "3. scoring by two launches on one folder, with the model's own answers as the measure"
 score=(score --cpu --hf-model model --data data/corpus.jsonl --seq-length 96 --chunk-records 48)
 own_samples=(--calibrate-max-tokens 64 --calibrate)
-if [ ! -e scores/scores.parquet ]; then
+last_part=own_samples/parts/chunk-000001.parquet
+if [ ! -e "scores/$last_part" ]; then
     logged score-first.log "$scored" launch 1 "${score[@]}" --output scores "${own_samples[@]}" 200 &
     first=$!
-    logged score-second.log "$scored" launch 1 "${score[@]}" --output scores &
+    logged score-second.log "$scored" launch 1 "${score[@]}" --output scores "${own_samples[@]}" 200 &
     both "$first" $!
 fi
 idft score status scores | sed 's/^/        /'
@@ -149,7 +150,7 @@ both "$first" $!
 
 say "6. the corpus under both tuned models, and three checkpoints in one report"
 for name in fitting everything; do
-    if [ ! -e "scores-$name/scores.parquet" ]; then
+    if [ ! -e "scores-$name/$last_part" ]; then
         logged "score-$name.log" "$scored" launch 1 "${score[@]}" --load "tuned-$name" --output "scores-$name" \
             "${own_samples[@]}" 100 &
     else

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import sentencepiece
 
-from launch import ROOT, forked
+from launch import ROOT, forked, free_port
 from megatron_idft.corpus.ledger import status_of
 from megatron_idft.corpus.scored import read_own_samples
 
@@ -153,9 +152,7 @@ def test_sigterm_gives_the_chunk_back_and_the_command_goes_on(folder, scored, tm
     output = tmp_path / "out"
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     command = [sys.executable, "-m", "megatron_idft", "score", *flags(folder, output, "--chunk-records 1")]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        environment["MASTER_PORT"] = str(probe.getsockname()[1])
+    environment["MASTER_PORT"] = str(free_port())
     launch = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(list(output.glob("parts/*.parquet"))) < 3:
