@@ -59,12 +59,14 @@ class EncodedConversation:
     """ids: int32 [n]. mask: uint8 [n], 1 where the token is trained. end_ids: the tokens that end assistant turns.
 
     straddles: the number of spans whose first character lies inside a token that begins before the span.
+    pretokenized: ids and mask came with the record, see pretokenized.py.
     """
 
     ids: NDArray[np.int32]
     mask: NDArray[np.uint8]
     end_ids: set[int]
     straddles: int
+    pretokenized: bool = False
 
 
 def encode_conversation(

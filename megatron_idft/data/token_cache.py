@@ -37,12 +37,13 @@ from megatron_idft.data.conversations import (
     render_conversation,
     tokenize,
 )
+from megatron_idft.data.pretokenized import PretokenizedReader
 from megatron_idft.data.record_index import RecordIndexWriter, read_record_index
 from megatron_idft.data.template import ConversationError, TemplateError
 from megatron_idft.data.tokenizer import ChatTokenizer
 from megatron_idft.errors import UserError
 
-FORMAT = 2  # raise it whenever the same corpus would give other bytes
+FORMAT = 3  # raise it whenever the same corpus would give other bytes
 Truncation = Literal["truncate", "drop", "error"]
 BadRecords = Literal["stop", "skip"]
 _BATCH_RECORDS, _BATCH_CHARACTERS = 512, 1 << 21  # what is held in memory between reader and tokenizer
@@ -63,6 +64,7 @@ class Counts:
     empty: int = 0  # no trained token, or none within seq_length
     dropped: int = 0  # longer than seq_length + 1 tokens, under truncation="drop"
     truncated: int = 0  # kept, but cut on the right to seq_length + 1 tokens
+    pretokenized: int = 0  # kept, with the ids and the mask that they came with
     tokens: int = 0  # of the kept records, after truncation
     trained_tokens: int = 0  # labels that enter the loss
     lost_trained_tokens: int = 0  # cut off or dropped with their record
@@ -195,6 +197,8 @@ def build_token_cache(
 ) -> TokenCache:
     """Open the token cache of these records under `cache_dir`, building it first unless it is there. In one process.
 
+    Records that carry `token_ids` and `loss_mask` keep them, cut to seq_length like all others; see pretokenized.py.
+
     seq_length: records longer than seq_length + 1 tokens (inputs and shifted labels) are cut on the right (`truncate`),
         left out (`drop`), or end the build (`error`); records without a trained token are left out. All are counted.
     on_bad_record: `stop` raises at the first malformed record; `skip` counts it and writes it to errors.jsonl in the
@@ -300,8 +304,8 @@ def _encode(
     settings: _Settings, errors: ErrorLog, counts: Counts, progress: "_Progress"
 ) -> Iterator[tuple[Record, EncodedConversation]]:
     """Every good record with its tokens, in order. Batches, because tokenizers encode batches on all cores."""
-    tokenizer = settings.tokenizer
-    batch: list[tuple[Record, RenderedConversation]] = []
+    tokenizer, pretokenized = settings.tokenizer, PretokenizedReader(settings.tokenizer)
+    batch: list[tuple[Record, RenderedConversation | EncodedConversation]] = []
     size = 0
 
     def on_error(error: RecordError) -> None:
@@ -312,25 +316,32 @@ def _encode(
         counts.bad += 1
 
     def flush() -> Iterator[tuple[Record, EncodedConversation]]:
+        rendered = [(record, item) for record, item in batch if isinstance(item, RenderedConversation)]
         try:
-            encoded = tokenize(tokenizer, [rendered for _, rendered in batch])
+            tokenized = iter(tokenize(tokenizer, [item for _, item in rendered]))
         except TemplateError:
-            for record, rendered in batch:  # name the record that is to blame
+            for record, conversation in rendered:  # name the record that is to blame
                 try:
-                    tokenize(tokenizer, [rendered])
+                    tokenize(tokenizer, [conversation])
                 except TemplateError as error:
                     raise TemplateError(f"{record.file}, line {record.line}: {error}") from error
             raise
-        for (record, _), conversation in zip(batch, encoded, strict=True):
-            yield record, conversation
+        for record, item in batch:
+            yield record, item if isinstance(item, EncodedConversation) else next(tokenized)
         progress.records(len(batch))
         batch.clear()
 
     for record in read_records(settings.paths, on_error=on_error, on_bytes=progress.bytes):
+        item: RenderedConversation | EncodedConversation | None
         try:
-            if record.extra.get("tools"):
-                raise ConversationError("a list of tools is not served: write it into the system message")
-            rendered = render_conversation(tokenizer, record.messages)
+            item = pretokenized.read(record)
+            if item is None:
+                if record.extra.get("tools"):
+                    raise ConversationError("a list of tools is not served: write it into the system message")
+                item = render_conversation(tokenizer, record.messages)
+        except RecordError as error:
+            on_error(error)
+            continue
         except ConversationError as error:
             raw = json.dumps(record.messages, ensure_ascii=False, default=str)
             on_error(RecordError(record.file, record.line, "messages", str(error), raw))
@@ -338,10 +349,13 @@ def _encode(
         except TemplateError as error:
             raise TemplateError(f"{record.file}, line {record.line}: {error}") from error
         counts.records += 1
-        counts.spells_special += rendered.spells_special
-        counts.unwritten += rendered.unwritten
-        batch.append((record, rendered))
-        size += len(rendered.text)
+        if isinstance(item, RenderedConversation):
+            counts.spells_special += item.spells_special
+            counts.unwritten += item.unwritten
+            size += len(item.text)
+        else:
+            size += len(item.ids)
+        batch.append((record, item))
         if len(batch) == _BATCH_RECORDS or size > _BATCH_CHARACTERS:
             yield from flush()
             size = 0
@@ -356,9 +370,9 @@ def _fit(
     trained = int(mask[1:].sum())
     if len(ids) > limit and trained:
         if settings.truncation == "error":
-            raise RecordError(
-                record.file, record.line, "messages", f"{len(ids)} tokens are more than seq_length + 1 = {limit}"
-            )
+            field = "token_ids" if encoded.pretokenized else "messages"
+            message = f"{len(ids)} tokens are more than seq_length + 1 = {limit}"
+            raise RecordError(record.file, record.line, field, message)
         if settings.truncation == "drop":
             counts.dropped += 1
             counts.lost_trained_tokens += trained
@@ -370,6 +384,7 @@ def _fit(
         return None
     counts.truncated += len(ids) < len(encoded.ids)
     counts.straddling_spans += encoded.straddles
+    counts.pretokenized += encoded.pretokenized
     return ids, mask
 
 
@@ -422,6 +437,8 @@ def _report(counts: Counts, seq_length: int, path: Path | None) -> str:
         ("trained tokens", counts.trained_tokens, f"{share:.1f} %"),
         ("trained tokens lost", counts.lost_trained_tokens, "cut off or left out for length"),
     ]
+    if counts.pretokenized:
+        lines.append(("pre-tokenized records", counts.pretokenized, "kept, with the ids and the mask they came with"))
     if counts.straddling_spans:
         lines.append(("answers begun inside a token", counts.straddling_spans, "that token is not trained"))
     if counts.spells_special:
