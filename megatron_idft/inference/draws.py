@@ -7,13 +7,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def draw(seed: int, record_id: str, step: int) -> float:
+    """A number from [0, 1) with 53 random bits: BLAKE2b over (seed, step, id)."""
+    key = f"{seed}:{step}:{record_id}".encode("utf-8", "surrogatepass")
+    word = hashlib.blake2b(key, digest_size=8).digest()
+    return (int.from_bytes(word, "little") >> 11) * 2.0**-53
+
+
 def uniform(seed: int, record_ids: Sequence[str], step: int) -> NDArray[np.float64]:
-    """One draw from [0, 1) with 53 random bits for each record: BLAKE2b over (seed, step, id)."""
-    words = [
-        hashlib.blake2b(f"{seed}:{step}:{record_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        for record_id in record_ids
-    ]
-    return np.array([int.from_bytes(word, "little") >> 11 for word in words], dtype=np.float64) * 2.0**-53
+    """One draw for each record."""
+    return np.array([draw(seed, record_id, step) for record_id in record_ids], dtype=np.float64)
 
 
 def sample(logits: NDArray[np.floating], temperature: float, draws: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_idft.loss.autograd import Backend, TokenLoss
-from megatron_idft.loss.shard import vocab_shard
+from megatron_idft.loss.shard import VocabShard, vocab_shard
 from megatron_idft.objectives import Objective, resolve_objective
+from megatron_idft.statistics import MergedState, merge_shard_states
 
 # A backend is a module with the functions of `autograd.Backend`, imported when it is first used.
 _BACKENDS = {"reference": "megatron_idft.loss.reference", "triton": "megatron_idft.loss.triton_backend"}
@@ -131,6 +132,20 @@ def vocab_parallel_loss(
         logits, labels, objective, shard, vocab_size, implementation, overwrite_logits, cross_entropy_values
     )
     return LossOutput(*results)
+
+
+def distribution_statistics(
+    logits: Tensor, *, tp_group: ProcessGroup | None = None, vocab_size: int | None = None, backend: str = "auto"
+) -> tuple[MergedState, VocabShard]:
+    """Entropy and normaliser of each row's distribution, before any token of it is chosen; and this rank's shard.
+
+    Arguments, errors and the one collective as in `vocab_parallel_loss`. The state's `log_prob` is that of token 0.
+    """
+    implementation: Backend = import_module(_BACKENDS[resolve_backend(backend, logits.device)])
+    shard, vocab_size = vocab_shard(logits.shape[-1], vocab_size, tp_group)
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    state = implementation.shard_state(logits, labels, shard, vocab_size, frozenset())
+    return merge_shard_states(shard.gather_states(state)), shard
 
 
 def _check_tensors(logits: Tensor, labels: Tensor) -> None:

@@ -1,0 +1,124 @@
+"""What is asked of the decode engine and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+FinishReason = Literal["eos", "length", "context", "repetition"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One response to decode.
+
+    id: names its random draws together with the seed, so two requests of one call must not share both.
+    prompt: int [n >= 1], what the model is asked. hinted_prompt: int [m >= 1], the same question with a hint: a second
+    stream, mixed with the first (hinted_decoding/); None: plain generation.
+    """
+
+    id: str
+    prompt: NDArray[np.integer]
+    hinted_prompt: NDArray[np.integer] | None = None
+    seed: int = 0
+
+
+class Mixing(Protocol):
+    """How two streams become one distribution, proportional to hinted^(1 - lambda) * plain^lambda."""
+
+    first_token_hinted: bool  # the first token comes from the hinted stream alone
+
+    def __call__(self, hinted_entropy: Tensor) -> Tensor:
+        """lambda in [0, 1] from the entropy of the hinted stream, in nats; both fp32 [n]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a token is drawn from a distribution.
+
+    temperature: 0 takes the most probable token (of equals the one with the smallest id). top_p: the smallest set of
+    most probable tokens with at least this mass. top_k: so many most probable tokens; 0: all. Both cut the
+    distribution at temperature 1 when `cut_before_temperature` (as Hinted Decoding does), else the tempered one (as
+    Megatron and vLLM do).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    cut_before_temperature: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature}: pass a number from 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p}: pass a number above 0, at most 1")
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k}: pass a whole number from 0")
+
+    @property
+    def cuts(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Repetition:
+    """Ends a response in which some n-gram stands `count` times; looked for every `every` tokens."""
+
+    ngram: int = 30
+    count: int = 5
+    every: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """When a response ends.
+
+    stop_ids: it ends with the first of these. stop_on_first_token: also where that is the very first token; the authors
+    do not look at it. max_tokens: its longest. repetition: None: never looked for. splitter: text after which the
+    hinted stream is dropped; searched in the texts of the single tokens, joined, as `piece` gives them.
+    """
+
+    stop_ids: Collection[int]
+    max_tokens: int
+    stop_on_first_token: bool = True
+    repetition: Repetition | None = None
+    splitter: str | None = None
+    piece: Callable[[int], str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSettings:
+    """What all requests of one call share. mixing is needed where a request has a hinted prompt."""
+
+    sampling: Sampling
+    stopping: Stopping
+    mixing: Mixing | None = None
+
+
+@dataclass(slots=True)
+class Completion:
+    """A response, with what was known when each of its n tokens was drawn.
+
+    token_ids: int32 [n], with the stop token if that is what ended it. log_prob, entropy: fp32 [n], of the token and of
+    the distribution under the plain prompt, temperature 1, nats, nothing cut: their sum is phi. mix_weight: fp32 [n],
+    lambda, the share of the plain stream: 1 where it ran alone. hinted_entropy: fp32 [n], nats; NaN where there was no
+    hinted stream. split_at: the number of tokens after which the splitter had been written; None if it never was.
+    """
+
+    request: Request
+    token_ids: NDArray[np.int32]
+    finish_reason: FinishReason
+    log_prob: NDArray[np.float32]
+    entropy: NDArray[np.float32]
+    mix_weight: NDArray[np.float32] = field(repr=False)
+    hinted_entropy: NDArray[np.float32] = field(repr=False)
+    split_at: int | None = None
+
+    @property
+    def phi(self) -> NDArray[np.float32]:
+        return self.log_prob + self.entropy

@@ -1,0 +1,99 @@
+"""Run under torchrun or forked: decode the cases of a file with the engine under the layout that the flags name.
+
+    engine_probe.py CASES.json OUT.json <flags of `score`>
+
+A case: requests, sampling, stopping, mixing (a fixed number, or the beta of the paper's linear form), max_rows,
+memory_bytes, decode (False: score the prompts). Only one rank writes; the ranks' results are compared first.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_idft.integration import script
+from megatron_idft.integration.hf_model import expand
+
+POSITIONS = 96
+
+
+class Linear:
+    def __init__(self, beta: float, vocab_size: int, first_token_hinted: bool) -> None:
+        self.beta, self.log_vocab, self.first_token_hinted = beta, float(np.log(vocab_size)), first_token_hinted
+
+    def __call__(self, hinted_entropy: torch.Tensor) -> torch.Tensor:
+        return (self.beta * hinted_entropy / self.log_vocab).clamp(0, 1)
+
+
+class Fixed:
+    def __init__(self, weight: float, first_token_hinted: bool) -> None:
+        self.weight, self.first_token_hinted = weight, first_token_hinted
+
+    def __call__(self, hinted_entropy: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(hinted_entropy, self.weight)
+
+
+def run(engine, case, vocab_size):
+    from megatron_idft.inference.requests import DecodeSettings, Repetition, Request, Sampling, Stopping
+
+    if not case.get("decode", True):
+        pairs = engine.score([np.array(prompt) for prompt in case["prompts"]])
+        return [{"log_prob": a.tolist(), "entropy": b.tolist()} for a, b in pairs]
+    requests = [
+        Request(r["id"], np.array(r["prompt"]), r.get("hinted") and np.array(r["hinted"]), r.get("seed", 0))
+        for r in case["requests"]
+    ]
+    stopping = dict(case["stopping"])
+    if "repetition" in stopping:
+        stopping["repetition"] = Repetition(**stopping["repetition"])
+    if "splitter" in stopping:
+        stopping["piece"] = lambda token: f"<{token}>"
+    mixing, first = None, case.get("first_token_hinted", True)
+    if "beta" in case:
+        mixing = Linear(case["beta"], vocab_size, first)
+    elif "weight" in case:
+        mixing = Fixed(case["weight"], first)
+    settings = DecodeSettings(Sampling(**case["sampling"]), Stopping(**stopping), mixing)
+    engine.max_rows = case.get("max_rows", 4)
+    engine.cache.memory_bytes = case.get("memory_bytes", 1 << 28)
+    found = {}
+    for completion in engine.decode(requests, settings):
+        found[completion.request.id, completion.request.seed] = {
+            "tokens": completion.token_ids.tolist(),
+            "finish_reason": completion.finish_reason,
+            "log_prob": completion.log_prob.tolist(),
+            "entropy": completion.entropy.tolist(),
+            "mix_weight": completion.mix_weight.tolist(),
+            "hinted_entropy": [None if np.isnan(h) else float(h) for h in completion.hinted_entropy],
+            "split_at": completion.split_at,
+        }
+    return [found[request.id, request.seed] for request in requests]
+
+
+def main() -> None:
+    cases, out, *flags = sys.argv[1:]
+    common = f"--seq-length {POSITIONS} --no-load-optim --no-load-rng --tokenizer-type NullTokenizer --vocab-size 100"
+    flags += [*common.split(), "--data", "-", "--output", "-"]
+    script.prepare_process("engine probe", expand(flags), force_cpu=True)
+    from megatron_idft.inference.engine import DecodeEngine
+    from megatron_idft.integration import scoring_program
+
+    args = scoring_program._parse()
+    scorer = scoring_program._load_scorer(args)
+    vocab_size = args.sft_loss_vocab_size
+    engine = DecodeEngine(scorer.model, vocab_size, max_positions=POSITIONS, max_rows=4, memory_bytes=1 << 28)
+    results = {name: run(engine, case, vocab_size) for name, case in json.loads(Path(cases).read_text()).items()}
+    everywhere: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, results)
+    assert all(other == results for other in everywhere), "ranks disagree"
+    # The engine must leave the model as it was: scoring by the training's own forward pass still works.
+    engine.close()
+    scorer.score([np.arange(5), np.arange(9)])
+    if torch.distributed.get_rank() == 0:
+        Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
