@@ -30,7 +30,7 @@ from megatron_idft.inference.requests import (
     Sampling,
     Stopping,
 )
-from megatron_idft.inference.sampling import choose
+from megatron_idft.inference.sampling import FIRST_CANDIDATES, choose
 from megatron_idft.inference.served import ServedModel
 from megatron_idft.inference.steps import DecodeForward
 from megatron_idft.loss import distribution_statistics, vocab_parallel_loss
@@ -82,6 +82,7 @@ class DecodeEngine:
         self.vocab_size, self.max_positions, self.max_rows = vocab_size, max_positions, max_rows
         self.cache = KeyValueCache(self.model, memory_for_cache(memory_bytes, self.model.device, self.model.tp_group))
         self._forward = DecodeForward(self.model, self.cache)
+        self._kept = 0  # tokens that the last cut left: how many candidates the next one begins with
 
     def describe(self) -> str:
         """Memory and kernels, in one line for a person."""
@@ -285,7 +286,10 @@ class DecodeEngine:
             mix_weight[rows], hinted_entropy[rows] = weight, merged.entropy[n:]
             scores = own.index_copy(0, rows, torch.lerp(log_probs[n:], own[rows], weight[:, None]))
         draws = np.array([draw(s.request.seed, s.request.id, len(s.tokens)) for s in running])
-        chosen = choose(scores, own, settings.sampling, self._tensor(draws), shard)
+        chosen = choose(
+            scores, own, settings.sampling, self._tensor(draws), shard, candidates=max(FIRST_CANDIDATES, 2 * self._kept)
+        )
+        self._kept = chosen.kept
         columns = [chosen.tokens, chosen.log_prob, merged.entropy[:n], mix_weight, hinted_entropy]
         values = torch.stack([column.double() for column in columns], -1).cpu().numpy()
         broken = np.flatnonzero(~np.isfinite(values[:, :3]).all(-1))

@@ -7,22 +7,26 @@ computes the same tokens from the same exchanged bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_idft.inference.requests import Sampling
 from megatron_idft.loss.shard import VocabShard
 
-_FIRST_CANDIDATES = 128  # of each shard; four times as many until they are enough
+FIRST_CANDIDATES = 64  # of each shard; four times as many until they are enough
 
 
-class Chosen:
-    """tokens: int64 [n]. log_prob: float64 [n], of the token in `log_probs`. Both the same on every rank."""
+class Chosen(NamedTuple):
+    """tokens: int64 [n]. log_prob: float64 [n], of the token in `log_probs`. kept: the most tokens that a row's cut
+    left, 0 without a cut. The same on every rank."""
 
-    __slots__ = ("log_prob", "tokens")
-
-    def __init__(self, tokens: Tensor, log_prob: Tensor) -> None:
-        self.tokens, self.log_prob = tokens, log_prob
+    tokens: Tensor
+    log_prob: Tensor
+    kept: int = 0
 
 
 def choose(
@@ -32,7 +36,7 @@ def choose(
     draws: Tensor,
     shard: VocabShard,
     *,
-    candidates: int = _FIRST_CANDIDATES,
+    candidates: int = FIRST_CANDIDATES,
 ) -> Chosen:
     """One token per row, with probability proportional to exp(scores), cut and tempered as `sampling` says.
 
@@ -40,9 +44,9 @@ def choose(
         scores, log_probs: fp32 [n, valid columns of this shard], finite; log_probs is only looked up at the token.
         draws: float64 [n] in [0, 1).
         candidates: how many of a shard's largest are looked at first for top-p and top-k. The result does not depend on
-            it: where they turn out not to hold the whole cut, more are taken.
+            it: where they turn out not to hold the whole cut, more are taken. Twice what was kept last is a good guess.
 
-    Collectives: one all-gather for temperature 0, two for the whole distribution, one or more for a cut one. With a cut
+    Collectives: one all-gather for temperature 0, two for the whole distribution, two or more for a cut one. With a cut
     there is one synchronisation with the host.
     """
     if sampling.temperature == 0:
@@ -99,49 +103,61 @@ def _from_candidates(
     scores: Tensor, log_probs: Tensor, sampling: Sampling, draws: Tensor, shard: VocabShard, count: int
 ) -> Chosen | None:
     """None where the candidates do not hold the whole cut for certain."""
-    n, columns = scores.shape
-    exhaustive = count >= columns
-    # Every shard sends as much, also one that has fewer columns of the true vocabulary.
-    packet = scores.new_zeros(n, 3 * count + 3, dtype=torch.float64)
-    value, token, log_prob = (packet[:, i * count : (i + 1) * count] for i in range(3))
-    maximum, mass, smallest = (packet[:, 3 * count + i] for i in range(3))
-    value.fill_(-torch.inf)
-    maximum.fill_(-torch.inf)
-    smallest.fill_(-torch.inf)
+    # Every shard sends as much, also one that has fewer columns of the true vocabulary. Finding the largest of many
+    # costs more than sending all.
+    width = shard.padded_columns if 4 * count >= shard.padded_columns else count
     cut_scale = 1.0 if sampling.cut_before_temperature else 1 / sampling.temperature
-    if columns:
-        taken = min(count, columns)
-        top, index = scores.topk(taken, -1)
-        value[:, :taken] = top
-        token[:, :taken] = (index + shard.start).double()
-        log_prob[:, :taken] = log_probs.gather(1, index)
-        maximum.copy_(top[:, 0])
-        mass.copy_(((scores - top[:, :1]) * cut_scale).exp_().sum(-1, dtype=torch.float64))
-        if not exhaustive:  # what this shard keeps back is no larger
-            smallest.copy_(top[:, -1])
-    gathered = shard.gather_states(packet)  # [R, n, 3 count + 3]
-    maximum, mass, smallest = gathered[..., 3 * count :].unbind(-1)
-    largest = maximum.amax(0)
-    normalizer = (mass * ((maximum - largest) * cut_scale).exp()).sum(0)
-    value, token, log_prob = (gathered[..., i * count : (i + 1) * count].transpose(0, 1).flatten(1) for i in range(3))
-    # In the order of ids, then by falling value, equal ones still in the order of ids.
-    by_id = token.argsort(dim=-1, stable=True)
-    value, token, log_prob = (x.gather(1, by_id) for x in (value, token, log_prob))
-    by_value = value.argsort(dim=-1, descending=True, stable=True)
-    falling = value.gather(1, by_value)
+    value, token, log_prob = _candidates(scores, log_probs, width, shard)
+    maximum = value.amax(-1)
+    shifted = (scores - maximum.unsqueeze(1)).mul_(cut_scale)
+    mass = shifted.exp_().sum(-1, dtype=torch.float64)
+    # What this shard keeps back is no larger.
+    kept_back = value.amin(-1) if width < scores.shape[1] else torch.full_like(maximum, -torch.inf)
+    maximum, mass, kept_back = _gather([x.unsqueeze(1) for x in (maximum, mass, kept_back)], shard)  # [n, R]
+    value, token, log_prob = _gather([value, token, log_prob], shard)  # [n, R * width], in the order of ids
+    largest = maximum.amax(1)
+    normalizer = (mass * ((maximum - largest.unsqueeze(1)) * cut_scale).exp()).sum(1)
+    falling, by_value = value.sort(dim=-1, descending=True, stable=True)  # equal ones still in the order of ids
     probs = ((falling - largest.unsqueeze(1)) * cut_scale).exp() / normalizer.unsqueeze(1)
-    before = probs.cumsum(-1) - probs
+    before = probs.cumsum(-1, dtype=torch.float64) - probs
     keep = (before < sampling.top_p) & torch.isfinite(falling)
     if sampling.top_k:
         keep[:, sampling.top_k :] = False
     # Complete down to the largest value that some shard may have kept back: a cut that ends above it is exact.
     last_kept = falling.where(keep, torch.inf).amin(-1)
-    if not bool((last_kept > smallest.amax(0)).all()):
+    exact, kept = torch.stack([(last_kept > kept_back.amax(1)).all(), keep.sum(-1).amax()]).tolist()
+    if not exact:
         return None
     keep = torch.zeros_like(keep).scatter_(1, by_value, keep)
-    weights = ((value - largest.unsqueeze(1)) / sampling.temperature).exp() * keep
+    weights = ((value - largest.unsqueeze(1)).double() / sampling.temperature).exp() * keep
     cumulative = weights.cumsum(-1)
     index = (cumulative <= (draws * cumulative[:, -1]).unsqueeze(1)).sum(-1, keepdim=True)
     last = (keep * torch.arange(1, keep.shape[1] + 1, device=keep.device)).amax(-1, keepdim=True) - 1
     index = torch.minimum(index, last)
-    return Chosen(token.gather(1, index)[:, 0].long(), log_prob.gather(1, index)[:, 0])
+    return Chosen(token.gather(1, index)[:, 0].long(), log_prob.gather(1, index)[:, 0], int(kept))
+
+
+def _candidates(scores: Tensor, log_probs: Tensor, width: int, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest scores of this shard, their ids and log_probs, each [n, width] in the order of ids.
+
+    Where there are fewer: scores of -inf with ids behind all of this shard's and before the next one's.
+    """
+    n, columns = scores.shape
+    if columns > width:
+        index = scores.topk(width, -1).indices.sort(-1).values
+        return scores.gather(1, index), index + shard.start, log_probs.gather(1, index)
+    token = torch.arange(shard.start, shard.start + columns, device=scores.device).expand(n, -1)
+    missing = (0, width - columns)
+    return (
+        pad(scores, missing, value=-torch.inf),
+        pad(token, missing, value=shard.start + shard.padded_columns),
+        pad(log_probs, missing),
+    )
+
+
+def _gather(columns: Sequence[Tensor], shard: VocabShard) -> list[Tensor]:
+    """[n, w] of this shard -> [n, R * w] of all shards in rank order, for several at once. One all-gather."""
+    if shard.tp_group is None or shard.tp_group.size() == 1:
+        return list(columns)
+    gathered = shard.gather_states(torch.stack([column.double() for column in columns]))  # [R, columns, n, w]
+    return [part.transpose(0, 1).flatten(1) for part in gathered.unbind(1)]

@@ -11,11 +11,13 @@ class VocabShard(NamedTuple):
     """Attributes:
     start: global token id of the shard's first column.
     valid_columns: leading columns that belong to the true vocabulary; the rest is padding. May be 0.
+    padded_columns: all columns of the shard, as many on every rank.
     tp_group: the group that holds the other shards; None without tensor parallelism.
     """
 
     start: int
     valid_columns: int
+    padded_columns: int
     tp_group: ProcessGroup | None
 
     def gather_states(self, state: Tensor) -> Tensor:
@@ -49,4 +51,4 @@ def vocab_shard(num_columns: int, vocab_size: int | None, tp_group: ProcessGroup
             f"tensor-parallel size {tp_size}; got {vocab_size}"
         )
     start = rank * num_columns
-    return VocabShard(start, min(max(vocab_size - start, 0), num_columns), tp_group), vocab_size
+    return VocabShard(start, min(max(vocab_size - start, 0), num_columns), num_columns, tp_group), vocab_size

@@ -3,7 +3,8 @@
     engine_probe.py CASES.json OUT.json <flags of `score`>
 
 A case: requests, sampling, stopping, mixing (a fixed number, or the beta of the paper's linear form), max_rows,
-memory_bytes, decode (False: score the prompts). Only one rank writes; the ranks' results are compared first.
+memory_bytes, graphs (False: none), decode (False: score the prompts). Runs on a GPU where there is one. Only one rank
+writes; the ranks' results are compared first.
 """
 
 import json
@@ -57,6 +58,7 @@ def run(engine, case, vocab_size):
         mixing = Fixed(case["weight"], first)
     settings = DecodeSettings(Sampling(**case["sampling"]), Stopping(**stopping), mixing)
     engine.max_rows = case.get("max_rows", 4)
+    engine._forward.graphs = engine._forward.graphs and case.get("graphs", True)
     engine.cache.memory_bytes = case.get("memory_bytes", 1 << 28)
     found = {}
     for completion in engine.decode(requests, settings):
@@ -76,7 +78,7 @@ def main() -> None:
     cases, out, *flags = sys.argv[1:]
     common = f"--seq-length {POSITIONS} --no-load-optim --no-load-rng --tokenizer-type NullTokenizer --vocab-size 100"
     flags += [*common.split(), "--data", "-", "--output", "-"]
-    script.prepare_process("engine probe", expand(flags), force_cpu=True)
+    script.prepare_process("engine probe", expand(flags), force_cpu=not torch.cuda.is_available())
     from megatron_idft.inference.engine import DecodeEngine
     from megatron_idft.integration import scoring_program
 

@@ -37,7 +37,7 @@ def test_shards_merged_in_one_process(
     upstream = torch.randn(5, 4)
     on_device, placed = triton_engine.place(logits), triton_engine.place(labels)
     width = padded // shards
-    parts = [VocabShard(r * width, min(max(vocab - r * width, 0), width), None) for r in range(shards)]
+    parts = [VocabShard(r * width, min(max(vocab - r * width, 0), width), width, None) for r in range(shards)]
     objective = idft()
     columns = on_device.chunk(shards, -1)
     states = torch.stack(

@@ -367,7 +367,7 @@ def test_extra_statistics_merge_over_shards(engine: Engine, shards: int) -> None
     objective = Objective("probe", weight, extra_statistics=frozenset(["argmax", "sum_squared_prob"]))
     placed, width = engine.place(labels), 96 // shards
     states = [
-        backend.shard_state(part, placed, VocabShard(r * width, width, None), 96, objective.extra_statistics)
+        backend.shard_state(part, placed, VocabShard(r * width, width, width, None), 96, objective.extra_statistics)
         for r, part in enumerate(engine.place(logits).chunk(shards, -1))
     ]
     backend.token_results(torch.stack(states), placed, objective, 96, False)

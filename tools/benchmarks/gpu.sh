@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of at most 8 minutes, with one folder of results.
+# Everything that needs a GPU, in one command of at most 9 minutes, with one folder of results.
 #   bash tools/benchmarks/gpu.sh [RESULTS_FOLDER [STAGE…]]      default: .cache/gpu-results, every stage
-# Stages: environment tests compile benchmark training sanitizer; and sweep, only when named.
+# Stages: environment tests compile benchmark decoding training sanitizer; and sweep, only when named.
 # Needs Python 3.12 with torch, Triton and setup.py's light libraries, and no network: Megatron and the libraries that
 # ours is compared with are taken from .cache/wheels (or WHEELS), which tools/benchmarks/wheels.sh fills elsewhere.
 # A stage that fails or runs out of time does not stop the next one; the exit code tells.
 # PYTHON names the interpreter; without it, .venv's or python3, whichever has torch.
-# GPU_SH_SECONDS is the time for everything (470). GPU_SH_DRY_RUN=cpu tries the script without a GPU, on tiny shapes.
+# GPU_SH_SECONDS is the time for everything (540). GPU_SH_DRY_RUN=cpu tries the script without a GPU, on tiny shapes.
 set -uo pipefail
 
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -17,9 +17,10 @@ dry=${GPU_SH_DRY_RUN:-}
 # ----------------------------------------------------------------------------- stages: one function each, run in order
 # In each: $python, $results (few files, for keeping), $logs (the rest; packed at the end), $dry.
 
-all_stages=(environment tests compile benchmark training sanitizer)
+all_stages=(environment tests compile benchmark decoding training sanitizer)
 declare -A seconds_at_most=(
-    [environment]=60 [tests]=120 [compile]=40 [benchmark]=215 [training]=150 [sanitizer]=120 [sweep]=400
+    [environment]=60 [tests]=120 [compile]=40 [benchmark]=200 [decoding]=90 [training]=120 [sanitizer]=120
+    [sweep]=400
 )
 
 environment() {
@@ -42,9 +43,16 @@ compile() {
 }
 
 benchmark() {
-    local form=(--time-limit 180)
+    local form=(--time-limit 170)
     if [ -n "$dry" ]; then form=(--smoke --quick); fi
     "$python" tools/benchmarks/loss.py --out "$results" "${form[@]}"
+}
+
+decoding() {
+    local form=()
+    if [ -n "$dry" ]; then form=(--shape smoke); fi
+    "$python" -m torch.distributed.run --standalone --nproc-per-node 1 \
+        tools/benchmarks/decoding.py --out "$results" "${form[@]}"
 }
 
 training() {
@@ -140,7 +148,7 @@ summary=$results/summary.txt
 printf '%-12s %-20s %8s\n' stage status seconds >"$summary"
 failed=0
 for stage in "${stages[@]}"; do
-    left=$((${GPU_SH_SECONDS:-470} - SECONDS))
+    left=$((${GPU_SH_SECONDS:-540} - SECONDS))
     limit=$((seconds_at_most[$stage] < left ? seconds_at_most[$stage] : left))
     began=$SECONDS
     if [ "$limit" -lt 5 ]; then

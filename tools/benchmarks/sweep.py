@@ -39,7 +39,7 @@ def sweep_width(tokens: int, columns: int, device: torch.device) -> None:
     gradient = torch.empty_like(logits)
     labels = torch.randint(0, columns, (tokens,), device=device)
     upstream = torch.ones(tokens, device=device)
-    shard = VocabShard(0, columns, None)
+    shard = VocabShard(0, columns, columns, None)
 
     def forward() -> torch.Tensor:
         return triton_backend.shard_state(logits, labels, shard, columns, frozenset())

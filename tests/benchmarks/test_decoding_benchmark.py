@@ -1,0 +1,43 @@
+"""The decoding benchmark, run whole on a model of toy size: every variant decodes, the figures hang together."""
+
+import json
+import subprocess
+import sys
+
+from launch import ROOT
+
+PROGRAM = ROOT / "tools" / "benchmarks" / "decoding.py"
+
+
+def test_every_variant_is_measured(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(PROGRAM)]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path), "--shape", "smoke"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / "decoding.json").read_text())
+    variants = result["variants"]
+    assert list(variants) == ["engine 1 pairs", "engine 4 pairs", "no cache", "transformers.generate 8 rows"]
+    for row in variants.values():
+        [(short, long)] = row["seconds"]
+        assert short > 0 and long > 0
+    four = variants["engine 4 pairs"]
+    assert four["tokens_per_second_whole"] == 4 * 12 / four["seconds"][0][1]
+    assert result["bytes_per_second"] > 0 and result["flops_per_second"] > 0
+    assert result["goals"] == [], "the goals are of other shapes"
+
+
+def test_goals_are_judged(monkeypatch):
+    monkeypatch.syspath_prepend(str(PROGRAM.parent))
+    from decoding import judge
+
+    rows = {"engine 32 pairs": {"tokens_per_second_whole": 1000.0}, "no cache": {"tokens_per_second_whole": 25.0}}
+    [goal] = judge(rows, on_gpu=False, shape="tiny")
+    assert not goal["hit"] and goal["value"] == 40
+    rows["no cache"]["tokens_per_second_whole"] = 20.0
+    assert judge(rows, on_gpu=False, shape="tiny")[0]["hit"]
+    rows = {
+        "engine 64 pairs": {"tokens_per_second_whole": 1.0, "share_of_floor": 0.4},
+        "no cache": {"tokens_per_second_whole": 1.0},
+    }
+    assert [goal["hit"] for goal in judge(rows, on_gpu=True, shape="7b")] == [False]

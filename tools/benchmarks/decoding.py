@@ -1,0 +1,362 @@
+"""Tokens per second of Hinted Decoding against the number of pairs, beside slower ways and the machine's own limits.
+
+    torchrun --standalone --nproc-per-node 1 tools/benchmarks/decoding.py --out RESULTS [--shape tiny|7b] [--pairs 1 32]
+
+Random weights, prompts of one length each for the hinted and the plain stream, no stop tokens: all work is known
+beforehand. The output layer is scaled so that the mean entropy is 1 nat, as of a trained model: top-p over nearly
+uniform distributions is another problem. In one process, on one device:
+
+    engine N pairs         DecodeEngine, N pairs at once: two rows of the batch each, mixed with the linear lambda
+    engine 1 pair          (a) the same loop, one record at a time
+    no cache               (b) both streams anew for every token, one record at a time, as the authors' demo does
+    transformers.generate  (c) plain generation of 2 N rows with its cache; it neither mixes nor knows two prompts
+
+(b) and (c) are a transformers Qwen2 of the same shape. The time of a step is that of long responses less that of short
+ones, over the difference of their lengths, so that prefills do not count in it; tokens per second of whole responses
+count them. The floor of a step is what it cannot do without, at the bandwidth and the matrix products per second that
+the same device reaches in the same run: reading the weights once and the keys and values of all rows, or multiplying.
+
+Expected before the first run. CPU, tiny, 32 pairs: at least 50 times (b), the goal: batching gives about 10 on one
+thread (small products grow efficient), the cache about the length of the prompts in tokens less what attention costs,
+about 20. (a) lies between, at about a tenth of the batch. H200, 7b, 64 pairs: at least 50 % of the floor, the other
+goal; with SDPA over masked slots attention reads no more than the floor assumes, so that launches, not captured, are
+the risk. On a CPU the floor is printed, but caches hold the tiny model's weights, so that it says little.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout needs no installation
+
+SPEEDUP_GOAL, SPEEDUP_PAIRS = 50.0, 32
+FLOOR_GOAL, FLOOR_PAIRS = 0.5, 64
+
+# hidden, ffn, layers, heads, key-value heads, vocabulary; tokens: hinted and plain prompts, short and long responses
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model": (256, 768, 4, 8, 4, 8192),
+        "prompts": (256, 48),
+        "responses": (16, 144),
+        "uncached": 48,
+        "pairs": (1, 2, 4, 8, 16, 32),
+        "rounds": 3,
+    },
+    # Qwen2.5-7B
+    "7b": {
+        "model": (3584, 18944, 28, 28, 4, 152064),
+        "prompts": (2500, 120),
+        "responses": (16, 144),
+        "uncached": 12,
+        "pairs": (1, 8, 32, 64, 96),
+        "rounds": 1,
+    },
+    "smoke": {
+        "model": (64, 96, 2, 4, 2, 256),
+        "prompts": (24, 6),
+        "responses": (4, 12),
+        "uncached": 6,
+        "pairs": (1, 4),
+        "rounds": 1,
+    },
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of decoding.json")
+    parser.add_argument("--shape", choices=SHAPES, default=None, help="default: 7b on a GPU, tiny elsewhere")
+    parser.add_argument("--pairs", type=int, nargs="+", default=None)
+    parser.add_argument("--rounds", type=int, default=None)
+    return parser.parse_args()
+
+
+def build_megatron(shape: dict[str, Any], on_gpu: bool) -> Any:
+    """A randomly initialised GPTModel, by Megatron's own parser and builder."""
+    hidden, ffn, layers, heads, groups, vocab = shape["model"]
+    positions = max(shape["prompts"]) + max(shape["responses"])
+    flags = f"""
+        --num-layers {layers} --hidden-size {hidden} --ffn-hidden-size {ffn} --num-attention-heads {heads}
+        --group-query-attention --num-query-groups {groups} --seq-length {positions}
+        --max-position-embeddings {positions} --position-embedding-type rope
+        --normalization RMSNorm --swiglu --disable-bias-linear --add-qkv-bias
+        --untie-embeddings-and-output-weights --micro-batch-size 1 --tokenizer-type NullTokenizer
+        --vocab-size {vocab} --make-vocab-size-divisible-by 1 --attention-dropout 0 --hidden-dropout 0
+    """
+    if on_gpu:
+        flags += """--bf16 --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
+            --no-rope-fusion --no-persist-layer-norm --no-bias-swiglu-fusion --no-bias-dropout-fusion"""
+    from megatron_idft.integration.script import prepare_process
+
+    prepare_process("decoding benchmark", flags.split(), force_cpu=not on_gpu)
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.initialize import initialize_megatron
+
+    config = gpt_config_from_args(parse_and_validate_args())
+    initialize_megatron()
+    groups_ = ProcessGroupCollection.use_mpu_process_groups()
+    return config.get_builder_cls()(config).build_distributed_models(pg_collection=groups_, wrap_with_ddp=False)
+
+
+def build_transformers(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    hidden, ffn, layers, heads, groups, vocab = shape["model"]
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        max_position_embeddings=max(shape["prompts"]) + max(shape["responses"]),
+        tie_word_embeddings=False,
+        eos_token_id=None,
+        dtype=dtype,
+    )
+    with torch.device(device):
+        return Qwen2ForCausalLM(config).to(dtype).eval()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Ceiling:
+    """What this device reaches now: bytes per second of a read, matrix products per second."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        size, side = (2**31, 8192) if device.type == "cuda" else (2**27, 1024)
+        buffer = torch.ones(size // 4, device=device)
+        self.bytes_per_second = size / self._best(lambda: buffer.sum(), device)
+        a = torch.randn(side, side, device=device, dtype=dtype)
+        self.flops_per_second = 2 * side**3 / self._best(lambda: a @ a, device)
+
+    @staticmethod
+    def _best(call: Callable[[], object], device: torch.device) -> float:
+        times = []
+        for _ in range(8):
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    def floor_seconds(self, shape: dict[str, Any], pairs: int, itemsize: int) -> float:
+        """Of one step halfway through the long response."""
+        hidden, ffn, layers, heads, groups, vocab = shape["model"]
+        kv_width = hidden // heads * groups
+        weights = layers * (2 * hidden * hidden + 2 * hidden * kv_width + 3 * hidden * ffn) + hidden * vocab
+        positions = sum(prompt + sum(shape["responses"]) // 2 for prompt in shape["prompts"])
+        cache = pairs * positions * 2 * layers * kv_width
+        read = (weights + cache) * itemsize / self.bytes_per_second
+        return max(read, 2 * 2 * pairs * weights / self.flops_per_second)
+
+
+class Linear:
+    """lambda = clamp(3 H / ln V, 0, 1), the paper's form."""
+
+    first_token_hinted = True
+
+    def __init__(self, vocab: int) -> None:
+        self.scale = 3 / float(np.log(vocab))
+
+    def __call__(self, hinted_entropy: torch.Tensor) -> torch.Tensor:
+        return (self.scale * hinted_entropy).clamp(0, 1)
+
+
+@torch.no_grad()
+def sharpen(weight: torch.Tensor, logits: torch.Tensor) -> None:
+    """Scale the output layer that made `logits` [n, V] until their mean entropy is 1 nat."""
+    low, high = 1.0, 1e4
+    for _ in range(40):
+        scale = (low * high) ** 0.5
+        log_probs = (logits.float() * scale).log_softmax(-1)
+        low, high = (scale, high) if -(log_probs.exp() * log_probs).sum(-1).mean() > 1 else (low, scale)
+    weight.mul_(scale)
+
+
+class Programs:
+    """Each decodes responses of a number of tokens, and ends when they are on the host."""
+
+    def __init__(self, shape: dict[str, Any], on_gpu: bool, max_pairs: int) -> None:
+        from megatron_idft.inference.engine import DecodeEngine
+
+        self.shape, self.vocab = shape, shape["model"][-1]
+        positions = max(shape["prompts"]) + max(shape["responses"])
+        megatron = build_megatron(shape, on_gpu)
+        self.engine = DecodeEngine(megatron, self.vocab, max_positions=positions, max_rows=max_pairs)
+        self.device, self.dtype = self.engine.model.device, self.engine.model.dtype
+        self.transformers = build_transformers(shape, self.device, self.dtype)
+        rng = np.random.default_rng(0)
+        hinted, plain = shape["prompts"]
+        with torch.no_grad():
+            ids = torch.from_numpy(rng.integers(0, self.vocab, (1, min(64, positions)))).to(self.device)
+            sharpen(self.transformers.lm_head.weight, self.transformers(ids).logits[0])
+            served = self.engine.model
+            positions_of = torch.arange(ids.shape[1], device=self.device)[None]
+            with self.engine.cache.prefilling(None, positions_of[0]):
+                logits = served.logits(served.hidden_states(ids, positions_of))[:, 0]
+            sharpen(served.language_model.output_layer.weight, logits[:, : self.vocab])
+        self.prompts = [
+            (rng.integers(0, self.vocab, hinted), rng.integers(0, self.vocab, plain)) for _ in range(max_pairs)
+        ]
+
+    def run_engine(self, pairs: int, tokens: int) -> None:
+        from megatron_idft.inference.requests import DecodeSettings, Request, Sampling, Stopping
+
+        requests = [Request(str(i), plain, hinted) for i, (hinted, plain) in enumerate(self.prompts[:pairs])]
+        sampling = Sampling(0.3, top_p=0.95, cut_before_temperature=True)
+        settings = DecodeSettings(sampling, Stopping((), tokens), Linear(self.vocab))
+        lengths = [len(completion.token_ids) for completion in self.engine.decode(requests, settings)]
+        assert lengths == [tokens] * pairs
+
+    @torch.no_grad()
+    def run_without_cache(self, tokens: int) -> None:
+        ids = [torch.from_numpy(prompt)[None].to(self.device) for prompt in self.prompts[0]]
+        mixing = Linear(self.vocab)
+        for _ in range(tokens):
+            hinted, plain = (
+                self.transformers(stream, use_cache=False).logits[0, -1].float().log_softmax(-1) for stream in ids
+            )
+            weight = mixing(-(hinted.exp() * hinted).sum())
+            mixed = torch.lerp(hinted, plain, weight)
+            falling, order = mixed.softmax(-1).sort(descending=True)
+            kept = order[(falling.cumsum(-1) - falling) < 0.95]
+            token = kept[torch.multinomial((mixed[kept] / 0.3).softmax(-1), 1)]
+            ids = [torch.cat([stream, token[None]], -1) for stream in ids]
+        ids[0].tolist()
+
+    @torch.no_grad()
+    def run_generate(self, pairs: int, tokens: int) -> None:
+        """Rows of the hinted length: transformers pads the shorter ones to it."""
+        hinted = np.stack([hinted for hinted, _ in self.prompts[:pairs]])
+        ids = torch.from_numpy(np.concatenate([hinted, hinted[::-1]]).copy()).to(self.device)
+        out = self.transformers.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=True,
+            temperature=0.3,
+            top_p=0.95,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert out.shape[1] == ids.shape[1] + tokens
+
+
+def seconds(call: Callable[[], None], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def main() -> int:
+    args = parse_arguments()
+    on_gpu = torch.cuda.is_available()
+    name = args.shape or ("7b" if on_gpu else "tiny")
+    shape = SHAPES[name]
+    all_pairs = tuple(args.pairs or shape["pairs"])
+    rounds = args.rounds or shape["rounds"]
+    sys.argv = sys.argv[:1]
+    programs = Programs(shape, on_gpu, max(all_pairs))
+    device = programs.device
+    print(programs.engine.describe(), flush=True)
+    ceiling = Ceiling(device, programs.dtype)
+    print(
+        f"ceiling: {ceiling.bytes_per_second / 1e9:,.0f} GB/s read, {ceiling.flops_per_second / 1e12:,.2f} TFLOP/s"
+        f" {str(programs.dtype).removeprefix('torch.')}",
+        flush=True,
+    )
+    short, long = shape["responses"]
+    variants: dict[str, tuple[Callable[[int], None], tuple[int, int], int]] = {}
+    for pairs in all_pairs:
+        variants[f"engine {pairs} pairs"] = (lambda n, p=pairs: programs.run_engine(p, n)), (short, long), pairs
+    uncached = shape["uncached"]
+    variants["no cache"] = programs.run_without_cache, (uncached // 2, uncached), 1
+    for pairs in all_pairs[-1:]:
+        generate: Callable[[int], None] = lambda n, p=pairs: programs.run_generate(p, n)  # noqa: E731
+        variants[f"transformers.generate {2 * pairs} rows"] = generate, (short, long), 2 * pairs
+    times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
+    for round_number in range(rounds + 1):
+        for variant, (run, lengths, _) in variants.items():
+            measured = tuple(seconds(lambda run=run, n=n: run(n), device) for n in lengths)
+            if round_number > 0:  # the first compiles, captures and allocates
+                times[variant].append((measured[0], measured[1]))
+    rows = {}
+    itemsize = torch.empty((), dtype=programs.dtype).element_size()
+    for variant, (_, lengths, count) in variants.items():
+        step = statistics.median((b - a) / (lengths[1] - lengths[0]) for a, b in times[variant])
+        whole = statistics.median(b for _, b in times[variant])
+        rows[variant] = row = {
+            "responses": count,
+            "seconds": times[variant],
+            "step_ms": 1e3 * step,
+            "tokens_per_second_decoding": count / step,
+            "tokens_per_second_whole": count * lengths[1] / whole,
+        }
+        if variant.startswith("engine"):
+            row["floor_ms"] = 1e3 * ceiling.floor_seconds(shape, count, itemsize)
+            row["share_of_floor"] = row["floor_ms"] / row["step_ms"]
+        floor = f"{row['floor_ms']:9.2f} ms floor, {row['share_of_floor']:5.0%} of it" if "floor_ms" in row else ""
+        print(
+            f"{variant:32}{row['step_ms']:9.2f} ms a step {row['tokens_per_second_decoding']:10,.0f} tokens/s"
+            f" decoding {row['tokens_per_second_whole']:10,.0f} with prefill {floor}",
+            flush=True,
+        )
+    goals = judge(rows, on_gpu, name)
+    for goal in goals:
+        print(f"{'hit ' if goal['hit'] else 'MISS'}  {goal['name']}: {goal['value']:.2f} (goal {goal['goal']:g})")
+    result = {
+        "benchmark": "decoding",
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "shape": name,
+        **{key: value for key, value in shape.items() if key != "rounds"},
+        "rounds": rounds,
+        "engine": programs.engine.describe(),
+        "bytes_per_second": ceiling.bytes_per_second,
+        "flops_per_second": ceiling.flops_per_second,
+        "variants": rows,
+        "goals": goals,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "decoding.json").write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def judge(rows: dict[str, dict[str, Any]], on_gpu: bool, shape: str) -> list[dict[str, Any]]:
+    """Ratios, each with its goal where this machine and shape have one."""
+    goals = []
+    rate = {name: row["tokens_per_second_whole"] for name, row in rows.items()}
+    if shape == "tiny" and f"engine {SPEEDUP_PAIRS} pairs" in rows:
+        value = rate[f"engine {SPEEDUP_PAIRS} pairs"] / rate["no cache"]
+        goals.append({"name": f"{SPEEDUP_PAIRS} pairs against no cache", "value": value, "goal": SPEEDUP_GOAL})
+    if on_gpu and shape == "7b" and f"engine {FLOOR_PAIRS} pairs" in rows:
+        value = rows[f"engine {FLOOR_PAIRS} pairs"]["share_of_floor"]
+        goals.append({"name": f"{FLOOR_PAIRS} pairs, share of the floor", "value": value, "goal": FLOOR_GOAL})
+    return [goal | {"hit": goal["value"] >= goal["goal"]} for goal in goals]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
