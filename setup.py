@@ -14,6 +14,9 @@ TRAIN = [
     "transformers>=4.51",
 ]
 
+# Without its extras, which each force one antlr4 runtime: it would replace the one that OmegaConf 2.3 needs.
+VERIFY = ["math-verify>=0.9"]
+
 setup(
     name="megatron-idft",
     version="0.1.0",
@@ -23,7 +26,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megatron_idft", "megatron_idft.*"]),
-    package_data={"megatron_idft": ["py.typed"]},
+    package_data={"megatron_idft": ["py.typed", "hinted_decoding/templates/*.txt"]},
     python_requires=">=3.12",
     install_requires=[
         "jinja2>=3.1",
@@ -37,7 +40,17 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.4"],
         "report": ["matplotlib>=3.8"],  # the pages of `score report`
         "examples": ["matplotlib>=3.8"],
-        "dev": ["hypothesis>=6.100", "matplotlib>=3.8", "mypy>=1.11", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.6"],
+        "verify": VERIFY,
+        "dev": [
+            *VERIFY,
+            "hypothesis>=6.100",
+            "matplotlib>=3.8",
+            "mypy>=1.11",
+            "pytest>=8.2",
+            "pytest-xdist>=3.6",
+            "ruff>=0.6",
+            "scipy>=1.11",
+        ],
     },
     entry_points={"console_scripts": ["megatron-idft = megatron_idft.__main__:main"]},
     classifiers=[
