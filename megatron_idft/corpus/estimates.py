@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,6 @@ FIELDS = (
     "end_tokens",
     "end_phi",
 )
-INDEX = {field: index for index, field in enumerate(FIELDS)}
 
 
 class Estimate(NamedTuple):
@@ -56,24 +55,28 @@ class Estimate(NamedTuple):
 
 
 class ClusterSums:
-    """records: how many; sums: [F] float64; products: [F, F], the sum over records of the outer product."""
+    """records: how many; sums: [F] float64; products: [F, F], the sum over records of the outer product.
+
+    A subclass may sum other fields.
+    """
 
     __slots__ = ("products", "records", "sums")
+    fields: ClassVar[tuple[str, ...]] = FIELDS
 
     def __init__(self) -> None:
         self.records = 0
-        self.sums: NDArray[np.float64] = np.zeros(len(FIELDS))
-        self.products: NDArray[np.float64] = np.zeros((len(FIELDS), len(FIELDS)))
+        self.sums: NDArray[np.float64] = np.zeros(len(self.fields))
+        self.products: NDArray[np.float64] = np.zeros((len(self.fields), len(self.fields)))
 
     def add(self, contribution: Mapping[str, float]) -> None:
         """One record, by field; what is not named is 0."""
-        vector = np.array([contribution.get(field, 0.0) for field in FIELDS])
+        vector = np.array([contribution.get(field, 0.0) for field in self.fields])
         self.records += 1
         self.sums += vector
         self.products += np.outer(vector, vector)
 
     @classmethod
-    def total(cls, parts: Iterable[ClusterSums]) -> ClusterSums:
+    def total(cls, parts: Iterable[Self]) -> Self:
         whole = cls()
         for part in parts:
             whole.records += part.records
@@ -81,23 +84,23 @@ class ClusterSums:
             whole.products += part.products
         return whole
 
-    def without(self, part: ClusterSums) -> ClusterSums:
+    def without(self, part: Self) -> Self:
         """The other records, where `part` is some of these."""
-        rest = ClusterSums()
+        rest = type(self)()
         rest.records = self.records - part.records
         rest.sums = self.sums - part.sums
         rest.products = self.products - part.products
         return rest
 
     def __getitem__(self, field: str) -> float:
-        return float(self.sums[INDEX[field]])
+        return float(self.sums[self.fields.index(field)])
 
     def ratio(self, numerator: str, denominator: str = "tokens") -> Estimate | None:
         """Sum over sum: the mean per token. None where there are no tokens."""
         if not self[denominator]:
             return None
         value = self[numerator] / self[denominator]
-        return self._estimate(value, {numerator: 1 / self[denominator], denominator: -value / self[denominator]})
+        return self.estimate(value, {numerator: 1 / self[denominator], denominator: -value / self[denominator]})
 
     def std(self) -> Estimate | None:
         """Standard deviation of phi over tokens."""
@@ -111,7 +114,7 @@ class ClusterSums:
             return Estimate(0.0, None)
         scale = 1 / (2 * std * tokens)
         slope = {"phi_squared": scale, "phi": -2 * mean * scale, "tokens": (mean**2 - variance) * scale}
-        return self._estimate(std, slope)
+        return self.estimate(std, slope)
 
     def first_against_rest(self) -> Estimate | None:
         """Mean phi of the first tokens less that of the tokens behind them, over records with per-token lists."""
@@ -125,14 +128,15 @@ class ClusterSums:
             "listed_phi": -1 / rest,
             "listed_tokens": behind / rest,
         }
-        return self._estimate(at_first - behind, slope)
+        return self.estimate(at_first - behind, slope)
 
-    def _estimate(self, value: float, slope: Mapping[str, float]) -> Estimate:
+    def estimate(self, value: float, slope: Mapping[str, float]) -> Estimate:
+        """value: of a function of the sums that scaling them all does not change; slope: its derivative by field."""
         if self.records < 2:
             return Estimate(value, None)
-        gradient = np.zeros(len(FIELDS))
+        gradient = np.zeros(len(self.fields))
         for field, derivative in slope.items():
-            gradient[INDEX[field]] = derivative
+            gradient[self.fields.index(field)] = derivative
         # The contributions gradient · record add up to 0, so their squares are their variance already.
         squares = max(0.0, float(gradient @ self.products @ gradient))
         return Estimate(value, math.sqrt(squares * self.records / (self.records - 1)))

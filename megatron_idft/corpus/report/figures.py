@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-import warnings
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_idft.corpus.display import source_name
+from megatron_idft.corpus.report.drawing import (
+    COLORS,
+    LINES,
+    OWN,
+    finish_phi_axis,
+    percent,
+    phi_histogram,
+    record_histogram,
+    svg,
+)
 from megatron_idft.corpus.report.html_text import visible
-from megatron_idft.errors import UserError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; own samples are grey.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINES = ("-", "--", ":", "-.")
-OWN = "#8a8a8a"
 SHOWN_SOURCES = 12
 _LABEL = 34
-_STYLE: dict[Any, Any] = {
-    "text.parse_math": False,  # names may hold dollar signs
-    "svg.fonttype": "none",
-    "svg.hashsalt": "megatron-idft",  # else ids are random, and equal reports would differ
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.titlesize": 10,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-}
 
 
 def distribution_figure(data: dict[str, Any]) -> str:
@@ -54,20 +37,20 @@ def distribution_figure(data: dict[str, Any]) -> str:
         *tokens, records = figure.subplots(1, 2, width_ratios=(1.7, 1)) if listed else [figure.subplots()]
         for label, part, style in series:
             for axes in tokens:
-                _phi_histogram(axes, data["phi_edges"], part["histogram"], label=label, **style)
-            _record_histogram(records, data["record_edges"], part["record_histogram"], label=label, **style)
+                phi_histogram(axes, data["phi_edges"], part["histogram"], label=label, **style)
+            record_histogram(records, data["record_edges"], part["record_histogram"], label=label, **style)
         for axes in tokens:
-            _finish_phi_axis(axes, data["phi_edges"])
+            finish_phi_axis(axes, data["phi_edges"])
             axes.set(xlabel="φ of a token, nats", ylabel="share of tokens per bin")
             axes.set_title("tokens (logarithmic scale, so that the tail shows)", loc="left")
         for axes in (*tokens, records):
             axes.axvline(0, color="#444444", linewidth=0.8)
         (tokens[0] if listed else records).legend(loc="upper left", fontsize=8.5)
         records.set(xlabel="mean φ of a record, nats", ylabel="share of records per bin", ylim=(0, None))
-        records.yaxis.set_major_formatter(_percent)
+        records.yaxis.set_major_formatter(percent)
         records.set_title("records", loc="left")
 
-    return _svg((11, 3.9), draw)
+    return svg((11, 3.9), draw)
 
 
 def cumulative_figure(data: dict[str, Any]) -> str:
@@ -102,7 +85,7 @@ def cumulative_figure(data: dict[str, Any]) -> str:
         handles, labels = grid.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8.5)
 
-    return _svg((11, 3.1 * rows + 0.5), draw)
+    return svg((11, 3.1 * rows + 0.5), draw)
 
 
 def sources_figure(data: dict[str, Any], corpus: dict[str, Any]) -> str:
@@ -124,15 +107,15 @@ def sources_figure(data: dict[str, Any], corpus: dict[str, Any]) -> str:
             axes.set_visible(False)
         for axes, source in zip(grid.flat, sources, strict=False):
             name = "own samples" if behind is null else "whole corpus"
-            _phi_histogram(axes, data["phi_edges"], behind["histogram"], color="#d0d0d0", fill=True, label=name)
-            _phi_histogram(axes, data["phi_edges"], source["histogram"], color=COLORS[0], linewidth=1.3)
+            phi_histogram(axes, data["phi_edges"], behind["histogram"], color="#d0d0d0", fill=True, label=name)
+            phi_histogram(axes, data["phi_edges"], source["histogram"], color=COLORS[0], linewidth=1.3)
             axes.set_title(visible(source_name(source["source"], 26)), loc="left", fontsize=9)
             axes.tick_params(labelbottom=True, labelsize=8)
             axes.axvline(0, color="#444444", linewidth=0.8)
-        _finish_phi_axis(grid.flat[0], data["phi_edges"], (-5, 0), grid.flat)
+        finish_phi_axis(grid.flat[0], data["phi_edges"], (-5, 0), grid.flat)
         grid.flat[0].legend(loc="upper left", fontsize=8)
 
-    return _svg((11, 1.75 * rows + 0.3), draw)
+    return svg((11, 1.75 * rows + 0.3), draw)
 
 
 def own_samples(data: dict[str, Any], model: str) -> dict[str, Any] | None:
@@ -173,59 +156,3 @@ def _label(part: dict[str, Any]) -> str:
 def _long(part: dict[str, Any]) -> float:
     """How far the curves are drawn: past the 99th percentile of lengths there is nearly nothing left to move them."""
     return max(4.0, min(part["lengths"]["p99"] * 1.05, float(part["cumulative"]["positions"][-1])))
-
-
-def _with_tails(edges: list[float]) -> list[float]:
-    width = edges[1] - edges[0]
-    return [edges[0] - width, *edges, edges[-1] + width]
-
-
-def _phi_histogram(axes: Axes, edges: list[float], histogram: dict[str, Any], **style: Any) -> None:
-    if histogram["tokens"]:
-        share = np.array(histogram["counts"]) / histogram["tokens"]
-        axes.stairs(np.where(share > 0, share, np.nan), _with_tails(edges), baseline=1e-12, **style)
-
-
-def _record_histogram(axes: Axes, edges: list[float], counts: list[int], **style: Any) -> None:
-    used = np.flatnonzero(counts)
-    if len(used):
-        low, high = int(used[0]), int(used[-1]) + 1
-        axes.stairs(np.array(counts[low:high]) / sum(counts), _with_tails(edges)[low : high + 1], **style)
-
-
-def _percent(share: float, _: object) -> str:
-    return f"{100 * share:g} %"
-
-
-def _finish_phi_axis(
-    axes: Axes, edges: list[float], ticks: Sequence[float] = (-8, -6, -4, -2, 0, 2), shared: Iterable[Axes] = ()
-) -> None:
-    """shared: the axes that share this scale."""
-    tails = _with_tails(edges)
-    ticks = [edges[0], *ticks, edges[-1]]
-    labels = [f"≤ {edges[0]:g}", *(f"{tick:g}" for tick in ticks[1:-1]), f"≥ {edges[-1]:g}"]
-    axes.set_xticks(ticks, [label.replace("-", "−") for label in labels])
-    axes.set(yscale="log", xlim=(tails[0], tails[-1]))
-    patches = [patch for one in shared or [axes] for patch in one.patches if hasattr(patch, "get_data")]
-    smallest = [float(np.nanmin(patch.get_data().values)) for patch in patches]
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(_percent)
-    axes.set_ylim(max(min(smallest, default=1e-3) * 0.5, 1e-7), 1.5)
-
-
-def _svg(size: tuple[float, float], draw: Any) -> str:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the report needs matplotlib, which is not installed: pip install matplotlib") from None
-
-    out = io.BytesIO()
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # Measuring a label in a script that matplotlib's font lacks; the browser that draws it has more fonts.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(out, format="svg", metadata=metadata)
-    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode("ascii")

@@ -9,11 +9,11 @@ from typing import Any
 
 from megatron_idft.corpus.display import source_name
 from megatron_idft.corpus.lint.finding import PROBLEM
+from megatron_idft.corpus.report.document import document, image
 from megatron_idft.corpus.report.figures import cumulative_figure, distribution_figure, sources_figure
 from megatron_idft.corpus.report.findings import estimate, render_findings
 from megatron_idft.corpus.report.html_text import escaped, number, table
 from megatron_idft.corpus.report.records import legend, recurring_table, render_records, worst_table
-from megatron_idft.corpus.report.style import STYLE
 
 TABLE_SOURCES = 50
 _SECTIONS = (
@@ -42,19 +42,12 @@ def render_page(data: dict[str, Any]) -> str:
         "tokens": _tokens(data),
         "reading": _READING,
     }
-    shown = [(anchor, title) for anchor, title in _SECTIONS if bodies[anchor]]
-    nav = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in shown)
-    sections = "".join(f'<section id="{anchor}"><h2>{title}</h2>{bodies[anchor]}</section>' for anchor, title in shown)
-    title = escaped(data["title"])
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # An icon of its own, or a browser that shows the page from a server would ask for one.
-        f'<link rel="icon" href="data:,"><title>{title}</title><style>{STYLE}</style></head><body><main>'
-        f'<h1>{title}</h1><p class="soft">How far text lies from a model’s own distribution, by φ = log p + entropy of'
-        " each response token, in nats: 0 on average for what the model samples itself, far below 0 for tokens that are"
-        f" improbable although the model was certain.</p><nav>{nav}</nav>{sections}</main></body></html>\n"
+    lead = (
+        "How far text lies from a model’s own distribution, by φ = log p + entropy of each response token, in nats: 0"
+        " on average for what the model samples itself, far below 0 for tokens that are improbable although the model"
+        " was certain."
     )
+    return document(data["title"], lead, [(anchor, title, bodies[anchor]) for anchor, title in _SECTIONS])
 
 
 def _verdicts(data: dict[str, Any]) -> str:
@@ -124,7 +117,7 @@ def _distribution(data: dict[str, Any]) -> str:
     without = [escaped(part["name"]) for part in parts if not part["histogram"]["tokens"]]
     if without:
         text += f"<p>The scores per token were not kept for {', '.join(without)}: only records are shown.</p>"
-    return text + _image(distribution_figure(data), "Histograms of phi over tokens and of mean phi over records")
+    return text + image(distribution_figure(data), "Histograms of phi over tokens and of mean phi over records")
 
 
 def _drift(data: dict[str, Any]) -> str:
@@ -134,7 +127,7 @@ def _drift(data: dict[str, Any]) -> str:
     return (
         '<p class="soft">The sum of φ from the first token on. Own samples show no drift: their mean stays 0 at'
         " every position. Foreign text drifts, mostly downwards and in steps, at few tokens. A record that has ended"
-        " keeps its last value.</p>" + _image(figure, "Cumulative phi by token position for each corpus")
+        " keeps its last value.</p>" + image(figure, "Cumulative phi by token position for each corpus")
     )
 
 
@@ -157,8 +150,8 @@ def _sources(data: dict[str, Any]) -> str:
         heads = ["source", "records", "tokens", "mean φ", "spread φ", "below −1", "below −3", "below −5"]
         left_out = len(corpus["sources"]) - len(rows)
         more = f"<p>{left_out:,} smaller sources are in the JSON.</p>" if left_out else ""
-        image = sources_figure(data, corpus)
-        bodies.append(_heading(corpus) + table(heads, rows) + more + _image(image, "Histograms of phi by source"))
+        figure = sources_figure(data, corpus)
+        bodies.append(_heading(corpus) + table(heads, rows) + more + image(figure, "Histograms of phi by source"))
     return "".join(bodies)
 
 
@@ -214,10 +207,6 @@ def _tokens(data: dict[str, Any]) -> str:
 
 def _heading(corpus: dict[str, Any]) -> str:
     return f"<h3>{escaped(corpus['name'])} <span class='soft'>· {escaped(corpus['model'])}</span></h3>"
-
-
-def _image(uri: str, alternative: str) -> str:
-    return f'<img src="{uri}" alt="{alternative}">' if uri else ""
 
 
 _READING = """

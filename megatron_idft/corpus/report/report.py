@@ -10,8 +10,6 @@ Rows are those of `scored.read_scored`; each corpus is read once, as a stream.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
@@ -19,23 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_idft.corpus.estimates import ClusterSums, Estimate
 from megatron_idft.corpus.lint.finding import Finding
 from megatron_idft.corpus.lint.linter import ROW_TESTS, lint, lint_null
 from megatron_idft.corpus.record_table import paired_differences
+from megatron_idft.corpus.report.numbers import estimate_json, save_report, token_estimates
 from megatron_idft.corpus.summary import PHI_EDGES, RECORD_EDGES, CorpusSummary, Row, SourceSummary
 from megatron_idft.errors import InputError
 
 VERSION = 1  # of the JSON
 KEEP_RECORDS = 8
-_MEANS = {
-    "phi_mean": "phi",
-    "phi_below_1": "below_1",
-    "phi_below_3": "below_3",
-    "phi_below_5": "below_5",
-    "log_prob_mean": "log_prob",
-    "entropy_mean": "entropy",
-}
 _LENGTH_PERCENTILES = (0, 10, 50, 90, 99, 100)
 
 
@@ -66,14 +56,7 @@ class Report:
 
     def save(self, folder: Path) -> tuple[Path, Path]:
         """Write report.html and report.json; each appears complete or not at all. Returns their paths."""
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self._data, ensure_ascii=True, allow_nan=False, indent=1)
-        page, numbers = folder / "report.html", folder / "report.json"
-        for path, content in ((page, self.to_html()), (numbers, text + "\n")):
-            building = path.with_name(f".{path.name}.{os.getpid()}")
-            building.write_text(content, encoding="utf-8")
-            building.replace(path)
-        return page, numbers
+        return save_report(folder, self.to_html(), self._data)
 
 
 class ReportBuilder:
@@ -152,9 +135,9 @@ def _numbers(summary: CorpusSummary, findings: list[Finding]) -> dict[str, Any]:
         "name": summary.name,
         "model": summary.model,
         "findings": [finding.as_json() for finding in findings],
-        "summary": _estimates(total),
-        "first_against_rest": _json(total.first_against_rest()),
-        "end_of_turn_phi": _json(total.ratio("end_phi", "end_tokens")),
+        "summary": token_estimates(total),
+        "first_against_rest": estimate_json(total.first_against_rest()),
+        "end_of_turn_phi": estimate_json(total.ratio("end_phi", "end_tokens")),
         "lengths": {
             f"p{p}": float(value)
             for p, value in zip(_LENGTH_PERCENTILES, np.percentile(lengths, _LENGTH_PERCENTILES), strict=True)
@@ -171,15 +154,8 @@ def _numbers(summary: CorpusSummary, findings: list[Finding]) -> dict[str, Any]:
 
 def _source(name: str | None, source: SourceSummary) -> dict[str, Any]:
     counts = source.histogram.tolist()
-    return {"source": name, "summary": _estimates(source.sums), "histogram": {"tokens": sum(counts), "counts": counts}}
-
-
-def _estimates(sums: ClusterSums) -> dict[str, Any]:
-    data: dict[str, Any] = {"records": sums.records, "tokens": int(sums["tokens"])}
-    data |= {key: _json(sums.ratio(field)) for key, field in _MEANS.items()}
-    data["phi_std"] = _json(sums.std())
-    return data
-
-
-def _json(estimate: Estimate | None) -> dict[str, float | None] | None:
-    return None if estimate is None else estimate.as_json()
+    return {
+        "source": name,
+        "summary": token_estimates(source.sums),
+        "histogram": {"tokens": sum(counts), "counts": counts},
+    }

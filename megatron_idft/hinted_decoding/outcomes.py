@@ -1,0 +1,77 @@
+"""What became of each record: one Parquet row, with the provenance of every assistant turn and of every try at it."""
+
+import pyarrow as pa
+
+# One try at a turn. stage: how it was made. accepted: it went into the output.
+CANDIDATE = pa.struct(
+    [
+        ("stage", pa.string()),  # rollout | hinted | retry
+        ("seed", pa.int64()),
+        ("beta", pa.float64()),  # of the mixing; null for rollouts
+        ("accepted", pa.bool_()),
+        ("rejected_because", pa.string()),  # wrong | unverified | unfinished | leak | null
+        ("verdict", pa.string()),  # right | wrong | unknown; null where nothing could be compared
+        ("verified_by", pa.string()),  # exact | number | math-verify | module:function
+        ("extracted", pa.string()),  # the final answer found in the text
+        ("leak", pa.string()),  # the phrase that betrays the hint
+        ("finish_reason", pa.string()),  # eos | length | context | repetition
+        ("text", pa.string()),
+        ("num_tokens", pa.int32()),
+        ("split_at", pa.int32()),  # tokens before the hinted stream was dropped; null: never
+        ("lambda_mean", pa.float32()),  # over the tokens drawn from two streams; null for rollouts
+        ("lambda_max", pa.float32()),
+        ("log_prob_sum", pa.float64()),  # nats, under the plain prompt at temperature 1, as phi
+        ("entropy_sum", pa.float64()),
+        ("phi_sum", pa.float64()),
+        ("phi_squared_sum", pa.float64()),
+        ("phi_below_1", pa.int32()),  # tokens
+        ("phi_below_3", pa.int32()),
+        ("phi_below_5", pa.int32()),
+    ]
+)
+
+# One assistant turn of the record.
+TURN = pa.struct(
+    [
+        ("message", pa.int32()),  # its index in `messages`
+        ("stage", pa.string()),  # rollout | hinted | retry | original; null where the record was dropped here
+        ("reason", pa.string()),  # why no candidate was accepted; null where one was
+        ("num_prompt_tokens", pa.int32()),
+        ("num_hinted_prompt_tokens", pa.int32()),  # null where no hinted stream ran
+        ("analysis_tokens", pa.int32()),  # written by the model; null: none, or read from a file
+        ("original_text", pa.string()),
+        # The original response under the plain prompt.
+        ("original_num_tokens", pa.int32()),
+        ("original_log_prob_sum", pa.float64()),
+        ("original_entropy_sum", pa.float64()),
+        ("original_phi_sum", pa.float64()),
+        ("original_phi_squared_sum", pa.float64()),
+        ("original_phi_below_1", pa.int32()),
+        ("original_phi_below_3", pa.int32()),
+        ("original_phi_below_5", pa.int32()),
+        ("candidates", pa.list_(CANDIDATE)),
+        # Of the accepted candidate, per token; empty where the turn is the original.
+        ("token_ids", pa.list_(pa.int32())),
+        ("tokens", pa.list_(pa.string())),
+        ("mix_weight", pa.list_(pa.float32())),  # lambda: 1 where the plain stream ran alone
+        ("phi", pa.list_(pa.float32())),
+        ("entropy", pa.list_(pa.float32())),  # of the plain stream
+        ("hinted_entropy", pa.list_(pa.float32())),  # NaN without a hinted stream
+    ]
+)
+
+OUTCOME_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),  # of the record in the input
+        ("id", pa.string()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("source", pa.string()),
+        ("status", pa.string()),  # kept | dropped | error
+        ("reason", pa.string()),  # why it was not kept
+        ("record", pa.string()),  # the record to write, as JSON; null unless kept
+        ("token_ids", pa.list_(pa.int32())),  # of the whole conversation; null where the template is to tokenize it
+        ("loss_mask", pa.list_(pa.uint8())),
+        ("turns", pa.list_(TURN)),
+    ]
+)

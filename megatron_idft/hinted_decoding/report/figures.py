@@ -1,0 +1,155 @@
+"""Figures of what became of the records and of phi before and after, from the report's numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_idft.corpus.display import source_name
+from megatron_idft.corpus.report.drawing import (
+    COLORS,
+    OWN,
+    finish_phi_axis,
+    percent,
+    phi_histogram,
+    record_histogram,
+    space_out,
+    svg,
+)
+from megatron_idft.corpus.report.html_text import visible
+from megatron_idft.hinted_decoding.report.outcome import STAGES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHOWN_SOURCES = 12
+BEFORE, AFTER = COLORS[1], COLORS[0]
+STAGE_COLORS = dict(zip(STAGES, (COLORS[2], COLORS[0], COLORS[5]), strict=True))
+_FATES = {**STAGE_COLORS, "original": COLORS[4], "dropped": "#c9c9c9", "error": "#555555"}
+_MARKERS = dict(zip(STAGES, "osD", strict=True))
+
+
+def fate_figure(data: dict[str, Any]) -> str:
+    """Turns by what became of them, and accuracy by stage: of the corpus and of its largest sources."""
+    parts = [(name, part) for name, part in _parts(data) if part["turns"]["total"]]
+    if not parts:
+        return ""
+
+    def draw(figure: Figure) -> None:
+        fates, accuracy = figure.subplots(1, 2, sharey=True, width_ratios=(1.5, 1))
+        space_out(figure)
+        rows = np.arange(len(parts))
+        left = np.zeros(len(parts))
+        for fate, color in _FATES.items():
+            shares = np.array([part["turns"][fate] / part["turns"]["total"] for _, part in parts])
+            if shares.any():
+                fates.barh(rows, shares, left=left, color=color, height=0.7, label=fate)
+                left += shares
+        fates.set_yticks(rows, [name for name, _ in parts])
+        fates.invert_yaxis()
+        fates.set(xlim=(0, 1), xlabel="share of turns, by the stage that the output took them from")
+        fates.xaxis.set_major_formatter(percent)
+        for place, stage in enumerate(STAGES):
+            found = [(row, part["stages"][stage]["accuracy"]) for row, (_, part) in zip(rows, parts, strict=True)]
+            shown = [(row, value) for row, value in found if value is not None]
+            if shown:
+                accuracy.errorbar(
+                    [value["value"] for _, value in shown],
+                    [row + 0.2 * (place - 1) for row, _ in shown],
+                    xerr=[value["se"] or 0 for _, value in shown],
+                    fmt=_MARKERS[stage],
+                    markersize=5,
+                    color=STAGE_COLORS[stage],
+                    label=f"{stage}: right of compared candidates",
+                )
+        accuracy.set(xlim=(-0.02, 1.02), xlabel="accuracy, with standard error")
+        accuracy.xaxis.set_major_formatter(percent)
+        for axes in (fates, accuracy):
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6 if axes is fates else 1, fontsize=8.5)
+
+    return svg((11, 1.6 + 0.3 * len(parts)), draw)
+
+
+def phi_figure(data: dict[str, Any]) -> str:
+    """Mean phi of turns before and after, the paired differences, and the tokens of the new text."""
+    part = data["corpus"]
+    turns, tokens = part["turn_histograms"], part["token_histograms"]
+    if not any(turns["original"]) and not any(turns["new"]):
+        return ""
+
+    def draw(figure: Figure) -> None:
+        means, differences, new = figure.subplots(1, 3)
+        space_out(figure)
+        edges = data["record_edges"]
+        if data["null"]["own_samples"]:
+            record_histogram(means, edges, turns["rollouts"], color="#d0d0d0", fill=True, label="all rollouts")
+        shown = (("original", OWN, "all originals", "--"), ("original_changed", BEFORE, "before", "-"))
+        for text, color, label, line in (*shown, ("new", AFTER, "after", "-")):
+            record_histogram(means, edges, turns[text], color=color, label=label, linewidth=1.5, linestyle=line)
+        means.set(xlabel="mean φ of a turn, nats", ylabel="share of turns per bin", ylim=(0, None))
+        means.set_title("turns", loc="left")
+        means.legend(loc="upper left", fontsize=8.5)
+        counts = part["difference_histogram"]
+        record_histogram(differences, data["difference_edges"], counts, color=AFTER, fill=True, alpha=0.6)
+        differences.set(xlabel="mean φ after − before, nats", ylabel="share of changed turns per bin", ylim=(0, None))
+        differences.set_title("rewritten turns, paired", loc="left")
+        for axes in (means, differences):
+            axes.yaxis.set_major_formatter(percent)
+        listed = [stage for stage in STAGES if tokens[stage]["tokens"]]
+        for stage, line in zip(listed, ("-", "--", ":"), strict=False):
+            style = {"color": STAGE_COLORS[stage], "linestyle": line, "linewidth": 1.4}
+            phi_histogram(new, data["phi_edges"], tokens[stage], label=stage, **style)
+        new.set(xlabel="φ of a token, nats", ylabel="share of tokens per bin")
+        new.set_title("tokens of the new text (log scale)", loc="left")
+        if listed:
+            finish_phi_axis(new, data["phi_edges"], (-5, 0))
+            new.legend(loc="upper left", fontsize=8.5)
+        for axes in (means, differences, new):
+            axes.axvline(0, color="#444444", linewidth=0.8)
+
+    return svg((11, 3.7), draw)
+
+
+def sources_figure(data: dict[str, Any]) -> str:
+    """Mean phi of the rewritten turns of each source, before and after."""
+    parts = [(name, part) for name, part in _parts(data) if part["phi"]["new"]["tokens"]]
+    if len(data["sources"]) < 2 or len(parts) < 2:
+        return ""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        series = [("original_changed", BEFORE, "o", "before"), ("new", AFTER, "s", "after")]
+        if data["null"]["own_samples"]:
+            series.insert(0, ("rollouts", OWN, "|", "all rollouts"))
+        for text, color, marker, label in series:
+            _dots(axes, [part["phi"][text]["phi_mean"] for _, part in parts], color, marker, label)
+        axes.set_yticks(np.arange(len(parts)), [name for name, _ in parts])
+        axes.invert_yaxis()
+        axes.axvline(0, color="#444444", linewidth=0.8)
+        axes.set(xlabel="mean φ per token, nats, with standard error")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8.5)
+
+    return svg((11, 1.2 + 0.28 * len(parts)), draw)
+
+
+def _dots(axes: Axes, values: list[dict[str, Any] | None], color: str, marker: str, label: str) -> None:
+    shown = [(row, value) for row, value in enumerate(values) if value is not None]
+    axes.errorbar(
+        [value["value"] for _, value in shown],
+        [row for row, _ in shown],
+        xerr=[value["se"] or 0 for _, value in shown],
+        fmt=marker,
+        color=color,
+        markersize=9 if marker == "|" else 5.5,
+        label=label,
+    )
+
+
+def _parts(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The whole corpus, and its largest sources where there is more than one."""
+    sources = data["sources"] if len(data["sources"]) > 1 else []
+    named = [(visible(source_name(source["source"], 30)), source) for source in sources[:SHOWN_SOURCES]]
+    return [("whole corpus", data["corpus"]), *named]
