@@ -37,6 +37,11 @@ from megatron_idft.loss import distribution_statistics, vocab_parallel_loss
 from megatron_idft.statistics import LOWEST
 
 _PREFILL_TOKENS = 16384  # padded tokens of prompts in one forward pass; at least one prompt
+_SCORED_TOKENS = 4096  # the same where logits of all tokens are made
+
+
+class NonFiniteLogitsError(UserError, FloatingPointError):
+    """The model's logits have no distribution."""
 
 
 class _Sequence:
@@ -63,7 +68,7 @@ class DecodeEngine:
         model: what Megatron's training setup returned: one chunk, without pipeline stages.
         vocab_size: rows of the true vocabulary; others are never drawn and take no part in any statistic.
         max_positions: the context; a response that reaches it in either stream ends there.
-        max_rows: responses decoded at once, at most.
+        max_rows: responses decoded at once, at most. An eighth more may go on behind their splitter, without the hint.
         memory_bytes: for keys and values on this rank. None: a share of what is free now, see memory.py.
 
     Raises UnservedModelError.
@@ -127,7 +132,7 @@ class DecodeEngine:
         same sequences. Collectives: the layers' own and one all-gather of four numbers per token and batch.
         """
         found: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-        for batch in _batches([len(sequence) - 1 for sequence in sequences]):
+        for batch in _batches([len(sequence) - 1 for sequence in sequences], _SCORED_TOKENS):
             length = max(len(sequences[i]) for i in batch) - 1
             tokens = np.zeros((len(batch), length), dtype=np.int64)
             labels = np.full((len(batch), length), -100, dtype=np.int64)
@@ -159,7 +164,7 @@ class DecodeEngine:
         Raises:
             InputError: a prompt fills the context, or a hinted request without a mixing.
             UserError: not even one response fits into the memory.
-            FloatingPointError: the model gives NaN for a request, which is named.
+            NonFiniteLogitsError: the model gives NaN or infinite logits for a request, which is named.
         """
         requests = list(requests)
         self._check(requests, settings)
@@ -210,11 +215,13 @@ class DecodeEngine:
                 f" {self.cache.memory_bytes / 2**20:.0f} MiB are free for them: lower the longest response or"
                 " --seq-length, raise --kv-memory-gb, or split the model over more GPUs (--tensor-model-parallel-size)"
             )
-        # A response whose hinted row is given up goes on in the plain bank: with some rows more there, the next pair
-        # need not wait for its end.
-        spare = (self.cache.memory_bytes // self.cache.bytes_per_token - rows * (plain + hinted)) // plain
-        extra = min(rows // 8, len(requests) - rows, self.max_rows - rows if not prompts else rows, spare)
-        shapes = [(rows + max(extra if prompts else 0, 0), plain), (min(rows, len(prompts)), hinted)]
+        extra = 0
+        if prompts:
+            # A response whose hinted row is given up goes on in the plain bank: with some rows more there, the next
+            # pair need not wait for its end.
+            spare = (self.cache.memory_bytes // self.cache.bytes_per_token - rows * (plain + hinted)) // plain
+            extra = min(rows // 8, len(requests) - rows, spare)
+        shapes = [(rows + extra, plain), (min(rows, len(prompts)), hinted)]
         first, second = self.cache.banks(shapes)
         return first, second
 
@@ -250,7 +257,7 @@ class DecodeEngine:
     def _prefill(self, bank: Bank, prompts: Sequence[tuple[int, Tokens]]) -> None:
         """Keys and values of all but the last token of each prompt, which the next step feeds."""
         prompts = [(row, prompt) for row, prompt in prompts if len(prompt) > 1]
-        for batch in _batches([len(prompt) - 1 for _, prompt in prompts]):
+        for batch in _batches([len(prompt) - 1 for _, prompt in prompts], _PREFILL_TOKENS):
             length = max(len(prompts[i][1]) for i in batch) - 1
             tokens = np.zeros((len(batch), length), dtype=np.int64)
             for row, i in enumerate(batch):
@@ -295,7 +302,10 @@ class DecodeEngine:
         broken = np.flatnonzero(~np.isfinite(values[:, :3]).all(-1))
         if len(broken):
             name = running[int(broken[0])].request.id
-            raise FloatingPointError(f"request {name}: the model gives NaN or infinite logits")
+            raise NonFiniteLogitsError(
+                f"request {name}: the model gives NaN or infinite logits: check the checkpoint, or pass --bf16 instead of"
+                " --fp16"
+            )
         return values
 
     def _append(
@@ -335,11 +345,12 @@ class DecodeEngine:
         return torch.arange(shape[1], device=self.model.device).expand(shape)
 
 
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of lengths that go together, the longest first: running out of memory shows at once."""
+def _batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices of lengths that go together, up to so many padded tokens, the longest first: running out of memory shows
+    at once."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > _PREFILL_TOKENS:
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens:
             batches.append([])
         batches[-1].append(index)
     return batches
