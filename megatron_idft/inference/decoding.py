@@ -1,4 +1,4 @@
-"""What callers need of a decoder, and the plainest one: the whole sequence anew for every token, without a cache."""
+"""What callers need of a decoder, the choice of one, and the plainest: all anew for every token, without a cache."""
 
 from __future__ import annotations
 
@@ -31,6 +31,23 @@ class Decoder(Protocol):
         Called by all ranks with the same arguments; returns the same on all of them. A draw depends on (seed, record
         id, step) alone. temperature 1 is the model's own distribution, 0 the most probable token.
         """
+
+
+def decoder_for(
+    model: Sequence[torch.nn.Module], vocab_size: int, *, max_positions: int, max_rows: int, tokens_per_batch: int
+) -> tuple[Decoder, str]:
+    """The decode engine where it serves the model and its layout, else RecomputingDecoder; and what to say of it."""
+    from megatron_idft.inference.engine import DecodeEngine
+    from megatron_idft.inference.served import UnservedModelError
+
+    try:
+        engine = DecodeEngine(model, vocab_size, max_positions=max_positions, max_rows=max_rows)
+    except UnservedModelError as reason:
+        return (
+            RecomputingDecoder(model, vocab_size, tokens_per_batch, max_positions),
+            f"decoding by whole forward passes, which is slow: {reason}",
+        )
+    return engine, engine.describe()
 
 
 class RecomputingDecoder:

@@ -9,7 +9,7 @@ same requests, keep their shard of the vocabulary and find the same tokens.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ class DecodeEngine:
         max_tokens: int,
         temperature: float,
         seed: int,
-        stop_ids: Sequence[int] | set[int],
+        stop_ids: Collection[int],
     ) -> list[Tokens]:
         """See `Decoder`: plain generation, in the order of `prompts`."""
         requests = [Request(id, prompt, seed=seed) for id, prompt in zip(record_ids, prompts, strict=True)]
@@ -303,7 +303,7 @@ class DecodeEngine:
         if len(broken):
             name = running[int(broken[0])].request.id
             raise NonFiniteLogitsError(
-                f"request {name}: the model gives NaN or infinite logits: check the checkpoint, or pass --bf16 instead of"
+                f"request {name}: the model gives NaN or infinite logits: check the checkpoint, or pass --bf16 for"
                 " --fp16"
             )
         return values
