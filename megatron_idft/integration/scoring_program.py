@@ -8,77 +8,41 @@ from __future__ import annotations
 
 import argparse
 import functools
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_idft.errors import UserError
-from megatron_idft.integration import hf_model
+from megatron_idft.integration import offline_program
 from megatron_idft.integration.arguments import ArgumentError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from megatron_idft.corpus.ledger import Ledger
     from megatron_idft.data import ChatTokenizer, TokenCache
     from megatron_idft.integration.scoring import ModelScorer
 
-_POLL_SECONDS = 5.0
-# What Megatron must not do here, and what it insists on though nothing is trained.
-_MEGATRON_DEFAULTS = {"micro_batch_size": 1, "no_load_optim": True, "no_load_rng": True, "skip_train": True}
-
-
-class Terminated(UserError):
-    """SIGTERM arrived: what was in flight is given back."""
-
-    exit_code = 143
+_CALIBRATION_ROWS = 64  # own answers decoded at once
 
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of scoring to Megatron's parser."""
     group = parser.add_argument_group(title="score")
-    group.add_argument(
-        "--data",
-        nargs="+",
-        metavar="FILE",
-        default=None,
-        help="Records: JSONL (also .gz, .zst) or Parquet, with `messages` or with `prompt` and `response`.",
-    )
-    group.add_argument(
-        "--output",
-        metavar="DIR",
-        default=None,
-        help="Where the scores go. Any number of launches with the same settings may share it; a stopped one goes on.",
-    )
-    hf_model.add_hf_model_arguments(group)
+    offline_program.add_input_arguments(group)
     group.add_argument(
         "--per-token",
         action="store_true",
         help="Keep log_prob, entropy and phi of every response token in scores.parquet. The parts have them anyway.",
     )
-    group.add_argument("--limit", type=int, default=None, metavar="N", help="Score only the first N records.")
-    group.add_argument(
-        "--chunk-records",
-        type=int,
-        default=512,
-        help="Records that a launch takes at a time; what a killed launch loses. Default 512.",
-    )
+    offline_program.add_work_arguments(group, chunk_records=512)
     group.add_argument(
         "--tokens-per-batch",
         type=int,
         default=16384,
         help="Padded tokens in one forward pass. Records of like length go together. Default 16384.",
-    )
-    group.add_argument(
-        "--lease-seconds",
-        type=float,
-        default=120.0,
-        help="A launch that gives no sign for so long has lost its chunk to the others. Default 120.",
     )
     group.add_argument(
         "--dry-run", action="store_true", help="Read the records, show the first with its scored spans, and stop."
@@ -106,15 +70,6 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="What to do with a conversation longer than --seq-length: cut its end, leave it out, or stop.",
     )
     group.add_argument(
-        "--bad-records",
-        choices=("stop", "skip"),
-        default="stop",
-        help="What to do with a record that cannot be read: stop, naming file and line, or write it to an errors file.",
-    )
-    group.add_argument(
-        "--template-date", metavar="YYYY-MM-DD", default=None, help="The date for chat templates that write today's."
-    )
-    group.add_argument(
         "--token-cache",
         metavar="DIR",
         default=None,
@@ -126,19 +81,12 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         default="auto",
         help="Implementation of the statistics, as in training. Default auto.",
     )
-    group.add_argument(
-        "--sft-loss-vocab-size",
-        type=int,
-        default=None,
-        help="Rows of the true vocabulary; columns above are Megatron's padding. Default: the tokenizer's size.",
-    )
-    group.add_argument("--cpu", action="store_true", help="Score on the CPU with gloo even where a GPU is present.")
     return parser
 
 
 def score() -> None:
     """Score as `sys.argv` says. `prepare_process` must have run."""
-    signal.signal(signal.SIGTERM, _raise_terminated)
+    offline_program.stop_on_sigterm()
     args = _parse()
     from megatron.training.utils import print_rank_0
 
@@ -158,41 +106,8 @@ def score() -> None:
         _calibrate(args, scorer, tokenizer, cache, total)
 
 
-def _raise_terminated(*_: object) -> None:
-    raise Terminated("stopped by SIGTERM; the finished chunks stand, and the same command goes on from there")
-
-
 def _parse() -> argparse.Namespace:
-    from megatron.training import arguments as megatron_arguments
-    from megatron.training.initialize import initialize_megatron
-
-    args = megatron_arguments.parse_args(add_score_arguments)
-    if not args.data or not args.output:
-        raise ArgumentError("pass the records as --data FILE [FILE …] and a folder as --output DIR")
-    if args.load is None and args.pretrained_checkpoint is None:
-        raise ArgumentError(
-            "no model: pass a Hugging Face folder as --hf-model DIR, or its checkpoint as --load DIR with the model's"
-            " flags as in training"
-        )
-    if args.tokenizer_model is None:
-        raise ArgumentError(
-            "no tokenizer: pass --tokenizer-model with a Hugging Face folder or a sentencepiece .model file"
-        )
-    for name in ("limit", "chunk_records", "tokens_per_batch", "calibrate", "calibrate_max_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ArgumentError(f"--{name.replace('_', '-')} {value}: pass a whole number from 1")
-    flags = [f"--{name.replace('_', '-')}" for name in _MEGATRON_DEFAULTS]
-    sys.argv += ["--micro-batch-size", "1"] * (args.micro_batch_size is None)
-    sys.argv += [flag for flag in (*flags[1:], "--exit-on-missing-checkpoint") if flag not in sys.argv]
-    if args.tokenizer_type is None:
-        is_sentencepiece = args.tokenizer_model.endswith(".model")
-        sys.argv += ["--tokenizer-type", "SentencePieceTokenizer" if is_sentencepiece else "HuggingFaceTokenizer"]
-    args = megatron_arguments.parse_and_validate_args(add_score_arguments)
-    if args.sft_loss_vocab_size is None:
-        args.sft_loss_vocab_size = hf_model.recorded_vocab_size(args)
-    initialize_megatron()
-    return args
+    return offline_program.parse(add_score_arguments, ("tokens_per_batch", "calibrate", "calibrate_max_tokens"))
 
 
 def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenCache]:
@@ -221,26 +136,9 @@ def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenCache]:
 
 
 def _load_scorer(args: argparse.Namespace) -> ModelScorer:
-    from megatron.core.enums import ModelType
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        hybrid_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
-    from megatron.training.training import setup_model_and_optimizer
-
     from megatron_idft.integration.scoring import ModelScorer
-    from megatron_idft.integration.trainer import true_vocab_size
 
-    hf_model.convert_before_loading(args)
-    model_config = gpt_config_from_args(args) if args.hybrid_layer_pattern is None else hybrid_config_from_args(args)
-    model, _, _ = setup_model_and_optimizer(
-        ModelType.encoder_or_decoder,
-        cfg_container=pretrain_cfg_container_from_args(args, model_config),
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
-    args.sft_loss_vocab_size = true_vocab_size(args)
+    model = offline_program.load_model(args)
     return ModelScorer(model, args.sft_loss_vocab_size, args.tokens_per_batch, args.sft_loss_backend)
 
 
@@ -311,6 +209,7 @@ def _score_chunks(
 
     from megatron_idft.corpus.ledger import Ledger
     from megatron_idft.corpus.scored import finish_scores
+    from megatron_idft.corpus.scoring import TOKEN_SCHEMA
 
     chunks = -(-total // args.chunk_records)
     with ExitStack() as stack:
@@ -321,12 +220,12 @@ def _score_chunks(
         bar = tqdm(total=chunks, desc="scoring", unit="chunk", disable=ledger is None, file=sys.stderr, mininterval=1.0)
         stack.callback(bar.close)
         tokens = 0
-        for chunk in _claimed(ledger):
+        for chunk in offline_program.claimed(ledger, _from_leader):
             samples = range(chunk * args.chunk_records, min((chunk + 1) * args.chunk_records, total))
             rows = _rows(scorer, tokenizer, cache, samples)
             if ledger is None or rows is None:
                 continue
-            ledger.finish(chunk, functools.partial(_write_part, rows=rows))
+            ledger.finish(chunk, functools.partial(offline_program.write_part, rows=rows, schema=TOKEN_SCHEMA))
             tokens += sum(len(cache[index][0]) for index in samples)
             bar.n = len(ledger.parts())
             bar.set_postfix_str(f"{tokens / bar.format_dict['elapsed']:,.0f} tokens/s in this launch", refresh=False)
@@ -336,40 +235,13 @@ def _score_chunks(
             print(finish_scores(Path(args.output), ledger.parts(), per_token=args.per_token), flush=True)
 
 
-def _claimed(ledger: Ledger | None) -> Iterator[int]:
-    """Chunks for this launch until all are finished, the same on every rank. Waits for those that others hold."""
-    while True:
-        chunk = ledger.claim() if ledger is not None else None
-        chunk, finished = _from_leader((chunk, ledger is not None and chunk is None and ledger.all_finished()))
-        if finished:
-            return
-        if chunk is None:
-            time.sleep(_POLL_SECONDS)
-        else:
-            yield chunk
-
-
-def _write_part(path: Path, *, rows: list[dict[str, Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from megatron_idft.corpus.scoring import TOKEN_SCHEMA
-
-    pq.write_table(pa.Table.from_pylist(rows, TOKEN_SCHEMA), path, compression="zstd")
-
-
 def _settings(args: argparse.Namespace, cache: TokenCache, total: int) -> dict[str, Any]:
-    """What must agree between launches on one output folder. Layouts may differ: they change rounding alone."""
-    return {
-        "model": str(Path(args.load or args.pretrained_checkpoint).resolve()),
-        "hf_model": None if args.hf_model is None else Path(args.hf_model).resolve().name,
+    """What must agree between launches on one output folder."""
+    return offline_program.model_settings(args) | {
         "data": [Path(path).name for path in args.data],
-        "iteration": args.iteration,
         "tokens": cache.path.name,  # the fingerprint of records, tokenizer, template and length
         "records": total,
         "chunk_records": args.chunk_records,
-        "precision": str(args.params_dtype),
-        "vocab_size": args.sft_loss_vocab_size,
     }
 
 
@@ -381,11 +253,18 @@ def _calibrate(
 
     from megatron_idft.corpus.ledger import Ledger
     from megatron_idft.corpus.scored import OWN_SAMPLE_TEMPERATURES, OWN_SAMPLES, describe_own_samples
-    from megatron_idft.inference.decoding import RecomputingDecoder
+    from megatron_idft.corpus.scoring import TOKEN_SCHEMA
+    from megatron_idft.inference.decoding import decoder_for
 
-    decoder = RecomputingDecoder(
-        scorer.model, args.sft_loss_vocab_size, args.tokens_per_batch, max_positions=args.seq_length
+    decoder, described = decoder_for(
+        scorer.model,
+        args.sft_loss_vocab_size,
+        max_positions=args.seq_length,
+        max_rows=_CALIBRATION_ROWS,
+        tokens_per_batch=args.tokens_per_batch,
     )
+    if _leads():
+        print(f"> {described}", flush=True)
     samples = sorted({int(index) for index in np.linspace(0, total - 1, min(total, args.calibrate))})
     prompts = [ids[: int(np.flatnonzero(mask)[0])] for ids, mask in (cache[index] for index in samples)]
     with ExitStack() as stack:
@@ -399,7 +278,7 @@ def _calibrate(
             }
             folder, count = Path(args.output) / OWN_SAMPLES, len(OWN_SAMPLE_TEMPERATURES)
             ledger = stack.enter_context(Ledger(folder, settings, count, lease_seconds=args.lease_seconds))
-        for chunk in _claimed(ledger):
+        for chunk in offline_program.claimed(ledger, _from_leader):
             answers = decoder.generate(
                 prompts,
                 [str(index) for index in samples],
@@ -415,7 +294,7 @@ def _calibrate(
             ]
             rows = _score_sequences(scorer, tokenizer, cache, [index for index, _, _ in answered], sequences)
             if ledger is not None and rows is not None:
-                ledger.finish(chunk, functools.partial(_write_part, rows=rows))
+                ledger.finish(chunk, functools.partial(offline_program.write_part, rows=rows, schema=TOKEN_SCHEMA))
     if ledger is not None:
         print(describe_own_samples(Path(args.output)), flush=True)
 
