@@ -302,12 +302,16 @@ def true_vocab_size(args: argparse.Namespace) -> int:
 
 def _end_of_document_ids() -> list[int]:
     from megatron.training import get_tokenizer
+    from megatron.training.utils import print_rank_0
 
     try:
         end = get_tokenizer().eod
-    except (AttributeError, NotImplementedError, TypeError):
-        return []  # a tokenizer without one; the metric is then left out
-    return [] if end is None else [int(end)]
+    except (AttributeError, NotImplementedError, TypeError):  # which of them depends on the tokenizer's class
+        end = None
+    if end is None:
+        print_rank_0("> the tokenizer names no end-of-document token: `sft weight end of turn` is left out")
+        return []
+    return [int(end)]
 
 
 def _require_token_count(forward_step: Callable) -> Callable:
