@@ -25,6 +25,7 @@ from megatron_idft.inference.requests import (
     Completion,
     DecodeSettings,
     FinishReason,
+    NonFiniteLogitsError,
     Repetition,
     Request,
     Sampling,
@@ -38,10 +39,6 @@ from megatron_idft.statistics import LOWEST
 
 _PREFILL_TOKENS = 16384  # padded tokens of prompts in one forward pass; at least one prompt
 _SCORED_TOKENS = 4096  # the same where logits of all tokens are made
-
-
-class NonFiniteLogitsError(UserError, FloatingPointError):
-    """The model's logits have no distribution."""
 
 
 class _Sequence:

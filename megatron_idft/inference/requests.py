@@ -10,6 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_idft.errors import UserError
+
+
+class NonFiniteLogitsError(UserError, FloatingPointError):
+    """The model's logits have no distribution: NaN or infinite."""
+
+
 FinishReason = Literal["eos", "length", "context", "repetition"]
 
 
@@ -31,7 +38,9 @@ class Request:
 class Mixing(Protocol):
     """How two streams become one distribution, proportional to hinted^(1 - lambda) * plain^lambda."""
 
-    first_token_hinted: bool  # the first token comes from the hinted stream alone
+    @property
+    def first_token_hinted(self) -> bool:
+        """Whether the first token comes from the hinted stream alone."""
 
     def __call__(self, hinted_entropy: Tensor) -> Tensor:
         """lambda in [0, 1] from the entropy of the hinted stream, in nats; both fp32 [n]."""

@@ -32,9 +32,9 @@ class ServedModel:
     """
 
     def __init__(self, model: Sequence[torch.nn.Module], max_positions: int) -> None:
-        from megatron_idft.integration.hook import language_models
+        from megatron.core.utils import unwrap_model
 
-        found = list(language_models(list(model)))
+        found = unwrap_model(list(model))
         reasons = _layout_reasons(found)
         if not reasons:
             reasons = list(_model_reasons(found[0]))

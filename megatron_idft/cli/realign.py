@@ -1,0 +1,85 @@
+"""`realign`: a corpus rewritten into the model's own distribution; what is done with the result needs no model."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+USAGE = """usage: torchrun … -m megatron_idft realign --hf-model DIR --data FILE … --output DIR --seq-length N <flags>
+       torchrun … -m megatron_idft realign --load DIR --tokenizer-model PATH --data FILE … --output DIR <model flags>
+       megatron-idft realign status DIR
+       megatron-idft realign merge DIR --output FILE.jsonl
+       megatron-idft realign report DIR [--output DIR] [--title TEXT]
+
+Rewrites the responses of a corpus into the model's own distribution: its own response where that is right, else Hinted
+Decoding (arXiv 2602.12222), which mixes what the model says with and without a hint; wrong results are left out.
+Start it as often as you like on one output folder: launches share the work, and a stopped one goes on where it was.
+Every flag of Megatron-LM 0.19 that describes a model or a layout is understood besides those below."""
+
+
+def status(argv: Sequence[str]) -> int:
+    from megatron_idft.hinted_decoding.status import describe_status
+
+    parser = argparse.ArgumentParser(
+        "megatron-idft realign status", description="Chunks, launches, the time left, and what became of the records."
+    )
+    parser.add_argument("folder", type=Path, help="the --output of realign")
+    print(describe_status(parser.parse_args(argv).folder))
+    return 0
+
+
+def merge(argv: Sequence[str]) -> int:
+    from megatron_idft.hinted_decoding.merge import merge as merge_records
+
+    parser = argparse.ArgumentParser(
+        "megatron-idft realign merge", description="The kept records in one file, in the order of the input."
+    )
+    parser.add_argument("folder", type=Path, help="the --output of realign")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="a new .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
+    )
+    parser.add_argument("--partial", action="store_true", help="merge what is finished, though not everything is")
+    args = parser.parse_args(argv)
+    print(json.dumps(merge_records(args.folder, args.output, partial=args.partial)))
+    return 0
+
+
+def report(argv: Sequence[str]) -> int:
+    from megatron_idft.hinted_decoding.report import write_report
+    from megatron_idft.hinted_decoding.results import read_outcomes, read_settings
+
+    parser = argparse.ArgumentParser(
+        "megatron-idft realign report", description="One page and one JSON: what was kept, and phi before and after."
+    )
+    parser.add_argument("folder", type=Path, help="the --output of realign")
+    parser.add_argument("--output", type=Path, help="where report.html and report.json go; default: the same folder")
+    parser.add_argument("--title", default="Realigned corpus", help="of the page")
+    args = parser.parse_args(argv)
+    output = args.output or args.folder
+    page, numbers = write_report(read_outcomes(args.folder), read_settings(args.folder), output, args.title)
+    print(f"{page}\n{numbers}")
+    return 0
+
+
+WITHOUT_MODEL: dict[str, Callable[[Sequence[str]], int]] = {"status": status, "merge": merge, "report": report}
+
+
+def main(argv: Sequence[str]) -> int:
+    if not argv:
+        print(USAGE)
+        return 2
+    if argv[0] in WITHOUT_MODEL:
+        return WITHOUT_MODEL[argv[0]](argv[1:])
+    if "-h" in argv or "--help" in argv:
+        from megatron_idft.integration.realign_arguments import add_realign_arguments
+
+        parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+        print(USAGE + "\n\n" + add_realign_arguments(parser).format_help())
+        return 0
+    from megatron_idft.integration.hf_model import expand
+    from megatron_idft.integration.realign_program import realign
+    from megatron_idft.integration.script import prepare_process
+
+    prepare_process("megatron-idft realign", expand(argv), force_cpu="--cpu" in argv)
+    realign()
+    return 0

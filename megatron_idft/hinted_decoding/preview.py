@@ -1,0 +1,79 @@
+"""What the model would be shown, and what to expect of a run, as text for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_idft.corpus.estimates import ClusterSums, Estimate
+from megatron_idft.corpus.records import Record
+from megatron_idft.data import ChatTokenizer
+from megatron_idft.errors import InputError
+from megatron_idft.hinted_decoding.prompts import HintTemplate
+from megatron_idft.hinted_decoding.tasks import RealignInput, RecordTask
+
+
+def render_prompts(record: Record, tokenizer: ChatTokenizer, template: HintTemplate, max_positions: int) -> str:
+    """The plain, the analysis and the hinted prompt of a record's first assistant turn.
+
+    Raises InputError where the record cannot be realigned.
+    """
+    task = RecordTask(RealignInput(0, record), tokenizer, max_positions)
+    turn = task.begin(0)
+    if turn is None:
+        raise InputError(f"{record.file}, line {record.line}: {task.error}")
+    asked = tokenizer.template.render(
+        template.render(turn.history, turn.original_text, turn.answer), add_generation_prompt=True
+    )
+    parts = [(f"plain prompt, {len(turn.prompt.ids)} tokens", turn.prompt.text)]
+    if template.marker is None:
+        parts.append(("hinted prompt", asked))
+    else:
+        parts.append((f"analysis prompt ({template.name})", asked))
+        written = f"{asked}⟦what the model writes there, through its last⟧{template.marker}{template.after_marker}"
+        parts.append(("hinted prompt", written))
+    parts.append(("original response", tokenizer.decode(turn.prompt.original_ids)))
+    parts.append(("reference answer", "none: this turn cannot be verified" if turn.answer is None else turn.answer))
+    return "\n\n".join(f"> {title}:\n{text}" for title, text in parts)
+
+
+class EstimateSums(ClusterSums):
+    """before, after: phi summed over the tokens of kept, rewritten turns as they were and as they are."""
+
+    fields = ("one", "kept", "errors", "before", "before_tokens", "after", "after_tokens")
+
+
+def summary_row(row: Mapping[str, Any]) -> dict[str, float]:
+    """The fields of EstimateSums for a row of OUTCOME_SCHEMA."""
+    kept = row["status"] == "kept"
+    found = dict.fromkeys(EstimateSums.fields, 0.0) | {"one": 1.0, "kept": kept, "errors": row["status"] == "error"}
+    for turn in row["turns"] if kept else ():
+        for candidate in turn["candidates"]:
+            if candidate["accepted"]:
+                found["before"] += turn["original_phi_sum"]
+                found["before_tokens"] += turn["original_num_tokens"]
+                found["after"] += candidate["phi_sum"]
+                found["after_tokens"] += candidate["num_tokens"]
+    return found
+
+
+def describe_estimate(rows: Sequence[Mapping[str, float]], seconds: float, total: int, replicas: int) -> str:
+    """rows: of `summary_row`. seconds: that this launch needed for them. total: records of the corpus."""
+    sums = EstimateSums()
+    for row in rows:
+        sums.add(row)
+    hours = seconds * total / max(len(rows), 1) / 3600
+    return (
+        f"> {len(rows):,} of {total:,} records in {seconds:.1f} s on {replicas} replica{'s' * (replicas > 1)}: about"
+        f" {hours:.2f} hours for all in one such launch\n"
+        f"> kept: {_shown(sums.ratio('kept', 'one'), '.1%')} of the records, errors: {int(sums['errors'])}\n"
+        f"> mean of phi per token of rewritten turns: {_shown(sums.ratio('before', 'before_tokens'))} before,"
+        f" {_shown(sums.ratio('after', 'after_tokens'))} after"
+    )
+
+
+def _shown(estimate: Estimate | None, form: str = "+.4f") -> str:
+    if estimate is None:
+        return "unknown"
+    error = "" if estimate.se is None else f" ± {estimate.se:{form.removeprefix('+')}}"
+    return f"{estimate.value:{form}}{error}"

@@ -1,0 +1,187 @@
+"""The texts that show the model a reference: the stage that analyses it, and the plain hint without an analysis.
+
+A template file begins with lines `key: value`, then a line `---`, then Jinja text that becomes one user message:
+
+    marker: # CoT            what the model writes between its analysis and its reply; none: a hint without analysis
+    after-marker: "\\n"       JSON text that follows the marker in the hinted prompt, whether the model wrote it or not
+
+The text sees `conversation` (the messages up to the reply, without the system message: role, content), `question` (the
+last of them that the user wrote), `solution` (the reference reply, as the record has it), `answer` (its final answer,
+empty if there is none) and `boxed` (whether the reference boxes it). The record's system message stands before it, as
+in the plain prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from jinja2 import meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
+
+from megatron_idft.corpus.records import Message
+from megatron_idft.data import ChatTokenizer
+from megatron_idft.errors import InputError
+from megatron_idft.hinted_decoding.conversation import encode_after
+
+_HEADER = ("marker", "after-marker")
+_VARIABLES = {"conversation", "question", "solution", "answer", "boxed"}
+_BOX = "\\boxed"
+
+
+@dataclass(frozen=True)
+class HintTemplate:
+    """marker: None for a hint without analysis. source: the file's content. name: of the file, for messages.
+
+    Raises InputError naming the file for a header or text that cannot be used.
+    """
+
+    name: str
+    source: str = field(repr=False)
+    marker: str | None = field(init=False)
+    after_marker: str = field(init=False)
+    text: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        head, separator, text = f"\n{self.source}".partition("\n---\n")
+        if not separator:
+            raise InputError(f"{self.name}: no line `---` between header and text; see templates/analysis.txt")
+        header = dict(self._header_line(line) for line in head.splitlines() if line.strip())
+        object.__setattr__(self, "marker", header.get("marker"))
+        object.__setattr__(self, "after_marker", self._after_marker(header.get("after-marker", '""')))
+        object.__setattr__(self, "text", text)
+        self._check()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the whole file: which template it was."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    def render(self, conversation: Sequence[Message], solution: str, answer: str | None) -> list[Message]:
+        """The messages that ask for the hinted reply to `conversation`. Raises InputError where the text fails."""
+        system = [message for message in conversation[:1] if message["role"] == "system"]
+        rest = [{"role": m["role"], "content": m["content"]} for m in conversation[len(system) :]]
+        questions = [message["content"] for message in rest if message["role"] == "user"]
+        try:
+            text = self._template.render(
+                conversation=rest,
+                question=questions[-1] if questions else "",
+                solution=solution,
+                answer=answer or "",
+                boxed=_BOX in solution,
+            )
+        except Exception as error:  # whatever a template of the user's may raise
+            raise InputError(f"{self.name}: the template failed: {type(error).__name__}: {error}") from error
+        return [*system, {"role": "user", "content": text.strip()}]
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        return _environment().from_string(self.text)
+
+    def _header_line(self, line: str) -> tuple[str, str]:
+        key, _, value = line.partition(":")
+        if key not in _HEADER:
+            raise InputError(f"{self.name}: header line {line!r}; the header knows {', '.join(_HEADER)}")
+        if not value.strip():
+            raise InputError(f"{self.name}: header line {line!r} has no value")
+        return key, value.strip()
+
+    def _after_marker(self, value: str) -> str:
+        try:
+            text = json.loads(value)
+        except ValueError:
+            text = None
+        if not isinstance(text, str):
+            raise InputError(f'{self.name}: after-marker must be a JSON text such as "\\n", found {value}')
+        return text
+
+    def _check(self) -> None:
+        try:
+            used = meta.find_undeclared_variables(_environment().parse(self.text))
+        except jinja2.TemplateSyntaxError as error:
+            raise InputError(
+                f"{self.name}: not valid Jinja: {error.message} (line {error.lineno} of the text)"
+            ) from error
+        if unknown := sorted(used - _VARIABLES):
+            raise InputError(
+                f"{self.name}: unknown {', '.join(unknown)}; the text may use {', '.join(sorted(_VARIABLES))}"
+            )
+        if not used & {"conversation", "question"} or not used & {"solution", "answer"}:
+            raise InputError(f"{self.name}: the text must use question or conversation, and solution or answer")
+        if self.marker is not None and self.marker not in self.text:
+            raise InputError(f"{self.name}: the text never asks for the marker {self.marker!r}")
+
+
+def analysis_template(path: str | Path | None = None) -> HintTemplate:
+    """The analysis stage's: of the package, or from a file. Raises InputError, also for a file without a marker."""
+    template = _read("analysis.txt", path)
+    if template.marker is None:
+        raise InputError(f"{template.name}: the analysis needs a header line `marker: …`; or pass --no-analysis")
+    return template
+
+
+def hint_template(path: str | Path | None = None) -> HintTemplate:
+    """The plain hint's: of the package, or from a file. Raises InputError, also for a file with a marker."""
+    template = _read("hint.txt", path)
+    if template.marker is not None:
+        raise InputError(f"{template.name}: without an analysis there is no marker: take it out of the header")
+    return template
+
+
+def cut_at_marker(ids: NDArray[np.int32], template: HintTemplate, tokenizer: ChatTokenizer) -> NDArray[np.int32] | None:
+    """The analysis through the token that completes its last marker, and what follows a marker; None without one.
+
+    Tokens of what follows are the model's own where it wrote it.
+    """
+    assert template.marker is not None
+    marker, text = template.marker, tokenizer.decode(ids)
+    count = text.count(marker)
+    if count == 0:
+        return None
+    end = _shortest(ids, tokenizer, marker, count)
+    tail = tokenizer.decode(ids[:end]).rpartition(marker)[2]
+    wanted = template.after_marker
+    while end < len(ids) and len(tail) < len(wanted) and wanted.startswith(tail):
+        longer = tokenizer.decode(ids[: end + 1]).rpartition(marker)[2]
+        if not longer.startswith(wanted) and not wanted.startswith(longer):
+            break
+        end, tail = end + 1, longer
+    missing = wanted[len(tail) :] if wanted.startswith(tail) else ""
+    if not missing:
+        return ids[:end]
+    return np.concatenate([ids[:end], encode_after(tokenizer, marker + tail, missing)])
+
+
+def _shortest(ids: NDArray[np.int32], tokenizer: ChatTokenizer, marker: str, count: int) -> int:
+    """The fewest first tokens whose text holds the marker `count` times."""
+    low, high = 1, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        if tokenizer.decode(ids[:middle]).count(marker) >= count:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _read(packaged: str, path: str | Path | None) -> HintTemplate:
+    if path is None:
+        source = resources.files("megatron_idft.hinted_decoding").joinpath("templates", packaged).read_text("utf-8")
+        return HintTemplate(packaged, source)
+    try:
+        return HintTemplate(str(path), Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"prompt template {path}: {error}; name a UTF-8 text file") from error
+
+
+def _environment() -> Any:
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)

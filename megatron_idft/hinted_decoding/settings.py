@@ -1,0 +1,84 @@
+"""What a realignment does: stages, sampling, and what becomes of a turn that nothing right was found for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from megatron_idft.hinted_decoding.mixing import EntropyMixing
+from megatron_idft.hinted_decoding.prompts import HintTemplate
+from megatron_idft.inference.requests import Repetition, Sampling
+
+Fallback = Literal["drop", "original", "retry"]
+Unverified = Literal["drop", "original", "keep"]
+
+GREEDY = Sampling(temperature=0.0)
+PAPER_SAMPLING = Sampling(temperature=0.3, top_p=0.95, cut_before_temperature=True)  # of hinted decoding
+
+
+@dataclass(frozen=True, slots=True)
+class RealignSettings:
+    """All that decides what the responses are, besides the model, its tokenizer and the records.
+
+    max_positions: the context in tokens. max_tokens: of one response. template: with a marker, the model analyses the
+    reference first; without one, the rendered template alone is the hint. rollout_samples: 0 leaves the stage out.
+    fallback, after_retries: what becomes of a turn for which no candidate was accepted. retries: further tries of
+    hinted decoding, for fallback "retry"; each with another seed and with beta times `retry_beta_factor` once more.
+    unverified: what becomes of a turn that cannot be verified; "keep" accepts its first candidate that ended by itself
+    and does not betray the hint.
+    """
+
+    seed: int
+    max_positions: int
+    max_tokens: int
+    template: HintTemplate
+    mixing: EntropyMixing
+    rollout_samples: int = 1
+    rollout_sampling: Sampling = field(default_factory=Sampling)
+    analysis_sampling: Sampling = GREEDY
+    analysis_max_tokens: int = 2048
+    hinted_sampling: Sampling = PAPER_SAMPLING
+    splitter: str | None = "\\boxed{"
+    repetition: Repetition | None = field(default_factory=Repetition)
+    stop_on_first_token: bool = False
+    fallback: Fallback = "drop"
+    retries: int = 2
+    retry_beta_factor: float = 0.5
+    after_retries: Literal["drop", "original"] = "drop"
+    unverified: Unverified = "keep"
+
+    @property
+    def last_resort(self) -> Literal["drop", "original"]:
+        return self.after_retries if self.fallback == "retry" else self.fallback
+
+    def describe(self) -> dict[str, Any]:
+        """As plain types, for the manifest: launches on one folder must agree, and the report reads it."""
+        analysis = None
+        if self.template.marker is not None:
+            analysis = _sampling(self.analysis_sampling) | {"max_tokens": self.analysis_max_tokens}
+        rollouts = _sampling(self.rollout_sampling) | {"samples": self.rollout_samples}
+        retry = {"retries": self.retries, "beta_factor": self.retry_beta_factor, "after_retries": self.after_retries}
+        return {
+            "seed": self.seed,
+            "seq_length": self.max_positions,
+            "max_new_tokens": self.max_tokens,
+            "prompt": {"sha256": self.template.sha256, "marker": self.template.marker},
+            "rollouts": rollouts if self.rollout_samples else None,
+            "analysis": analysis,
+            "mixing": self.mixing.describe(),
+            "hinted": _sampling(self.hinted_sampling)
+            | {"splitter": self.splitter, "stop_on_first_token": self.stop_on_first_token},
+            "repetition": None if self.repetition is None else asdict(self.repetition),
+            "fallback": self.fallback,
+            "retry": retry if self.fallback == "retry" else None,
+            "unverified": self.unverified,
+        }
+
+
+def _sampling(sampling: Sampling) -> dict[str, Any]:
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "cut_before_temperature": sampling.cut_before_temperature,
+    }

@@ -1,0 +1,84 @@
+"""An engine that says what a test tells it to, and a tiny tokenizer, for the decisions around the real engine."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from megatron_idft.data import ChatTokenizer, load_tokenizer
+from megatron_idft.inference.requests import Completion, DecodeSettings, Request
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "data"))
+
+from chat_templates import CHATML, LLAMA3, MISTRAL, QWEN3_MARKED
+from tiny_tokenizers import byte_level
+
+__all__ = ["CHATML", "LLAMA3", "MISTRAL", "QWEN3_MARKED", "ScriptedEngine", "make_tokenizer", "score_ids"]
+
+Answer = str | tuple[str, str] | list[int]  # text; (text, finish reason); exact ids
+
+
+def make_tokenizer(folder: Path, template: str = CHATML) -> ChatTokenizer:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+class ScriptedEngine:
+    """script: request id -> what is answered. A request that is not in it fails: nothing may be asked in vain."""
+
+    def __init__(self, tokenizer: ChatTokenizer, script: dict[str, Answer]):
+        self.tokenizer, self.script = tokenizer, script
+        self.calls: list[tuple[list[Request], DecodeSettings]] = []
+        self.scored: list[list[list[int]]] = []
+
+    @property
+    def requests(self) -> dict[str, Request]:
+        return {request.id: request for requests, _ in self.calls for request in requests}
+
+    def settings_of(self, identity: str) -> DecodeSettings:
+        return next(settings for requests, settings in self.calls if identity in {r.id for r in requests})
+
+    def decode(self, requests: Sequence[Request], settings: DecodeSettings) -> Iterator[Completion]:
+        assert requests
+        self.calls.append((list(requests), settings))
+        for request in reversed(requests):  # whichever ends first
+            yield self._completion(request, settings)
+
+    def _completion(self, request: Request, settings: DecodeSettings) -> Completion:
+        answer = self.script[request.id]
+        reason = "eos"
+        if isinstance(answer, tuple):
+            answer, reason = answer
+        if isinstance(answer, str):
+            [encoding] = self.tokenizer.encode_batch([answer + ("<|im_end|>" if reason == "eos" else "")], [[]])
+            answer = encoding.ids.tolist()
+        ids = np.array(answer, dtype=np.int32)
+        assert reason != "eos" or int(ids[-1]) in settings.stopping.stop_ids
+        n, hinted = len(ids), request.hinted_prompt is not None
+        mixed = np.arange(n) < n // 2
+        return Completion(
+            request,
+            ids,
+            reason,
+            log_prob=(-0.1 * np.arange(n)).astype(np.float32),
+            entropy=np.full(n, 0.25, dtype=np.float32),
+            mix_weight=np.where(mixed & hinted, 0.5, 1.0).astype(np.float32),
+            hinted_entropy=np.where(mixed & hinted, 0.7, np.nan).astype(np.float32),
+            split_at=n // 2 if hinted else None,
+        )
+
+    def score(self, sequences: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        self.scored.append([sequence.tolist() for sequence in sequences])
+        return [score_ids(sequence) for sequence in sequences]
+
+
+def score_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers that depend on token and position."""
+    ids = np.asarray(ids)
+    return (-(ids[1:] % 70) / 10).astype(np.float32), (np.arange(len(ids) - 1) % 5 / 10).astype(np.float32)

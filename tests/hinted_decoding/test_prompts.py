@@ -1,0 +1,129 @@
+"""The templates that show the reference, and where an analysis is cut."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from scripted import make_tokenizer
+
+from megatron_idft.corpus.verification import LeakFilter
+from megatron_idft.errors import InputError
+from megatron_idft.hinted_decoding.prompts import HintTemplate, analysis_template, cut_at_marker, hint_template
+
+QUESTION = {"role": "user", "content": "What is 3 + 4?"}
+CONVERSATION = [
+    {"role": "user", "content": "What is 1 + 1?"},
+    {"role": "assistant", "content": "It is 2."},
+    {"role": "user", "content": "And times 3?"},
+]
+SOLUTION = "3 + 4 = \\boxed{7}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.parametrize("template", [analysis_template(), hint_template()], ids=lambda template: template.name)
+def test_the_packaged_templates_hold_question_reference_and_answer(template):
+    [message] = template.render([QUESTION], SOLUTION, "7")
+    text = message["content"]
+    assert message["role"] == "user" and QUESTION["content"] in text and SOLUTION in text and "result: 7" in text
+    assert "End with the final result in \\boxed{}." in text and "{{" not in text and "{%" not in text
+    [message] = template.render([QUESTION], "It is 7.", "7")
+    assert "\\boxed" not in message["content"] and "in the form in which the reference gives it" in message["content"]
+    [message] = template.render([QUESTION], "Hello!", None)
+    assert "final result" not in message["content"] and "Its final" not in message["content"]
+
+
+@pytest.mark.parametrize("template", [analysis_template(), hint_template()], ids=lambda template: template.name)
+def test_history_and_system_message(template):
+    system = {"role": "system", "content": "Answer in French."}
+    found_system, message = template.render([system, *CONVERSATION], "6", "6")
+    assert found_system == system and "French" not in message["content"]
+    for part in CONVERSATION:
+        assert f"[{part['role']}]\n{part['content']}" in message["content"]
+
+
+def test_the_analysis_template_asks_for_its_marker_alone_on_a_line_and_the_hint_has_none():
+    assert analysis_template().marker == "# CoT" and analysis_template().after_marker == "\n"
+    assert hint_template().marker is None
+    assert LeakFilter().find("Now my reply.\n# CoT\n7") is not None  # a response that writes the marker again
+
+
+def test_text_of_the_record_is_no_template():
+    [message] = analysis_template().render([{"role": "user", "content": "{{ 6 * 7 }}"}], "{% if %}", None)
+    assert "{{ 6 * 7 }}" in message["content"] and "{% if %}" in message["content"] and "42" not in message["content"]
+
+
+def test_a_template_of_the_users(tmp_path):
+    path = tmp_path / "analysis.txt"
+    path.write_text('marker: ### Reply:\nafter-marker: "\\n\\n"\n---\n{{ question }}|{{ answer }} then ### Reply:\n')
+    template = analysis_template(path)
+    assert (template.marker, template.after_marker) == ("### Reply:", "\n\n")
+    assert template.render(CONVERSATION, "x", "6") == [{"role": "user", "content": "And times 3?|6 then ### Reply:"}]
+    assert template.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != analysis_template().sha256
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("{{ question }} {{ answer }}", "no line `---`"),
+        ("colour: red\n---\n{{ question }} {{ answer }}", "the header knows marker"),
+        ("marker:\n---\n{{ question }} {{ answer }}", "has no value"),
+        ("marker: X\nafter-marker: \\n\n---\n{{ question }} {{ answer }} X", "JSON text"),
+        ("marker: X\n---\n{{ question }} {{ answer }}", "never asks for the marker"),
+        ("marker: X\n---\n{{ question }} {{ anwser }} X", "unknown anwser"),
+        ("marker: X\n---\n{{ question }} X", "solution or answer"),
+        ("marker: X\n---\n{{ solution }} X", "question or conversation"),
+        ("marker: X\n---\n{{ question }} {% if answer %} X", "not valid Jinja"),
+    ],
+)
+def test_unusable_templates_are_refused_by_name(source, what):
+    with pytest.raises(InputError, match=what) as error:
+        HintTemplate("mine.txt", source)
+    assert "mine.txt" in str(error.value)
+
+
+def test_each_stage_wants_its_own_kind(tmp_path):
+    with_marker, without = tmp_path / "a", tmp_path / "b"
+    with_marker.write_text("marker: X\n---\n{{ question }} {{ answer }} X")
+    without.write_text("---\n{{ question }} {{ answer }}")
+    with pytest.raises(InputError, match="--no-analysis"):
+        analysis_template(without)
+    with pytest.raises(InputError, match="there is no marker"):
+        hint_template(with_marker)
+    with pytest.raises(InputError, match="name a UTF-8 text file"):
+        hint_template(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("analysis", "kept"),
+    [
+        (
+            "# Analysis\nThe marker is # CoT here.\n# CoT\nFirst, 3 + 4.",
+            "# Analysis\nThe marker is # CoT here.\n# CoT\n",
+        ),
+        ("short # CoT", "short # CoT\n"),
+        ("short # CoT: 3 + 4", "short # CoT\n"),
+        ("# CoT\n\n\nmore", "# CoT\n\n"),  # two line breaks are one token
+    ],
+)
+def test_an_analysis_ends_behind_its_last_marker(tokenizer, analysis, kept):
+    ids = tokenizer.encode_batch([analysis], [[]])[0].ids
+    found = cut_at_marker(ids, analysis_template(), tokenizer)
+    assert found is not None and tokenizer.decode(found) == kept
+
+
+def test_the_models_own_tokens_are_kept(tokenizer):
+    """Letter by letter: not what the tokenizer would make of the text."""
+    analysis = "a # CoT\nmore"
+    ids = np.concatenate([tokenizer.encode_batch([letter], [[]])[0].ids for letter in analysis])
+    assert len(ids) == len(analysis) > len(tokenizer.encode_batch([analysis], [[]])[0].ids)
+    found = cut_at_marker(ids, analysis_template(), tokenizer)
+    assert found is not None and found.tolist() == ids[: len("a # CoT\n")].tolist()
+
+
+def test_without_a_marker_there_is_no_cut(tokenizer):
+    ids = tokenizer.encode_batch(["# Cot and #CoT"], [[]])[0].ids
+    assert cut_at_marker(ids, analysis_template(), tokenizer) is None

@@ -1,0 +1,414 @@
+"""What the stages decide, with an engine that says what it is told: acceptance, hints, fallbacks, ids, errors."""
+
+import json
+from collections import deque
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scripted import LLAMA3, MISTRAL, QWEN3_MARKED, ScriptedEngine, make_tokenizer, score_ids
+
+from megatron_idft.corpus.records import Record
+from megatron_idft.corpus.verification import LeakFilter, Verifier
+from megatron_idft.data import encode_conversation
+from megatron_idft.hinted_decoding.mixing import EntropyMixing
+from megatron_idft.hinted_decoding.outcomes import OUTCOME_SCHEMA
+from megatron_idft.hinted_decoding.pipeline import Realigner
+from megatron_idft.hinted_decoding.prompts import HintTemplate
+from megatron_idft.hinted_decoding.report.report import summarize
+from megatron_idft.hinted_decoding.settings import RealignSettings
+from megatron_idft.hinted_decoding.tasks import RealignInput
+
+ANALYSIS = HintTemplate("a", 'marker: # CoT\nafter-marker: "\\n"\n---\n{{ question }} {{ solution }} # CoT')
+HINT = HintTemplate("h", "---\n{{ question }} {{ solution }} {{ answer }}")
+RIGHT, WRONG, LEAK = "The answer is 7.", "The answer is 8.", "By the reference answer, the answer is 7."
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def record(answer="7", messages=None, identity="r", **extra) -> Record:
+    if messages is None:
+        messages = [{"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": "It is \\boxed{7}"}]
+    return Record(messages, identity, "data.jsonl", 3, answer, "sums", extra)
+
+
+def settings(**changes) -> RealignSettings:
+    defaults = {"seed": 5, "max_positions": 400, "max_tokens": 50, "template": ANALYSIS}
+    return RealignSettings(**(defaults | {"mixing": EntropyMixing(600)} | changes))
+
+
+def run(tokenizer, script, *records, given=None, **changes):
+    """(rows, engine) of these records; every row fits the schema, and the report reads it."""
+    engine = ScriptedEngine(tokenizer, script)
+    realigner = Realigner(
+        engine, tokenizer, settings(**changes), Verifier(), LeakFilter(), {"model": "m", "versions": {"torch": "0"}}
+    )
+    rows = realigner.realign([RealignInput(10 + i, r, **(given or {})) for i, r in enumerate(records)])
+    rows = pa.Table.from_pylist(rows, OUTCOME_SCHEMA).to_pylist()
+    summarize(rows, {}, "t")
+    return rows, engine
+
+
+def stages(row) -> list[tuple[str, str | None, bool]]:
+    return [(c["stage"], c["rejected_because"], c["accepted"]) for turn in row["turns"] for c in turn["candidates"]]
+
+
+def test_the_first_right_rollout_is_taken_and_nothing_more_is_asked(tokenizer):
+    script = {"r/0/rollout/0": WRONG, "r/0/rollout/1": RIGHT, "r/0/rollout/2": "So the answer is 7."}
+    [row], engine = run(tokenizer, script, record(kept=1), rollout_samples=3)
+    assert (row["status"], row["reason"], row["index"], row["line"]) == ("kept", None, 10, 3)
+    assert stages(row) == [("rollout", "wrong", False), ("rollout", None, True), ("rollout", None, False)]
+    [turn] = row["turns"]
+    assert [c["verdict"] for c in turn["candidates"]] == ["wrong", "right", "right"]
+    assert turn["stage"] == "rollout" and turn["num_hinted_prompt_tokens"] is None and len(engine.calls) == 1
+    written = json.loads(row["record"])
+    assert written["messages"][-1]["content"] == RIGHT and written["id"] == "r" and written["kept"] == 1
+    assert (written["answer"], written["source"]) == ("7", "sums")
+    # The ids are those that training would make of the new text, but for the newline that follows the last turn.
+    ids, mask = encode_conversation(tokenizer, written["messages"])
+    assert written["token_ids"] == row["token_ids"] == ids[:-1].tolist()
+    assert written["loss_mask"] == row["loss_mask"] == mask[:-1].tolist()
+    assert written["tokenizer_fingerprint"] == tokenizer.fingerprint()
+    made = written["realigned"]
+    assert made["model"] == "m" and made["prompt"] == ANALYSIS.sha256
+    assert made["turns"][0] | {"stage": "rollout", "verdict": "right", "seed": 5, "beta": None} == made["turns"][0]
+
+
+def test_statistics_of_original_and_candidate(tokenizer):
+    messages = [*record().messages[:1], {"role": "assistant", "content": "It is \\boxed{7}: the lazy dog jumps 3 + 4."}]
+    [row], engine = run(tokenizer, {"r/0/rollout/0": RIGHT}, record(messages=messages))
+    [turn] = row["turns"]
+    prompt = engine.requests["r/0/rollout/0"].prompt
+    original, mask = encode_conversation(tokenizer, messages)
+    log_prob, entropy = (x[mask[1:] == 1].astype(np.float64) for x in score_ids(original))
+    phi = log_prob + entropy
+    expected = {
+        "num_tokens": len(phi),
+        "log_prob_sum": log_prob.sum(),
+        "entropy_sum": entropy.sum(),
+        "phi_sum": phi.sum(),
+        "phi_squared_sum": (phi**2).sum(),
+        "phi_below_1": (phi < -1).sum(),
+        "phi_below_3": (phi < -3).sum(),
+        "phi_below_5": (phi < -5).sum(),
+    }
+    assert 0 < expected["phi_below_5"] < expected["phi_below_3"] < expected["phi_below_1"] < len(phi)
+    for name, value in expected.items():
+        assert turn[f"original_{name}"] == pytest.approx(value, abs=1e-5), name
+    assert turn["num_prompt_tokens"] == len(prompt) == int(np.flatnonzero(mask)[0])
+    [candidate] = turn["candidates"]
+    n = candidate["num_tokens"]
+    assert turn["phi"] == pytest.approx(0.25 - 0.1 * np.arange(n), abs=1e-6)
+    assert candidate["phi_sum"] == pytest.approx(0.25 * n - 0.05 * n * (n - 1), abs=1e-5)
+    assert candidate["phi_below_1"] == int((0.25 - 0.1 * np.arange(n) < -1).sum())
+
+
+def test_what_is_wrong_alone_is_hinted_behind_the_last_marker(tokenizer):
+    analysis = "Seven, see # CoT.\n# CoT\n3 + 4 is 7, so \\boxed{7}."
+    script = {"r/0/rollout/0": WRONG, "r/0/analysis": analysis, "r/0/hinted": "Hence \\boxed{7}."}
+    [row], engine = run(tokenizer, script, record())
+    assert stages(row) == [("rollout", "wrong", False), ("hinted", None, True)]
+    hinted = engine.requests["r/0/hinted"]
+    plain = "<|im_start|>user\n3 + 4?<|im_end|>\n<|im_start|>assistant\n"
+    asked = "<|im_start|>user\n3 + 4? It is \\boxed{7} # CoT<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(hinted.prompt) == plain and hinted.seed == 5
+    assert tokenizer.decode(hinted.hinted_prompt) == asked + "Seven, see # CoT.\n# CoT\n"
+    assert tokenizer.decode(engine.requests["r/0/analysis"].prompt) == asked
+    assert engine.requests["r/0/analysis"].hinted_prompt is None
+    decoding, analysing = engine.settings_of("r/0/hinted"), engine.settings_of("r/0/analysis")
+    assert decoding.mixing.beta == 3.0 and decoding.stopping.splitter == "\\boxed{" and analysing.mixing is None
+    assert not decoding.stopping.stop_on_first_token and analysing.stopping.stop_on_first_token
+    assert analysing.sampling.temperature == 0 and decoding.sampling.cut_before_temperature
+    assert decoding.stopping.piece(int(hinted.prompt[0])) == "<|im_start|>"
+    [turn] = row["turns"]
+    candidate = turn["candidates"][1]
+    assert (candidate["beta"], candidate["lambda_mean"], candidate["lambda_max"]) == (3.0, 0.5, 0.5)
+    assert turn["num_hinted_prompt_tokens"] == len(hinted.hinted_prompt) and turn["analysis_tokens"] > 10
+    assert sum(np.isfinite(turn["hinted_entropy"])) == candidate["split_at"] > 0
+    assert turn["tokens"] == [tokenizer.decode([i]) for i in turn["token_ids"]]
+
+
+def test_without_analysis_the_template_alone_is_the_hint(tokenizer):
+    [row], engine = run(tokenizer, {"r/0/hinted": RIGHT}, record(), template=HINT, rollout_samples=0)
+    asked = "<|im_start|>user\n3 + 4? It is \\boxed{7} 7<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(engine.requests["r/0/hinted"].hinted_prompt) == asked
+    assert row["status"] == "kept" and row["turns"][0]["analysis_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    ("hinted", "why"),
+    [
+        (LEAK, "leak"),
+        (WRONG, "wrong"),
+        ((RIGHT, "length"), "unfinished"),
+        ((RIGHT, "repetition"), "unfinished"),
+        (" ", "unfinished"),
+        (f"{RIGHT}</s> {RIGHT}", "unfinished"),  # it went on behind an end that was not looked at
+    ],
+)
+@pytest.mark.parametrize("fallback", ["drop", "original"])
+def test_rejections_and_fallbacks(tokenizer, hinted, why, fallback):
+    script = {"r/0/rollout/0": WRONG, "r/0/analysis": "x # CoT", "r/0/hinted": hinted}
+    given = record(token="kept")
+    [row], _ = run(tokenizer, script, given, fallback=fallback)
+    assert stages(row) == [("rollout", "wrong", False), ("hinted", why, False)]
+    assert row["turns"][0]["candidates"][1]["leak"] == ("reference answer" if why == "leak" else None)
+    assert row["turns"][0]["reason"] == why and row["token_ids"] is None
+    if fallback == "drop":
+        assert (row["status"], row["reason"], row["record"], row["turns"][0]["stage"]) == ("dropped", why, None, None)
+        return
+    assert (row["status"], row["reason"], row["turns"][0]["stage"]) == ("kept", None, "original")
+    written = json.loads(row["record"])
+    assert written.pop("realigned")["turns"] == [{"stage": "original"}]
+    assert written == {"messages": given.messages, "id": "r", "answer": "7", "source": "sums", "token": "kept"}
+
+
+def test_a_phrase_of_the_question_is_no_leak(tokenizer):
+    messages = [
+        {"role": "user", "content": "3 + 4? Compare with the reference answer."},
+        {"role": "assistant", "content": "7"},
+    ]
+    [row], _ = run(tokenizer, {"r/0/hinted": LEAK}, record(messages=messages), template=HINT, rollout_samples=0)
+    assert row["status"] == "kept"
+
+
+def test_a_turn_without_a_marker_is_not_hinted(tokenizer):
+    script = {"r/0/rollout/0": WRONG, "r/0/analysis": "It is seven."}
+    [row], _ = run(tokenizer, script, record(), fallback="retry", after_retries="original")
+    assert row["status"] == "kept" and row["turns"][0]["reason"] == "no marker in the analysis"
+    [row], _ = run(tokenizer, script, record())
+    assert (row["status"], row["reason"]) == ("dropped", "no marker in the analysis")
+
+
+def test_retries_change_seed_and_beta_until_one_is_right(tokenizer):
+    script = {"r/0/hinted": WRONG, "r/0/retry/1": LEAK, "r/0/retry/2": RIGHT}
+    policy = {"template": HINT, "rollout_samples": 0, "fallback": "retry", "retries": 4, "retry_beta_factor": 0.5}
+    [row], engine = run(tokenizer, script, record(), **policy)
+    assert stages(row) == [("hinted", "wrong", False), ("retry", "leak", False), ("retry", None, True)]
+    tried = row["turns"][0]["candidates"]
+    assert [(c["seed"], c["beta"]) for c in tried] == [(5, 3.0), (6, 1.5), (7, 0.75)]
+    assert [call[1].mixing.beta for call in engine.calls] == [3.0, 1.5, 0.75]
+    assert json.loads(row["record"])["realigned"]["turns"][0]["stage"] == "retry"
+
+
+@pytest.mark.parametrize("after", ["drop", "original"])
+def test_when_all_retries_fail(tokenizer, after):
+    script = {"r/0/hinted": WRONG, "r/0/retry/1": WRONG}
+    policy = {"template": HINT, "rollout_samples": 0, "fallback": "retry", "retries": 1, "after_retries": after}
+    [row], _ = run(tokenizer, script, record(), **policy)
+    assert (row["status"], len(row["turns"][0]["candidates"])) == ({"drop": "dropped", "original": "kept"}[after], 2)
+
+
+UNVERIFIABLE = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(("policy", "status", "stage"), [("drop", "dropped", None), ("original", "kept", "original")])
+def test_what_cannot_be_verified_is_not_decoded_unless_kept(tokenizer, policy, status, stage):
+    [row], engine = run(tokenizer, {}, record(None, UNVERIFIABLE), unverified=policy, fallback="retry")
+    assert (row["status"], row["turns"][0]["stage"]) == (status, stage) and not engine.calls
+    assert row["turns"][0]["reason"] == "no reference answer to verify with"
+    assert row["turns"][0]["original_num_tokens"] > 0
+
+
+def test_kept_unverified_is_the_first_that_ended_without_a_leak(tokenizer):
+    [row], _ = run(tokenizer, {"r/0/rollout/0": "Hello world"}, record(None, UNVERIFIABLE))
+    assert stages(row) == [("rollout", None, True)] and row["turns"][0]["candidates"][0]["verdict"] is None
+    script = {"r/0/rollout/0": ("Hello", "length"), "r/0/hinted": LEAK, "r/0/retry/1": "Hello"}
+    [row], _ = run(tokenizer, script, record(None, UNVERIFIABLE), template=HINT, fallback="retry")
+    assert [why for _, why, _ in stages(row)] == ["unfinished", "leak", None] and row["status"] == "kept"
+
+
+def test_an_unknown_verdict_follows_the_policy(tokenizer):
+    unknown = record({"a list": "no text"})  # what only a plug-in could compare
+    script = {"r/0/rollout/0": RIGHT, "r/0/hinted": RIGHT}
+    [row], _ = run(tokenizer, script, unknown, template=HINT)
+    assert stages(row) == [("rollout", None, True)] and row["turns"][0]["candidates"][0]["verdict"] == "unknown"
+    for policy, status in (("drop", "dropped"), ("original", "kept")):
+        [row], _ = run(tokenizer, script, unknown, template=HINT, unverified=policy)
+        assert stages(row) == [("rollout", "unverified", False), ("hinted", "unverified", False)]
+        assert row["status"] == status and row["turns"][0]["reason"] == "unverified"
+
+
+def test_right_goes_before_unknown_and_the_answer_column_before_the_text(tokenizer):
+    script = {"r/0/rollout/0": RIGHT, "r/0/rollout/1": WRONG}
+    [row], _ = run(tokenizer, script, record("8"), rollout_samples=2)
+    assert [accepted for _, _, accepted in stages(row)] == [False, True]
+    [row], _ = run(tokenizer, script, record(None), rollout_samples=2)  # the box of the original says 7
+    assert [accepted for _, _, accepted in stages(row)] == [True, False]
+
+
+MULTI_TURN = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "3 + 4?"},
+    {"role": "assistant", "content": "\\boxed{7}"},
+    {"role": "user", "content": "And 1 more?"},
+    {"role": "assistant", "content": "\\boxed{8}", "name": "tutor"},
+]
+
+
+@pytest.mark.parametrize("template", ["CHATML", "LLAMA3", "MISTRAL"])
+def test_later_turns_see_the_realigned_ones_as_the_very_tokens_that_were_drawn(tmp_path, template):
+    sources = {"LLAMA3": LLAMA3, "MISTRAL": MISTRAL}
+    tokenizer = make_tokenizer(tmp_path, *filter(None, [sources.get(template)]))
+    end = {"LLAMA3": "<|eot_id|>", "MISTRAL": "</s>"}.get(template, "<|im_end|>")
+    # Letter by letter: not the tokens that the text would be read as.
+    letters = [i for letter in " I say \\boxed{7}!" for i in tokenizer.encode_batch([letter], [[]])[0].ids.tolist()]
+    script = {"r/0/rollout/0": [*letters, tokenizer.special_ids[end]]}
+    second = tokenizer.encode_batch([f"Now \\boxed{{8}}!{end}"], [[]])[0].ids.tolist()
+    [row], engine = run(tokenizer, script | {"r/1/rollout/0": second}, record("8", MULTI_TURN))
+    assert [turn["stage"] for turn in row["turns"]] == ["rollout", "rollout"], row["reason"]
+    assert [turn["message"] for turn in row["turns"]] == [2, 4]
+    first = engine.requests["r/0/rollout/0"].prompt.tolist()
+    prompt = engine.requests["r/1/rollout/0"].prompt.tolist()
+    assert prompt[: len(first) + len(letters)] == first + letters
+    assert row["token_ids"] == prompt + second
+    trained = [i for i, on in zip(row["token_ids"], row["loss_mask"], strict=True) if on]
+    assert trained == [*letters, tokenizer.special_ids[end], *second]
+    written = json.loads(row["record"])["messages"]
+    assert written[4] == {"role": "assistant", "content": "Now \\boxed{8}!", "name": "tutor"}
+    text = tokenizer.template.render(written)
+    if template == "CHATML":
+        assert tokenizer.decode(row["token_ids"]) == text.removesuffix("\n")
+    # Scored behind the new history, as the original is.
+    assert engine.scored[1][0][: len(prompt)] == prompt
+
+
+def test_an_original_turn_is_history_for_the_next_and_a_dropped_one_ends_the_record(tokenizer):
+    script = {"r/0/rollout/0": WRONG, "r/0/hinted": WRONG, "r/1/rollout/0": "\\boxed{8}"}
+    given = record("8", MULTI_TURN)
+    [row], engine = run(tokenizer, script, given, template=HINT, fallback="original")
+    assert [turn["stage"] for turn in row["turns"]] == ["original", "rollout"]
+    assert "\\boxed{7}<|im_end|>" in tokenizer.decode(engine.requests["r/1/rollout/0"].prompt)
+    ids, mask = encode_conversation(tokenizer, given.messages)
+    assert (row["token_ids"], row["loss_mask"]) == (ids[:-1].tolist(), mask[:-1].tolist())
+    [row], engine = run(tokenizer, script, given, template=HINT)
+    assert row["status"] == "dropped" and len(row["turns"]) == 1 and "r/1/rollout/0" not in engine.requests
+
+
+def test_the_system_message_stays_in_both_prompts_and_history_goes_into_the_hint(tokenizer):
+    template = HintTemplate(
+        "h", "---\n{% for m in conversation %}{{ m.role }}={{ m.content }};{% endfor %}{{ question }} {{ solution }}"
+    )
+    script = {"r/0/hinted": "\\boxed{7} it is", "r/1/hinted": "\\boxed{8} it is"}
+    _, engine = run(tokenizer, script, record("8", MULTI_TURN), template=template, rollout_samples=0)
+    hinted = tokenizer.decode(engine.requests["r/1/hinted"].hinted_prompt)
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    assert hinted.startswith(
+        f"{system}user=3 + 4?;assistant=\\boxed{{7}} it is;user=And 1 more?;And 1 more? \\boxed{{8}}"
+    )
+    assert tokenizer.decode(engine.requests["r/1/hinted"].prompt).startswith(f"{system}3 + 4?<|im_end|>")
+
+
+def test_a_turn_that_ends_with_another_stop_token_is_written_with_the_templates(tokenizer):
+    body = tokenizer.encode_batch([RIGHT], [[]])[0].ids.tolist()
+    [row], _ = run(tokenizer, {"r/0/rollout/0": [*body, tokenizer.eos_id]}, record())
+    assert row["turns"][0]["token_ids"] == [*body, tokenizer.eos_id]  # as drawn, with their statistics
+    assert row["token_ids"][-len(body) - 1 :] == [*body, tokenizer.special_ids["<|im_end|>"]]
+    assert json.loads(row["record"])["messages"][-1]["content"] == RIGHT
+
+
+def test_a_template_that_edits_earlier_turns_makes_an_error_of_that_record_alone(tmp_path):
+    tokenizer = make_tokenizer(tmp_path, QWEN3_MARKED)
+    thought = "<think>\n3, 4\n</think>\n\n\\boxed{7}"
+    script = {"a/0/rollout/0": thought, "b/0/rollout/0": "\\boxed{7}", "b/1/rollout/0": "\\boxed{8}"}
+    both = record("8", MULTI_TURN, "a"), record("8", MULTI_TURN, "b")
+    rows, _ = run(tokenizer, script, *both)
+    assert [row["status"] for row in rows] == ["error", "kept"]
+    assert "edits earlier turns" in rows[0]["reason"] and "--chat-template" in rows[0]["reason"]
+    assert rows[0]["record"] is None and (rows[0]["file"], rows[0]["line"]) == ("data.jsonl", 3)
+
+
+def test_errors_of_single_records_stop_no_other(tokenizer):
+    long = [{"role": "user", "content": "hello " * 500}, {"role": "assistant", "content": "7"}]
+    odd = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": [1]}]
+    nothing = [{"role": "user", "content": "x"}]
+    records = [record(messages=m, identity=str(i)) for i, m in enumerate([long, odd, nothing])] + [record()]
+    rows, _ = run(tokenizer, {"r/0/rollout/0": RIGHT}, *records)
+    assert [row["status"] for row in rows] == ["error"] * 3 + ["kept"]
+    for row, what in zip(rows, ["raise --seq-length", "tool_calls is not served", "no assistant turn"], strict=False):
+        assert what in row["reason"]
+
+
+def test_a_hint_that_does_not_fit_is_no_error(tokenizer):
+    messages = [{"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": "hello " * 300 + "\\boxed{7}"}]
+    [row], engine = run(tokenizer, {"r/0/rollout/0": WRONG}, record(messages=messages), max_positions=200)
+    assert (row["status"], row["reason"]) == ("dropped", "hinted prompt longer than --seq-length")
+    # The original counts as far as the context reaches.
+    [[scored]] = engine.scored
+    assert len(scored) == 201 and row["turns"][0]["original_num_tokens"] == 201 - row["turns"][0]["num_prompt_tokens"]
+
+
+def test_rollouts_and_analyses_from_files(tokenizer):
+    given = {"rollouts": {None: [WRONG, "Clearly, the answer is 7."]}}
+    [row], engine = run(tokenizer, {}, record(), given=given)
+    assert stages(row) == [("rollout", "wrong", False), ("rollout", None, True)] and not engine.calls
+    [turn] = row["turns"]
+    prompt = turn["num_prompt_tokens"]
+    log_prob, entropy = score_ids(np.array(row["token_ids"]))
+    assert turn["phi"] == pytest.approx((log_prob + entropy)[prompt - 1 :], abs=1e-6)
+    assert turn["candidates"][1]["seed"] is None and len(turn["phi"]) == len(row["token_ids"]) - prompt
+    ids, _ = encode_conversation(tokenizer, json.loads(row["record"])["messages"])
+    assert row["token_ids"] == ids[:-1].tolist()
+
+    given = {"rollouts": {0: [WRONG]}, "analyses": {0: "from a file # CoT and more"}}
+    [row], engine = run(tokenizer, {"r/0/hinted": RIGHT}, record(), given=given)
+    assert tokenizer.decode(engine.requests["r/0/hinted"].hinted_prompt).endswith("from a file # CoT\n")
+    assert row["status"] == "kept" and row["turns"][0]["analysis_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"rollouts": {None: ["a"]}}, 'add "turn"'),
+        ({"rollouts": {2: ["a"]}}, "whose turns are 0 to 1"),
+        ({"analyses": {-1: "a"}}, "whose turns are 0 to 1"),
+    ],
+)
+def test_files_must_say_which_turn(tokenizer, given, what):
+    [row], _ = run(tokenizer, {}, record("8", MULTI_TURN), given=given)
+    assert row["status"] == "error" and what in row["reason"]
+
+
+def test_results_do_not_depend_on_what_is_decoded_together(tokenizer):
+    script = {}
+    records = [record(identity=f"r{i}") for i in range(4)]
+    for i in range(4):
+        script |= {f"r{i}/0/rollout/0": [WRONG, RIGHT][i % 2], f"r{i}/0/hinted": [RIGHT, WRONG][i // 2]}
+    together, _ = run(tokenizer, script, *records, template=HINT)
+    alone = [run(tokenizer, script, one, template=HINT)[0][0] | {"index": 10 + i} for i, one in enumerate(records)]
+    assert _as_text(together) == _as_text(alone) and {row["status"] for row in together} == {"kept", "dropped"}
+
+
+def test_ranks_that_do_not_lead_decide_the_same_from_what_is_shared(tokenizer):
+    script = {"a/0/rollout/0": WRONG, "b/0/rollout/0": RIGHT, "a/0/analysis": "x # CoT", "a/0/hinted": RIGHT}
+    records = [RealignInput(0, record(identity="a")), RealignInput(1, record(identity="b"))]
+    shared: deque = deque()
+
+    def sent(value):
+        shared.append(value)
+        return value
+
+    found, calls = [], []
+    for verifier, share, leads in ((Verifier(), sent, True), (None, lambda value: shared.popleft(), False)):
+        engine = ScriptedEngine(tokenizer, script)
+        realigner = Realigner(engine, tokenizer, settings(), verifier, LeakFilter(), {}, share=share, leads=leads)
+        found.append(realigner.realign(records))
+        calls.append([[request.id for request in requests] for requests, _ in engine.calls])
+    assert not shared and calls[0] == calls[1] and len(calls[0]) == 3
+    tables = [pa.Table.from_pylist(rows, OUTCOME_SCHEMA).to_pylist() for rows in found]
+    assert _as_text(tables[0]) == _as_text(tables[1])
+
+
+def _as_text(rows) -> str:  # NaN is not equal to itself
+    return json.dumps(rows, sort_keys=True)
+
+
+def test_a_model_that_gives_nan_is_named(tokenizer):
+    engine = ScriptedEngine(tokenizer, {})
+    engine.score = lambda sequences: [(np.full(len(s) - 1, np.nan), np.zeros(len(s) - 1)) for s in sequences]
+    realigner = Realigner(engine, tokenizer, settings(), Verifier(), LeakFilter(), {})
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        realigner.realign([RealignInput(0, record())])

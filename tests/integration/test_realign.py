@@ -1,0 +1,279 @@
+"""`realign`: from a checkpoint that the trainer wrote to records that the trainer reads, in any number of launches."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import sentencepiece
+
+from launch import ROOT, forked, free_port
+from megatron_idft.corpus.ledger import read_manifest, status_of
+from megatron_idft.data import encode_conversation, load_tokenizer
+from megatron_idft.hinted_decoding.merge import merge
+from megatron_idft.hinted_decoding.results import read_outcomes, retry_folders
+
+MODEL = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 96 --max-position-embeddings 96
+    --position-embedding-type rope --chat-template chatml
+"""
+HINT = "---\n{{ question }} {{ solution }}\n"
+RECORDS = 48
+
+
+def write_records(path: Path, numbers: range, seed: int) -> list[dict]:
+    """Additions of one or two turns; the references are boxed, the model below has learned another form."""
+    rng = random.Random(seed)
+    records = []
+    for number in numbers:
+        messages = []
+        for _ in range(1 + number % 2):
+            a, b = rng.randrange(3), rng.randrange(3)
+            messages.append({"role": "user", "content": f"{a} + {b}?"})
+            messages.append({"role": "assistant", "content": f"\\boxed{{{a + b}}}."})
+        records.append(
+            {"messages": messages, "id": f"r{number}", "source": "even" if number % 2 else "odd", "n": number}
+        )
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n")
+    return records
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("realign")
+    write_records(folder / "data.jsonl", range(RECORDS), seed=5)
+    rng, lines = random.Random(6), []
+    for _ in range(300):
+        a, b = rng.randrange(3), rng.randrange(3)
+        # Alone it often errs; shown the reference it mostly copies the result.
+        hinted = rng.random() < 0.6
+        question = f"{a} + {b}?" + (f" \\boxed{{{a + b}}}." if hinted else "")
+        result = a + b if hinted else rng.choice((a + b, a, b))
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": f"answer: {result}"}]
+        lines.append(json.dumps({"messages": messages}))
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "hint.txt").write_text(HINT)
+    (folder / "text").write_text(
+        "\n".join(f"user assistant {a} + {a + 3}? \\boxed{{{a}}}. answer: {a}" for a in range(9))
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=70,
+        hard_vocab_limit=False,
+        split_digits=True,
+        control_symbols=["<|im_start|>", "<|im_end|>"],
+        user_defined_symbols=["\n"],
+        pad_id=3,
+        minloglevel=2,
+    )
+    flags = f"{MODEL} --sft-data {folder / 'train.jsonl'} --tokenizer-model {folder / 'tokenizer.model'}"
+    flags += f" --train-iters 200 --micro-batch-size 16 --global-batch-size 16 --lr 1e-2 --save {folder / 'model'}"
+    forked(["-m", "megatron_idft", "train", *flags.split(), "--num-workers", "0", "--lr-decay-style", "constant"])
+    return folder
+
+
+def flags(folder: Path, output: Path | str, more: str = "") -> list[str]:
+    words = f"{MODEL} --data {folder / 'data.jsonl'} --tokenizer-model {folder / 'tokenizer.model'}"
+    words += f" --load {folder / 'model'} --output {output} --no-analysis --hint-prompt {folder / 'hint.txt'}"
+    return f"{words} --max-new-tokens 16 --kv-memory-gb 0.1 --fallback retry --retries 1 {more}".split()
+
+
+def realign(folder: Path, output: Path, more: str = "", nproc: int = 1) -> list[dict]:
+    forked(["-m", "megatron_idft", "realign", *flags(folder, output, more)], nproc=nproc)
+    return list(read_outcomes(output))
+
+
+@pytest.fixture(scope="module")
+def realigned(folder) -> list[dict]:
+    return realign(folder, folder / "whole")
+
+
+def test_every_record_is_there_once_and_what_is_kept_is_right(folder, realigned):
+    assert [row["index"] for row in realigned] == list(range(RECORDS))
+    assert [row["id"] for row in realigned] == [f"r{i}" for i in range(RECORDS)]
+    stages = {turn["stage"] for row in realigned if row["status"] == "kept" for turn in row["turns"]}
+    assert stages >= {"rollout", "hinted"} and {row["status"] for row in realigned} == {"kept", "dropped"}
+    tokenizer = load_tokenizer(folder / "tokenizer.model", chat_template="chatml")
+    for row in realigned:
+        for turn in row["turns"]:
+            for candidate in turn["candidates"]:
+                assert candidate["finish_reason"] in ("eos", "length")
+        if row["status"] == "dropped":
+            assert row["record"] is None and row["turns"][-1]["stage"] is None
+            continue
+        record = json.loads(row["record"])
+        assert record["n"] == row["index"] and record["source"] == row["source"]
+        for question, answer in zip(record["messages"][::2], record["messages"][1::2], strict=True):
+            a, b = question["content"].rstrip("?").split(" + ")
+            assert answer["content"].split()[-1] == str(int(a) + int(b))
+        ids, mask = encode_conversation(tokenizer, record["messages"])
+        assert row["token_ids"][: row["turns"][0]["num_prompt_tokens"]] == ids[: np.flatnonzero(mask)[0]].tolist()
+        assert tokenizer.decode(row["token_ids"]) == tokenizer.decode(ids).removesuffix("\n")
+
+
+def test_hinted_decoding_makes_right_what_the_model_alone_gets_wrong(realigned):
+    tried = {"rollout": [], "hinted": []}
+    for row in realigned:
+        for turn in row["turns"]:
+            for candidate in turn["candidates"]:
+                tried.get(candidate["stage"], []).append(candidate["verdict"] == "right")
+    # Although only those are hinted whose rollouts were all wrong.
+    assert len(tried["hinted"]) > 10 and np.mean(tried["hinted"]) > np.mean(tried["rollout"])
+
+
+def test_statistics_are_those_that_score_gives_for_the_merged_file(folder, realigned, tmp_path):
+    merged = tmp_path / "data.jsonl"
+    counts = merge(folder / "whole", merged)
+    assert counts["kept"] == sum(row["status"] == "kept" for row in realigned) > 5
+    words = f"{MODEL} --tokenizer-model {folder / 'tokenizer.model'} --load {folder / 'model'}".split()
+    for data, output in ((merged, tmp_path / "after"), (folder / "data.jsonl", tmp_path / "before")):
+        forked(["-m", "megatron_idft", "score", *words, "--data", data, "--output", output])
+    before, after = (pq.read_table(tmp_path / name / "scores.parquet").to_pylist() for name in ("before", "after"))
+    kept = [row for row in realigned if row["status"] == "kept"]
+    for row, scored in zip(kept, after, strict=True):
+        accepted = [next(c for c in turn["candidates"] if c["accepted"]) for turn in row["turns"]]
+        assert scored["id"] == row["id"] and scored["num_tokens"] == sum(c["num_tokens"] for c in accepted)
+        for name in ("log_prob_sum", "phi_sum"):
+            assert scored[name] == pytest.approx(sum(c[name] for c in accepted), abs=1e-4)
+    for row, scored in zip(realigned, before, strict=True):
+        if len(row["turns"]) == 1 and row["index"] % 2 == 0:  # of later turns the history is another one
+            assert scored["phi_sum"] == pytest.approx(row["turns"][0]["original_phi_sum"], abs=1e-4)
+
+    # And the trainer reads it, with those ids.
+    train = [*words, "--sft-data", str(merged), "--train-iters", "2", "--micro-batch-size", "2", "--lr", "1e-3"]
+    text = forked(["-m", "megatron_idft", "train", *train, "--finetune", "--num-workers", "0", "--log-interval", "1"])
+    assert "iteration        2/" in text
+    meta = json.loads(next(tmp_path.glob(".megatron-idft-cache/*/meta.json")).read_text())
+    assert meta["counts"]["pretokenized"] == meta["counts"]["kept"] == len(kept)
+
+
+def responses(rows: list[dict]) -> list:
+    return [(row["id"], row["status"], row["token_ids"]) for row in rows]
+
+
+def assert_same(rows: list[dict], expected: list[dict]) -> None:
+    """But for a draw that falls on a rounding difference."""
+    equal = sum(a == b for a, b in zip(responses(rows), responses(expected), strict=True))
+    assert equal >= RECORDS - 2, equal
+
+
+@pytest.mark.parametrize(
+    ("nproc", "more"),
+    [
+        (2, "--tensor-model-parallel-size 2"),
+        (2, "--chunk-records 5"),  # two replicas
+        (1, "--chunk-records 7 --max-rows 3"),
+    ],
+)
+def test_layout_chunks_and_batches_do_not_change_the_records(folder, realigned, tmp_path, nproc, more):
+    assert_same(realign(folder, tmp_path / "again", more, nproc), realigned)
+
+
+def test_several_launches_one_of_them_killed_and_one_stopped(folder, realigned, tmp_path):
+    output = tmp_path / "shared"
+    words = ["-m", "megatron_idft", "realign", *flags(folder, output, "--chunk-records 1 --lease-seconds 3")]
+
+    def start(number: int) -> subprocess.Popen:
+        environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+        with open(tmp_path / f"errors{number}", "wb") as errors:
+            return subprocess.Popen(
+                [sys.executable, *words], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors
+            )
+
+    launches = [start(number) for number in range(2)]
+    try:
+        for launch, number in zip(launches, (signal.SIGKILL, signal.SIGTERM), strict=True):
+            before, deadline = len(list(output.glob("parts/*.parquet"))), time.monotonic() + 120
+            while len(list(output.glob("parts/*.parquet"))) < before + 3:
+                assert time.monotonic() < deadline and launch.poll() is None
+                time.sleep(0.002)
+            launch.send_signal(number)
+            launch.wait(60)
+    finally:
+        for launch in launches:
+            if launch.poll() is None:
+                launch.kill()
+    assert launches[0].returncode == -signal.SIGKILL and launches[1].returncode == 143
+    assert "the same command goes on from there" in (tmp_path / "errors1").read_text()
+    state = status_of(output)
+    assert 6 <= state.finished < RECORDS and len(state.leased) + len(state.stale) <= 1
+    assert_same(realign(folder, output, "--chunk-records 1 --lease-seconds 3"), realigned)
+    assert len(list(output.glob("parts/*.parquet"))) == RECORDS
+
+
+def test_other_settings_are_refused_on_the_same_folder(folder, realigned):
+    for more, name in (("--mix-beta 2", "mixing.beta"), ("--chunk-records 3", "chunk_records"), ("--seed 3", "seed")):
+        with pytest.raises(AssertionError, match=name):
+            realign(folder, folder / "whole", more)
+    settings = read_manifest(folder / "whole")["settings"]
+    assert settings["rollouts"]["samples"] == 1 and settings["mixing"]["mode"] == "linear"
+
+
+def test_errors_are_tried_again_in_a_ledger_of_their_own(folder, realigned, tmp_path):
+    rollouts = [{"id": "r1", "response": "answer: 0"}, {"id": "r2", "response": "answer: 0"}]
+    (tmp_path / "rollouts.jsonl").write_text("\n".join(json.dumps(row) for row in rollouts) + "\n")
+    output = tmp_path / "out"
+    rows = realign(folder, output, f"--rollouts {tmp_path / 'rollouts.jsonl'}")
+    assert [row["id"] for row in rows if row["status"] == "error"] == ["r1"] and 'add "turn"' in rows[1]["reason"]
+    assert rows[2]["turns"][0]["candidates"][0]["text"] == "answer: 0"
+    for more, what in (
+        ("--limit 3", "--data and --limit are not those"),
+        ("--chat-template plain", "chat template are"),
+    ):
+        with pytest.raises(AssertionError, match=what):
+            realign(folder, output, f"--retry-errors {more}")
+    rows = realign(folder, output, "--retry-errors")
+    assert [path.name for path in retry_folders(output)] == ["001"]
+    assert not [row for row in rows if row["status"] == "error"]
+    assert responses(rows[1:2]) == responses(realigned[1:2]) and len(rows) == RECORDS
+    text = forked(["-m", "megatron_idft", "realign", *flags(folder, output, "--retry-errors")])
+    assert "nothing to try again" in text
+
+
+def test_verbs_without_a_model(folder, realigned, tmp_path):
+    verbs = [sys.executable, "-m", "megatron_idft", "realign"]
+    status = subprocess.run([*verbs, "status", folder / "whole"], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert "1 of 1 chunks finished" in status.stdout and " kept" in status.stdout
+    subprocess.run([*verbs, "report", folder / "whole", "--output", tmp_path], check=True, cwd=ROOT)
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["fallback"] == "retry"
+    merging = [*verbs, "merge", folder / "whole", "--output", tmp_path / "a.parquet"]
+    done = subprocess.run(merging, check=True, cwd=ROOT, capture_output=True, text=True)
+    assert json.loads(done.stdout)["kept"] == pq.read_table(tmp_path / "a.parquet").num_rows
+    assert subprocess.run(merging, cwd=ROOT, capture_output=True).returncode == 2
+
+
+def test_dry_run_and_estimate_write_nothing(folder, tmp_path):
+    output = tmp_path / "out"
+    text = forked(["-m", "megatron_idft", "realign", *flags(folder, output, "--dry-run")])
+    assert "> plain prompt" in text and "> hinted prompt:" in text and "> reference answer:" in text
+    analysis = [word for word in flags(folder, output, "--dry-run") if word != "--no-analysis"]
+    at = analysis.index("--hint-prompt")
+    text = forked(["-m", "megatron_idft", "realign", *analysis[:at], *analysis[at + 2 :]])
+    assert "> analysis prompt (analysis.txt):" in text and "# CoT" in text
+    text = forked(["-m", "megatron_idft", "realign", *flags(folder, output, "--estimate")], nproc=2)
+    assert f"{RECORDS} of {RECORDS} records" in text and "on 2 replicas" in text and "hours" in text
+    assert "before" in text and "after" in text
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "remedy"),
+    [
+        ("--pipeline-model-parallel-size 2", "weights load under any layout"),
+        ("--rollouts nowhere.jsonl", "No such file"),
+        ("--verifier-plugin nowhere:check", "nowhere"),
+    ],
+)
+def test_flags_that_cannot_be_used_are_refused_with_the_remedy(folder, tmp_path, more, remedy):
+    with pytest.raises(AssertionError, match=remedy):
+        realign(folder, tmp_path / "out", more)
