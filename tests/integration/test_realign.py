@@ -178,19 +178,19 @@ def test_layout_chunks_and_batches_do_not_change_the_records(folder, realigned, 
     assert_same(realign(folder, tmp_path / "again", more, nproc), realigned)
 
 
+def start(words: list, errors: Path) -> subprocess.Popen:
+    """A launch of one process, which nothing but the output folder joins to others."""
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    with open(errors, "wb") as file:
+        command = [sys.executable, "-m", "megatron_idft", "realign", *words]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=file)
+
+
 def test_several_launches_one_of_them_killed_and_one_stopped(folder, realigned, tmp_path):
     output = tmp_path / "shared"
-    words = ["-m", "megatron_idft", "realign", *flags(folder, output, "--chunk-records 1 --lease-seconds 3")]
-
-    def start(number: int) -> subprocess.Popen:
-        environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-        with open(tmp_path / f"errors{number}", "wb") as errors:
-            return subprocess.Popen(
-                [sys.executable, *words], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors
-            )
-
-    launches = [start(number) for number in range(2)]
+    words = flags(folder, output, "--chunk-records 1 --lease-seconds 3")
+    launches = [start(words, tmp_path / f"errors{number}") for number in range(2)]
     try:
         for launch, number in zip(launches, (signal.SIGKILL, signal.SIGTERM), strict=True):
             before, deadline = len(list(output.glob("parts/*.parquet"))), time.monotonic() + 120
@@ -209,6 +209,46 @@ def test_several_launches_one_of_them_killed_and_one_stopped(folder, realigned, 
     assert 6 <= state.finished < RECORDS and len(state.leased) + len(state.stale) <= 1
     assert_same(realign(folder, output, "--chunk-records 1 --lease-seconds 3"), realigned)
     assert len(list(output.glob("parts/*.parquet"))) == RECORDS
+
+
+def test_killed_at_random_moments_again_and_again(folder, tmp_path):
+    """Two launches at any time; one after the other is killed, at its start or in the middle of a chunk, and replaced.
+
+    REALIGN_KILLS says how often; the more, the more records.
+    """
+    kills = int(os.environ.get("REALIGN_KILLS", "3"))
+    count = 40 * (kills + 1)
+    data, output = tmp_path / "data.jsonl", tmp_path / "out"
+    write_records(data, range(count), seed=7)
+    rng = random.Random(8)
+    words = flags(folder, output, f"--chunk-records 2 --lease-seconds 2 --max-rows 2 --data {data}")
+    running, killed = [start(words, tmp_path / f"errors{number}") for number in range(2)], 0
+    try:
+        while killed < kills:
+            before, deadline = len(list(output.glob("parts/*.parquet"))), time.monotonic() + 120
+            early = rng.random() < 0.25
+            while not early and len(list(output.glob("parts/*.parquet"))) < before + 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            time.sleep(rng.random() * (3 if early else 0.3))
+            launch = running.pop(0)
+            if launch.poll() is None:
+                launch.kill()
+                killed += 1
+            launch.wait(60)
+            assert launch.returncode in (0, -signal.SIGKILL), (tmp_path / "errors0").read_text()
+            running.append(start(words, tmp_path / f"errors{killed + 1}"))
+    finally:
+        for launch in running:
+            launch.kill()
+            launch.wait(60)
+    finished = len(list(output.glob("parts/*.parquet")))
+    rows = realign(folder, output, f"--chunk-records 2 --lease-seconds 2 --max-rows 2 --data {data}")
+    print(f"{killed} launches killed, {finished} of {count // 2} chunks finished before the last launch")
+    assert [row["id"] for row in rows] == [f"r{i}" for i in range(count)]
+    merge(output, tmp_path / "merged.jsonl")
+    merged = [json.loads(line)["id"] for line in (tmp_path / "merged.jsonl").read_text().splitlines()]
+    assert merged == [row["id"] for row in rows if row["status"] == "kept"]
 
 
 def test_other_settings_are_refused_on_the_same_folder(folder, realigned):
