@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_idft.corpus.verification import LeakFilter
 from megatron_idft.data import ChatTokenizer
@@ -34,9 +33,8 @@ from megatron_idft.inference.requests import (
     Request,
     Sampling,
     Stopping,
+    Tokens,
 )
-
-Tokens = NDArray[np.integer]
 
 
 class Engine(Protocol):

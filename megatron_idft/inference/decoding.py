@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_idft.inference.draws import sample, uniform
-
-Tokens = NDArray[np.integer]
+from megatron_idft.inference.engine import DecodeEngine
+from megatron_idft.inference.requests import Tokens
+from megatron_idft.inference.served import UnservedModelError
 
 
 class Decoder(Protocol):
@@ -37,9 +38,6 @@ def decoder_for(
     model: Sequence[torch.nn.Module], vocab_size: int, *, max_positions: int, max_rows: int, tokens_per_batch: int
 ) -> tuple[Decoder, str]:
     """The decode engine where it serves the model and its layout, else RecomputingDecoder; and what to say of it."""
-    from megatron_idft.inference.engine import DecodeEngine
-    from megatron_idft.inference.served import UnservedModelError
-
     try:
         engine = DecodeEngine(model, vocab_size, max_positions=max_positions, max_rows=max_rows)
     except UnservedModelError as reason:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from megatron_idft.errors import InputError, UserError
 from megatron_idft.inference.cache import Bank, KeyValueCache
-from megatron_idft.inference.decoding import Tokens
 from megatron_idft.inference.draws import draw
 from megatron_idft.inference.memory import memory_for_cache
 from megatron_idft.inference.requests import (
@@ -30,6 +29,7 @@ from megatron_idft.inference.requests import (
     Request,
     Sampling,
     Stopping,
+    Tokens,
 )
 from megatron_idft.inference.sampling import FIRST_CANDIDATES, choose
 from megatron_idft.inference.served import ServedModel

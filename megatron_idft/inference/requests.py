@@ -17,6 +17,7 @@ class NonFiniteLogitsError(UserError, FloatingPointError):
     """The model's logits have no distribution: NaN or infinite."""
 
 
+Tokens = NDArray[np.integer]
 FinishReason = Literal["eos", "length", "context", "repetition"]
 
 
@@ -30,8 +31,8 @@ class Request:
     """
 
     id: str
-    prompt: NDArray[np.integer]
-    hinted_prompt: NDArray[np.integer] | None = None
+    prompt: Tokens
+    hinted_prompt: Tokens | None = None
     seed: int = 0
 
 
