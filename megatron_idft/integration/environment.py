@@ -179,6 +179,14 @@ def _choices() -> Iterator[Finding]:
         "Transformer Engine's FusedAdam" if engine else "apex's FusedAdam" if apex else "torch.optim",
     )
     yield Finding("uses: loss", resolve_backend("auto", torch.device("cuda" if gpu else "cpu")))
+    flash = gpu and _installed("flash-attn") is not None
+    yield Finding("uses: decoding", f"attention by {'flash-attn' if flash else 'SDPA'}")
+    verify = _installed("math-verify")
+    yield Finding(
+        "uses: verification",
+        f"text, numbers, math-verify {verify}" if verify else "text and numbers alone",
+        remedy="" if verify else 'pip install "megatron-idft[verify]" compares formulas too',
+    )
     yield _loss_works()
 
 

@@ -19,7 +19,16 @@ def command(*words: str, path: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["run", "--help"], ["doctor", "--help"], ["train", "-h"], ["convert", "-h"], ["--version"]]
+    "words",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["doctor", "--help"],
+        ["train", "-h"],
+        ["convert", "-h"],
+        ["realign", "-h"],
+        ["--version"],
+    ],
 )
 def test_help_is_help(words):
     done = command(*words)
@@ -37,6 +46,8 @@ def test_help_is_help(words):
         ["doctor", "x"],
         ["convert"],
         ["convert", "x"],
+        ["realign"],
+        ["realign", "merge", "nowhere", "--output", "x.jsonl"],
     ],
 )
 def test_unusable_arguments_exit_with_2_and_say_what_is_expected(words):
@@ -61,7 +72,17 @@ def test_doctor_is_content_with_this_environment_and_names_what_will_be_used():
     assert done.returncode == 0, done.stdout
     lines = done.stdout.splitlines()
     assert lines[-1] == "training can start" and all(line.startswith(("ok ", "      ")) for line in lines[:-1])
-    for name in ("python", "torch", "megatron", "gloo", "triton", "uses: layers", "uses: loss", "loss"):
+    for name in (
+        "python",
+        "torch",
+        "megatron",
+        "gloo",
+        "triton",
+        "uses: layers",
+        "uses: loss",
+        "uses: decoding",
+        "loss",
+    ):
         assert any(line[4:].strip().startswith(name) for line in lines), name
 
 
