@@ -251,6 +251,32 @@ def test_killed_at_random_moments_again_and_again(folder, tmp_path):
     assert merged == [row["id"] for row in rows if row["status"] == "kept"]
 
 
+def test_the_model_analyses_the_reference_itself(folder, tmp_path):
+    """With a marker that this model always writes; what it wrote before that and the marker end the hinted prompt."""
+    template = tmp_path / "analysis.txt"
+    template.write_text('marker: answer\nafter-marker: ":"\n---\n{{ question }} {{ solution }} answer\n')
+    words = [word for word in flags(folder, tmp_path / "out") if word != "--no-analysis"]
+    at = words.index("--hint-prompt")
+    words[at : at + 2] = ["--analysis-prompt", str(template), "--rollout-samples", "0", "--analysis-max-tokens", "8"]
+    forked(["-m", "megatron_idft", "realign", *words])
+    rows = list(read_outcomes(tmp_path / "out"))
+    first_turns = [row["turns"][0] for row in rows]
+    hinted = [turn for turn in first_turns if turn["candidates"]]
+    assert len(hinted) > len(rows) / 2
+    assert {turn["reason"] for turn in first_turns if not turn["candidates"]} <= {"no marker in the analysis"}
+    records = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    tokenizer = load_tokenizer(folder / "tokenizer.model", chat_template="chatml")
+    as_expected = 0
+    for record, turn in zip(records, first_turns, strict=True):
+        question, solution = (message["content"] for message in record["messages"][:2])
+        asked = [{"role": "user", "content": f"{question} {solution} answer"}]
+        text = tokenizer.template.render(asked, add_generation_prompt=True) + "answer:"
+        as_expected += turn["num_hinted_prompt_tokens"] == len(tokenizer.encode_batch([text], [[]])[0].ids)
+        if turn["candidates"]:
+            assert turn["candidates"][0]["stage"] == "hinted" and 0 < turn["analysis_tokens"] <= 8
+    assert as_expected > len(rows) / 2  # where the marker is the first that it wrote
+
+
 def test_other_settings_are_refused_on_the_same_folder(folder, realigned):
     for more, name in (("--mix-beta 2", "mixing.beta"), ("--chunk-records 3", "chunk_records"), ("--seed 3", "seed")):
         with pytest.raises(AssertionError, match=name):
