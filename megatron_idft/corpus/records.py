@@ -1,8 +1,8 @@
 """Conversation records in, as a stream: JSONL (.gz, .zst) and Parquet.
 
 A record is `{"messages": [{"role", "content"}, …]}` or `{"prompt", "response"}`, with optional `id`, `answer`,
-`source`; every other column is carried through in `extra`. Memory stays bounded by one line, or one small batch of
-Parquet rows.
+`source` and `tools`; every other column is carried through in `extra`. What messages may hold stands in messages.py.
+Memory stays bounded by one line, or one small batch of Parquet rows.
 """
 
 import gzip
@@ -16,24 +16,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from megatron_idft.corpus.messages import ROLES, Message, checked_content, checked_messages, checked_tools, kind
 from megatron_idft.errors import InputError, UserError
 
-ROLES = ("system", "user", "assistant", "tool")
+__all__ = ["ROLES", "ErrorLog", "Message", "OnBytes", "OnError", "Record", "RecordError", "read_records"]
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 MAX_LINE_BYTES = 64 << 20  # one line may not exhaust the memory: a file without newlines is a fault, not a record
 PARQUET_BATCH_ROWS = 256
 RAW_EXCERPT = 500  # characters of a bad record kept in the errors file
-
-Message = dict[str, Any]
 
 
 @dataclass(slots=True)
 class Record:
     """One conversation.
 
-    messages: dicts with at least `role` (one of `ROLES`) and `content` (str); further keys as they came.
+    messages: dicts with at least `role` (one of `ROLES`) and `content` (str), in the form of messages.py.
     id: the record's own, else `"{file name}:{line}"`. file, line: where it came from; line (row in Parquet) starts at
-    1.
+    1. tools: the functions that the assistant may call, in the OpenAI form; `extra` has them too, as they came.
     """
 
     messages: list[Message]
@@ -43,6 +43,7 @@ class Record:
     answer: Any = None
     source: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None
 
 
 class RecordError(UserError, ValueError):
@@ -236,58 +237,24 @@ def _to_record(row: Any, file: str, line: int, default_id: str) -> Record:
         return RecordError(file, line, field, message)
 
     if not isinstance(row, dict):
-        raise bad("", f"expected an object, found {_kind(row)}")
+        raise bad("", f"expected an object, found {kind(row)}")
     extra = dict(row)
     if row.get("messages") is not None:
-        messages = _checked_messages(extra.pop("messages"), bad)
+        messages = checked_messages(extra.pop("messages"), bad, from_parquet=file.endswith(".parquet"))
     elif row.get("prompt") is not None or row.get("response") is not None:
         extra.pop("messages", None)
         turns = [("prompt", "user"), ("response", "assistant")]
-        messages = [{"role": role, "content": _content(extra.pop(key, None), role, key, bad)} for key, role in turns]
+        messages = [
+            {"role": role, "content": checked_content(extra.pop(key, None), role, key, bad)} for key, role in turns
+        ]
     else:
         raise bad("messages", 'missing; a record holds "messages", or "prompt" and "response"')
     identity = extra.pop("id", None)
     if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int)):
-        raise bad("id", f"expected a string or an integer, found {_kind(identity)}")
+        raise bad("id", f"expected a string or an integer, found {kind(identity)}")
     source = extra.pop("source", None)
     if source is not None and not isinstance(source, str):
-        raise bad("source", f"expected a string, found {_kind(source)}")
+        raise bad("source", f"expected a string, found {kind(source)}")
     name = default_id if identity is None or identity == "" else str(identity)
-    return Record(messages, name, file, line, extra.pop("answer", None), source, extra)
-
-
-def _checked_messages(messages: Any, bad: Callable[[str, str], RecordError]) -> list[Message]:
-    if not isinstance(messages, list):
-        raise bad("messages", f"expected a list, found {_kind(messages)}")
-    if not messages:
-        raise bad("messages", "empty")
-    checked = []
-    for i, message in enumerate(messages):
-        at = f"messages[{i}]"
-        if not isinstance(message, dict):
-            raise bad(at, f"expected an object, found {_kind(message)}")
-        role = message.get("role")
-        if not isinstance(role, str) or role not in ROLES:
-            raise bad(f"{at}.role", f"{role!r} is none of {', '.join(ROLES)}")
-        _content(message.get("content"), role, f"{at}.content", bad)
-        # Parquet gives every message every key; null means absent there and means nothing in JSON.
-        checked.append({key: value for key, value in message.items() if value is not None})
-    return checked
-
-
-def _content(value: Any, role: str, at: str, bad: Callable[[str, str], RecordError]) -> str:
-    if not isinstance(value, str):
-        raise bad(at, f"expected a string, found {_kind(value)}")
-    if role == "assistant" and not value.strip():
-        raise bad(at, "empty: nothing to train on")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise bad(at, "holds a lone surrogate, which no tokenizer can read") from None
-    return value
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    return {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}.get(type(value), repr(value)[:80])
+    tools = checked_tools(row.get("tools"), bad, from_parquet=file.endswith(".parquet"))
+    return Record(messages, name, file, line, extra.pop("answer", None), source, extra, tools)

@@ -18,7 +18,7 @@ class ChatDataset(Dataset[Sample]):
     A sample holds, each of shape [seq_length]:
         tokens        int64    ids[:-1], then pad_id
         labels        int64    ids[1:] where trained, else -100
-        loss_mask     float32  1 where the label is trained, else 0
+        loss_mask     float32  what the label weighs in the loss: 0 where it is not trained, else mostly 1
         position_ids  int64    0 … seq_length - 1
 
     Raises ValueError when the cache holds longer records than seq_length: they would be cut uncounted.
@@ -36,6 +36,7 @@ class ChatDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         ids, mask = self.cache[index]
+        weights = self.cache.weights(index)
         n = len(ids) - 1
         trained = np.zeros(self.seq_length, dtype=bool)
         trained[:n] = mask[1:]
@@ -43,10 +44,13 @@ class ChatDataset(Dataset[Sample]):
         tokens[:n] = ids[:-1]
         labels = np.full(self.seq_length, IGNORED_LABEL, dtype=np.int64)
         labels[:n][trained[:n]] = ids[1:][trained[:n]]
+        loss_mask = trained.astype(np.float32)
+        if weights is not None:
+            loss_mask[:n] = weights[1:]
         return {
             "tokens": torch.from_numpy(tokens),
             "labels": torch.from_numpy(labels),
-            "loss_mask": torch.from_numpy(trained.astype(np.float32)),
+            "loss_mask": torch.from_numpy(loss_mask),
             "position_ids": torch.arange(self.seq_length, dtype=torch.int64),
         }
 

@@ -1,7 +1,8 @@
 """Which record each sample of a token cache came from: a Parquet file beside the tokens, one row per sample."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,7 +44,7 @@ class RecordIndexWriter:
                 "line": record.line,
                 "source": record.source,
                 "truncated": truncated,
-                "prompt_hash": _text_hash(others),
+                "prompt_hash": _text_hash(others, record.tools),
                 "response_hash": _text_hash(assistant),
             }
         )
@@ -77,6 +78,9 @@ def read_record_index(path: Path, samples: Sequence[int] | None = None) -> list[
     return table.to_pylist()
 
 
-def _text_hash(messages: Iterable[Message]) -> str:
-    text = "\0".join(" ".join(str(message["content"]).split()) for message in messages)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+def _text_hash(messages: Sequence[Message], tools: Any = None) -> str:
+    texts = [" ".join(str(message["content"]).split()) for message in messages]
+    said = [[message.get("reasoning_content"), message.get("tool_calls")] for message in messages]
+    if tools or any(part for parts in said for part in parts):
+        texts.append(json.dumps([tools, said], ensure_ascii=False, sort_keys=True, default=str))
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:16]

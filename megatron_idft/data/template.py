@@ -69,7 +69,8 @@ class _GenerationBlocks(Extension):
 class ChatTemplate:
     """A compiled chat template.
 
-    source: Jinja text. variables: what it sees besides `messages` and `add_generation_prompt`, such as `bos_token`.
+    source: Jinja text. variables: what it sees besides `messages`, `tools` and `add_generation_prompt`, such as
+    `bos_token`.
     date: what `strftime_now` returns the parts of. Without it the function is undefined, so that templates fall back to
     their fixed date or fail: the tokens of a corpus must not depend on the day it is read.
 
@@ -94,11 +95,13 @@ class ChatTemplate:
     def has_generation_blocks(self) -> bool:
         return self._env.generation_blocks > 0
 
-    def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: list[Message], *, add_generation_prompt: bool = False, tools: list[dict[str, Any]] | None = None
+    ) -> str:
         """The conversation as text. Raises ConversationError if the template rejects it, TemplateError if it fails."""
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.variables
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, **self.variables
             )
         except _RejectedError as error:
             raise ConversationError(f"the chat template rejects it: {error.message}") from error
@@ -110,14 +113,16 @@ class ChatTemplate:
             )
             raise TemplateError(f"the chat template failed: {type(error).__name__}: {error}{hint}") from error
 
-    def render_marked(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
+    def render_marked(
+        self, messages: list[Message], *, tools: list[dict[str, Any]] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text, and the [start, end) characters of each generation block in it."""
-        plain = self.render(messages)
+        plain = self.render(messages, tools=tools)
         if _OPEN in plain or _CLOSE in plain:
             raise ConversationError("holds the private-use characters that mark generation blocks")
         self._env.mark_generation = True
         try:
-            marked = self.render(messages)
+            marked = self.render(messages, tools=tools)
         finally:
             self._env.mark_generation = False
         text, spans, start = "", [], None

@@ -4,6 +4,8 @@ A cache is a folder `tokens-<fingerprint>` that holds
 
     tokens.bin     int32 [tokens]       the ids of all conversations, one after the other
     loss_mask.bin  uint8 [tokens]       1 where the token is trained
+    weights.bin    float32 [tokens]     only where some record weighs its tokens: the weight in the loss; 0 where it is
+                                        the mask's own 0 or 1
     offsets.bin    int64 [records + 1]  where each conversation begins
     records.parquet                     id, file, line and source of each, see record_index.py
     meta.json      fingerprint, settings, counts
@@ -19,7 +21,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -30,7 +31,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idft.corpus.records import ErrorLog, OnBytes, Record, RecordError, read_records
+from megatron_idft.corpus.records import ErrorLog, Record, RecordError, read_records
+from megatron_idft.data.building import BuildProgress, WeightsFile, remove_dead_builds, sync_folder
 from megatron_idft.data.conversations import (
     EncodedConversation,
     RenderedConversation,
@@ -40,10 +42,11 @@ from megatron_idft.data.conversations import (
 from megatron_idft.data.pretokenized import PretokenizedReader
 from megatron_idft.data.record_index import RecordIndexWriter, read_record_index
 from megatron_idft.data.template import ConversationError, TemplateError
+from megatron_idft.data.token_counts import Counts, report_counts
 from megatron_idft.data.tokenizer import ChatTokenizer
 from megatron_idft.errors import UserError
 
-FORMAT = 3  # raise it whenever the same corpus would give other bytes
+FORMAT = 4  # raise it whenever the same corpus would give other bytes
 Truncation = Literal["truncate", "drop", "error"]
 BadRecords = Literal["stop", "skip"]
 _BATCH_RECORDS, _BATCH_CHARACTERS = 512, 1 << 21  # what is held in memory between reader and tokenizer
@@ -55,31 +58,13 @@ class CacheError(UserError, RuntimeError):
 
 
 @dataclass(slots=True)
-class Counts:
-    """What a build met. `records` = kept + bad + empty + dropped."""
-
-    records: int = 0
-    kept: int = 0
-    bad: int = 0
-    empty: int = 0  # no trained token, or none within seq_length
-    dropped: int = 0  # longer than seq_length + 1 tokens, under truncation="drop"
-    truncated: int = 0  # kept, but cut on the right to seq_length + 1 tokens
-    pretokenized: int = 0  # kept, with the ids and the mask that they came with
-    tokens: int = 0  # of the kept records, after truncation
-    trained_tokens: int = 0  # labels that enter the loss
-    lost_trained_tokens: int = 0  # cut off or dropped with their record
-    straddling_spans: int = 0
-    spells_special: int = 0
-    unwritten: int = 0
-
-
-@dataclass(slots=True)
 class _Settings:
     paths: list[str]
     tokenizer: ChatTokenizer
     seq_length: int
     truncation: Truncation
     on_bad_record: BadRecords
+    last_turn_only: bool
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -99,6 +84,7 @@ class _Settings:
             "seq_length": self.seq_length,
             "truncation": self.truncation,
             "on_bad_record": self.on_bad_record,
+            "last_turn_only": self.last_turn_only,
         }
 
 
@@ -140,6 +126,7 @@ class TokenCache:
             ("tokens", 4 * counts.tokens),
             ("loss_mask", counts.tokens),
             ("offsets", 8 * counts.kept + 8),
+            *([("weights", 4 * counts.tokens)] if counts.weighted else []),
         ):
             file = self.path / f"{name}.bin"
             found = file.stat().st_size if file.exists() else None
@@ -148,6 +135,7 @@ class TokenCache:
                     f"{file} should hold {size} bytes, found {found}: delete {self.path} to build it again"
                 )
         self._arrays: tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64]] | None = None
+        self._weights: NDArray[np.float32] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path,)
@@ -162,6 +150,17 @@ class TokenCache:
         tokens, mask, offsets = self._map()
         start, end = offsets[index : index + 2]
         return tokens[start:end], mask[start:end]
+
+    def weights(self, index: int) -> NDArray[np.float32] | None:
+        """What each token of a record weighs in the loss, float32 [n], > 0 just where the mask is 1; None: the mask."""
+        _, mask = self[index]
+        if not self.counts.weighted:
+            return None
+        if self._weights is None:
+            self._weights = np.memmap(self.path / "weights.bin", dtype=np.float32, mode="r")
+        start, end = self._map()[2][index : index + 2]
+        weights = self._weights[start:end]
+        return np.where(weights > 0, weights, mask.astype(np.float32)) if weights.any() else None
 
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each record, int64 [records]."""
@@ -182,7 +181,7 @@ class TokenCache:
 
     def report(self) -> str:
         """What was read, kept, cut and left out, as text for a person."""
-        return _report(self.counts, self.seq_length, self.path)
+        return report_counts(self.counts, self.seq_length, self.path)
 
 
 def build_token_cache(
@@ -193,6 +192,7 @@ def build_token_cache(
     cache_dir: str | Path,
     truncation: Truncation = "truncate",
     on_bad_record: BadRecords = "stop",
+    last_turn_only: bool = False,
     progress: bool = True,
 ) -> TokenCache:
     """Open the token cache of these records under `cache_dir`, building it first unless it is there. In one process.
@@ -202,12 +202,14 @@ def build_token_cache(
     seq_length: records longer than seq_length + 1 tokens (inputs and shifted labels) are cut on the right (`truncate`),
         left out (`drop`), or end the build (`error`); records without a trained token are left out. All are counted.
     on_bad_record: `stop` raises at the first malformed record; `skip` counts it and writes it to errors.jsonl in the
-    cache. progress: a tqdm bar on stderr.
+    cache. last_turn_only: no assistant turn is trained but the last. progress: a tqdm bar on stderr.
 
     Raises RecordError naming file, line and field; TemplateError, whatever on_bad_record says, when the chat template
     does not prove the loss mask; CacheError when no record is left.
     """
-    settings = _Settings([str(path) for path in paths], tokenizer, seq_length, truncation, on_bad_record)
+    settings = _Settings(
+        [str(path) for path in paths], tokenizer, seq_length, truncation, on_bad_record, last_turn_only
+    )
     described = settings.describe()
     final = Path(cache_dir) / _folder(described)
     if final.exists():
@@ -224,7 +226,7 @@ def build_token_cache(
             if not final.exists():
                 raise
         else:
-            _sync(final.parent)
+            sync_folder(final.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return TokenCache(final)
@@ -238,12 +240,15 @@ def open_token_cache(
     cache_dir: str | Path,
     truncation: Truncation = "truncate",
     on_bad_record: BadRecords = "stop",
+    last_turn_only: bool = False,
 ) -> TokenCache:
     """Open the cache that `build_token_cache` makes of the same arguments; for the ranks that wait while one builds.
 
     Raises CacheError when it is not there.
     """
-    settings = _Settings([str(path) for path in paths], tokenizer, seq_length, truncation, on_bad_record)
+    settings = _Settings(
+        [str(path) for path in paths], tokenizer, seq_length, truncation, on_bad_record, last_turn_only
+    )
     final = Path(cache_dir) / _folder(settings.describe())
     if not final.exists():
         raise CacheError(
@@ -264,17 +269,22 @@ def _build(folder: Path, settings: _Settings, described: dict[str, Any], progres
         tokens, mask, offsets = (
             stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in ("tokens", "loss_mask", "offsets")
         )
+        weights = stack.enter_context(WeightsFile(folder / "weights.bin"))
         index = stack.enter_context(RecordIndexWriter(folder / "records.parquet"))
         errors = stack.enter_context(ErrorLog(folder / "errors.jsonl"))
         offsets.write(np.int64(0).tobytes())
-        for record, encoded in _encode(settings, errors, counts, stack.enter_context(_Progress(settings, progress))):
+        for record, encoded in _encode(
+            settings, errors, counts, stack.enter_context(BuildProgress(settings.paths, progress))
+        ):
             fitted = _fit(record, encoded, settings, counts)
             if fitted is None:
                 continue
-            ids, trained = fitted
+            ids, trained, weighted = fitted
             index.add(record, truncated=len(ids) < len(encoded.ids))
             tokens.write(ids.astype("<i4", copy=False).tobytes())
             mask.write(trained.tobytes())
+            if weighted is not None:
+                weights.write(counts.tokens, weighted)
             counts.kept += 1
             counts.tokens += len(ids)
             counts.trained_tokens += int(trained[1:].sum())
@@ -283,10 +293,11 @@ def _build(folder: Path, settings: _Settings, described: dict[str, Any], progres
         for file in (tokens, mask, offsets):
             file.flush()
             os.fsync(file.fileno())
+        weights.complete(counts.tokens)
     with open(folder / "records.parquet", "rb") as written:
         os.fsync(written.fileno())
     if not counts.kept:
-        raise CacheError("no record is left to train on\n" + _report(counts, settings.seq_length, None))
+        raise CacheError("no record is left to train on\n" + report_counts(counts, settings.seq_length, None))
     meta = {
         "settings": described,
         "paths": settings.paths,
@@ -301,10 +312,10 @@ def _build(folder: Path, settings: _Settings, described: dict[str, Any], progres
 
 
 def _encode(
-    settings: _Settings, errors: ErrorLog, counts: Counts, progress: "_Progress"
+    settings: _Settings, errors: ErrorLog, counts: Counts, progress: BuildProgress
 ) -> Iterator[tuple[Record, EncodedConversation]]:
     """Every good record with its tokens, in order. Batches, because tokenizers encode batches on all cores."""
-    tokenizer, pretokenized = settings.tokenizer, PretokenizedReader(settings.tokenizer)
+    tokenizer, pretokenized = settings.tokenizer, PretokenizedReader(settings.tokenizer, settings.last_turn_only)
     batch: list[tuple[Record, RenderedConversation | EncodedConversation]] = []
     size = 0
 
@@ -336,9 +347,9 @@ def _encode(
         try:
             item = pretokenized.read(record)
             if item is None:
-                if record.extra.get("tools"):
-                    raise ConversationError("a list of tools is not served: write it into the system message")
-                item = render_conversation(tokenizer, record.messages)
+                item = render_conversation(
+                    tokenizer, record.messages, tools=record.tools, last_turn_only=settings.last_turn_only
+                )
         except RecordError as error:
             on_error(error)
             continue
@@ -364,8 +375,8 @@ def _encode(
 
 def _fit(
     record: Record, encoded: EncodedConversation, settings: _Settings, counts: Counts
-) -> tuple[NDArray[np.int32], NDArray[np.uint8]] | None:
-    """Ids and mask cut to seq_length + 1 tokens; None if the record is left out. The first token is never a label."""
+) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.float32] | None] | None:
+    """Ids, mask and weights cut to seq_length + 1 tokens; None: the record is left out. The first token is no label."""
     ids, mask, limit = encoded.ids, encoded.mask, settings.seq_length + 1
     trained = int(mask[1:].sum())
     if len(ids) > limit and trained:
@@ -385,92 +396,5 @@ def _fit(
     counts.truncated += len(ids) < len(encoded.ids)
     counts.straddling_spans += encoded.straddles
     counts.pretokenized += encoded.pretokenized
-    return ids, mask
-
-
-class _Progress:
-    """Records per second and the time left by the bytes read, on stderr."""
-
-    def __init__(self, settings: _Settings, enabled: bool):
-        from tqdm import tqdm
-
-        total = sum(Path(path).stat().st_size for path in settings.paths)
-        self._seen = 0
-        self._bar = tqdm(
-            total=total,
-            desc="tokenising",
-            unit="B",
-            unit_scale=True,
-            disable=not enabled,
-            file=sys.stderr,
-            mininterval=1.0,
-        )
-
-    @property
-    def bytes(self) -> OnBytes:
-        return self._bar.update
-
-    def records(self, count: int) -> None:
-        self._seen += count
-        elapsed = self._bar.format_dict["elapsed"] if not self._bar.disable else 0
-        if elapsed:
-            self._bar.set_postfix_str(f"{self._seen:,} records, {self._seen / elapsed:,.0f}/s", refresh=False)
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-
-def _report(counts: Counts, seq_length: int, path: Path | None) -> str:
-    mean = counts.tokens / max(counts.kept, 1)
-    share = 100 * counts.trained_tokens / max(counts.tokens, 1)
-    lines = [
-        ("records read", counts.records, ""),
-        ("  kept", counts.kept, f"{mean:,.1f} tokens on average"),
-        ("  bad, skipped", counts.bad, f"see {path / 'errors.jsonl'}" if path and counts.bad else ""),
-        ("  empty, left out", counts.empty, "no trained token within the sequence length"),
-        ("  too long, left out", counts.dropped, f"more than {seq_length} + 1 tokens"),
-        ("truncated", counts.truncated, f"kept, cut to {seq_length} + 1 tokens"),
-        ("tokens", counts.tokens, ""),
-        ("trained tokens", counts.trained_tokens, f"{share:.1f} %"),
-        ("trained tokens lost", counts.lost_trained_tokens, "cut off or left out for length"),
-    ]
-    if counts.pretokenized:
-        lines.append(("pre-tokenized records", counts.pretokenized, "kept, with the ids and the mask they came with"))
-    if counts.straddling_spans:
-        lines.append(("answers begun inside a token", counts.straddling_spans, "that token is not trained"))
-    if counts.spells_special:
-        lines.append(("records spelling special tokens", counts.spells_special, "read as these tokens"))
-    if counts.unwritten:
-        lines.append(("records not fully written", counts.unwritten, "the template leaves out or rewrites a message"))
-    rows = [f"{name:<32}{value:>16,}   {note}".rstrip() for name, value, note in lines]
-    return "\n".join([f"token cache {path}" if path else "token cache", *(f"  {row}" for row in rows)])
-
-
-def remove_dead_builds(folder: Path) -> None:
-    """Delete what killed builds of this machine left behind. Other machines' processes cannot be seen from here."""
-    host = socket.gethostname()
-    for build in folder.glob(f".building-{host}-*"):
-        pid = build.name.removeprefix(f".building-{host}-").split("-")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(build, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    counts.weighted += encoded.weights is not None
+    return ids, mask, None if encoded.weights is None else encoded.weights[: len(ids)]

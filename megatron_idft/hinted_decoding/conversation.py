@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_idft.corpus.messages import trained_weight
 from megatron_idft.corpus.records import Message
 from megatron_idft.data import ChatTokenizer, ConversationError, TemplateError
 from megatron_idft.data.conversations import render_conversation
@@ -56,6 +57,17 @@ class RunningConversation:
         self.turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not self.turns:
             raise ConversationError("no assistant turn: there is nothing to realign")
+        for i in self.turns:
+            for key in ("tool_calls", "reasoning_content"):
+                if messages[i].get(key):
+                    raise ConversationError(
+                        f"messages[{i}].{key} is not served: assistant turns with tool calls or reasoning are not"
+                        " realigned yet"
+                    )
+            if trained_weight(messages[i]) != 1:
+                raise ConversationError(
+                    f"messages[{i}].loss is not served: every assistant turn is realigned, and trained alike"
+                )
         rendered = render_conversation(tokenizer, messages)
         self._originals = [rendered.text[start:end] for start, end in rendered.spans]
         self.ids: Ids = np.zeros(0, dtype=np.int32)

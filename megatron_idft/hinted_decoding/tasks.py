@@ -113,7 +113,7 @@ class RecordTask:
         self.turns: list[Turn] = []
         self.error: str | None = None
         self.dropped: str | None = None
-        self._conversation = self._guarded(lambda: RunningConversation(tokenizer, self.record.messages))
+        self._conversation = self._guarded(self._open)
         if self._conversation is not None:
             self._guarded(self._check_given)
 
@@ -172,6 +172,11 @@ class RecordTask:
         turns = [{"stage": turn.stage} if turn.accepted is None else turn.accepted.provenance() for turn in self.turns]
         written["realigned"] = {**provenance, "turns": turns}
         return row | {"record": json.dumps(written, ensure_ascii=False)}
+
+    def _open(self) -> RunningConversation:
+        if self.record.tools:
+            raise InputError("records with tools are not realigned yet: leave them out of --data")
+        return RunningConversation(self._tokenizer, self.record.messages)
 
     def _begin(self, number: int) -> Turn:
         assert self._conversation is not None

@@ -63,8 +63,10 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) 
 def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Megatron's 3-tuple contract: summed loss, number of trained tokens as int, and what to log.
 
+    Weights scale the loss of their tokens, never what it is divided by: that is the number of trained tokens.
+
     Args:
-        loss_mask: [b, s] fp32.
+        loss_mask: [b, s] fp32, the weight of each token; 0 where it is not trained.
         output: [b, s] fp32, the model's per-token loss.
     """
     from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -72,7 +74,7 @@ def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[s
 
     mask = loss_mask.reshape(-1)
     loss = torch.sum(output.reshape(-1).float() * mask)
-    num_tokens = mask.sum().detach().to(torch.int)
+    num_tokens = (mask > 0).sum().to(torch.int)
     if get_args().check_for_nan_in_loss_and_grad:
         for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
             get_rerun_state_machine().validate_result(

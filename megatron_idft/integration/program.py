@@ -38,6 +38,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Validation records. Each evaluation reads all of them once, unless --eval-iters says fewer.",
     )
     group.add_argument(
+        "--sft-last-turn-only",
+        action="store_true",
+        help="Train the last assistant turn of each conversation only; the earlier ones are context. For corpora that"
+        " repeat a conversation once for each of its turns, and for templates that edit earlier turns.",
+    )
+    group.add_argument(
         "--sft-template-date",
         metavar="YYYY-MM-DD",
         default=None,
@@ -179,6 +185,7 @@ class ChatTraining(TrainerIntegration):
             "cache_dir": args.sft_cache or str(Path(paths[0]).resolve().parent / ".megatron-idft-cache"),
             "truncation": args.sft_truncation,
             "on_bad_record": args.sft_bad_records,
+            "last_turn_only": args.sft_last_turn_only,
         }
         build_shared_token_cache(flag, paths, settings)
         cache = open_token_cache(list(paths), **settings)
@@ -194,8 +201,8 @@ class ChatTraining(TrainerIntegration):
             print_rank_0(
                 f"WARNING: this run continues a checkpoint that was trained on {then}, now on"
                 f" {args.sft_data_fingerprint}: the records (or only their files' times), the tokenizer, its template,"
-                " --seq-length or --sft-truncation have changed, so samples may be repeated or left out. If the data"
-                " is another on purpose, --finetune starts its epochs at the beginning"
+                " --seq-length, --sft-truncation or --sft-last-turn-only have changed, so samples may be repeated or"
+                " left out. If the data is another on purpose, --finetune starts its epochs at the beginning"
             )
 
     def _corpus_end_of_turn_ids(self) -> Sequence[int]:

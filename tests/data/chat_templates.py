@@ -82,6 +82,11 @@ OPENS_THE_NEXT_TURN = (
     "{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
 )
 
+ENDS_IN_THE_NEXT_MESSAGE = (
+    "{% for m in messages %}{% if not loop.first %}<|im_end|>{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_end|><|im_start|>assistant\n{% endif %}"
+)
+
 # Name -> (template, what a trained span looks like around the answer, trimmed or not).
 FAMILIES = {
     "chatml": (CHATML, "{}<|im_end|>", False),
@@ -105,18 +110,13 @@ REFUSED = {
         "{% for m in messages %}{{ m.content }}{% if not loop.last %}</s>{% endif %}{% endfor %}",
         "cannot be proven",
     ),
-    "ends the turn in the next message": (
-        "{% for m in messages %}{% if not loop.first %}<|im_end|>{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<|im_end|><|im_start|>assistant\n{% endif %}",
-        "never ends the assistant's turn",
-    ),
     "next turn's BOS is not an end": (
         "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<s>{% endif %}{% endfor %}",
         "never ends the assistant's turn",
     ),
     "drops earlier answers": (
         "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
-        "edits earlier turns",
+        "nothing of it stands in the conversation",
     ),
     "no generation prompt": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",

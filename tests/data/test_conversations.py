@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_templates import CHATML, FAMILIES, LLAMA3, QWEN3, QWEN3_MARKED, REFUSED
+from chat_templates import CHATML, ENDS_IN_THE_NEXT_MESSAGE, FAMILIES, LLAMA3, QWEN3, QWEN3_MARKED, REFUSED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import byte_level
@@ -153,7 +153,7 @@ def test_bos_is_written_once(huggingface_folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reasoning_templates_need_generation_blocks_for_several_turns(tokenizers, kind):
+def test_earlier_turns_are_trained_as_an_editing_template_writes_them(tokenizers, kind):
     one = conversation("3 + 4?", "<think>\n3 and 4\n</think>\n\n7.")
     several = [*one, *conversation("and 4 + 4?", "<think>\n4 twice\n</think>\n\n8.")]
     unmarked, marked = tokenizers(kind, QWEN3), tokenizers(kind, QWEN3_MARKED)
@@ -161,12 +161,22 @@ def test_reasoning_templates_need_generation_blocks_for_several_turns(tokenizers
         assert trained_texts(tokenizer, *encode_conversation(tokenizer, one)) == [
             "<think>\n3 and 4\n</think>\n\n7.<|im_end|>"
         ]
-    with pytest.raises(TemplateError, match=r"edits earlier turns.*\{% generation %\}.*--chat-template"):
-        encode_conversation(unmarked, several)
-    assert trained_texts(marked, *encode_conversation(marked, several)) == [
-        "7.<|im_end|>",
-        "<think>\n4 twice\n</think>\n\n8.<|im_end|>",
-    ]
+        assert trained_texts(tokenizer, *encode_conversation(tokenizer, several)) == [
+            "7.<|im_end|>",
+            "<think>\n4 twice\n</think>\n\n8.<|im_end|>",
+        ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_end_that_the_template_writes_with_the_next_message_is_trained(tokenizers, kind):
+    """Behind the last turn it is what would stand there if a message followed."""
+    tokenizer = tokenizers(kind, ENDS_IN_THE_NEXT_MESSAGE)
+    for messages in (CONVERSATIONS["system"], CONVERSATIONS["ends with the user"]):
+        ids, mask = encode_conversation(tokenizer, messages)
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        assert same(kind, trained_texts(tokenizer, ids, mask), [f"{answer}<|im_end|>" for answer in answers])
+        added = "<|im_end|>" if messages[-1]["role"] == "assistant" else ""
+        assert same(kind, [tokenizer.decode(ids)], [tokenizer.template.render(messages) + added])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,11 +265,11 @@ def test_messages_that_the_template_leaves_out_are_counted(tokenizers):
     assert not render_conversation(tokenizers("byte-level", CHATML), messages).unwritten
 
 
-@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "loss", "weight"])
+@pytest.mark.parametrize("key", ["function_call", "reasoning", "thinking", "weight", "train"])
 def test_fields_that_would_be_ignored_are_refused(tokenizers, key):
     messages = conversation("question", "answer")
     messages[1][key] = 0
-    with pytest.raises(ConversationError, match=rf"messages\[1\]\.{key}"):
+    with pytest.raises(ConversationError, match=rf"messages\[1\]\.{key} is not served: (write|call) it"):
         encode_conversation(tokenizers("byte-level", CHATML), messages)
 
 

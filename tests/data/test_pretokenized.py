@@ -150,8 +150,9 @@ def test_the_special_tokens_that_end_trained_spans_end_turns(build, tokenizer, t
 
 
 def test_what_no_template_renders_is_no_reason_to_refuse_own_tokens(build, tokenizer, tmp_path):
-    assistant = {"role": "assistant", "content": "a", "tool_calls": [{"name": "add"}]}
-    record = {"messages": [{"role": "user", "content": "what is <|im_end|>?"}, assistant], "tools": [{"name": "add"}]}
+    call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+    assistant = {"role": "assistant", "content": "a", "tool_calls": [call]}
+    record = {"messages": [{"role": "user", "content": "what is <|im_end|>?"}, assistant], "tools": [call]}
     cache = build(write_jsonl(tmp_path / "a.jsonl", record | {"token_ids": [5, 6], "loss_mask": [0, 1]}))
     assert contents(cache) == [([5, 6], [0, 1])] and cache.counts.spells_special == 0
     with pytest.raises(RecordError, match="messages"):
@@ -165,22 +166,24 @@ REFUSED = {
     "null ids": ({"token_ids": None, "loss_mask": MASK}, "token_ids: missing beside loss_mask"),
     "null mask": ({"token_ids": IDS, "loss_mask": None}, "loss_mask: missing beside token_ids"),
     "text": ({"token_ids": "5 6 7", "loss_mask": MASK}, r'token_ids: expected a list of integers, found "5 6 7"'),
-    "one number": ({"token_ids": IDS, "loss_mask": 1}, "loss_mask: expected a list of integers, found 1"),
+    "one number": ({"token_ids": IDS, "loss_mask": 1}, "loss_mask: expected a list of numbers, found 1"),
     "float id": ({"token_ids": [5.0, 6.0, 7.0], "loss_mask": MASK}, r"token_ids\[0\]: expected an integer, found 5\.0"),
     "null id": ({"token_ids": [5, None, 7], "loss_mask": MASK}, r"token_ids\[1\]: expected an integer, found null"),
     "word": ({"token_ids": ["a", "b", "c"], "loss_mask": MASK}, r'token_ids\[0\]: expected an integer, found "a"'),
     "nested": ({"token_ids": [IDS], "loss_mask": [0, 1, 1]}, r"token_ids\[0\]: expected an integer, found \[5, 6, 7\]"),
     "boolean mask": (
         {"token_ids": IDS, "loss_mask": [False, True, True]},
-        r"loss_mask\[0\]: expected an integer, found false",
+        r"loss_mask\[0\]: expected a number, found false",
     ),
     "short mask": ({"token_ids": IDS, "loss_mask": [0, 1]}, "loss_mask: 2 values for 3 token_ids"),
     "one token": ({"token_ids": [5], "loss_mask": [1]}, "token_ids: 1 tokens; at least 2 are needed"),
     "no token": ({"token_ids": [], "loss_mask": []}, "token_ids: 0 tokens; at least 2 are needed"),
     "negative id": ({"token_ids": [5, -1, 7], "loss_mask": MASK}, r"token_ids\[1\]: -1 is outside .*drop the columns"),
     "beyond int32": ({"token_ids": [5, 6, 2**40], "loss_mask": MASK}, r"token_ids\[2\]: 1099511627776 is outside"),
-    "mask of 2": ({"token_ids": IDS, "loss_mask": [0, 1, 2]}, r"loss_mask\[2\]: 2 is neither 0 nor 1"),
-    "negative mask": ({"token_ids": IDS, "loss_mask": [0, -1, 1]}, r"loss_mask\[1\]: -1 is neither 0 nor 1"),
+    "mask beyond fp32": ({"token_ids": IDS, "loss_mask": [0, 1, 1e300]}, r"loss_mask\[2\]: 1e\+300 is no weight"),
+    "mask below fp32": ({"token_ids": IDS, "loss_mask": [0, 1, 1e-60]}, r"loss_mask\[2\]: 1e-60 is no weight"),
+    "negative mask": ({"token_ids": IDS, "loss_mask": [0, -1, 1]}, r"loss_mask\[1\]: -1 is no weight"),
+    "NaN in the mask": ({"token_ids": IDS, "loss_mask": [0, float("nan"), 1]}, r"loss_mask\[1\]: NaN is no weight"),
     "nothing trained": ({"token_ids": IDS, "loss_mask": [0, 0, 0]}, "loss_mask: no token is trained"),
     "first trained": ({"token_ids": IDS, "loss_mask": [1, 1, 1]}, r"loss_mask\[0\]: the first token cannot be trained"),
     "fingerprint of no text": (
@@ -204,6 +207,32 @@ def test_columns_that_cannot_be_used_are_named(build, tmp_path, suffix, name):
     place = {"jsonl": r"a\.jsonl, line 1", "parquet": r"a\.parquet, row 1"}[suffix]
     with pytest.raises(RecordError, match=f"{place}, {words}"):
         build(file)
+
+
+def test_a_mask_may_hold_weights(build, tmp_path):
+    rows = own(IDS, [0, 1, 1]), own([5, 6, 7, 8], [0, 0.5, 0, 2]), own(IDS, [0, 1.0, 0.0])
+    for suffix, writer in WRITERS.items():
+        cache = build(writer(tmp_path / f"a.{suffix}", *rows))
+        assert contents(cache) == [(IDS, [0, 1, 1]), ([5, 6, 7, 8], [0, 1, 0, 1]), (IDS, [0, 1, 0])]
+        assert cache.weights(0) is None and cache.weights(2) is None
+        assert cache.weights(1).tolist() == [0, 0.5, 0, 2] and cache.counts.weighted == 1
+
+
+def test_weights_that_json_alone_can_spell_are_refused(build, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(own(IDS, [0, 1, 10**400])))
+    with pytest.raises(RecordError, match=r"loss_mask\[2\]: 1000+ is no weight"):
+        build(tmp_path / "a.jsonl")
+
+
+def test_the_last_turn_only_takes_one_trained_span(build, tmp_path):
+    one, two = own([5, 6, 7, 8], [0, 1, 1, 0]), own([5, 6, 7, 8], [0, 1, 0, 1])
+    assert contents(build(write_jsonl(tmp_path / "a.jsonl", one), last_turn_only=True)) == [
+        ([5, 6, 7, 8], [0, 1, 1, 0])
+    ]
+    with pytest.raises(
+        RecordError, match=r"loss_mask: 2 trained spans, but only the last turn is to be trained: .*--sft"
+    ):
+        build(write_jsonl(tmp_path / "b.jsonl", two), last_turn_only=True)
 
 
 def test_ids_end_at_the_vocabulary(build, tokenizer, tmp_path):

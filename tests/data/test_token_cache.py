@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,12 +11,16 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from chat_templates import QWEN3
+from chat_templates import REFUSED
+from tool_templates import QWEN25
 
 from megatron_idft.corpus.records import RecordError
 from megatron_idft.data import (
     CacheError,
+    ChatDataset,
     TemplateError,
     TokenCache,
     build_token_cache,
@@ -112,12 +117,10 @@ def test_conversations_without_an_answer_are_empty(build, tmp_path):
 
 
 def test_bad_records_stop_the_build_or_are_skipped_and_written_down(build, tokenizer, tmp_path):
-    calls = {
-        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [{"x": 1}]}]
-    }
-    file = write(
-        tmp_path / "a.jsonl", record(), b"{broken", record(answer="again"), calls, record() | {"tools": [{}]}, record()
-    )
+    call = {"function": {"name": "add", "arguments": {}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [call]}]
+    rows = [record(), b"{broken", record(answer="again"), {"messages": turns}, record() | {"tools": [call]}, record()]
+    file = write(tmp_path / "a.jsonl", *rows)
     with pytest.raises(RecordError, match=r"a\.jsonl, line 2: not JSON"):
         build(file)
     assert not list((tmp_path / "cache").iterdir())
@@ -132,12 +135,84 @@ def test_bad_records_stop_the_build_or_are_skipped_and_written_down(build, token
 
 
 def test_a_template_that_proves_nothing_stops_the_build_even_when_skipping(build, sentencepiece_model, tmp_path):
-    (tmp_path / "chat.jinja").write_text(QWEN3)
+    (tmp_path / "chat.jinja").write_text(REFUSED["drops earlier answers"][0])
     tokenizer = load_tokenizer(sentencepiece_model, str(tmp_path / "chat.jinja"))
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
     file = write(tmp_path / "a.jsonl", record(), {"messages": turns})
-    with pytest.raises(TemplateError, match=r"a\.jsonl, line 2: the loss mask cannot be proven"):
+    with pytest.raises(TemplateError, match=r"a\.jsonl, line 2: messages\[1\]: nothing of it stands"):
         build(file, tokenizer=tokenizer, on_bad_record="skip")
+
+
+def messages_of(*contents, **fields):
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    turns[-1] |= fields
+    return {"messages": turns}
+
+
+def test_tools_and_calls_reach_the_template_from_both_file_types(build, sentencepiece_model, tmp_path):
+    (tmp_path / "chat.jinja").write_text(QWEN25)
+    tokenizer = load_tokenizer(sentencepiece_model, str(tmp_path / "chat.jinja"))
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"a": {"type": "integer"}}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}
+    row = messages_of("3 + 4?", "", tool_calls=[call]) | {"tools": [tool]}
+    expected = encode_conversation(tokenizer, row["messages"], tools=[tool])
+    as_text = json.loads(json.dumps(row))
+    as_text["tools"] = json.dumps([tool])
+    as_text["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"a": 3}'
+    parquet = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([as_text, messages_of("3 + 4?", "7.")]), parquet)
+    cache = build(write(tmp_path / "a.jsonl", row, as_text), parquet, tokenizer=tokenizer, seq_length=256)
+    assert contents(cache)[:3] == [(expected[0].tolist(), expected[1].tolist())] * 3
+    assert contents(cache)[3][1].count(1) == len("7.") + 1 and "add" not in tokenizer.decode(cache[3][0])
+    prompts = [entry["prompt_hash"] for entry in cache.records()]
+    responses = [entry["response_hash"] for entry in cache.records()]
+    assert len(set(prompts[:3])) == 1 and prompts[3] != prompts[0]
+    assert len(set(responses[:3])) == 1 and responses[3] != responses[0]
+
+
+def test_weights_are_kept_where_some_record_has_them(build, tokenizer, tmp_path):
+    plain, weighted = record(), messages_of("hello", "first", "again", "second", loss=0.5)
+    untrained = messages_of("hello", "first", "again", "second")
+    untrained["messages"][1]["loss"] = 0
+    file = write(tmp_path / "a.jsonl", plain, weighted, untrained, plain, weighted, plain)
+    cache = build(file)
+    assert (cache.counts.kept, cache.counts.weighted) == (6, 2) and "records with weights" in cache.report()
+    assert [cache.weights(i) is None for i in range(6)] == [True, False, True, True, False, True]
+    ids, mask = cache[1]
+    for weights in (cache.weights(1), cache.weights(4), pickle.loads(pickle.dumps(cache)).weights(1)):
+        assert weights.dtype == np.float32 and ((weights > 0) == mask).all()
+        assert tokenizer.decode(ids[weights == 1]) == "first<|im_end|>"
+        assert tokenizer.decode(ids[weights == 0.5]) == "second<|im_end|>"
+    assert tokenizer.decode(cache[2][0][cache[2][1] == 1]) == "second<|im_end|>"
+    sample = ChatDataset(cache, 64, tokenizer.pad_id)[1]
+    assert sample["loss_mask"][: len(ids) - 1].tolist() == cache.weights(1)[1:].tolist()
+    assert ((sample["labels"] >= 0) == (sample["loss_mask"] > 0)).all() and not sample["loss_mask"][len(ids) :].any()
+    assert cache.counts.trained_tokens == sum(int(cache[i][1].sum()) for i in range(6))  # never the sum of weights
+    ones = build(write(tmp_path / "b.jsonl", plain, messages_of("a", "b", loss=1), messages_of("a", "b", loss=True)))
+    assert not (ones.path / "weights.bin").exists() and ones.weights(1) is None and "with weights" not in ones.report()
+    damaged = cache.path / "weights.bin"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(CacheError, match=r"weights\.bin should hold"):
+        build(file)
+
+
+def test_weights_are_cut_with_their_tokens(build, tmp_path):
+    file = write(tmp_path / "a.jsonl", messages_of("hello", "world " * 40, loss=0.5), record())
+    cache = build(file, seq_length=40)
+    assert len(cache[0][0]) == len(cache.weights(0)) == 41 and set(cache.weights(0).tolist()) == {0, 0.5}
+    assert cache.weights(1) is None
+
+
+def test_the_last_turn_alone_is_trained_when_asked(build, tokenizer, tmp_path):
+    file = write(tmp_path / "a.jsonl", messages_of("hello", "first", "again", "second"))
+    whole, last = build(file), build(file, last_turn_only=True)
+    assert last[0][0].tolist() == whole[0][0].tolist()
+    assert tokenizer.decode(last[0][0][last[0][1] == 1]) == "second<|im_end|>"
+    assert open_token_cache(
+        [file], tokenizer=tokenizer, seq_length=64, cache_dir=tmp_path / "cache", last_turn_only=True
+    ).path == last.path  # fmt: skip
+    untrained = write(tmp_path / "b.jsonl", messages_of("hello", "first", "again", "second", loss=0), record())
+    assert build(untrained, last_turn_only=True).counts.empty == 1
 
 
 def test_the_report_counts_what_a_person_should_know(build, tmp_path):
@@ -153,10 +228,16 @@ def test_the_same_arguments_reuse_and_anything_else_rebuilds(build, sentencepiec
     assert build(file).path == first.path and (first.path / "tokens.bin").stat().st_mtime_ns == stamp
     paths = {first.path}
     plain = load_tokenizer(sentencepiece_model, "plain")
-    for options in ({"seq_length": 65}, {"truncation": "drop"}, {"on_bad_record": "skip"}, {"tokenizer": plain}):
+    for options in (
+        {"seq_length": 65},
+        {"truncation": "drop"},
+        {"on_bad_record": "skip"},
+        {"tokenizer": plain},
+        {"last_turn_only": True},
+    ):
         paths.add(build(file, **options).path)
     paths.add(build(file, write(tmp_path / "b.jsonl", record())).path)
-    assert len(paths) == 6
+    assert len(paths) == 7
     text = file.read_bytes()
     file.write_bytes(text.replace(b"question 4", b"question 5"))  # the same size; a later time
     assert (edited := build(file)).path not in paths

@@ -31,6 +31,7 @@ DATA_FLAGS = [
     "--sft-bad-records",
     "--sft-cache",
     "--sft-data",
+    "--sft-last-turn-only",
     "--sft-template-date",
     "--sft-truncation",
     "--sft-valid-data",
