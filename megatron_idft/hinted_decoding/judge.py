@@ -34,8 +34,8 @@ class Judge:
     def __call__(self, made: Sequence[tuple[Turn, Candidate]], *, hinted: bool = False) -> None:
         """Add the candidates of one stage to their turns, and accept at most one for each turn.
 
-        That is the first right one; else the first that cannot be verified, if such are accepted. hinted: they were
-        written with a hint in view, which they must not betray.
+        That is the first right one; where the turn has no reference, the first possible one, if such are accepted.
+        hinted: they were written with a hint in view, which they must not betray.
         """
         for turn, candidate in made:
             turn.candidates.append(candidate)
@@ -45,11 +45,17 @@ class Judge:
         self._verify(made)
         for _, candidate in made:
             candidate.rejected_because = self._rejection(candidate)
-        possible = [(turn, candidate) for turn, candidate in made if candidate.rejected_because is None]
-        for right in (True, False):
-            for turn, candidate in possible:
-                if turn.accepted is None and (candidate.verdict == "right") == right:
+        for turn, candidate in made:
+            if turn.accepted is None and candidate.rejected_because is None:
+                candidate.accepted = candidate.verdict == "right" or turn.reference is None
+
+    def accept_unknown(self, turn: Turn) -> None:
+        """When all stages are over: what could not be told to be wrong is accepted, if such are, for want of better."""
+        if turn.accepted is None:
+            for candidate in turn.candidates:
+                if candidate.rejected_because is None:
                     candidate.accepted = True
+                    return
 
     def _rejection(self, candidate: Candidate) -> Rejection | None:
         if not candidate.finished:

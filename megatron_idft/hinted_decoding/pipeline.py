@@ -227,6 +227,7 @@ class Realigner:
 
     def _choose(self, turn: Turn) -> None:
         """The stage that a turn ends with, and why no candidate was accepted where none was."""
+        self._judge.accept_unknown(turn)
         accepted = turn.accepted
         if accepted is not None:
             turn.stage = accepted.stage

@@ -24,8 +24,8 @@ class RealignSettings:
     reference first; without one, the rendered template alone is the hint. rollout_samples: 0 leaves the stage out.
     fallback, after_retries: what becomes of a turn for which no candidate was accepted. retries: further tries of
     hinted decoding, for fallback "retry"; each with another seed and with beta times `retry_beta_factor` once more.
-    unverified: what becomes of a turn that cannot be verified; "keep" accepts its first candidate that ended by itself
-    and does not betray the hint.
+    unverified: what becomes of a turn without a reference, or for which nothing was right and something could not be
+    compared; "keep" accepts its first such candidate that ended by itself and does not betray the hint.
     """
 
     seed: int

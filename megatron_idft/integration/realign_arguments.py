@@ -220,8 +220,9 @@ def _add_judging_arguments(group: Any) -> None:
         "--unverified",
         choices=("drop", "original", "keep"),
         default="keep",
-        help="What becomes of a turn that cannot be verified: its record is left out; it stays as it was; or the first"
-        " response is taken that ended by itself and does not betray the hint. Default keep.",
+        help="What becomes of a turn without a reference, or for which no response was right and some could not be"
+        " compared: its record is left out; it stays as it was; or the first such response is taken that ended by"
+        " itself and does not betray the hint. Default keep.",
     )
     group.add_argument(
         "--verifier-plugin",

@@ -225,7 +225,14 @@ def test_an_unknown_verdict_follows_the_policy(tokenizer):
     unknown = record({"a list": "no text"})  # what only a plug-in could compare
     script = {"r/0/rollout/0": RIGHT, "r/0/hinted": RIGHT}
     [row], _ = run(tokenizer, script, unknown, template=HINT)
-    assert stages(row) == [("rollout", None, True)] and row["turns"][0]["candidates"][0]["verdict"] == "unknown"
+    # Both could be right; neither is known to be. The first is taken, but only when nothing better has come.
+    assert stages(row) == [("rollout", None, True), ("hinted", None, False)]
+    assert row["turns"][0]["candidates"][0]["verdict"] == "unknown" and row["turns"][0]["stage"] == "rollout"
+    [row], _ = run(
+        tokenizer, {"r/0/rollout/0": "The sum? \\boxed{who knows?}", "r/0/hinted": RIGHT}, record(), template=HINT
+    )
+    assert [accepted for _, _, accepted in stages(row)] == [False, True]
+    assert [c["verdict"] for c in row["turns"][0]["candidates"]] == ["unknown", "right"]
     for policy, status in (("drop", "dropped"), ("original", "kept")):
         [row], _ = run(tokenizer, script, unknown, template=HINT, unverified=policy)
         assert stages(row) == [("rollout", "unverified", False), ("hinted", "unverified", False)]
