@@ -5,11 +5,11 @@ corpus.jsonl   other additions, from three sources: what is scored
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 
-from corpus import broken_records, foreign_answer, own_answer, record
+from additions import foreign_answer, write_corpora
+from corpus import broken_records, own_answer, record
 
 
 def main() -> None:
@@ -30,11 +30,7 @@ def main() -> None:
         + [record(s, foreign_answer(s), "foreign", i) for i, s in enumerate(answered)]
         + broken_records(broken, chance),
     }
-    args.folder.mkdir(parents=True, exist_ok=True)
-    for name, records in corpora.items():
-        with open(args.folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-        print(f"{name}.jsonl: {len(records)} records, the first answer {records[0]['response']!r}")
+    write_corpora(args.folder, corpora)
 
 
 if __name__ == "__main__":

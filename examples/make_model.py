@@ -1,9 +1,10 @@
-"""Write a Hugging Face folder with random weights: `python make_model.py FOLDER CORPUS.jsonl …`.
+"""Write a Hugging Face folder with random weights: `python make_model.py FOLDER CORPUS.jsonl … [--positions 128]`.
 
 A Qwen2 of 0.4 million parameters, a tokenizer trained on the corpora, and a chat template in ChatML.
 """
 
-import sys
+import argparse
+from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
@@ -18,7 +19,14 @@ CHATML = (
 )
 
 
-def main(folder: str, *corpora: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("corpora", nargs="+", type=Path)
+    parser.add_argument("--positions", type=int, default=128, help="longest context in tokens; default 128")
+    args = parser.parse_args()
+    folder = args.folder
+
     bpe = Tokenizer(BPE())
     digits = pre_tokenizers.Split(Regex(r"\d"), "isolated")  # a token each
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -29,7 +37,7 @@ def main(folder: str, *corpora: str) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (message["content"] for record in read_records(corpora) for message in record.messages)
+    texts = (message["content"] for record in read_records(args.corpora) for message in record.messages)
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHATML
@@ -43,7 +51,7 @@ def main(folder: str, *corpora: str) -> None:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=args.positions,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -54,4 +62,4 @@ def main(folder: str, *corpora: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
