@@ -9,6 +9,7 @@ from megatron_idft.errors import UserError
 
 VERBS = {
     "train": "fine-tune on chat records with Megatron's trainer:  torchrun … -m megatron_idft train <Megatron flags>",
+    "prepare": "tokenize, mask and pack a corpus once, by many processes, on a CPU",
     "score": "score a corpus under a Megatron model:  torchrun … -m megatron_idft score <Megatron flags>",
     "realign": "rewrite a corpus into a model's own distribution:  torchrun … -m megatron_idft realign <flags>",
     "run": "run a Megatron training script of yours with the loss:  torchrun … -m megatron_idft run SCRIPT.py <flags>",

@@ -1,0 +1,91 @@
+"""`prepare`: conversations tokenized, masked and packed once, for every later training."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "megatron-idft prepare",
+        description="Tokenizes conversations and packs them, in Megatron's .bin/.idx form with loss masks beside it. "
+        "Runs in many processes, needs neither torchrun nor a GPU, and goes on where it was stopped: start the same "
+        "command again. The files have the same bytes whatever the number of processes.",
+    )
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, metavar="FILE", help="records: JSONL (also .gz, .zst) or Parquet")
+    add("--output", required=True, metavar="PREFIX", help="of the files that are written: PREFIX.bin, PREFIX.idx, …")
+    add("--tokenizer-model", required=True, metavar="PATH", help="a Hugging Face folder or a sentencepiece *.model")
+    add("--chat-template", metavar="FILE", help="Jinja, or chatml or plain; default: the tokenizer's own")
+    add("--seq-length", type=int, required=True, metavar="N", help="positions of a pack, as in training")
+    add("--pad-multiple", type=int, default=1, metavar="N", help="give every document a multiple of N positions; under"
+        " context parallelism 2 x its size; default 1")  # fmt: skip
+    add("--truncation", "--sft-truncation", choices=("truncate", "drop", "error"), default="truncate",
+        help="conversations longer than --seq-length; default truncate")  # fmt: skip
+    add("--bad-records", "--sft-bad-records", choices=("stop", "skip"), default="stop",
+        help="records that cannot be read; `skip` writes them to PREFIX.errors.jsonl; default stop")  # fmt: skip
+    add("--last-turn-only", "--sft-last-turn-only", action="store_true", help="train no assistant turn but the last")
+    add("--template-date", "--sft-template-date", metavar="YYYY-MM-DD", help="for templates that write today's date")
+    add("--trust-remote-code", action="store_true", help="run Python code that a tokenizer brings")
+    add("--workers", type=int, metavar="N", help="processes; default: one for each processor")
+    add("--seed", type=int, default=1234, help="of the order of the packs; default 1234")
+    add("--limit", type=int, metavar="N", help="only the first N records")
+    add("--chunk-bytes", type=int, default=8 << 20, metavar="N",
+        help="of text, the work of a process at a time, which a kill may undo; default 8 MiB")  # fmt: skip
+    add("--keep-chunks", action="store_true", help="leave PREFIX.chunks in place")
+    add("--show", type=int, metavar="N", help="print the first N packs, decoded, with their trained spans marked")
+    add("--dry-run", action="store_true", help="print the first records (--show N, default 3) and write nothing")
+    add("--no-progress", action="store_true", help="no progress bars")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    args = _parser().parse_args(list(argv))
+    # Before transformers is imported: the processes below keep all processors busy.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from megatron_idft.data.packed.prepare import prepare
+    from megatron_idft.data.packed.preview import show_packs, show_records
+    from megatron_idft.data.packed.settings import PrepareSettings
+    from megatron_idft.data.tokenizer import load_tokenizer
+
+    settings = PrepareSettings(
+        tuple(args.data),
+        args.seq_length,
+        args.truncation,
+        args.bad_records,
+        args.last_turn_only,
+        args.limit,
+        args.pad_multiple,
+        args.seed,
+        args.chunk_bytes,
+    )
+    tokenizer = load_tokenizer(args.tokenizer_model, args.chat_template, args.trust_remote_code, args.template_date)
+    if args.dry_run:
+        for sample in show_records(settings, tokenizer, args.show or 3):
+            print(sample, end="\n\n")
+        return 0
+    signal.signal(signal.SIGTERM, _stop)
+    prepared = prepare(
+        settings,
+        tokenizer,
+        args.output,
+        workers=args.workers,
+        keep_chunks=args.keep_chunks,
+        progress=not args.no_progress,
+    )
+    print(prepared.report)
+    for sample in show_packs(prepared.store, tokenizer, args.show or 0):
+        print(f"\n{sample}")
+    return 0
+
+
+def _stop(*_: object) -> NoReturn:
+    print(
+        "megatron-idft prepare: stopped by SIGTERM; the finished chunks stand, and the same command goes on from there",
+        file=sys.stderr,
+        flush=True,
+    )
+    raise SystemExit(143)

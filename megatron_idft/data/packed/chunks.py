@@ -1,0 +1,113 @@
+"""One block's documents as arrays in a pair of files: `chunk-000042.bin` and, once that is complete, `….json`.
+
+The .bin file holds one array behind the other: lines int64 [documents], ids int32 [tokens], lengths int32 [documents],
+sources int32 [documents], and what each token counts for in the loss, uint8 (the mask) or float32 (weights) [tokens].
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_idft.corpus.ledger.files import part_name, sync
+from megatron_idft.data.token_counts import Counts
+
+
+@dataclass(slots=True)
+class ChunkInfo:
+    """What stands in a chunk's JSON.
+
+    file_number, first: where in the input the block began. weighted: `loss` holds weights, not the mask. sources: the
+    names that the chunk's source numbers stand for. per_source: figures of each, see encoding.py. lengths: how many
+    documents had 2^(k-1) to 2^k - 1 tokens, by k, before any was cut. errors: the bad records that were skipped.
+    """
+
+    index: int
+    file_number: int
+    first: int
+    documents: int = 0
+    tokens: int = 0
+    weighted: bool = False
+    counts: Counts = field(default_factory=Counts)
+    end_ids: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    per_source: list[dict[str, int]] = field(default_factory=list)
+    lengths: dict[str, int] = field(default_factory=dict)
+    errors: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Chunk:
+    """lines int64, lengths int32, sources int32: [documents]. ids int32, loss uint8 or float32: [tokens]."""
+
+    info: ChunkInfo
+    lines: NDArray[np.int64]
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    sources: NDArray[np.int32]
+    loss: NDArray[Any]
+
+
+def is_finished(folder: Path, index: int) -> bool:
+    return (folder / part_name(index, ".json")).exists()
+
+
+def write_chunk(folder: Path, chunk: Chunk) -> None:
+    """Both files, the JSON last: where it stands, the chunk is whole. Two writers at once write the same bytes."""
+    temporary = folder / f".{part_name(chunk.info.index, '')}-{os.getpid()}"
+    arrays = (
+        chunk.lines.astype("<i8", copy=False),
+        chunk.ids.astype("<i4", copy=False),
+        chunk.lengths.astype("<i4", copy=False),
+        chunk.sources.astype("<i4", copy=False),
+        chunk.loss.astype("<f4" if chunk.info.weighted else "u1", copy=False),
+    )
+    with open(temporary, "wb") as file:
+        for array in arrays:
+            file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(folder / part_name(chunk.info.index, ".bin"))
+    with open(temporary, "w", encoding="utf-8") as text:
+        json.dump(asdict(chunk.info), text, ensure_ascii=False)
+        text.flush()
+        os.fsync(text.fileno())
+    temporary.rename(folder / part_name(chunk.info.index, ".json"))
+    sync(folder)
+
+
+def read_info(folder: Path, index: int) -> ChunkInfo:
+    values = json.loads((folder / part_name(index, ".json")).read_text(encoding="utf-8"))
+    return ChunkInfo(**values | {"counts": Counts(**values["counts"])})
+
+
+def read_lengths(folder: Path, info: ChunkInfo) -> NDArray[np.int32]:
+    offset = 8 * info.documents + 4 * info.tokens
+    return np.fromfile(folder / part_name(info.index, ".bin"), "<i4", info.documents, offset=offset)
+
+
+def read_origins(folder: Path, info: ChunkInfo) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """`lines` and `sources` of the chunk, without its tokens."""
+    path, n = folder / part_name(info.index, ".bin"), info.documents
+    return np.fromfile(path, "<i8", n), np.fromfile(path, "<i4", n, offset=12 * n + 4 * info.tokens)
+
+
+def read_chunk(folder: Path, info: ChunkInfo) -> Chunk:
+    """The whole chunk, in memory. Raises ValueError if the file is not of the size that the JSON says."""
+    path, n, tokens = folder / part_name(info.index, ".bin"), info.documents, info.tokens
+    data = path.read_bytes()
+    loss_type = np.dtype("<f4" if info.weighted else "u1")
+    parts = (("<i8", n), ("<i4", tokens), ("<i4", n), ("<i4", n), (loss_type, tokens))
+    size = sum(np.dtype(kind).itemsize * count for kind, count in parts)
+    if len(data) != size:
+        raise ValueError(f"{path} should hold {size} bytes, found {len(data)}")
+    arrays, at = [], 0
+    for kind, count in parts:
+        arrays.append(np.frombuffer(data, kind, count, offset=at))
+        at += arrays[-1].nbytes
+    lines, ids, lengths, sources, loss = arrays
+    return Chunk(info, lines, ids, lengths, sources, loss)

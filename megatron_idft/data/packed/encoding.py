@@ -1,0 +1,181 @@
+"""A block of records -> documents of token ids with what each token counts for in the loss."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_idft.corpus.records import Record, RecordError
+from megatron_idft.data.conversations import (
+    EncodedConversation,
+    RenderedConversation,
+    tokenize,
+)
+from megatron_idft.data.packed.blocks import Block, parse_block
+from megatron_idft.data.packed.chunks import Chunk, ChunkInfo
+from megatron_idft.data.packed.rendering import Renderer
+from megatron_idft.data.packed.settings import PrepareSettings
+from megatron_idft.data.pretokenized import PretokenizedReader
+from megatron_idft.data.template import ConversationError, TemplateError
+from megatron_idft.data.tokenizer import ChatTokenizer
+
+# What is held between parser and tokenizer. Small batches stay in the processor's caches.
+_BATCH_RECORDS, _BATCH_CHARACTERS = 128, 1 << 18
+SOURCE_FIGURES = ("records", "documents", "tokens", "trained_tokens", "truncated", "dropped", "empty")
+
+
+class BlockEncoder:
+    """Encodes blocks by one tokenizer and one set of settings; the result depends on the block alone."""
+
+    def __init__(self, tokenizer: ChatTokenizer, settings: PrepareSettings):
+        self._tokenizer, self._settings = tokenizer, settings
+        self._pretokenized = PretokenizedReader(tokenizer, settings.last_turn_only)
+
+    def encode(self, block: Block) -> Chunk:
+        """The block's documents in the order of its records.
+
+        Raises RecordError at the first bad record under bad_records="stop", and at a too long one under
+        truncation="error"; TemplateError, whatever bad_records says, where the chat template does not prove the mask.
+        """
+        info = ChunkInfo(block.index, block.file_number, block.first)
+        builder = _Builder(info, self._settings)
+        for record, encoded in self._records(block, builder):
+            builder.add(record, encoded)
+        return builder.chunk()
+
+    def _records(self, block: Block, builder: "_Builder") -> Iterator[tuple[Record, EncodedConversation]]:
+        batch: list[tuple[Record, RenderedConversation | EncodedConversation]] = []
+        size, renderer = 0, Renderer(self._tokenizer, self._settings.last_turn_only)  # new: the block alone decides
+        for _, record in parse_block(block):
+            if isinstance(record, RecordError):
+                builder.bad(record)
+                continue
+            try:
+                item = self._pretokenized.read(record) or renderer.render(record)
+            except RecordError as error:
+                builder.bad(error)
+                continue
+            except ConversationError as error:
+                raw = json.dumps(record.messages, ensure_ascii=False, default=str)
+                builder.bad(RecordError(record.file, record.line, "messages", str(error), raw))
+                continue
+            except TemplateError as error:
+                raise TemplateError(f"{record.file}, line {record.line}: {error}") from error
+            if isinstance(item, RenderedConversation):
+                builder.counts.spells_special += item.spells_special
+                builder.counts.unwritten += item.unwritten
+            size += len(item.text) if isinstance(item, RenderedConversation) else len(item.ids)
+            batch.append((record, item))
+            if len(batch) == _BATCH_RECORDS or size > _BATCH_CHARACTERS:
+                yield from self._tokenized(batch)
+                batch, size = [], 0
+        yield from self._tokenized(batch)
+
+    def _tokenized(
+        self, batch: list[tuple[Record, RenderedConversation | EncodedConversation]]
+    ) -> Iterator[tuple[Record, EncodedConversation]]:
+        rendered = [(record, item) for record, item in batch if isinstance(item, RenderedConversation)]
+        try:
+            tokenized = iter(tokenize(self._tokenizer, [item for _, item in rendered]))
+        except TemplateError:
+            for record, conversation in rendered:  # name the record that is to blame
+                try:
+                    tokenize(self._tokenizer, [conversation])
+                except TemplateError as error:
+                    raise TemplateError(f"{record.file}, line {record.line}: {error}") from error
+            raise
+        for record, item in batch:
+            yield record, item if isinstance(item, EncodedConversation) else next(tokenized)
+
+
+class _Builder:
+    """Collects the documents of one block."""
+
+    def __init__(self, info: ChunkInfo, settings: PrepareSettings):
+        self.info, self.counts, self._settings = info, info.counts, settings
+        self._documents: list[EncodedConversation] = []
+        self._lines: list[int] = []
+        self._sources: list[int] = []
+        self._numbers: dict[str, int] = {}
+        self._end_ids: set[int] = set()
+        self._lengths: Counter[int] = Counter()
+
+    def bad(self, error: RecordError) -> None:
+        if self._settings.bad_records == "stop":
+            raise error
+        keys = ("file", "line", "field", "message", "raw")
+        self.info.errors.append({key: getattr(error, key) for key in keys})
+        self.counts.records += 1
+        self.counts.bad += 1
+
+    def add(self, record: Record, encoded: EncodedConversation) -> None:
+        name = Path(record.file).name if record.source is None else record.source
+        source = self._numbers.setdefault(name, len(self._numbers))
+        if source == len(self.info.sources):
+            self.info.sources.append(name)
+            self.info.per_source.append(dict.fromkeys(SOURCE_FIGURES, 0))
+        figures = self.info.per_source[source]
+        self.counts.records += 1
+        figures["records"] += 1
+        self._lengths[len(encoded.ids).bit_length()] += 1
+        if not self._fit(record, encoded, figures):
+            return
+        trained = int(encoded.mask[1:].sum())
+        for key, count in (("tokens", len(encoded.ids)), ("trained_tokens", trained)):
+            figures[key] += count
+            setattr(self.counts, key, getattr(self.counts, key) + count)
+        figures["documents"] += 1
+        self.counts.kept += 1
+        self.counts.straddling_spans += encoded.straddles
+        self.counts.pretokenized += encoded.pretokenized
+        self.counts.weighted += encoded.weights is not None
+        self._end_ids |= encoded.end_ids
+        self._documents.append(encoded)
+        self._lines.append(record.line)
+        self._sources.append(source)
+
+    def _fit(self, record: Record, encoded: EncodedConversation, figures: dict[str, int]) -> bool:
+        """Cut `encoded` to seq_length + 1 tokens; False if it is left out. The first token is never a label."""
+        limit, trained = self._settings.seq_length + 1, int(encoded.mask[1:].sum())
+        if len(encoded.ids) > limit and trained:
+            if self._settings.truncation == "error":
+                field = "token_ids" if encoded.pretokenized else "messages"
+                message = f"{len(encoded.ids)} tokens are more than seq_length + 1 = {limit}"
+                raise RecordError(record.file, record.line, field, message)
+            if self._settings.truncation == "drop":
+                self.counts.dropped += 1
+                figures["dropped"] += 1
+                self.counts.lost_trained_tokens += trained
+                return False
+        kept = int(encoded.mask[1:limit].sum())
+        self.counts.lost_trained_tokens += trained - kept
+        if not kept:
+            self.counts.empty += 1
+            figures["empty"] += 1
+            return False
+        if len(encoded.ids) > limit:
+            self.counts.truncated += 1
+            figures["truncated"] += 1
+            encoded.ids, encoded.mask = encoded.ids[:limit], encoded.mask[:limit]
+            encoded.weights = None if encoded.weights is None else encoded.weights[:limit]
+        return True
+
+    def chunk(self) -> Chunk:
+        documents, info = self._documents, self.info
+        info.documents, info.tokens = len(documents), self.counts.tokens
+        info.weighted = any(document.weights is not None for document in documents)
+        info.end_ids = sorted(self._end_ids)
+        info.lengths = {str(bits): self._lengths[bits] for bits in sorted(self._lengths)}
+        losses = [
+            document.mask if document.weights is None else document.weights.astype(np.float32) for document in documents
+        ]
+        return Chunk(
+            info,
+            np.array(self._lines, dtype=np.int64),
+            np.concatenate([document.ids for document in documents] or [np.empty(0, np.int32)]),
+            np.array([len(document.ids) for document in documents], dtype=np.int32),
+            np.array(self._sources, dtype=np.int32),
+            np.concatenate(losses or [np.empty(0, np.uint8)]),
+        )

@@ -1,0 +1,239 @@
+"""Conversations -> packs, in two passes.
+
+The first tokenizes: the input is cut into chunks of about as many bytes, whose bounds do not depend on who works on
+them, and each process turns one chunk after the other into arrays in `PREFIX.chunks/`. A chunk's files appear when they
+are whole, so a run that was stopped or killed goes on behind its last finished chunks; a manifest refuses to mix
+settings. The second packs: lengths alone decide which documents share a pack, then the processes copy every document to
+its place. So neither the number of processes nor interruptions show in the bytes. `PREFIX.json` appears last.
+
+Held in memory: a chunk in each process, and about 60 bytes for each document in this one while it packs. On disk the
+chunks need as much space as the packs, until they are deleted.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_idft.corpus.ledger import SettingsMismatch
+from megatron_idft.corpus.ledger.files import plain_errors
+from megatron_idft.corpus.ledger.manifest import agree
+from megatron_idft.data.packed import report
+from megatron_idft.data.packed.assembly import Assembly, positions
+from megatron_idft.data.packed.blocks import Block, read_blocks
+from megatron_idft.data.packed.chunks import ChunkInfo, is_finished, read_info
+from megatron_idft.data.packed.settings import PrepareSettings
+from megatron_idft.data.packed.store import FORMAT, PackedStore, companion
+from megatron_idft.data.packed.workers import PrepareError, Task, WorkerPool, write_setup
+from megatron_idft.data.tokenizer import ChatTokenizer
+from megatron_idft.errors import InputError
+
+
+@dataclass(slots=True)
+class Prepared:
+    """store: the packs. report: its text. Of this run: chunks that were tokenized and that were there already, the
+    tokens of the former; the processor seconds of the worker processes, once started; the most memory that one held."""
+
+    store: PackedStore
+    report: str
+    chunks: int = 0
+    resumed_chunks: int = 0
+    tokens: int = 0
+    cpu_seconds: float = 0.0
+    peak_worker_bytes: int = 0
+
+
+def prepare(
+    settings: PrepareSettings,
+    tokenizer: ChatTokenizer,
+    output: str | Path,
+    *,
+    workers: int | None = None,
+    keep_chunks: bool = False,
+    progress: bool = True,
+) -> Prepared:
+    """Write the packs of these records to `output`, a prefix of file names, or open them if they are there.
+
+    workers: processes; None: one for each processor that this one may use. keep_chunks: leave PREFIX.chunks in place.
+
+    Raises RecordError naming file, line and field; TemplateError when the chat template does not prove the loss mask;
+    SettingsMismatch when `output` was begun with other settings; InputError when `output` belongs to something else or
+    no record is left; PrepareError when a process dies or the disk is full.
+    """
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    if workers < 1:
+        raise InputError(f"workers must be at least 1, got {workers}")
+    prefix, folder = Path(output), companion(output, ".chunks")
+    read_blocks(settings.paths, settings.chunk_bytes)  # for its checks of the files
+    fingerprint = tokenizer.fingerprint()
+    if companion(prefix, ".json").exists():
+        store = _open_finished(prefix, settings.of_packs(fingerprint))
+        if folder.exists() and not keep_chunks:
+            shutil.rmtree(folder)
+        return Prepared(store, companion(prefix, ".report.txt").read_text(encoding="utf-8").rstrip("\n"))
+    if not folder.exists() and (taken := [s for s in (".bin", ".idx") if companion(prefix, s).exists()]):
+        raise InputError(
+            f"{companion(prefix, taken[0])} is there, but no {companion(prefix, '.json').name} beside it: it was not "
+            "written by prepare. Name another --output, or remove it"
+        )
+    with plain_errors(prefix.parent, "write packs", foreign_code=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            job = {"settings": settings.of_chunks(fingerprint), "num_chunks": None, "part_suffix": ".json"}
+            agree(folder, folder, f"{os.getpid()}", job)
+            setup = folder / "setup.json"
+            write_setup(setup, tokenizer, settings, folder)
+            with WorkerPool(workers, setup) as pool:
+                run = _Run(settings, prefix, folder, pool, progress)
+                infos = run.tokenize()
+                prepared = run.pack(infos, tokenizer, fingerprint)
+        if not keep_chunks:
+            shutil.rmtree(folder)
+    return prepared
+
+
+class _Run:
+    def __init__(self, settings: PrepareSettings, prefix: Path, folder: Path, pool: WorkerPool, progress: bool):
+        self._settings, self._prefix, self._folder = settings, prefix, folder
+        self._pool, self._progress = pool, progress
+        self._figures: dict[str, Any] = {"chunks": 0, "resumed_chunks": 0, "tokens": 0, "cpu_seconds": 0.0}
+        self._figures["peak_worker_bytes"] = 0
+
+    def tokenize(self) -> list[ChunkInfo]:
+        """Finish every chunk."""
+        figures = self._figures
+        disk_bytes: dict[int, int] = {}
+        total = sum(Path(path).stat().st_size for path in self._settings.paths)
+        count = records = 0
+
+        def tasks() -> Iterator[Task]:
+            nonlocal count
+            for block in read_blocks(self._settings.paths, self._settings.chunk_bytes, self._settings.limit):
+                count = block.index + 1
+                if is_finished(self._folder, block.index):
+                    figures["resumed_chunks"] += 1
+                    bar.update(block.disk_bytes)
+                    if self._progress:
+                        bar.initial += block.disk_bytes  # cost no time: not to be counted in the rate
+                    continue
+                disk_bytes[block.index] = block.disk_bytes
+                yield Task(_header(block), f"{block.file} from line {block.first} on", block.data)
+
+        with self._bar("tokenizing", "B", total) as bar:
+            for reply in self._pool.run(tasks()):
+                figures["chunks"] += 1
+                figures["tokens"] += reply["tokens"]
+                self._note(reply)
+                records += reply["records"]
+                elapsed = max(bar.format_dict["elapsed"], 1e-9) if self._progress else 1.0
+                rate = f"{records:,} records, {figures['tokens'] / elapsed:,.0f} tokens/s"
+                bar.set_postfix_str(rate, refresh=False)
+                bar.update(disk_bytes.pop(reply["index"]))
+        return [read_info(self._folder, index) for index in range(count)]
+
+    def pack(self, infos: list[ChunkInfo], tokenizer: ChatTokenizer, fingerprint: str) -> Prepared:
+        """Write the packs of all chunks."""
+        counts = report.total(infos)
+        if not counts.kept:
+            empty = report.numbers(infos, positions(_no_lengths(), 1), 0, self._settings.seq_length)
+            raise InputError("no record is left to train on\n" + report.text(empty, str(self._prefix)))
+        assembly = Assembly(self._folder, infos, self._settings)
+        sizes = positions(assembly.lengths, self._settings.pad_multiple)
+        numbers = report.numbers(infos, sizes, len(assembly.packs), self._settings.seq_length)
+        assembly.write_index()
+        assembly.write_origins()
+        with self._bar("packing", " tokens", assembly.tokens) as bar:
+
+            def told(reply: dict[str, Any]) -> None:
+                bar.update(reply["tokens"])
+                self._note(reply)
+
+            assembly.write_tokens(self._pool, told)
+        description = {
+            "kind": "megatron-idft packs",
+            "format": FORMAT,
+            "settings": self._settings.of_packs(fingerprint),
+            "seq_length": self._settings.seq_length,
+            "pad_multiple": self._settings.pad_multiple,
+            "packs": len(assembly.packs),
+            "documents": len(assembly.lengths),
+            "tokens": assembly.tokens,
+            "weighted": assembly.weighted,
+            "chat_template": tokenizer.template.source,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+            "pad_id": tokenizer.pad_id,
+            "end_of_turn_ids": sorted({i for info in infos for i in info.end_ids}),
+            "counts": asdict(counts),
+            "sources": assembly.sources,
+            "files": list(self._settings.paths),
+        }
+        text = report.text(numbers, str(self._prefix))
+        others = {".report.json": _json(numbers), ".report.txt": (text + "\n").encode()}
+        if counts.bad:
+            lines = [json.dumps(error, ensure_ascii=False) for info in infos for error in info.errors]
+            others[".errors.jsonl"] = ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
+        assembly.publish(self._prefix, others, _json(description))
+        return Prepared(PackedStore(self._prefix), text, **self._figures)
+
+    def _note(self, reply: dict[str, Any]) -> None:
+        self._figures["cpu_seconds"] += reply["cpu_seconds"]
+        self._figures["peak_worker_bytes"] = max(self._figures["peak_worker_bytes"], reply["peak_bytes"])
+
+    def _bar(self, name: str, unit: str, total: int) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(
+            total=total,
+            desc=name,
+            unit=unit,
+            unit_scale=True,
+            disable=not self._progress,
+            file=sys.stderr,
+            mininterval=1.0,
+        )
+
+
+def _header(block: Block) -> dict[str, Any]:
+    keys = ("index", "file", "file_number", "stem", "first")
+    error = None
+    if block.error is not None:
+        error = {key: getattr(block.error, key) for key in ("file", "line", "field", "message", "raw")}
+    described = {key: getattr(block, key) for key in keys}
+    return {"do": "encode", "index": block.index, "block": described, "error": error}
+
+
+def _open_finished(prefix: Path, wanted: dict[str, Any]) -> PackedStore:
+    store = PackedStore(prefix)
+    wanted, there = json.loads(json.dumps(wanted)), store.meta["settings"]
+    keys = sorted(wanted.keys() | there.keys())
+    differences = {key: (there.get(key), wanted.get(key)) for key in keys if there.get(key) != wanted.get(key)}
+    if differences:
+        raise SettingsMismatch(companion(prefix, ".json"), differences)
+    return store
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PrepareError(f"another prepare is at work in {folder}: wait for it, or stop it") from None
+        yield
+
+
+def _no_lengths() -> Any:
+    import numpy as np
+
+    return np.empty(0, dtype=np.int32)
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

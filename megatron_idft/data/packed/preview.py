@@ -1,0 +1,45 @@
+"""What the packs hold, for a person to read."""
+
+from collections.abc import Iterator
+
+from megatron_idft.corpus.records import RecordError
+from megatron_idft.data.inspect import render_sample
+from megatron_idft.data.packed.blocks import read_blocks
+from megatron_idft.data.packed.encoding import BlockEncoder
+from megatron_idft.data.packed.settings import PrepareSettings
+from megatron_idft.data.packed.store import PackedStore
+from megatron_idft.data.tokenizer import ChatTokenizer
+
+
+def show_packs(store: PackedStore, tokenizer: ChatTokenizer, count: int) -> Iterator[str]:
+    """The first packs, decoded, document by document, with the trained spans marked."""
+    for index in range(min(count, len(store))):
+        pack = store.pack(index)
+        inputs = len(pack.ids) - len(pack.starts)
+        text = [f"pack {index}: {len(pack.starts)} documents, {inputs:,} of {store.seq_length:,} positions"]
+        places = zip(pack.documents(), store.origins(index), pack.sources.tolist(), strict=True)
+        for number, (tokens, (file, line), source) in enumerate(places):
+            text.append(f"document {number}: {file}, line {line}, source {store.meta['sources'][source]!r}")
+            text.append(render_sample(pack.ids[tokens], pack.mask[tokens], tokenizer))
+        yield "\n".join(text)
+
+
+def show_records(settings: PrepareSettings, tokenizer: ChatTokenizer, count: int) -> Iterator[str]:
+    """The first records as documents, without writing anything. Raises what `prepare` would."""
+    encoder = BlockEncoder(tokenizer, settings)
+    shown = 0
+    for block in read_blocks(settings.paths, 1 << 16, settings.limit):
+        chunk = encoder.encode(block)
+        begin = 0
+        for line, length, source in zip(
+            chunk.lines.tolist(), chunk.lengths.tolist(), chunk.sources.tolist(), strict=True
+        ):
+            tokens = slice(begin, begin + length)
+            mask = chunk.loss[tokens] > 0
+            sample = render_sample(chunk.ids[tokens], mask, tokenizer)
+            yield f"{block.file}, line {line}, source {chunk.info.sources[source]!r}: {sample}"
+            begin, shown = begin + length, shown + 1
+            if shown == count:
+                return
+    if not shown:
+        raise RecordError(settings.paths[0], 1, "", "no record of the input is left to train on")

@@ -1,0 +1,108 @@
+"""What `prepare` met and made, as numbers and as text."""
+
+from collections import Counter
+from dataclasses import asdict, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_idft.data.packed.chunks import ChunkInfo
+from megatron_idft.data.packed.encoding import SOURCE_FIGURES
+from megatron_idft.data.packed.packing import best_fit_decreasing, efficiency, first_fit
+from megatron_idft.data.token_counts import Counts
+
+_COMPARED = 200_000  # documents: first-fit is slow in Python
+
+
+def total(infos: list[ChunkInfo]) -> Counts:
+    """The counts of all chunks."""
+    return Counts(**{f.name: sum(getattr(info.counts, f.name) for info in infos) for f in fields(Counts)})
+
+
+def numbers(infos: list[ChunkInfo], sizes: NDArray[np.int32], packs: int, seq_length: int) -> dict[str, Any]:
+    """The report as JSON. sizes: int32 [documents], the positions that each takes up, in the order of the input."""
+    counts = total(infos)
+    per_source: dict[str, dict[str, int]] = {}
+    lengths: Counter[int] = Counter()
+    for info in infos:
+        for name, figures in zip(info.sources, info.per_source, strict=True):
+            sums = per_source.setdefault(name, dict.fromkeys(SOURCE_FIGURES, 0))
+            for key in SOURCE_FIGURES:
+                sums[key] += figures[key]
+        lengths.update({int(bits): number for bits, number in info.lengths.items()})
+    compared = sizes[:_COMPARED]
+    alike = {
+        "documents": len(compared),
+        "best_fit_decreasing": efficiency(compared, len(best_fit_decreasing(compared, seq_length)), seq_length),
+        "first_fit": efficiency(compared, first_fit(compared.tolist(), seq_length), seq_length),
+        "one_record_per_pack": efficiency(compared, len(compared), seq_length),
+    }
+    return {
+        "counts": asdict(counts),
+        "trained_share": counts.trained_tokens / max(counts.tokens, 1),
+        "lengths": [
+            {"from": 1 << max(bits - 1, 0), "to": (1 << bits) - 1, "records": lengths[bits]} for bits in sorted(lengths)
+        ],
+        "per_source": per_source,
+        "seq_length": seq_length,
+        "packs": packs,
+        "efficiency": efficiency(sizes, packs, seq_length),
+        "compared": alike,
+    }
+
+
+def text(values: dict[str, Any], prefix: str) -> str:
+    """The report for a person."""
+    counts, seq_length = values["counts"], values["seq_length"]
+    mean = counts["tokens"] / max(counts["kept"], 1)
+    rows = [
+        ("records read", counts["records"], ""),
+        ("  kept as documents", counts["kept"], f"{mean:,.1f} tokens on average"),
+        ("  bad, skipped", counts["bad"], f"see {prefix}.errors.jsonl" if counts["bad"] else ""),
+        ("  empty, left out", counts["empty"], "no trained token within the sequence length"),
+        ("  too long, left out", counts["dropped"], f"more than {seq_length} + 1 tokens"),
+        ("truncated", counts["truncated"], f"kept, cut to {seq_length} + 1 tokens"),
+        ("tokens", counts["tokens"], ""),
+        ("trained tokens", counts["trained_tokens"], f"{100 * values['trained_share']:.1f} %"),
+        ("trained tokens lost", counts["lost_trained_tokens"], "cut off or left out for length"),
+    ]
+    notes = {
+        "pretokenized": ("pre-tokenized records", "kept, with the ids and the mask they came with"),
+        "weighted": ("weighted records", "their tokens count by their weights"),
+        "straddling_spans": ("answers begun inside a token", "that token is not trained"),
+        "spells_special": ("records spelling special tokens", "read as these tokens"),
+        "unwritten": ("records not fully written", "the template leaves out or rewrites a message"),
+    }
+    rows += [(name, counts[key], note) for key, (name, note) in notes.items() if counts.get(key)]
+    rows.append(("packs", values["packs"], f"of {seq_length} positions, {_percent(values['efficiency'])} full"))
+    compared = values["compared"]
+    lines = [f"{name:<34}{value:>16,}   {note}".rstrip() for name, value, note in rows]
+    lines.append(f"packing the first {compared['documents']:,} documents in three ways:")
+    for key, name in (
+        ("best_fit_decreasing", "best-fit decreasing, as here"),
+        ("first_fit", "first-fit, in the input's order"),
+        ("one_record_per_pack", "one record to a pack, as --sft"),
+    ):
+        lines.append(f"  {name:<32}{_percent(compared[key]):>16}   full")
+    lines.append("records by length in tokens, before any was cut:")
+    most = max([row["records"] for row in values["lengths"]] or [1])
+    for row in values["lengths"]:
+        bar = "█" * max(1, round(30 * row["records"] / most))
+        lines.append(f"  {row['from']:>10,} to {row['to']:>10,}{row['records']:>24,}   {bar}")
+    lines.append(
+        f"{'by source':<34}{'records':>12}{'documents':>12}{'tokens':>16}{'trained':>9}{'cut':>9}{'left out':>10}"
+    )
+    for name, row in values["per_source"].items():
+        share = 100 * row["trained_tokens"] / max(row["tokens"], 1)
+        out = row["dropped"] + row["empty"]
+        shown = name if len(name) <= 30 else name[:29] + "…"
+        lines.append(
+            f"  {shown:<32}{row['records']:>12,}{row['documents']:>12,}{row['tokens']:>16,}{share:>7.1f} %"
+            f"{row['truncated']:>9,}{out:>10,}"
+        )
+    return "\n".join([f"packs {prefix}", *(f"  {line}" for line in lines)])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

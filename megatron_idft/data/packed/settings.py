@@ -1,0 +1,72 @@
+"""What `prepare` was asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from megatron_idft.data.token_cache import BadRecords, Truncation, describe_source
+from megatron_idft.errors import InputError
+
+CHUNK_FORMAT = 1  # raise it whenever the same corpus would give other bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareSettings:
+    """paths: the record files, in order.
+
+    seq_length: a pack holds at most so many input positions; a document of n tokens takes n - 1, since its last token
+        is only a label. Longer ones are cut on the right (`truncate`), left out (`drop`) or end the run (`error`).
+    bad_records: `stop` at the first malformed record, or `skip` them and write them down.
+    last_turn_only: no assistant turn is trained but the last.
+    limit: only the first so many records.
+    pad_multiple: a document takes up a multiple of so many positions; context parallelism needs 2 x its size.
+    seed: of the order of the packs, and of which documents of one length share a pack.
+    chunk_bytes: records are cut into chunks of about so many bytes of text, each the work of one process.
+
+    Raises InputError for values that cannot be used.
+    """
+
+    paths: tuple[str, ...]
+    seq_length: int
+    truncation: Truncation = "truncate"
+    bad_records: BadRecords = "stop"
+    last_turn_only: bool = False
+    limit: int | None = None
+    pad_multiple: int = 1
+    seed: int = 1234
+    chunk_bytes: int = 8 << 20
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise InputError("no record files given: name them with --data FILE …")
+        for name, value in (("truncation", Truncation), ("bad_records", BadRecords)):
+            if getattr(self, name) not in get_args(value):
+                raise InputError(f"{name} must be one of {get_args(value)}, got {getattr(self, name)!r}")
+        for name in ("seq_length", "pad_multiple", "chunk_bytes", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        if self.seq_length % self.pad_multiple:
+            raise InputError(
+                f"seq_length {self.seq_length} is no multiple of pad_multiple {self.pad_multiple}: the longest "
+                "documents would fit into no pack"
+            )
+
+    def of_chunks(self, tokenizer_fingerprint: str) -> dict[str, Any]:
+        """All that the chunks depend on. Not bad_records: a chunk that is finished has the same bytes either way."""
+        return {"chunk_bytes": self.chunk_bytes} | self._of_documents(tokenizer_fingerprint)
+
+    def of_packs(self, tokenizer_fingerprint: str) -> dict[str, Any]:
+        """All that the packs depend on."""
+        return self._of_documents(tokenizer_fingerprint) | {"pad_multiple": self.pad_multiple, "seed": self.seed}
+
+    def _of_documents(self, tokenizer_fingerprint: str) -> dict[str, Any]:
+        return {
+            "format": CHUNK_FORMAT,
+            "sources": [describe_source(Path(path)) for path in self.paths],
+            "tokenizer": tokenizer_fingerprint,
+            "seq_length": self.seq_length,
+            "truncation": self.truncation,
+            "last_turn_only": self.last_turn_only,
+            "limit": self.limit,
+        }

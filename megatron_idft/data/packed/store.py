@@ -1,0 +1,186 @@
+"""Packs on disk, in Megatron's memory-mapped form with companions of the same prefix.
+
+    PREFIX.bin, PREFIX.idx   token ids, int32, as Megatron's IndexedDataset: one sequence for each pack
+    PREFIX.mask.bin          uint8 [tokens], 1 where the token is trained; or, where some records weigh their tokens,
+    PREFIX.weight.bin        float32 [tokens], what the token counts for in the loss, 0 where it is not trained
+    PREFIX.packs.bin         int64 [packs + 1], the first document of each pack
+    PREFIX.starts.bin        int32 [documents], where each document begins in its pack, in tokens
+    PREFIX.sources.bin       int32 [documents], an index into `sources` of the JSON
+    PREFIX.records.bin       int64 [documents, 2], an index into `files` of the JSON, and the line (row) there, from 1
+    PREFIX.json              settings and fingerprints, counts, names; written last
+    PREFIX.report.txt, .report.json, .errors.jsonl
+
+A pack holds whole documents, each with all of its n tokens. As input a document takes n - 1 positions, ids[:-1],
+rounded up to pad_multiple; its labels are ids[1:]. The positions of a pack's documents sum up to at most seq_length,
+so its tokens to at most seq_length + its number of documents.
+"""
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_idft.data.tokenizer import ChatTokenizer
+from megatron_idft.errors import InputError
+
+FORMAT = 1  # raise it whenever older readers could not read what is written
+INDEX_HEADER = b"MMIDIDX\x00\x00" + struct.pack("<QB", 1, 4)  # version 1, int32
+_INDEX_COUNTS = struct.Struct("<QQ")
+
+
+def companion(prefix: str | Path, suffix: str) -> Path:
+    """PREFIX with the suffix behind it, dots in PREFIX untouched."""
+    return Path(f"{prefix}{suffix}")
+
+
+@dataclass(slots=True)
+class Pack:
+    """Views into the mapped files.
+
+    ids: int32 [n]. mask: uint8 [n], 1 where the token is trained; the first of a document is never a label. weights:
+    float32 [n], or None where no record of the store weighs its tokens. starts, sources: int32 [documents], see above.
+    """
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.uint8]
+    weights: NDArray[np.float32] | None
+    starts: NDArray[np.int32]
+    sources: NDArray[np.int32]
+
+    def documents(self) -> list[slice]:
+        """Which tokens each document has."""
+        bounds = [*self.starts.tolist(), len(self.ids)]
+        return [slice(begin, end) for begin, end in pairwise(bounds)]
+
+
+class PackedStore:
+    """Opened packs. Opening reads the JSON and compares the files' sizes with it; arrays are mapped at their first use.
+
+    meta: the content of PREFIX.json. Pickles as its prefix.
+
+    Raises InputError when there is no such store, it is of another format, or files are missing or of another size.
+    """
+
+    def __init__(self, prefix: str | Path):
+        self.prefix = str(prefix)
+        path = companion(prefix, ".json")
+        if not path.is_file():
+            state = "is not finished: start the same `prepare` again" if companion(prefix, ".chunks").is_dir() else ""
+            state = state or "is missing: `megatron-idft prepare --output PREFIX` writes it, name that PREFIX"
+            raise InputError(f"no packs at {prefix}: {path.name} {state}")
+        try:
+            self.meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if self.meta["kind"] != "megatron-idft packs":
+                raise ValueError("it is no description of packs")
+            if self.meta["format"] != FORMAT:
+                raise InputError(
+                    f"{path}: format {self.meta['format']}, this version reads {FORMAT}: prepare the data again"
+                )
+            packs, documents, tokens = (int(self.meta[key]) for key in ("packs", "documents", "tokens"))
+            loss = (".weight.bin", 4 * tokens) if self.meta["weighted"] else (".mask.bin", tokens)
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} is damaged or of another program ({error}): prepare the data again") from error
+        for suffix, size in (
+            (".bin", 4 * tokens),
+            (".idx", len(INDEX_HEADER) + _INDEX_COUNTS.size + 20 * packs + 8),
+            loss,
+            (".packs.bin", 8 * packs + 8),
+            (".starts.bin", 4 * documents),
+            (".sources.bin", 4 * documents),
+            (".records.bin", 16 * documents),
+        ):
+            file = companion(prefix, suffix)
+            found = file.stat().st_size if file.exists() else None
+            if found != size:
+                raise InputError(f"{file} should hold {size} bytes, found {found}: prepare the data again")
+        self._arrays: dict[str, NDArray[Any]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.prefix,)
+
+    def __len__(self) -> int:
+        return int(self.meta["packs"])
+
+    @property
+    def seq_length(self) -> int:
+        return int(self.meta["seq_length"])
+
+    def pack(self, index: int) -> Pack:
+        """Raises IndexError outside [0, len)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"pack {index} of {len(self)}")
+        packs = self._map(".packs.bin", np.int64)
+        first, last = int(packs[index]), int(packs[index + 1])
+        begin, end = self._tokens_of(index)
+        weights = self._map(".weight.bin", np.float32)[begin:end] if self.meta["weighted"] else None
+        mask = self._map(".mask.bin", np.uint8)[begin:end] if weights is None else (weights > 0).astype(np.uint8)
+        return Pack(
+            self._map(".bin", np.int32)[begin:end],
+            mask,
+            weights,
+            self._map(".starts.bin", np.int32)[first:last],
+            self._map(".sources.bin", np.int32)[first:last],
+        )
+
+    def origins(self, index: int) -> list[tuple[str, int]]:
+        """The file and line (row) of each document of a pack."""
+        packs = self._map(".packs.bin", np.int64)
+        rows = self._map(".records.bin", np.int64).reshape(-1, 2)[packs[index] : packs[index + 1]]
+        return [(self.meta["files"][file], line) for file, line in rows.tolist()]
+
+    def require(self, tokenizer: ChatTokenizer, seq_length: int, pad_multiple: int = 1) -> None:
+        """Raises InputError, naming each difference and the remedy, unless the packs are for this use.
+
+        pad_multiple: what the training needs each document padded to; the packs must have room for it.
+        """
+        differences = []
+        if tokenizer.fingerprint() != self.meta["settings"]["tokenizer"]:
+            same = tokenizer.template.source == self.meta["chat_template"]
+            what = "tokenizer (the template's source is the same)" if same else "tokenizer or chat template"
+            differences.append(
+                f"the {what}: fingerprint {self.meta['settings']['tokenizer'][:16]}… in the packs, "
+                f"{tokenizer.fingerprint()[:16]}… now"
+            )
+        if seq_length != self.seq_length:
+            differences.append(f"the sequence length: {self.seq_length} in the packs, {seq_length} now")
+        if self.meta["pad_multiple"] % pad_multiple:
+            differences.append(
+                f"what documents are padded to: a multiple of {self.meta['pad_multiple']} in the packs, of "
+                f"{pad_multiple} now"
+            )
+        if differences:
+            raise InputError(
+                f"the packs at {self.prefix} were prepared for another training:\n  "
+                + "\n  ".join(differences)
+                + "\nRemedy: give training the same --tokenizer-model, --chat-template and --seq-length, or prepare "
+                f"the data with these and --pad-multiple {pad_multiple} to another --output"
+            )
+
+    def _tokens_of(self, index: int) -> tuple[int, int]:
+        head = len(INDEX_HEADER) + _INDEX_COUNTS.size
+        raw, packs = self._map(".idx", np.uint8), len(self)
+        length = int(raw[head + 4 * index : head + 4 * index + 4].view("<i4")[0])
+        at = head + 4 * packs + 8 * index
+        begin = int(raw[at : at + 8].view("<i8")[0]) // 4
+        return begin, begin + length
+
+    def _map(self, suffix: str, dtype: Any) -> NDArray[Any]:
+        if suffix not in self._arrays:
+            self._arrays[suffix] = np.memmap(companion(self.prefix, suffix), dtype=dtype, mode="r")
+        return self._arrays[suffix]
+
+
+def write_index(write: Callable[[bytes], object], lengths: NDArray[np.int64]) -> None:
+    """Megatron's index of sequences of these lengths, int32 tokens, each a document of its own to Megatron."""
+    write(INDEX_HEADER + _INDEX_COUNTS.pack(len(lengths), len(lengths) + 1))
+    write(lengths.astype("<i4").tobytes())
+    write((4 * (np.cumsum(lengths) - lengths)).astype("<i8").tobytes())
+    write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())

@@ -1,0 +1,25 @@
+"""The benchmark of `prepare`, run whole on a toy corpus: every variant runs, the figures hang together."""
+
+import json
+import subprocess
+import sys
+
+from launch import ROOT
+
+PROGRAM = ROOT / "tools" / "benchmarks" / "prepare.py"
+
+
+def test_every_variant_is_measured(tmp_path):
+    flags = ["--records", "60", "--workers", "1", "--vocab", "400", "--documents", "3000", "--rounds", "1"]
+    command = [sys.executable, str(PROGRAM), *flags, "--json", str(tmp_path / "r.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "r.json").read_text())
+    rates = result["tokens_per_cpu_second"]
+    assert rates.keys() >= {"raw", "raw, fast", "prepare"}
+    assert rates["prepare"] == result["tokens"] / result["cpu_seconds"]["prepare"][0]
+    assert result["share_of_raw"] == rates["prepare"] / rates["raw"]
+    assert ("hit: prepare" in done.stdout) == result["goal_hit"] == (result["share_of_raw"] >= 0.9)
+    for capacity in ("4096", "32768"):
+        shares = result["packing"][capacity]
+        assert shares["best_fit_decreasing"] >= shares["first_fit"] > shares["one_record_per_pack"] > 0

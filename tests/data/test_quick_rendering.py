@@ -1,0 +1,104 @@
+"""Rendering many conversations of few structures: what `render_conversation` gives, in fewer renderings."""
+
+import random
+
+import pytest
+import tool_templates
+from chat_templates import ENDS_IN_THE_NEXT_MESSAGE, FAMILIES, QWEN3, QWEN3_MARKED, REFUSED
+
+from megatron_idft.corpus.records import Record
+from megatron_idft.data import ConversationError, TemplateError, load_tokenizer
+from megatron_idft.data.conversations import render_conversation
+from megatron_idft.data.packed.rendering import _PROVEN_IN_FULL, Renderer
+from megatron_idft.data.template import ChatTemplate
+
+TEMPLATES = {name: template for name, (template, _, _) in FAMILIES.items()}
+TEMPLATES |= {f"refused: {name}": template for name, (template, *_) in REFUSED.items()}
+TEMPLATES |= {"qwen3": QWEN3, "qwen3 marked": QWEN3_MARKED, "ends in the next message": ENDS_IN_THE_NEXT_MESSAGE}
+TEMPLATES |= {
+    f"tools: {name}": getattr(tool_templates, name) for name in ("QWEN25", "QWEN3", "LLAMA31", "MISTRAL3", "DEEPSEEK")
+}
+# The answer's end depends on the answer, the question's header on the question.
+TEMPLATES["looks at what is said"] = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ '!' if 'fox' in m.content else '' }}\n"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SAID = [
+    "hello",
+    " fox ",
+    "\n\nworld\n",
+    "ContentofContentiof",
+    "<think>a</think>b",
+    "<|im_end|>",
+    "a",
+    "😀 你好",
+    "Probe x",
+]
+
+
+def records(count, plain=False):
+    rng = random.Random(1)
+    made = []
+    for line in range(count):
+        messages = [{"role": "system", "content": "Be brief."}] if rng.random() < 0.3 else []
+        for role in ("user", "assistant") * rng.choice([1, 1, 2, 3]):
+            text = rng.choice(["hello", "what is this", "naïve"]) if plain else "".join(rng.choices(SAID, k=2))
+            messages.append({"role": role, "content": text})
+        if not plain and line % 9 == 8:
+            messages[-1]["loss"] = 0.5
+        if not plain and line % 11 == 10:
+            messages[-1]["reasoning_content"] = "because"
+        made.append(Record(messages, str(line), "a.jsonl", line))
+    return made
+
+
+def outcome(render, *arguments, **options):
+    try:
+        return render(*arguments, **options)
+    except (ConversationError, TemplateError) as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("last_turn_only", [False, True])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_it_renders_alike(name, last_turn_only, huggingface_folder):
+    tokenizer = load_tokenizer(huggingface_folder("byte-level", TEMPLATES[name]))
+    for plain in (True, False):
+        renderer = Renderer(tokenizer, last_turn_only)
+        for record in records(150, plain):
+            whole = outcome(render_conversation, tokenizer, record.messages, last_turn_only=last_turn_only)
+            assert outcome(renderer.render, record) == whole, record.messages
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "marked", "qwen3"])
+def test_most_are_rendered_once(name, huggingface_folder, monkeypatch):
+    tokenizer = load_tokenizer(huggingface_folder("byte-level", TEMPLATES[name]))
+    renderer, made = Renderer(tokenizer, False), records(400, plain=True)
+    made = [record for record in made if record.messages[0]["role"] != "system"]
+    structures = {len(record.messages) for record in made}
+    for record in made[: _PROVEN_IN_FULL * len(structures) * 3]:
+        renderer.render(record)
+    count = 0
+    inner = ChatTemplate.render
+
+    def counted(*arguments, **options):
+        nonlocal count
+        count += 1
+        return inner(*arguments, **options)
+
+    monkeypatch.setattr(ChatTemplate, "render", counted)
+    for record in made[-100:]:
+        renderer.render(record)
+    assert count == 100
+
+
+def test_a_template_that_turns_on_later_text_is_still_seen(huggingface_folder):
+    tokenizer = load_tokenizer(huggingface_folder("byte-level", TEMPLATES["looks at what is said"]))
+    renderer, made = Renderer(tokenizer, False), records(200, plain=True)
+    for record in made:
+        renderer.render(record)
+    for place in (0, 1):
+        messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
+        messages[place]["content"] = "a fox"
+        whole = outcome(render_conversation, tokenizer, messages)
+        assert outcome(renderer.render, Record(messages, "x", "a.jsonl", 1)) == whole
