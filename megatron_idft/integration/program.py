@@ -6,11 +6,14 @@ import argparse
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_idft.integration import hf_model
 from megatron_idft.integration.arguments import ArgumentError
+from megatron_idft.integration.packed_batches import check_attention
+from megatron_idft.integration.packed_data import PackedData, prepared_data
 from megatron_idft.integration.shared_build import build_once
 from megatron_idft.integration.trainer import TrainerIntegration
 
@@ -28,14 +31,17 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         nargs="+",
         metavar="FILE",
         default=None,
-        help="Training records: JSONL (also .gz, .zst) or Parquet, with `messages` or with `prompt` and `response`.",
+        help="Training records: JSONL (also .gz, .zst) or Parquet, with `messages` or with `prompt` and `response`. Or"
+        " packs that `prepare` has made, as PREFIX[:weight] …: an epoch visits each pack of a prefix `weight` times,"
+        " by default once.",
     )
     group.add_argument(
         "--sft-valid-data",
         nargs="+",
         metavar="FILE",
         default=None,
-        help="Validation records. Each evaluation reads all of them once, unless --eval-iters says fewer.",
+        help="Validation records, or prefixes of packs where --sft-data names packs. Each evaluation reads all of them"
+        " once, unless --eval-iters says fewer.",
     )
     group.add_argument(
         "--sft-last-turn-only",
@@ -92,8 +98,15 @@ class ChatTraining(TrainerIntegration):
         self.tokenizer: ChatTokenizer | None = None
         self.train_cache: TokenCache | None = None
         self.valid_cache: TokenCache | None = None
+        self.packs: PackedData | None = None
+        self._prepared: tuple[dict[str, Fraction], list[str]] | None = None
         self._export: hf_model.HuggingFaceExport | None = None
         self._last_saved: int | None = None
+
+    @property
+    def trains_packs(self) -> bool:
+        """Whether the flags name packs rather than records. Known when they are parsed."""
+        return self._prepared is not None
 
     def attach(self) -> ChatTraining:
         from megatron.training import training
@@ -106,6 +119,7 @@ class ChatTraining(TrainerIntegration):
         call.arguments["extra_args_provider"] = add_data_arguments
         args = super()._parse_args(original, call)
         _validate_data_arguments(args)
+        self._prepared = prepared_data(args)
         self._export = hf_model.HuggingFaceExport(args)
         if args.sft_loss is not None and args.sft_loss_vocab_size is None:
             args.sft_loss_vocab_size = hf_model.recorded_vocab_size(args)
@@ -120,7 +134,10 @@ class ChatTraining(TrainerIntegration):
         assert self._export is not None and self.tokenizer is not None
         hf_model.convert_before_loading(args)
         self._export.keep_companions(args, self.tokenizer.template.source)
-        return super()._setup_model_and_optimizer(original, call)
+        result = super()._setup_model_and_optimizer(original, call)
+        if self.packs is not None:
+            check_attention(args, result[0])
+        return result
 
     def _save_checkpoint(self, original: Callable, call: inspect.BoundArguments) -> None:
         from megatron.training import get_args
@@ -155,19 +172,27 @@ class ChatTraining(TrainerIntegration):
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens but the model {args.padded_vocab_size} output"
                 " rows. Pass the tokenizer that the model was trained with as --tokenizer-model"
             )
-        self.train_cache = self._cache(args, "--sft-data", args.sft_data)
-        args.sft_data_fingerprint = self.train_cache.path.name  # recorded in checkpoints
-        print_rank_0(
-            "> first sample, trained spans in brackets:\n" + render_sample(*self.train_cache[0], self.tokenizer)
-        )
+        if self._prepared is not None:
+            self.packs = PackedData(args, self.tokenizer, *self._prepared)
+            print_rank_0(self.packs.report())
+            first, unit, fingerprint = self.packs.first_document(), "packs", self.packs.fingerprint
+            samples = self.packs.samples(args.train_epochs or 1)
+        else:
+            self.train_cache = self._cache(args, "--sft-data", args.sft_data)
+            first, unit, fingerprint = self.train_cache[0], "records", self.train_cache.path.name
+            samples = (args.train_epochs or 1) * len(self.train_cache)
+        args.sft_data_fingerprint = fingerprint  # recorded in checkpoints
+        print_rank_0("> first sample, trained spans in brackets:\n" + render_sample(*first, self.tokenizer))
         if args.train_epochs is not None:
-            args.train_iters = math.ceil(args.train_epochs * len(self.train_cache) / args.global_batch_size)
-            records = len(self.train_cache)
-            print_rank_0(f"> {args.train_epochs} epochs of {records} records: {args.train_iters} iterations")
+            args.train_iters = math.ceil(samples / args.global_batch_size)
+            each = f"{samples / args.train_epochs:.12g}"
+            print_rank_0(f"> {args.train_epochs} epochs of {each} {unit}: {args.train_iters} iterations")
         if args.sft_valid_data:
-            self.valid_cache = self._cache(args, "--sft-valid-data", args.sft_valid_data)
+            if self.packs is None:
+                self.valid_cache = self._cache(args, "--sft-valid-data", args.sft_valid_data)
             if args.eval_iters is None:
-                args.eval_iters = math.ceil(len(self.valid_cache) / args.eval_global_batch_size)
+                valid = self.packs.valid_packs if self.packs is not None else len(self.valid_cache or ())
+                args.eval_iters = math.ceil(valid / args.eval_global_batch_size)
         else:
             args.eval_iters = 0
         if args.eval_interval is None:  # evaluate once, after training
@@ -206,10 +231,12 @@ class ChatTraining(TrainerIntegration):
             )
 
     def _corpus_end_of_turn_ids(self) -> Sequence[int]:
+        if self.packs is not None:
+            return self.packs.end_of_turn_ids
         assert self.train_cache is not None
         return self.train_cache.end_of_turn_ids
 
-    def datasets(self, num_samples: Sequence[int]) -> tuple[Any, Any, None]:
+    def datasets(self, num_samples: Sequence[int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
         """The `train_valid_test_datasets_provider` of `pretrain()`: (train, validation, no test set)."""
         from megatron.core import mpu
         from megatron.core.datasets.utils import Split
@@ -218,6 +245,8 @@ class ChatTraining(TrainerIntegration):
         from megatron_idft.data import ChatDataset, RepeatedRounds, ShuffledEpochs
 
         args = get_args()
+        if self.packs is not None:
+            return self.packs.datasets(args, num_samples, vp_stage)
         assert self.train_cache is not None and self.tokenizer is not None
         if mpu.get_tensor_model_parallel_rank() != 0:
             return None, None, None  # its batches come by broadcast
@@ -302,20 +331,20 @@ def train() -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_idft.integration.batches import forward_step
+    from megatron_idft.integration import batches, packed_batches
 
     training = ChatTraining().attach()
     args = parse_and_validate_args()
     model_config = gpt_config_from_args(args) if args.hybrid_layer_pattern is None else hybrid_config_from_args(args)
 
     def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
-        return training.datasets(num_samples)
+        return training.datasets(num_samples, vp_stage)
 
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # called on every rank, not only TP rank 0
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         datasets_provider,
         ModelType.encoder_or_decoder,
-        forward_step,
+        packed_batches.forward_step if training.trains_packs else batches.forward_step,
     )
     training.finish()

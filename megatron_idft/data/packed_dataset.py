@@ -1,0 +1,131 @@
+"""Training samples from packs: several documents in one sequence, each of them trained as if it were alone."""
+
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from megatron_idft.data.dataset import IGNORED_LABEL, Sample
+from megatron_idft.errors import InputError
+
+INPUTS = ("tokens", "position_ids")
+LABELS = ("labels", "loss_mask")
+
+
+class Pack(Protocol):
+    """Documents one after the other: `starts` [documents] says where each begins, the last ends at len(ids)."""
+
+    @property
+    def ids(self) -> NDArray[np.int32]: ...
+    @property
+    def mask(self) -> NDArray[np.uint8]: ...
+    @property
+    def weights(self) -> NDArray[np.float32] | None: ...
+    @property
+    def starts(self) -> NDArray[np.int32]: ...
+
+
+class PackReader(Protocol):
+    """What is needed of a store of packs. Its arrays may be memory-mapped: only what a sample holds is read."""
+
+    def __len__(self) -> int: ...
+    def pack(self, index: int, /) -> Pack: ...
+
+
+class PackedDataset(Dataset[Sample]):
+    """The packs of one or more readers, numbered through, padded on the right.
+
+    A document of n ids takes n - 1 positions, as in `ChatDataset`: its last token is read by nobody. The first token
+    of a document is never a label, so no label crosses a border. What is left of the sequence is one more document,
+    of padding. A sample holds, of shape [seq_length] unless said otherwise:
+
+        bounds        int32    [seq_length + 1] 0, then the end of each document, then seq_length
+        tokens        int64    (inputs) the documents' ids[:-1], and pad_id
+        position_ids  int64    (inputs) 0, 1, … within each document
+        labels        int64    (labels) the documents' ids[1:] where trained, else -100
+        loss_mask     float32  (labels) the token's weight where trained (1 where the reader gives none), else 0
+
+    Args:
+        readers: name, for messages -> reader.
+        inputs, labels: whether samples hold these. A pipeline stage with neither end of the model needs the bounds
+            alone, and then no id, mask or weight is read.
+        multiple_of: every document is padded to a multiple of so many positions; context parallelism over c ranks
+            cuts each document in 2 c parts.
+
+    Raises InputError, from `[]`, when a pack does not fit in seq_length.
+    """
+
+    def __init__(
+        self,
+        readers: Mapping[str, PackReader],
+        seq_length: int,
+        pad_id: int,
+        *,
+        inputs: bool = True,
+        labels: bool = True,
+        multiple_of: int = 1,
+    ):
+        self.readers, self.seq_length, self.pad_id = dict(readers), seq_length, pad_id
+        self.inputs, self.labels, self.multiple_of = inputs, labels, multiple_of
+        self.sizes = [len(reader) for reader in self.readers.values()]
+        self._ends = list(accumulate(self.sizes))
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"pack {index} of {len(self)}")
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        name = list(self.readers)[which]
+        number = index - (self._ends[which] - self.sizes[which])
+        pack = self.readers[name].pack(number)
+        starts = np.asarray(pack.starts, dtype=np.int64)
+        lengths = np.diff(starts, append=len(pack.ids)) - 1  # of the inputs
+        ends = np.cumsum(-(-lengths // self.multiple_of) * self.multiple_of)
+        if ends[-1] > self.seq_length:
+            raise InputError(
+                f"{name}: pack {number} takes {ends[-1]} positions with every document padded to a multiple of"
+                f" {self.multiple_of}, more than --seq-length {self.seq_length}. Prepare the data with this"
+                f" --seq-length and --pad-multiple {self.multiple_of}"
+            )
+        return self._sample(pack, starts, lengths, ends)
+
+    def untrained_sample(self) -> Sample:
+        """A sample of padding only. It fills up a batch and counts for nothing in a mean over trained tokens."""
+        return self._sample(None, *(np.empty(0, dtype=np.int64) for _ in range(3)))
+
+    def _sample(
+        self, pack: Pack | None, starts: NDArray[np.int64], lengths: NDArray[np.int64], ends: NDArray[np.int64]
+    ) -> Sample:
+        bounds = np.full(self.seq_length + 1, self.seq_length, dtype=np.int32)
+        bounds[0] = 0
+        bounds[1 : len(ends) + 1] = ends
+        sample = {"bounds": torch.from_numpy(bounds)}
+        begins = bounds[: len(ends)].astype(np.int64)
+        # Where the ids of all documents stand in the pack, and where they go in the sequence.
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        source, target = np.repeat(starts, lengths) + within, np.repeat(begins, lengths) + within
+        if self.inputs:
+            tokens = np.full(self.seq_length, self.pad_id, dtype=np.int64)
+            if pack is not None:
+                tokens[target] = pack.ids[source]
+            positions = np.arange(self.seq_length)
+            own_begin = bounds[np.searchsorted(bounds, positions, side="right") - 1]
+            sample["tokens"] = torch.from_numpy(tokens)
+            sample["position_ids"] = torch.from_numpy(positions - own_begin)
+        if self.labels:
+            labels = np.full(self.seq_length, IGNORED_LABEL, dtype=np.int64)
+            loss_mask = np.zeros(self.seq_length, dtype=np.float32)
+            if pack is not None:
+                trained = pack.mask[source + 1].astype(bool)
+                source, target = source[trained] + 1, target[trained]
+                labels[target] = pack.ids[source]
+                loss_mask[target] = 1 if pack.weights is None else pack.weights[source]
+            sample["labels"] = torch.from_numpy(labels)
+            sample["loss_mask"] = torch.from_numpy(loss_mask)
+        return sample
