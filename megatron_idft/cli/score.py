@@ -2,8 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from megatron_idft.cli.offline import run_verb
 
 USAGE = """usage: torchrun … -m megatron_idft score --hf-model DIR --data FILE … --output DIR --seq-length N <flags>
        torchrun … -m megatron_idft score --load DIR --tokenizer-model PATH --data FILE … --output DIR <model flags>
@@ -60,25 +63,11 @@ def select(argv: Sequence[str]) -> int:
     return 0
 
 
-WITHOUT_MODEL: dict[str, Callable[[Sequence[str]], int]] = {"status": status, "report": report, "select": select}
+def _program() -> Any:
+    from megatron_idft.integration.scoring_program import add_score_arguments, score
+
+    return add_score_arguments, score
 
 
 def main(argv: Sequence[str]) -> int:
-    if not argv:
-        print(USAGE)
-        return 2
-    if argv[0] in WITHOUT_MODEL:
-        return WITHOUT_MODEL[argv[0]](argv[1:])
-    if "-h" in argv or "--help" in argv:
-        from megatron_idft.integration.scoring_program import add_score_arguments
-
-        parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-        print(USAGE + "\n\n" + add_score_arguments(parser).format_help())
-        return 0
-    from megatron_idft.integration.hf_model import expand
-    from megatron_idft.integration.scoring_program import score
-    from megatron_idft.integration.script import prepare_process
-
-    prepare_process("megatron-idft score", expand(argv), force_cpu="--cpu" in argv)
-    score()
-    return 0
+    return run_verb("score", argv, USAGE, {"status": status, "report": report, "select": select}, _program)

@@ -130,7 +130,7 @@ def read_records(
                     skip_or_raise(row)
                     continue
                 try:
-                    record = _to_record(row, str(file), line, f"{stem}:{line}")
+                    record = to_record(row, str(file), line, f"{stem}:{line}")
                 except RecordError as error:
                     error.raw = repr(row)[:RAW_EXCERPT]
                     skip_or_raise(error)
@@ -146,18 +146,21 @@ _Rows = Iterator[tuple[int, Any]]  # (line, decoded row or the RecordError that 
 def _json_rows(path: Path, on_bytes: OnBytes) -> _Rows:
     with open(path, "rb") as raw:
         told = 0
-        for line, text in _lines(path, raw):
+        for line, text in read_lines(path, raw):
             if line % 256 == 0:
                 told, before = raw.tell(), told
                 on_bytes(told - before)
             if isinstance(text, RecordError):
                 yield line, text
             elif text.strip():
-                yield line, _parse(text, str(path), line)
+                yield line, parse_line(text, str(path), line)
         on_bytes(path.stat().st_size - told)
 
 
-def _lines(path: Path, raw: IO[bytes]) -> Iterator[tuple[int, bytes | RecordError]]:
+def read_lines(path: Path, raw: IO[bytes]) -> Iterator[tuple[int, bytes | RecordError]]:
+    """(number from 1, bytes) of each line of an open file, decompressed; for a line too long, or a stream damaged from
+    there on, the error in its place.
+    """
     line = 0
     try:
         stream = _decompressed(path, raw)
@@ -187,7 +190,8 @@ def _decompressed(path: Path, raw: IO[bytes]) -> Any:
     return raw
 
 
-def _parse(text: bytes, file: str, line: int) -> Any:
+def parse_line(text: bytes, file: str, line: int) -> Any:
+    """What the JSON of a line says, or the RecordError that stands in its place."""
     excerpt = text[: 2 * RAW_EXCERPT].decode("utf-8", errors="backslashreplace")
     try:
         return json.loads(text.decode("utf-8"))
@@ -208,7 +212,7 @@ def _parquet_rows(path: Path, on_bytes: OnBytes) -> _Rows:
         with pq.ParquetFile(path) as table:
             total = table.metadata.num_rows
             for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
-                for value in _batch_rows(batch, path, row):
+                for value in parquet_batch_rows(batch, path, row):
                     row += 1
                     yield row, value
                 told, before = size * row // max(total, 1), told
@@ -219,7 +223,8 @@ def _parquet_rows(path: Path, on_bytes: OnBytes) -> _Rows:
     on_bytes(size - told)
 
 
-def _batch_rows(batch: Any, path: Path, before: int) -> list[Any]:
+def parquet_batch_rows(batch: Any, path: Path, before: int) -> list[Any]:
+    """The rows of a pyarrow RecordBatch behind `before` rows of its file; RecordErrors for those that are not UTF-8."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:  # find the rows that are to blame
@@ -232,7 +237,9 @@ def _batch_rows(batch: Any, path: Path, before: int) -> list[Any]:
         return rows
 
 
-def _to_record(row: Any, file: str, line: int, default_id: str) -> Record:
+def to_record(row: Any, file: str, line: int, default_id: str) -> Record:
+    """A decoded row as a record. Raises RecordError naming the field."""
+
     def bad(field: str, message: str) -> RecordError:
         return RecordError(file, line, field, message)
 

@@ -114,7 +114,10 @@ def load_tokenizer(
 
 
 class HuggingFaceChatTokenizer(ChatTokenizer):
-    """A fast tokenizer of `transformers`, driven through its Rust backend: batches use all cores, offsets are exact."""
+    """A fast tokenizer of `transformers`, driven through its Rust backend: batches use all cores, offsets are exact.
+
+    backend: our copy of its `tokenizers.Tokenizer`.
+    """
 
     def __init__(
         self,
@@ -139,17 +142,17 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
         self.template = ChatTemplate(template, hf.special_tokens_map, date)
         # A private copy, without what the calls of other people may have left in it: truncation, padding, and a
         # post-processor that adds special tokens or trims blanks off the offsets.
-        self._backend = Tokenizer.from_str(hf.backend_tokenizer.to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.post_processor = processors.ByteLevel(trim_offsets=False)
+        self.backend = Tokenizer.from_str(hf.backend_tokenizer.to_str())
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.post_processor = processors.ByteLevel(trim_offsets=False)
         self._check_same_ids(hf, path)
-        ids = self._backend.get_vocab(with_added_tokens=True).values()
+        ids = self.backend.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(len(hf), max(ids) + 1)
         self.eos_id = int(hf.eos_token_id)
         self.pad_id = self.eos_id if hf.pad_token_id is None else int(hf.pad_token_id)
         self.bos_id = None if hf.bos_token_id is None else int(hf.bos_token_id)
-        added = self._backend.get_added_tokens_decoder()
+        added = self.backend.get_added_tokens_decoder()
         self.special_ids = {token.content: int(i) for i, token in added.items() if token.special}
         self.special_ids[str(hf.eos_token)] = self.eos_id
 
@@ -157,13 +160,13 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
         text = (
             self.template.source + " Hello,  world!\n\tÄ 你好 😀 " + "".join(map(str, self.template.variables.values()))
         )
-        if list(hf(text, add_special_tokens=False)["input_ids"]) != self._backend.encode(text).ids:
+        if list(hf(text, add_special_tokens=False)["input_ids"]) != self.backend.encode(text).ids:
             raise InputError(
                 f"{path}: the tokenizer's Python code changes the ids of its tokenizer.json, which is not served"
             )
 
     def encode_batch(self, texts: Sequence[str], cuts: Sequence[Sequence[int]]) -> list[Encoding]:
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
         return [self._with_cuts(encoding, at) for encoding, at in zip(encodings, cuts, strict=True)]
 
     def _with_cuts(self, encoding: Any, cuts: Sequence[int]) -> Encoding:
@@ -176,10 +179,10 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
         return Encoding(ids, first.tolist(), straddled.tolist())
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def _content(self) -> bytes:
-        return self._backend.to_str().encode()
+        return self.backend.to_str().encode()
 
 
 class SentencePieceChatTokenizer(ChatTokenizer):

@@ -57,14 +57,14 @@ def test_it_encodes_alike(kind, huggingface_folder, sentencepiece_model, tmp_pat
 def test_texts_that_the_tokenizer_changes_are_read_by_their_offsets(huggingface_folder, tmp_path):
     """A normalizer shortens and lengthens texts, and an added token swallows the blanks around it."""
     tokenizer = load_tokenizer(huggingface_folder("byte-level", BUILTIN_TEMPLATES["chatml"]))
-    tokenizer._backend.normalizer = normalizers.NFC()
-    tokenizer._backend.add_tokens([AddedToken("world", lstrip=True, rstrip=True)])
+    tokenizer.backend.normalizer = normalizers.NFC()
+    tokenizer.backend.add_tokens([AddedToken("world", lstrip=True, rstrip=True)])
     again = rebuilt(tokenizer, tmp_path)
     assert again._bytes is not None
     made, _ = texts()
     assert any(unicodedata.normalize("NFC", text) != text for text in made)
     assert_alike(again, tokenizer)
-    tokenizer._backend.normalizer = normalizers.Lowercase()
+    tokenizer.backend.normalizer = normalizers.Lowercase()
     assert rebuilt(tokenizer, tmp_path)._bytes is None
 
 

@@ -10,9 +10,9 @@ import random
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from integration.checkpoints import differences, load_checkpoint, load_scalars
+from small_tokenizer import train_tokenizer
 
 from launch import forked
 from megatron_idft.data import load_tokenizer
@@ -48,19 +48,7 @@ def records(seed: int) -> list[str]:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
-    (folder / "text").write_text("\n".join(f"user assistant {a} + {a + 3}? {a}." for a in range(100)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=60,
-        hard_vocab_limit=False,
-        split_digits=True,
-        control_symbols=["<|im_start|>", "<|im_end|>"],
-        user_defined_symbols=["\n"],
-        pad_id=3,
-        minloglevel=2,
-    )
+    train_tokenizer(folder)
     tokenizer = load_tokenizer(str(folder / "tokenizer.model"), chat_template="chatml")
     for name, seed in (("packs", 3), ("others", 4)):
         file = folder / f"{name}.jsonl"

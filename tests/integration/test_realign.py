@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import sentencepiece
+from small_tokenizer import train_tokenizer
 
 from launch import ROOT, forked, free_port
 from megatron_idft.corpus.ledger import read_manifest, status_of
@@ -60,21 +60,8 @@ def folder(tmp_path_factory) -> Path:
         lines.append(json.dumps({"messages": messages}))
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "hint.txt").write_text(HINT)
-    (folder / "text").write_text(
-        "\n".join(f"user assistant {a} + {a + 3}? \\boxed{{{a}}}. answer: {a}" for a in range(9))
-    )
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=70,
-        hard_vocab_limit=False,
-        split_digits=True,
-        control_symbols=["<|im_start|>", "<|im_end|>"],
-        user_defined_symbols=["\n"],
-        pad_id=3,
-        minloglevel=2,
-    )
+    lines = [f"user assistant {a} + {a + 3}? \\boxed{{{a}}}. answer: {a}" for a in range(9)]
+    train_tokenizer(folder, lines, vocab_size=70)
     flags = f"{MODEL} --sft-data {folder / 'train.jsonl'} --tokenizer-model {folder / 'tokenizer.model'}"
     flags += f" --train-iters 200 --micro-batch-size 16 --global-batch-size 16 --lr 1e-2 --save {folder / 'model'}"
     forked(["-m", "megatron_idft", "train", *flags.split(), "--num-workers", "0", "--lr-decay-style", "constant"])

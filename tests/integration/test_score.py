@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import sentencepiece
+from small_tokenizer import train_tokenizer
 
 from launch import ROOT, forked, free_port
 from megatron_idft.corpus.ledger import status_of
@@ -38,19 +38,7 @@ def folder(tmp_path_factory) -> Path:
             messages += [{"role": "user", "content": f"{a} + {b}?"}, {"role": "assistant", "content": f"{a + b}."}]
         lines.append(json.dumps({"messages": messages, "source": "even" if number % 2 == 0 else "odd", "kept": number}))
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "text").write_text("\n".join(f"user assistant {a} + {a + 3}? {a}." for a in range(100)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=60,
-        hard_vocab_limit=False,
-        split_digits=True,
-        control_symbols=["<|im_start|>", "<|im_end|>"],
-        user_defined_symbols=["\n"],
-        pad_id=3,
-        minloglevel=2,
-    )
+    train_tokenizer(folder)
     flags = f"{MODEL} --sft-data {folder / 'train.jsonl'} --tokenizer-model {folder / 'tokenizer.model'}"
     flags += f" --train-iters 60 --micro-batch-size 4 --global-batch-size 8 --lr 1e-2 --save {folder / 'model'}"
     forked(["-m", "megatron_idft", "train", *flags.split(), "--num-workers", "0", "--lr-decay-style", "constant"])

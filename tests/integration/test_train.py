@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-import sentencepiece
 from integration.checkpoints import differences, load_checkpoint, load_scalars
+from small_tokenizer import train_tokenizer
 
 from launch import ROOT, torchrun
 
@@ -37,19 +37,7 @@ def corpus(tmp_path_factory) -> Path:
         lines.append(json.dumps({"messages": messages}))
     (folder / "train.jsonl").write_text("\n".join(lines[:22]) + "\n")
     (folder / "valid.jsonl").write_text("\n".join(lines[22:]) + "\n")
-    (folder / "text").write_text("\n".join(f"user assistant {a} + {a + 3}? {a}." for a in range(100)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=60,
-        hard_vocab_limit=False,
-        split_digits=True,
-        control_symbols=["<|im_start|>", "<|im_end|>"],
-        user_defined_symbols=["\n"],
-        pad_id=3,
-        minloglevel=2,
-    )
+    train_tokenizer(folder)
     return folder
 
 

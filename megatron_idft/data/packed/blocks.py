@@ -18,11 +18,11 @@ from megatron_idft.corpus.records import (
     RAW_EXCERPT,
     Record,
     RecordError,
-    _batch_rows,
-    _lines,
-    _parse,
-    _to_record,
+    parquet_batch_rows,
+    parse_line,
+    read_lines,
     read_records,
+    to_record,
 )
 
 
@@ -62,7 +62,7 @@ def parse_block(block: Block) -> Iterator[tuple[int, Record | RecordError]]:
             yield line, row
             continue
         try:
-            yield line, _to_record(row, block.file, line, f"{block.stem}:{line}")
+            yield line, to_record(row, block.file, line, f"{block.stem}:{line}")
         except RecordError as error:
             error.raw = repr(row)[:RAW_EXCERPT]
             yield line, error
@@ -93,7 +93,7 @@ def _text_blocks(path: Path, chunk_bytes: int, limit: int | None) -> Iterator[_P
     with open(path, "rb") as raw:
         lines: list[bytes] = []
         size, first, rows, left = 0, 1, 0, limit
-        for line, text in _lines(path, raw):
+        for line, text in read_lines(path, raw):
             error = text if isinstance(text, RecordError) else None
             if isinstance(text, bytes):
                 lines.append(text)
@@ -112,7 +112,7 @@ def _text_blocks(path: Path, chunk_bytes: int, limit: int | None) -> Iterator[_P
 def _text_rows(block: Block) -> Iterator[tuple[int, Any]]:
     for line, text in enumerate(block.data.split(b"\n"), block.first):
         if text and not text.isspace():
-            yield line, _parse(text, block.file, line)
+            yield line, parse_line(text, block.file, line)
 
 
 def _table_blocks(path: Path, chunk_bytes: int, limit: int | None) -> Iterator[_Part]:
@@ -154,6 +154,6 @@ def _table_rows(block: Block) -> Iterator[tuple[int, Any]]:
     row = block.first
     with pa.ipc.open_stream(block.data) as stream:
         for batch in stream:
-            for value in _batch_rows(batch, Path(block.file), row - 1):
+            for value in parquet_batch_rows(batch, Path(block.file), row - 1):
                 yield row, value
                 row += 1

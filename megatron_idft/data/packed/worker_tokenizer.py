@@ -39,7 +39,7 @@ def describe_tokenizer(tokenizer: ChatTokenizer) -> dict[str, Any]:
     if isinstance(tokenizer, HuggingFaceChatTokenizer):
         names = ("vocab_size", "eos_id", "pad_id", "bos_id", "special_ids")
         described |= {name: getattr(tokenizer, name) for name in names}
-        return described | {"kind": "huggingface", "backend": tokenizer._backend.to_str()}
+        return described | {"kind": "huggingface", "backend": tokenizer.backend.to_str()}
     if isinstance(tokenizer, SentencePieceChatTokenizer):
         return described | {"kind": "sentencepiece", "model": tokenizer._model.serialized_model_proto().hex()}
     raise TypeError(f"cannot carry a {type(tokenizer).__name__} to another process")
@@ -66,18 +66,18 @@ class _HuggingFace(HuggingFaceChatTokenizer):
         from tokenizers import Tokenizer
 
         self.template = template
-        self._backend = Tokenizer.from_str(described["backend"])
+        self.backend = Tokenizer.from_str(described["backend"])
         self._described = described
         self.vocab_size, self.eos_id = described["vocab_size"], described["eos_id"]
         self.pad_id, self.bos_id = described["pad_id"], described["bos_id"]
         self.special_ids = described["special_ids"]
-        self._bytes = _byte_lengths(self._backend, described["backend"])
+        self._bytes = _byte_lengths(self.backend, described["backend"])
 
     def fingerprint(self) -> str:
         return str(self._described["fingerprint"])
 
     def encode_batch(self, texts: Sequence[str], cuts: Sequence[Sequence[int]]) -> list[Encoding]:
-        encode = getattr(self._backend, "encode_batch_fast", None)  # tokenizers >= 0.20
+        encode = getattr(self.backend, "encode_batch_fast", None)  # tokenizers >= 0.20
         if self._bytes is None or encode is None:
             return super().encode_batch(texts, cuts)
         encoded: list[Encoding | None] = []
