@@ -84,6 +84,7 @@ class DecodeEngine:
         self.vocab_size, self.max_positions, self.max_rows = vocab_size, max_positions, max_rows
         self.cache = KeyValueCache(self.model, memory_for_cache(memory_bytes, self.model.device, self.model.tp_group))
         self._forward = DecodeForward(self.model, self.cache)
+        self._banks: tuple[Bank, ...] = ()  # of the latest call
         self._kept = 0  # tokens that the last cut left: how many candidates the next one begins with
 
     def describe(self) -> str:
@@ -156,22 +157,27 @@ class DecodeEngine:
         """Yield the responses as they end. Which comes first depends on lengths; what they are does not.
 
         Called by all ranks of the tensor-parallel group with the same arguments. Abandoning the iterator is allowed, on
-        all ranks at once.
+        all ranks at once; a later call takes over the slots, and an earlier iterator that goes on then says so.
 
         Raises:
             InputError: a prompt fills the context, or a hinted request without a mixing.
             UserError: not even one response fits into the memory.
             NonFiniteLogitsError: the model gives NaN or infinite logits for a request, which is named.
+            RuntimeError: another call has taken over the slots.
         """
         requests = list(requests)
         self._check(requests, settings)
         if not requests:
             return
-        plain, hinted = self._make_banks(requests, settings.stopping.max_tokens)
+        plain, hinted = self._banks = self._make_banks(requests, settings.stopping.max_tokens)
         waiting = deque(requests)
         running: list[_Sequence] = []  # running[row] has the row of the plain bank
         paired: list[_Sequence] = []  # paired[row] has the row of the hinted bank
         while waiting or running:
+            if self._banks[0] is not plain:
+                raise RuntimeError(
+                    "decode() was called again before its earlier iterator was exhausted: use one at a time"
+                )
             self._admit(waiting, plain, hinted, running, paired)
             values = self._step(plain, hinted, running, paired, settings)
             # From behind: a row that is freed is filled by the last one, which has been looked at by then.

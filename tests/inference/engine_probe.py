@@ -60,6 +60,15 @@ def run(engine, case, vocab_size):
     engine.max_rows = case.get("max_rows", 4)
     engine._forward.graphs = engine._forward.graphs and case.get("graphs", True)
     engine.cache.memory_bytes = case.get("memory_bytes", 1 << 28)
+    if case.get("interrupted"):
+        earlier = engine.decode(requests, settings)
+        next(earlier)
+        list(engine.decode(requests[:1], settings))
+        try:
+            list(earlier)
+        except RuntimeError as error:
+            return str(error)
+        return "the earlier one went on"
     found = {}
     for completion in engine.decode(requests, settings):
         found[completion.request.id, completion.request.seed] = {

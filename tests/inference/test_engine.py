@@ -359,10 +359,12 @@ def test_memory_bounds_the_rows_and_too_little_of_it_is_an_error(folder, small):
         path,
         "",
         {
+            "interrupted": case | {"interrupted": True, "max_rows": 2},
             "two rows": case | {"max_rows": 7, "memory_bytes": 2 * 2 * 96 * per_token},
             "many rows": case | {"max_rows": 7},
         },
     )
+    assert "use one at a time" in found["interrupted"]  # its keys and values were written over
     assert [got["tokens"] for got in found["two rows"]] == [got["tokens"] for got in found["many rows"]]
     with pytest.raises(AssertionError, match="raise --kv-memory-gb"):
         probe(folder, path, "", {"none": case | {"memory_bytes": 96 * per_token}})
