@@ -14,6 +14,7 @@ VERBS = {
     "realign": "rewrite a corpus into a model's own distribution:  torchrun … -m megatron_idft realign <flags>",
     "run": "run a Megatron training script of yours with the loss:  torchrun … -m megatron_idft run SCRIPT.py <flags>",
     "convert": "models between Hugging Face folders and Megatron checkpoints, on the CPU, tensor by tensor",
+    "plan": "parameters, memory per rank, flops, time and layouts that fit, from the same flags, without a GPU",
     "doctor": "check versions, devices and packages; exit 0 only if training can start",
 }
 

@@ -27,6 +27,7 @@ def command(*words: str, path: Path = ROOT) -> subprocess.CompletedProcess:
         ["train", "-h"],
         ["convert", "-h"],
         ["realign", "-h"],
+        ["plan", "-h"],
         ["--version"],
     ],
 )
@@ -47,6 +48,7 @@ def test_help_is_help(words):
         ["convert"],
         ["convert", "x"],
         ["realign"],
+        ["plan"],
         ["realign", "merge", "nowhere", "--output", "x.jsonl"],
     ],
 )

@@ -1,0 +1,1 @@
+"""What a training needs, from its flags, before a GPU is touched: pure arithmetic, without torch and Megatron."""
