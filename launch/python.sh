@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced: `find_python` prints a Python that is new enough, or explains how to get one and fails.
 
 find_python() {

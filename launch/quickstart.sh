@@ -18,7 +18,7 @@ fi
 # Installed by an earlier run, here or by tests/run.sh, for this setup.py?
 if ! cmp -s "$checkout/setup.py" "$venv/installed-quickstart.py" && ! cmp -s "$checkout/setup.py" "$venv/installed-setup.py"; then
     echo "Installing megatron-idft with torch, megatron-core and matplotlib into $venv; a few minutes and gigabytes"
-    "$venv/bin/python" -m pip install --disable-pip-version-check -e "$checkout[train,examples]"
+    "$venv/bin/python" -m pip install --disable-pip-version-check -e "${checkout}[train,examples]"
     cp "$checkout/setup.py" "$venv/installed-quickstart.py"
 fi
 

@@ -15,6 +15,7 @@ VERBS = {
     "run": "run a Megatron training script of yours with the loss:  torchrun … -m megatron_idft run SCRIPT.py <flags>",
     "convert": "models between Hugging Face folders and Megatron checkpoints, on the CPU, tensor by tensor",
     "plan": "parameters, memory per rank, flops, time and layouts that fit, from the same flags, without a GPU",
+    "init": "copy the launch scripts for one node, Slurm and Kubernetes into a folder",
     "doctor": "check versions, devices and packages; exit 0 only if training can start",
 }
 

@@ -7,6 +7,7 @@
 # A stage that fails or runs out of time does not stop the next one; the exit code tells.
 # PYTHON names the interpreter; without it, .venv's or python3, whichever has torch.
 # GPU_SH_SECONDS is the time for everything (540). GPU_SH_DRY_RUN=cpu tries the script without a GPU, on tiny shapes.
+# shellcheck disable=SC2329 # the stages are called by their names
 set -uo pipefail
 
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -61,7 +62,7 @@ training() {
     "$python" tools/benchmarks/training_steps.py --out "$logs/training" "${form[@]}"
     local code=$?
     cp "$logs/training/training_steps.json" "$results"
-    return $code
+    return "$code"
 }
 
 sanitizer() {

@@ -5,13 +5,15 @@
 # and the light libraries of setup.py are taken to be there.
 set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-# shellcheck source=../../launch/python.sh
+# shellcheck source=launch/python.sh
 source "$checkout/launch/python.sh"
 wheels=${WHEELS:-$checkout/.cache/wheels}
 limit_mib=50
 
+# shellcheck disable=SC2034 # by name below
 train=("megatron-core==0.19.*")
 # Only the Python part of transformer-engine: its cross-entropy is Triton. One version each, so that results compare.
+# shellcheck disable=SC2034
 peers=("liger-kernel==0.8.5" "transformer-engine==2.20.2" "verl==0.9.1")
 
 python=$checkout/.venv/bin/python

