@@ -45,6 +45,11 @@ class Record:
     extra: dict[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] | None = None
 
+    @property
+    def source_name(self) -> str:
+        """Its source, else the name of its file."""
+        return Path(self.file).name if self.source is None else self.source
+
 
 class RecordError(UserError, ValueError):
     """A record that cannot be used: which file, line (row in Parquet), field, and why."""
@@ -192,15 +197,16 @@ def _decompressed(path: Path, raw: IO[bytes]) -> Any:
 
 def parse_line(text: bytes, file: str, line: int) -> Any:
     """What the JSON of a line says, or the RecordError that stands in its place."""
-    excerpt = text[: 2 * RAW_EXCERPT].decode("utf-8", errors="backslashreplace")
     try:
         return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return RecordError(file, line, "", f"not UTF-8: {error.reason} at byte {error.start} of the line", excerpt)
+        reason = f"not UTF-8: {error.reason} at byte {error.start} of the line"
     except json.JSONDecodeError as error:
-        return RecordError(file, line, "", f"not JSON: {error.msg} at column {error.colno}", excerpt)
+        reason = f"not JSON: {error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:  # absurdly long integers, absurdly deep nesting
-        return RecordError(file, line, "", f"not readable JSON: {error}", excerpt)
+        reason = f"not readable JSON: {error}"
+    excerpt = text[: 2 * RAW_EXCERPT].decode("utf-8", errors="backslashreplace")
+    return RecordError(file, line, "", reason, excerpt)
 
 
 def _parquet_rows(path: Path, on_bytes: OnBytes) -> _Rows:

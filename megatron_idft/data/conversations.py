@@ -43,7 +43,8 @@ class RenderedConversation:
 
     weights: of the spans' tokens in the loss; an assistant turn of weight 0 has no span.
     spells_special: some message's content spells a special token, which will be read as that token.
-    unwritten: something that a message says does not occur in the text: the template leaves it out or rewrites it.
+    unwritten: something that a message says does not occur in the text, or what a trained one says not in its span,
+        letter by letter but for blanks around it: the template leaves it out or rewrites it.
     """
 
     text: str
@@ -102,12 +103,14 @@ def render_conversation(
         proven.text.encode()
     except UnicodeEncodeError:  # in some key of a message that only this template writes
         raise ConversationError("holds a lone surrogate, which no tokenizer can read") from None
+    trained = {i: proven.text[start:end] for i, (start, end) in zip(turns, proven.spans, strict=True)}
+    written = all(_is_written(message, trained.get(i, proven.text)) for i, message in enumerate(messages))
     said = [str(message.get(key, "")) for message in messages for key in ("content", "reasoning_content")]
     return RenderedConversation(
         proven.text,
         proven.spans,
         spells_special=any(tokenizer.special_pattern.search(text) for text in said),
-        unwritten=proven.edited or any(not _is_written(message, proven.text) for message in messages),
+        unwritten=proven.edited or not written,
         weights=[trained_weight(messages[i]) for i in turns],
     )
 
@@ -137,8 +140,8 @@ def tokenize(tokenizer: ChatTokenizer, conversations: Sequence[RenderedConversat
 
 
 def _is_written(message: Message, text: str) -> bool:
-    """Whether a message that is not the assistant's stands in the text; some templates write tool results as JSON."""
+    """Whether a message's content stands in the text; some templates write tool results as JSON."""
     content = str(message["content"]).strip()
-    if message["role"] == "assistant" or content in text:
+    if content in text:
         return True
     return message["role"] == "tool" and json.dumps(content, ensure_ascii=False)[1:-1] in text

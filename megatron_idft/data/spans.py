@@ -13,7 +13,8 @@ stand:
 
 Proven is that outside the span the conversation and the one with probes are the same text, and that the span with
 probes does not change when a probe is put into every other message. Templates with `{% generation %}` blocks say
-themselves where the turn stands; there the first of the two is checked. What proves nothing is refused.
+themselves where the turn stands; the same two are proven of each block, and that all the turn says stands in it. What
+proves nothing is refused.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class _Finder:
         self.conversation = ProbedConversation(messages, self.text)
         self.edited = False
         self._everywhere: str | None = None
+        self._marked_everywhere: tuple[str, list[Span]] | None = None
 
     def check_context(self, turns: list[int]) -> None:
         """Whether the template writes the turns that are not trained, too: they are what the others answer."""
@@ -287,12 +289,22 @@ class _Finder:
             or not text[start:end].endswith(after[ending[0] :])
         ):
             raise TemplateError(f"{UNPROVEN}: what the template writes around the answer depends on the answer")
-        end += ending[1] - len(after)
-        # The header is what inference writes for the model, even where a template puts it into the block.
+        if self._marked_everywhere is None:
+            self._marked_everywhere = self.template.render_marked(self.conversation.everywhere, tools=self.tools)
+        everywhere, others = self._marked_everywhere
+        if len(others) != len(blocks) or everywhere[slice(*others[number])] != whole[first:last]:
+            raise TemplateError(
+                f"{UNPROVEN}: the {{% generation %}} block of messages[{i}] depends on what other messages say, or "
+                "holds some of it; it must hold what the assistant says there, and the end of the turn"
+            )
+        # The header is what inference writes for the model, even where a template puts it into the block. It is looked
+        # for beside the probes: an answer may spell it.
         header = generation_prompt(self.template)
-        at = text.find(header, max(0, start - len(header) + 1), start + len(header)) if header else -1
-        behind = at + len(header) if at >= 0 else start
-        return min(max(start, behind), end), end
+        at = whole.find(header, max(0, first - len(header) + 1), left) if header else -1
+        size = max(0, at + len(header) - first) if at >= 0 else 0  # of what of it stands in the block
+        if text[start : start + size] != whole[first : first + size]:
+            raise TemplateError(f"{UNPROVEN}: the header in the {{% generation %}} block depends on the answer")
+        return start + size, end + ending[1] - len(after)
 
 
 def _common(a: str, b: str) -> str:

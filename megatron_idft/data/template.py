@@ -90,6 +90,7 @@ class ChatTemplate:
             raise TemplateError(
                 f"the chat template is not valid Jinja: {error.message} (line {error.lineno})"
             ) from error
+        self._template.globals = dict(self._template.globals)  # Jinja's chain of maps is read whole at each rendering
 
     @property
     def has_generation_blocks(self) -> bool:

@@ -70,6 +70,11 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="What to do with a conversation longer than --seq-length: cut its end, leave it out, or stop.",
     )
     group.add_argument(
+        "--sft-last-turn-only",
+        action="store_true",
+        help="Score the last assistant turn of each conversation only, as training with this flag trains it only.",
+    )
+    group.add_argument(
         "--token-cache",
         metavar="DIR",
         default=None,
@@ -128,6 +133,7 @@ def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenCache]:
         "cache_dir": args.token_cache or str(Path(args.data[0]).resolve().parent / ".megatron-idft-cache"),
         "truncation": args.truncation,
         "on_bad_record": args.bad_records,
+        "last_turn_only": args.sft_last_turn_only,
     }
     build_shared_token_cache("--data", args.data, settings)
     cache = open_token_cache(args.data, **settings)

@@ -15,11 +15,15 @@ def test_every_variant_is_measured(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "r.json").read_text())
-    rates = result["tokens_per_cpu_second"]
-    assert rates.keys() >= {"raw", "raw, fast", "prepare"}
-    assert rates["prepare"] == result["tokens"] / result["cpu_seconds"]["prepare"][0]
-    assert result["share_of_raw"] == rates["prepare"] / rates["raw"]
-    assert ("hit: prepare" in done.stdout) == result["goal_hit"] == (result["share_of_raw"] >= 0.9)
+    assert result["corpora"].keys() == {"long records", "short records"}
+    for corpus, figures in result["corpora"].items():
+        rates = figures["tokens_per_cpu_second"]
+        assert rates.keys() >= {"raw", "raw, fast", "prepare"}
+        assert rates["prepare"] == figures["tokens"] / figures["cpu_seconds"]["prepare"][0]
+        assert figures["share_of_raw"] == rates["prepare"] / rates["raw"]
+        assert (f"hit: {corpus}" in done.stdout) == figures["goal_hit"] == (figures["share_of_raw"] >= 0.9)
+    sizes = [figures["tokens"] / figures["records"] for figures in result["corpora"].values()]
+    assert sizes[0] > 4 * sizes[1]
     for capacity in ("4096", "32768"):
         shares = result["packing"][capacity]
         assert shares["best_fit_decreasing"] >= shares["first_fit"] > shares["one_record_per_pack"] > 0

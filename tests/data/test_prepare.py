@@ -146,6 +146,8 @@ def test_weights_and_brought_tokens_are_kept(run, tokenizer, tmp_path):
     assert found_ids == wanted_ids and [w > 0 for w in weights] == [m > 0 for m in wanted_mask]
     assert set(weights) == ({0.0, 0.25} if spans == 1 else {0.0, 0.25, 1.0})
     assert found == wanted
+    one, again = done.store.pack(0), done.store.pack(0)
+    assert np.shares_memory(one.weights, again.weights), "a view: a stage that needs no weights reads none"
     assert done.store.meta["weighted"] and not (tmp_path / "packs.mask.bin").exists()
     assert done.store.meta["counts"]["weighted"] == done.store.meta["counts"]["pretokenized"] == 1
     last = run(write(tmp_path / "b.jsonl", corpus(50)), output="last", last_turn_only=True)
@@ -264,12 +266,16 @@ def test_training_with_another_tokenizer_or_length_is_refused(run, tokenizer, se
 
 def test_memory_does_not_grow_with_the_corpus(run, tmp_path):
     row = json.dumps({"prompt": "what is this", "response": "hello world " * 60}).encode()
-    few = run(write(tmp_path / "a.jsonl", [row] * 400), output="few", chunk_bytes=100_000)
+    file = write(tmp_path / "a.jsonl", [row] * 400)
+    few = [run(file, output=f"few-{again}", chunk_bytes=100_000) for again in range(3)]
     many = run(write(tmp_path / "b.jsonl", [row] * 4000), output="many", chunk_bytes=100_000)
-    assert many.chunks >= 7 * few.chunks
-    assert many.peak_worker_bytes < few.peak_worker_bytes + (5 << 20), (few, many)
-    whole = run(tmp_path / "b.jsonl", output="whole", chunk_bytes=1 << 30)
-    assert whole.peak_worker_bytes > few.peak_worker_bytes + (10 << 20)  # so the measure measures
+    whole = [run(tmp_path / "b.jsonl", output=f"whole-{again}", chunk_bytes=1 << 30) for again in range(2)]
+    assert many.chunks >= 7 * few[0].chunks
+    # More than half of what a process holds are pages of its libraries, which the kernel takes away and brings back as
+    # it likes: a run may show less than another, never more. What grows, grows in each.
+    least, most = (max(done.peak_worker_bytes for done in runs) for runs in (few, whole))
+    assert many.peak_worker_bytes < least + (5 << 20), (few, many)
+    assert most > least + (10 << 20)  # so the measure measures
 
 
 def test_the_report_says_what_was_met(run, tmp_path):

@@ -236,8 +236,13 @@ def test_a_malformed_record_is_named_and_loses_no_other(folder, scored, tmp_path
 
 def test_dry_run_and_estimate_write_nothing(folder, tmp_path):
     output = tmp_path / "out"
-    text = forked(["-m", "megatron_idft", "score", *flags(folder, output, "--dry-run")])
-    assert "⟦" in text and "scored spans" in text
+    turns = [("user", "1 + 2?"), ("assistant", "3."), ("user", "3 + 4?"), ("assistant", "7.")]
+    two = tmp_path / "two.jsonl"
+    two.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+    words = flags(folder, output, f"--dry-run --data {two}")
+    assert "⟦3.<|im_end|>⟧" in forked(["-m", "megatron_idft", "score", *words])
+    text = forked(["-m", "megatron_idft", "score", *words, "--sft-last-turn-only"])
+    assert "⟦3." not in text and "⟦7.<|im_end|>⟧" in text and "scored spans" in text
     text = forked(["-m", "megatron_idft", "score", *flags(folder, output, "--estimate")])
     assert "tokens/s" in text and "standard error" in text
     assert not output.exists()

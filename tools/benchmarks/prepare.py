@@ -1,7 +1,7 @@
 """Tokens per second of `prepare` on this machine, beside the raw tokenizer and Megatron-LM's own preprocessing.
 
-Over one generated corpus of conversations (source text of Python's library, one to three turns, a long tail of lengths)
-and a byte-level BPE of 32,000 tokens trained on the same text:
+Over two generated corpora of conversations (source text of Python's library, one to three turns, a long tail of
+lengths; about 700 and about 100 tokens for each record) and a byte-level BPE of 32,000 tokens trained on the same text:
 
     raw             the tokenizer's `encode_batch` on the rendered texts, in batches of 128, and nothing else
     raw, fast       the same with `encode_batch_fast`, which computes no offsets
@@ -13,26 +13,29 @@ Each in the same number of processes. Compared are tokens per second of processo
 they have started: that is the speed per core, and other programs disturb it less than time on the wall. `prepare`
 counts with everything: the reading process, packing and writing. preprocess_data's start is measured on a single text
 and subtracted. The variants take turns; the median over the rounds counts. The goal is 0.9 of `raw`, printed as hit or
-MISS.
+MISS for each corpus.
 
-Expected before the first run: JSON, rendering and masks cost some 20 % of the tokenizer's time, and not computing
-offsets gives 15 % back, so `prepare` reaches about 0.9 to 1.0 of `raw`, and 0.8 of `raw, fast`; preprocess_data, which
-encodes one text at a time through Python, about 0.6 of `raw`.
+Expected before the first run, of the long records: JSON, rendering and masks cost some 20 % of the tokenizer's time,
+and not computing offsets gives 15 % back, so `prepare` reaches about 0.9 to 1.0 of `raw`, and 0.8 of `raw, fast`;
+preprocess_data, which encodes one text at a time through Python, about 0.6 of `raw`. Of the short ones: what a record
+costs beside its tokens counts seven times as much, 0.8 to 0.9 of `raw`, and less than half for preprocess_data.
 
 Packing is compared on lengths drawn from a long-tailed mix: best-fit decreasing, first-fit in the order of the input,
 and one record to a pack as stock `--sft` has it. Expected: 0.99, 0.98 and 0.2, at less than a second for a million
 documents. (A smoke run had shown about these.) The goal is 0.97.
 
-    python tools/benchmarks/prepare.py --json RESULTS.json
+    MEGATRON_LM=/path/to/checkout python tools/benchmarks/prepare.py --json RESULTS.json
 """
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import multiprocessing
 import os
 import platform
 import random
+import re
 import resource
 import statistics
 import subprocess
@@ -52,12 +55,15 @@ from megatron_idft.data.packed.packing import efficiency, first_fit
 
 MIN_SHARE_OF_RAW, MIN_EFFICIENCY = 0.9, 0.97
 ROLES = ("user", "assistant")
+# Of the logarithms of a question's and an answer's characters, the mean; and the most characters.
+CORPORA = {"long records": ((5, 2000), (7, 12_000)), "short records": ((4, 500), (4.3, 2000))}
+SHORT_FOR_A_LONG = 5  # records, so that both corpora take about as long
 SPLIT = r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=12_000)
+    parser.add_argument("--records", type=int, default=12_000, help="long ones; of the short, five times as many")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--documents", type=int, default=1_000_000, help="to pack")
@@ -94,17 +100,17 @@ def save_tokenizer(texts: list[str], vocab: int, folder: Path) -> None:
     saved.save_pretrained(folder)
 
 
-def conversations(texts: list[str], count: int) -> list[dict[str, Any]]:
+def conversations(texts: list[str], count: int, sizes: Any) -> list[dict[str, Any]]:
     rng = random.Random(0)
 
     def piece(mean: float, longest: int) -> str:
-        text, size = rng.choice(texts), int(min(longest, max(40, rng.lognormvariate(mean, 1))))
+        text, size = rng.choice(texts), int(min(longest, max(20, rng.lognormvariate(mean, 1))))
         begin = rng.randrange(max(1, len(text) - size))
         return "." + text[begin : begin + size] + "."
 
     rows = []
     for _ in range(count):
-        turns = [(piece(5, 2000), piece(7, 12_000)) for _ in range(rng.choice([1, 1, 1, 2, 3]))]
+        turns = [[piece(*size) for size in sizes] for _ in range(rng.choice([1, 1, 1, 2, 3]))]
         messages = [{"role": role, "content": text} for turn in turns for role, text in zip(ROLES, turn, strict=True)]
         rows.append({"messages": messages})
     return rows
@@ -169,65 +175,104 @@ def packing(documents: int) -> dict[str, Any]:
     return figures
 
 
+def measure(
+    folder: Path, rows: list[dict[str, Any]], tokenizer: Any, checkout: Path | None, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Every variant over these records, in turns."""
+    from megatron_idft.data.conversations import render_conversation
+
+    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rendered = [render_conversation(tokenizer, row["messages"]).text for row in rows]
+    for i in range(options.workers):
+        (folder / f"{i}.json").write_text(json.dumps(rendered[i :: options.workers]), encoding="utf-8")
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rendered))
+    (folder / "one.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
+    seconds: dict[str, list[float]] = {}
+    tokens = 0
+    for number in range(options.rounds):
+        for name, fast in (("raw", False), ("raw, fast", True)):
+            tokens, spent = raw(folder, options.workers, fast)
+            seconds.setdefault(name, []).append(spent)
+        same, spent = prepared(folder, options.workers, tokenizer, number)
+        assert same == tokens, (same, tokens)
+        seconds.setdefault("prepare", []).append(spent)
+        if checkout is not None:
+            start = preprocess_data(folder, options.workers, checkout, "one.jsonl", folder / f"one-{number}")
+            spent = preprocess_data(folder, options.workers, checkout, "texts.jsonl", folder / f"theirs-{number}")
+            seconds.setdefault("preprocess_data", []).append(spent - start)
+    rates = {name: tokens / statistics.median(values) for name, values in seconds.items()}
+    share = rates["prepare"] / rates["raw"]
+    return {
+        "records": len(rows),
+        "tokens": tokens,
+        "cpu_seconds": seconds,
+        "tokens_per_cpu_second": rates,
+        "share_of_raw": share,
+        "goal_hit": share >= MIN_SHARE_OF_RAW,
+    }
+
+
+def surroundings(checkout: Path | None) -> dict[str, Any]:
+    """Hardware, versions, and what was measured."""
+
+    def git(*words: str) -> str:
+        root = Path(__file__).resolve().parents[2]
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    theirs = None
+    if checkout is not None:
+        numbers = re.findall(
+            r"(?m)^(MAJOR|MINOR|PATCH) = (\d+)", (checkout / "megatron/core/package_info.py").read_text()
+        )
+        theirs = ".".join(number for _, number in numbers)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": model.group(1) if model else platform.machine(),
+        "processors": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("tokenizers", "transformers", "numpy", "jinja2")},
+        "megatron_lm": theirs,
+        "commit": git("rev-parse", "HEAD"),
+        "changed_since_commit": bool(git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
 def main() -> None:
     options = parse_arguments()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each process
     os.environ["RAYON_NUM_THREADS"] = "1"
     from megatron_idft.data import load_tokenizer
-    from megatron_idft.data.conversations import render_conversation
 
     checkout = Path(os.environ["MEGATRON_LM"]) if os.environ.get("MEGATRON_LM") else None
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        texts = library()
-        save_tokenizer(texts, options.vocab, folder / "tokenizer")
-        tokenizer = load_tokenizer(folder / "tokenizer")
-        rows = conversations(texts, options.records)
-        (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        rendered = [render_conversation(tokenizer, row["messages"]).text for row in rows]
-        for i in range(options.workers):
-            (folder / f"{i}.json").write_text(json.dumps(rendered[i :: options.workers]), encoding="utf-8")
-        (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rendered))
-        (folder / "one.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
-
-        seconds: dict[str, list[float]] = {}
-        tokens = 0
-        for number in range(options.rounds):
-            for name, fast in (("raw", False), ("raw, fast", True)):
-                tokens, spent = raw(folder, options.workers, fast)
-                seconds.setdefault(name, []).append(spent)
-            same, spent = prepared(folder, options.workers, tokenizer, number)
-            assert same == tokens, (same, tokens)
-            seconds.setdefault("prepare", []).append(spent)
-            if checkout is not None:
-                start = preprocess_data(folder, options.workers, checkout, "one.jsonl", folder / f"one-{number}")
-                spent = preprocess_data(folder, options.workers, checkout, "texts.jsonl", folder / f"theirs-{number}")
-                seconds.setdefault("preprocess_data", []).append(spent - start)
-    rates = {name: tokens / statistics.median(values) for name, values in seconds.items()}
-    print(f"{options.records} records, {tokens:,} tokens, {options.workers} processes, {options.rounds} rounds")
-    for name, rate in rates.items():
-        print(f"{name:18}{rate:14,.0f} tokens/s of processor time{rate / rates['raw']:8.3f} of raw")
-    share = rates["prepare"] / rates["raw"]
-    print(f"{'hit' if share >= MIN_SHARE_OF_RAW else 'MISS'}: prepare at {share:.3f} of raw (goal {MIN_SHARE_OF_RAW})")
-    packs = packing(options.documents)
+    result: dict[str, Any] = {"benchmark": "prepare", **surroundings(checkout)}
+    result |= {"options": {name: value for name, value in vars(options).items() if name != "json"}, "corpora": {}}
+    texts = library()
+    for corpus, sizes in CORPORA.items():
+        count = options.records * (SHORT_FOR_A_LONG if corpus == "short records" else 1)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            save_tokenizer(texts, options.vocab, folder / "tokenizer")
+            tokenizer = load_tokenizer(folder / "tokenizer")
+            rows = conversations(texts, count, sizes)
+            figures = result["corpora"][corpus] = measure(folder, rows, tokenizer, checkout, options)
+        rates, share = figures["tokens_per_cpu_second"], figures["share_of_raw"]
+        print(
+            f"{count} {corpus} of {figures['tokens'] / count:.0f} tokens, {options.workers} processes,"
+            f" {options.rounds} rounds"
+        )
+        for name, rate in rates.items():
+            print(f"{name:18}{rate:14,.0f} tokens/s of processor time{rate / rates['raw']:8.3f} of raw")
+        hit = "hit" if figures["goal_hit"] else "MISS"
+        print(f"{hit}: {corpus}: prepare at {share:.3f} of raw (goal {MIN_SHARE_OF_RAW})", flush=True)
+    result["packing"] = packs = packing(options.documents)
     for capacity, figures in packs.items():
         if isinstance(figures, dict):
             hit = "hit" if figures["best_fit_decreasing"] >= MIN_EFFICIENCY else "MISS"
             print(f"{hit}: packs of {capacity}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
     if options.json:
-        result = {
-            "benchmark": "prepare",
-            "date": datetime.date.today().isoformat(),
-            "cpu": platform.processor() or platform.machine(),
-            "load_average": os.getloadavg()[0],
-            "options": {k: v for k, v in vars(options).items() if k != "json"},
-            "tokens": tokens,
-            "cpu_seconds": seconds,
-            "tokens_per_cpu_second": rates,
-            "share_of_raw": share,
-            "goal_hit": share >= MIN_SHARE_OF_RAW,
-            "packing": packs,
-        }
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -99,6 +98,7 @@ class _Builder:
         self._lines: list[int] = []
         self._sources: list[int] = []
         self._numbers: dict[str, int] = {}
+        self._number_of: dict[str | None, int] = {}  # by what records say; all of the block are from one file
         self._end_ids: set[int] = set()
         self._lengths: Counter[int] = Counter()
 
@@ -111,21 +111,21 @@ class _Builder:
         self.counts.bad += 1
 
     def add(self, record: Record, encoded: EncodedConversation) -> None:
-        name = Path(record.file).name if record.source is None else record.source
-        source = self._numbers.setdefault(name, len(self._numbers))
-        if source == len(self.info.sources):
-            self.info.sources.append(name)
-            self.info.per_source.append(dict.fromkeys(SOURCE_FIGURES, 0))
+        source = self._number_of.get(record.source)
+        if source is None:
+            source = self._number_of[record.source] = self._source(record.source_name)
         figures = self.info.per_source[source]
         self.counts.records += 1
         figures["records"] += 1
         self._lengths[len(encoded.ids).bit_length()] += 1
-        if not self._fit(record, encoded, figures):
+        trained = self._fit(record, encoded, figures)
+        if not trained:
             return
-        trained = int(encoded.mask[1:].sum())
-        for key, count in (("tokens", len(encoded.ids)), ("trained_tokens", trained)):
-            figures[key] += count
-            setattr(self.counts, key, getattr(self.counts, key) + count)
+        tokens = len(encoded.ids)
+        figures["tokens"] += tokens
+        self.counts.tokens += tokens
+        figures["trained_tokens"] += trained
+        self.counts.trained_tokens += trained
         figures["documents"] += 1
         self.counts.kept += 1
         self.counts.straddling_spans += encoded.straddles
@@ -136,10 +136,19 @@ class _Builder:
         self._lines.append(record.line)
         self._sources.append(source)
 
-    def _fit(self, record: Record, encoded: EncodedConversation, figures: dict[str, int]) -> bool:
-        """Cut `encoded` to seq_length + 1 tokens; False if it is left out. The first token is never a label."""
-        limit, trained = self._settings.seq_length + 1, int(encoded.mask[1:].sum())
-        if len(encoded.ids) > limit and trained:
+    def _source(self, name: str) -> int:
+        source = self._numbers.setdefault(name, len(self._numbers))
+        if source == len(self.info.sources):
+            self.info.sources.append(name)
+            self.info.per_source.append(dict.fromkeys(SOURCE_FIGURES, 0))
+        return source
+
+    def _fit(self, record: Record, encoded: EncodedConversation, figures: dict[str, int]) -> int:
+        """Cut `encoded` to seq_length + 1 tokens. The number of trained ones, 0 if it is left out. The first token is
+        never a label."""
+        limit, trained = self._settings.seq_length + 1, int(np.count_nonzero(encoded.mask[1:]))
+        too_long = len(encoded.ids) > limit
+        if too_long and trained:
             if self._settings.truncation == "error":
                 field = "token_ids" if encoded.pretokenized else "messages"
                 message = f"{len(encoded.ids)} tokens are more than seq_length + 1 = {limit}"
@@ -148,19 +157,19 @@ class _Builder:
                 self.counts.dropped += 1
                 figures["dropped"] += 1
                 self.counts.lost_trained_tokens += trained
-                return False
-        kept = int(encoded.mask[1:limit].sum())
+                return 0
+        kept = int(np.count_nonzero(encoded.mask[1:limit])) if too_long else trained
         self.counts.lost_trained_tokens += trained - kept
         if not kept:
             self.counts.empty += 1
             figures["empty"] += 1
-            return False
-        if len(encoded.ids) > limit:
+            return 0
+        if too_long:
             self.counts.truncated += 1
             figures["truncated"] += 1
             encoded.ids, encoded.mask = encoded.ids[:limit], encoded.mask[:limit]
             encoded.weights = None if encoded.weights is None else encoded.weights[:limit]
-        return True
+        return kept
 
     def chunk(self) -> Chunk:
         documents, info = self._documents, self.info

@@ -41,17 +41,26 @@ def companion(prefix: str | Path, suffix: str) -> Path:
 
 @dataclass(slots=True)
 class Pack:
-    """Views into the mapped files.
+    """Views into the mapped files: what nobody looks at is never read from disk.
 
-    ids: int32 [n]. mask: uint8 [n], 1 where the token is trained; the first of a document is never a label. weights:
-    float32 [n], or None where no record of the store weighs its tokens. starts, sources: int32 [documents], see above.
+    ids: int32 [n]. loss: [n], what the token counts for in the loss, uint8 where no record of the store weighs its
+    tokens, else float32. starts, sources: int32 [documents], see above.
     """
 
     ids: NDArray[np.int32]
-    mask: NDArray[np.uint8]
-    weights: NDArray[np.float32] | None
+    loss: NDArray[Any]
     starts: NDArray[np.int32]
     sources: NDArray[np.int32]
+
+    @property
+    def mask(self) -> NDArray[np.uint8]:
+        """[n], 1 where the token is trained; the first of a document is never a label."""
+        return self.loss if self.loss.dtype == np.uint8 else (self.loss > 0).astype(np.uint8)
+
+    @property
+    def weights(self) -> NDArray[np.float32] | None:
+        """[n], or None where no record of the store weighs its tokens."""
+        return None if self.loss.dtype == np.uint8 else self.loss
 
     def documents(self) -> list[slice]:
         """Which tokens each document has."""
@@ -120,12 +129,10 @@ class PackedStore:
         packs = self._map(".packs.bin", np.int64)
         first, last = int(packs[index]), int(packs[index + 1])
         begin, end = self._tokens_of(index)
-        weights = self._map(".weight.bin", np.float32)[begin:end] if self.meta["weighted"] else None
-        mask = self._map(".mask.bin", np.uint8)[begin:end] if weights is None else (weights > 0).astype(np.uint8)
+        loss = self._map(".weight.bin", np.float32) if self.meta["weighted"] else self._map(".mask.bin", np.uint8)
         return Pack(
             self._map(".bin", np.int32)[begin:end],
-            mask,
-            weights,
+            loss[begin:end],
             self._map(".starts.bin", np.int32)[first:last],
             self._map(".sources.bin", np.int32)[first:last],
         )

@@ -48,6 +48,7 @@ def main() -> None:
         connection.send_bytes(json.dumps({"error": "crash", "values": {"text": traceback.format_exc()}}).encode())
         return
     gc.freeze()  # the tokenizer lives as long as the process: no collection need look at it
+    gc.set_threshold(10_000)  # nor at every few records: they are many small objects, none of which refers to itself
     connection.send_bytes(b"{}")
     while True:
         try:

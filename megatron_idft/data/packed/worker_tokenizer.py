@@ -12,6 +12,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -80,38 +81,56 @@ class _HuggingFace(HuggingFaceChatTokenizer):
         encode = getattr(self.backend, "encode_batch_fast", None)  # tokenizers >= 0.20
         if self._bytes is None or encode is None:
             return super().encode_batch(texts, cuts)
-        encoded: list[Encoding | None] = []
-        for text, at, encoding in zip(texts, cuts, encode(list(texts), add_special_tokens=False), strict=True):
-            encoded.append(_locate(np.asarray(encoding.ids, dtype=np.int32), text, at, self._bytes))
+        ids = [encoding.ids for encoding in encode(list(texts), add_special_tokens=False)]
+        encoded = _locate(ids, texts, cuts, self._bytes)
         again = [i for i, found in enumerate(encoded) if found is None]
         slow = iter(super().encode_batch([texts[i] for i in again], [cuts[i] for i in again]) if again else [])
         return [next(slow) if found is None else found for found in encoded]
 
 
-def _locate(ids: NDArray[np.int32], text: str, cuts: Sequence[int], byte_lengths: NDArray[np.int64]) -> Encoding | None:
-    """The encoding of `text`, from the lengths of its tokens in bytes; None where they do not add up to the text's."""
-    ends = np.cumsum(byte_lengths[ids])
-    if text.isascii():
-        total, places = len(text), np.asarray(cuts, dtype=np.int64)
-    elif not unicodedata.is_normalized("NFC", text):  # the one normalizer that such tokenizers have
-        return None
-    else:
-        total, places = _byte_places(text, cuts)
-    if len(ids) == 0 or ends[-1] != total:
-        return None
-    starts = ends - byte_lengths[ids]
-    first = np.searchsorted(starts, places)
-    exact = (first < len(ids)) & (starts[np.minimum(first, len(ids) - 1)] == places)
-    return Encoding(ids, first.tolist(), (~exact).tolist())
+def _locate(
+    ids: Sequence[Sequence[int]],
+    texts: Sequence[str],
+    cuts: Sequence[Sequence[int]],
+    byte_lengths: NDArray[np.int64],
+) -> list[Encoding | None]:
+    """The encodings of texts, from the lengths of their tokens in bytes; None where these do not add up to the text's.
+
+    All at once: one text at a time, short ones would cost more in calls of NumPy than in the tokenizer.
+    """
+    joined = np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=sum(map(len, ids)))
+    lengths = byte_lengths[joined]
+    starts = np.zeros(len(joined) + 1, dtype=np.int64)  # of each token in all texts; the last is where they end
+    np.cumsum(lengths, out=starts[1:])
+    bounds = [0, *accumulate(map(len, ids))]
+    begins = starts[bounds].tolist()
+    places: list[int] = []
+    adds_up = []
+    for text, at, begin, end in zip(texts, cuts, begins, begins[1:], strict=False):
+        ascii_only = text.isascii()
+        own, total = (at, len(text)) if ascii_only else _byte_places(text, at)
+        places += [begin + place for place in own]
+        # NFC is the one normalizer that such tokenizers have.
+        adds_up.append(end - begin == total > 0 and (ascii_only or unicodedata.is_normalized("NFC", text)))
+    wanted, counts = np.array(places, dtype=np.int64), [len(at) for at in cuts]
+    tokens = np.searchsorted(starts[:-1], wanted)
+    straddled = ((starts[tokens] != wanted) | (tokens == np.repeat(bounds[1:], counts))).tolist()
+    first = (tokens - np.repeat(bounds[:-1], counts)).tolist()
+    ends = [0, *accumulate(counts)]
+    return [
+        Encoding(joined[begin:end], first[a:b], straddled[a:b]) if right else None
+        for right, begin, end, a, b in zip(adds_up, bounds, bounds[1:], ends, ends[1:], strict=False)
+    ]
 
 
-def _byte_places(text: str, cuts: Sequence[int]) -> tuple[int, NDArray[np.int64]]:
+def _byte_places(text: str, cuts: Sequence[int]) -> tuple[list[int], int]:
+    """The cuts in bytes, and the text's length."""
     places, at, total = [], 0, 0
     for cut in [*cuts, len(text)]:
         total += len(text[at:cut].encode())
         places.append(total)
         at = cut
-    return total, np.asarray(places[:-1], dtype=np.int64)
+    return places[:-1], total
 
 
 def _byte_lengths(backend: Any, serialized: str) -> NDArray[np.int64] | None:
