@@ -70,6 +70,7 @@ set_environment() {
     default OMP_NUM_THREADS 1
     default PYTHONUNBUFFERED 1
     default TORCH_ELASTIC_SHUTDOWN_TIMEOUT "$GRACE"
+    default TORCH_DISABLE_SHARE_RDZV_TCP_STORE 1
 }
 
 # one_wandb_run SAVE: every start on this folder continues one run, whichever job or node it is.

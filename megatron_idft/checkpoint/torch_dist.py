@@ -35,9 +35,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_idft.checkpoint.checksums import TRACKER
 from megatron_idft.checkpoint.config import ConversionError
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _COMMON = "common_state/shard_0_1"
 _FILE_BYTES = 4 << 30  # a file is closed when it has grown beyond this
 

@@ -1,5 +1,10 @@
 """Padded training samples over a token cache, and epochs in an order that is a pure function of seed and position."""
 
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Protocol
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -8,6 +13,7 @@ from torch.utils.data import Dataset
 from megatron_idft.data.token_cache import TokenCache
 
 IGNORED_LABEL = -100
+NO_SOURCE = -1
 
 Sample = dict[str, torch.Tensor]
 
@@ -20,16 +26,20 @@ class ChatDataset(Dataset[Sample]):
         labels        int64    ids[1:] where trained, else -100
         loss_mask     float32  what the label weighs in the loss: 0 where it is not trained, else mostly 1
         position_ids  int64    0 … seq_length - 1
+        sources       int64    only with `sources`, and of shape [1]: the number of the record's source
+
+    sources: a number for each of the cache's sources, by name.
 
     Raises ValueError when the cache holds longer records than seq_length: they would be cut uncounted.
     """
 
-    def __init__(self, cache: TokenCache, seq_length: int, pad_id: int):
+    def __init__(self, cache: TokenCache, seq_length: int, pad_id: int, sources: Mapping[str, int] | None = None):
         if cache.seq_length > seq_length:
             raise ValueError(
                 f"the token cache was cut to seq_length {cache.seq_length}, more than {seq_length}: build it again"
             )
         self.cache, self.seq_length, self.pad_id = cache, seq_length, pad_id
+        self._sources = None if sources is None else [sources[name] for name in cache.sources]
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -52,7 +62,7 @@ class ChatDataset(Dataset[Sample]):
             "labels": torch.from_numpy(labels),
             "loss_mask": torch.from_numpy(loss_mask),
             "position_ids": torch.arange(self.seq_length, dtype=torch.int64),
-        }
+        } | self._source(index)
 
     def untrained_sample(self) -> Sample:
         """A sample of padding only. It fills up a batch and counts for nothing in a mean over trained tokens."""
@@ -61,7 +71,12 @@ class ChatDataset(Dataset[Sample]):
             "labels": torch.full((self.seq_length,), IGNORED_LABEL, dtype=torch.int64),
             "loss_mask": torch.zeros(self.seq_length, dtype=torch.float32),
             "position_ids": torch.arange(self.seq_length, dtype=torch.int64),
-        }
+        } | self._source(None)
+
+    def _source(self, index: int | None) -> Sample:
+        if self._sources is None:
+            return {}
+        return {"sources": torch.tensor([NO_SOURCE if index is None else self._sources[self.cache.source(index)]])}
 
 
 class ShuffledEpochs(Dataset[Sample]):
@@ -99,18 +114,28 @@ class ShuffledEpochs(Dataset[Sample]):
         return int(self._order[position])
 
 
-class RepeatedRounds(Dataset[Sample]):
-    """The same `round_size` samples over and over, in order: each round of an evaluation sees the same records.
+class IndexedSamples(Protocol):
+    """A dataset that can fill up a batch."""
 
-    A round longer than the dataset is filled up with untrained samples, so it reads every record exactly once.
-    num_samples: at least this many, in whole rounds and one to spare.
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Sample: ...
+    def untrained_sample(self) -> Sample: ...
+
+
+class RepeatedRounds(Dataset[Sample]):
+    """The same samples over and over, in order: each round of an evaluation reads one set behind the other.
+
+    sets: datasets, and how many samples of each a round has. A set with fewer is filled up with untrained samples, so
+        it is read exactly once.
+    num_samples: at least this many, in whole rounds.
     """
 
-    def __init__(self, dataset: ChatDataset, round_size: int, num_samples: int):
-        if round_size < 1:
-            raise ValueError(f"round_size must be at least 1, got {round_size}")
-        self.dataset, self.round_size = dataset, round_size
-        self.num_samples = (-(-num_samples // round_size) + 1) * round_size
+    def __init__(self, sets: Sequence[tuple[IndexedSamples, int]], num_samples: int):
+        if not sets or min(size for _, size in sets) < 1:
+            raise ValueError(f"every set needs at least one sample in a round, got {[size for _, size in sets]}")
+        self.datasets = [dataset for dataset, _ in sets]
+        self._ends = list(accumulate(size for _, size in sets))
+        self.num_samples = -(-num_samples // self._ends[-1]) * self._ends[-1]
 
     def __len__(self) -> int:
         return self.num_samples
@@ -118,8 +143,10 @@ class RepeatedRounds(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
-        record = index % self.round_size
-        return self.dataset[record] if record < len(self.dataset) else self.dataset.untrained_sample()
+        index %= self._ends[-1]
+        which = bisect_right(self._ends, index)
+        dataset, record = self.datasets[which], index - (self._ends[which - 1] if which else 0)
+        return dataset[record] if record < len(dataset) else dataset.untrained_sample()
 
 
 def shuffled(n: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -1,6 +1,6 @@
 """Training samples from packs: several documents in one sequence, each of them trained as if it were alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from megatron_idft.data.dataset import IGNORED_LABEL, Sample
+from megatron_idft.data.dataset import IGNORED_LABEL, NO_SOURCE, Sample
 from megatron_idft.errors import InputError
 
 INPUTS = ("tokens", "position_ids")
@@ -17,7 +17,10 @@ LABELS = ("labels", "loss_mask")
 
 
 class Pack(Protocol):
-    """Documents one after the other: `starts` [documents] says where each begins, the last ends at len(ids)."""
+    """Documents one after the other: `starts` [documents] says where each begins, the last ends at len(ids).
+
+    sources: [documents], the number of each document's source in its reader.
+    """
 
     @property
     def ids(self) -> NDArray[np.int32]: ...
@@ -27,6 +30,8 @@ class Pack(Protocol):
     def weights(self) -> NDArray[np.float32] | None: ...
     @property
     def starts(self) -> NDArray[np.int32]: ...
+    @property
+    def sources(self) -> NDArray[np.int32]: ...
 
 
 class PackReader(Protocol):
@@ -48,6 +53,7 @@ class PackedDataset(Dataset[Sample]):
         position_ids  int64    (inputs) 0, 1, … within each document
         labels        int64    (labels) the documents' ids[1:] where trained, else -100
         loss_mask     float32  (labels) the token's weight where trained (1 where the reader gives none), else 0
+        sources       int64    (labels, and only with `sources`) the number of the document's source, -1 in padding
 
     Args:
         readers: name, for messages -> reader.
@@ -55,6 +61,7 @@ class PackedDataset(Dataset[Sample]):
             alone, and then no id, mask or weight is read.
         multiple_of: every document is padded to a multiple of so many positions; context parallelism over c ranks
             cuts each document in 2 c parts.
+        sources: for each reader its sources' numbers through all readers, by their numbers in the reader.
 
     Raises InputError, from `[]`, when a pack does not fit in seq_length.
     """
@@ -68,9 +75,11 @@ class PackedDataset(Dataset[Sample]):
         inputs: bool = True,
         labels: bool = True,
         multiple_of: int = 1,
+        sources: Sequence[Sequence[int]] | None = None,
     ):
         self.readers, self.seq_length, self.pad_id = dict(readers), seq_length, pad_id
         self.inputs, self.labels, self.multiple_of = inputs, labels, multiple_of
+        self._sources = [np.array(numbers, dtype=np.int64) for numbers in sources or ()]
         self.sizes = [len(reader) for reader in self.readers.values()]
         self._ends = list(accumulate(self.sizes))
 
@@ -93,14 +102,21 @@ class PackedDataset(Dataset[Sample]):
                 f" {self.multiple_of}, more than --seq-length {self.seq_length}. Prepare the data with this"
                 f" --seq-length and --pad-multiple {self.multiple_of}"
             )
-        return self._sample(pack, starts, lengths, ends)
+        sources = self._sources[which][pack.sources] if self.labels and self._sources else None
+        return self._sample(pack, starts, lengths, ends, sources)
 
     def untrained_sample(self) -> Sample:
         """A sample of padding only. It fills up a batch and counts for nothing in a mean over trained tokens."""
-        return self._sample(None, *(np.empty(0, dtype=np.int64) for _ in range(3)))
+        none = np.empty(0, dtype=np.int64)
+        return self._sample(None, none, none, none, none)
 
     def _sample(
-        self, pack: Pack | None, starts: NDArray[np.int64], lengths: NDArray[np.int64], ends: NDArray[np.int64]
+        self,
+        pack: Pack | None,
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        ends: NDArray[np.int64],
+        sources: NDArray[np.int64] | None,
     ) -> Sample:
         bounds = np.full(self.seq_length + 1, self.seq_length, dtype=np.int32)
         bounds[0] = 0
@@ -128,4 +144,9 @@ class PackedDataset(Dataset[Sample]):
                 loss_mask[target] = 1 if pack.weights is None else pack.weights[source]
             sample["labels"] = torch.from_numpy(labels)
             sample["loss_mask"] = torch.from_numpy(loss_mask)
+        if self.labels and self._sources and sources is not None:
+            numbers = np.full(self.seq_length, NO_SOURCE, dtype=np.int64)
+            taken = np.diff(ends, prepend=0)
+            numbers[: taken.sum()] = np.repeat(sources, taken)
+            sample["sources"] = torch.from_numpy(numbers)
         return sample

@@ -7,6 +7,8 @@ A cache is a folder `tokens-<fingerprint>` that holds
     weights.bin    float32 [tokens]     only where some record weighs its tokens: the weight in the loss; 0 where it is
                                         the mask's own 0 or 1
     offsets.bin    int64 [records + 1]  where each conversation begins
+    sources.bin    int32 [records]      an index into `sources` of meta.json: names of sources, or of files where a
+                                        record names none
     records.parquet                     id, file, line and source of each, see record_index.py
     meta.json      fingerprint, settings, counts
     errors.jsonl   the bad records that were skipped, if any
@@ -31,8 +33,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_idft.corpus.ledger.files import sync
 from megatron_idft.corpus.records import ErrorLog, Record, RecordError, read_records
-from megatron_idft.data.building import BuildProgress, WeightsFile, remove_dead_builds, sync_folder
+from megatron_idft.data.building import BuildProgress, WeightsFile, remove_dead_builds
 from megatron_idft.data.conversations import (
     EncodedConversation,
     RenderedConversation,
@@ -46,7 +49,7 @@ from megatron_idft.data.token_counts import Counts, report_counts
 from megatron_idft.data.tokenizer import ChatTokenizer
 from megatron_idft.errors import UserError
 
-FORMAT = 4  # raise it whenever the same corpus would give other bytes
+FORMAT = 5  # raise it whenever the same corpus would give other bytes
 Truncation = Literal["truncate", "drop", "error"]
 BadRecords = Literal["stop", "skip"]
 _BATCH_RECORDS, _BATCH_CHARACTERS = 512, 1 << 21  # what is held in memory between reader and tokenizer
@@ -107,7 +110,8 @@ class TokenCache:
     """An open cache. Opening reads only meta.json; the arrays are mapped at their first use, and pickle as a path.
 
     meta: the content of meta.json. counts: what the build met. seq_length: records hold at most seq_length + 1 tokens.
-    end_of_turn_ids: the token ids that end assistant turns in this corpus.
+    end_of_turn_ids: the token ids that end assistant turns in this corpus. sources: the names of all sources, in the
+    order in which they come up.
 
     Raises CacheError when files are missing or not of the size that meta.json says.
     """
@@ -121,11 +125,13 @@ class TokenCache:
         self.counts = Counts(**self.meta["counts"])
         self.seq_length = int(self.meta["settings"]["seq_length"])
         self.end_of_turn_ids: list[int] = self.meta["end_of_turn_ids"]
+        self.sources: list[str] = self.meta["sources"]
         counts = self.counts
         for name, size in (
             ("tokens", 4 * counts.tokens),
             ("loss_mask", counts.tokens),
             ("offsets", 8 * counts.kept + 8),
+            ("sources", 4 * counts.kept),
             *([("weights", 4 * counts.tokens)] if counts.weighted else []),
         ):
             file = self.path / f"{name}.bin"
@@ -136,6 +142,7 @@ class TokenCache:
                 )
         self._arrays: tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64]] | None = None
         self._weights: NDArray[np.float32] | None = None
+        self._sources: NDArray[np.int32] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path,)
@@ -161,6 +168,12 @@ class TokenCache:
         start, end = self._map()[2][index : index + 2]
         weights = self._weights[start:end]
         return np.where(weights > 0, weights, mask.astype(np.float32)) if weights.any() else None
+
+    def source(self, index: int) -> int:
+        """The number of a record's source, an index into `sources`."""
+        if self._sources is None:
+            self._sources = np.memmap(self.path / "sources.bin", dtype=np.int32, mode="r")
+        return int(self._sources[index])
 
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each record, int64 [records]."""
@@ -226,7 +239,7 @@ def build_token_cache(
             if not final.exists():
                 raise
         else:
-            sync_folder(final.parent)
+            sync(final.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return TokenCache(final)
@@ -265,10 +278,12 @@ def _folder(described: dict[str, Any]) -> str:
 def _build(folder: Path, settings: _Settings, described: dict[str, Any], progress: bool) -> None:
     counts = Counts()
     end_ids: set[int] = set()
+    numbers: dict[str, int] = {}
     with ExitStack() as stack:
-        tokens, mask, offsets = (
-            stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in ("tokens", "loss_mask", "offsets")
-        )
+        tokens, mask, offsets, sources = files = [
+            stack.enter_context(open(folder / f"{name}.bin", "wb"))
+            for name in ("tokens", "loss_mask", "offsets", "sources")
+        ]
         weights = stack.enter_context(WeightsFile(folder / "weights.bin"))
         index = stack.enter_context(RecordIndexWriter(folder / "records.parquet"))
         errors = stack.enter_context(ErrorLog(folder / "errors.jsonl"))
@@ -289,8 +304,9 @@ def _build(folder: Path, settings: _Settings, described: dict[str, Any], progres
             counts.tokens += len(ids)
             counts.trained_tokens += int(trained[1:].sum())
             offsets.write(np.int64(counts.tokens).tobytes())
+            sources.write(np.int32(numbers.setdefault(record.source_name, len(numbers))).tobytes())
             end_ids |= encoded.end_ids
-        for file in (tokens, mask, offsets):
+        for file in files:
             file.flush()
             os.fsync(file.fileno())
         weights.complete(counts.tokens)
@@ -303,6 +319,7 @@ def _build(folder: Path, settings: _Settings, described: dict[str, Any], progres
         "paths": settings.paths,
         "chat_template": settings.tokenizer.template.source,
         "end_of_turn_ids": sorted(end_ids),
+        "sources": list(numbers),
         "counts": asdict(counts),
     }
     with open(folder / "meta.json", "w", encoding="utf-8") as text:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,12 +12,16 @@ from torch import Tensor
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
 
 
-def get_batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) -> dict[str, Any]:
+def get_batch(
+    data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None, micro_batch_size: int, sources: bool = False
+) -> dict[str, Any]:
     """This rank's share of the next micro-batch, or Nones on pipeline stages that need none.
+
+    sources: whether samples hold `sources`.
 
     Returns:
         tokens, labels, position_ids [b, s/cp] int64 and loss_mask [b, s/cp] fp32; what a stage does not read is None.
-        Collectives: broadcasts over the tensor-parallel group.
+        With `sources`, those: [b, 1] int64. Collectives: broadcasts over the tensor-parallel group.
     """
     from megatron.core import mpu
     from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
@@ -41,6 +45,7 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) 
     batch: dict[str, Any] = dict.fromkeys(_KEYS)
     if tp_rank == 0:
         batch |= {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
+    of_records = batch.pop("sources", None)
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
@@ -50,14 +55,22 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) 
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=mtp,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    if sources:
+        if tp_rank != 0:
+            of_records = torch.empty((micro_batch_size, 1), dtype=torch.int64, device=torch.cuda.current_device())
+        torch.distributed.broadcast(
+            of_records, mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group()
+        )
+        batch["sources"] = of_records
+    return batch
 
 
 def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -88,14 +101,28 @@ def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[s
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach().clone(), num_tokens.to(loss.dtype)])}
 
 
-def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Any]:
+# Called with a micro-batch's sources before the model is; None where no sources are kept.
+OnSources = Callable[[Tensor | None], None] | None
+
+
+def forward_step(
+    data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module, on_sources: OnSources = None
+) -> tuple[Tensor, Any]:
     """One micro-batch through `model`; returns its output and the bound loss function."""
     from megatron.core.utils import get_attr_wrapped_model
-    from megatron.training import get_timers
+    from megatron.training import get_args, get_timers
 
+    args = get_args()
     get_timers()("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    batch = get_batch(
+        data_iterator,
+        get_attr_wrapped_model(model, "vp_stage"),
+        args.micro_batch_size if model.training else args.eval_micro_batch_size,
+        sources=on_sources is not None,
+    )
     get_timers()("batch-generator").stop()
+    if on_sources is not None:
+        on_sources(batch.get("sources"))
     output = model(
         batch["tokens"],
         batch["position_ids"],

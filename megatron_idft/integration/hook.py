@@ -41,6 +41,12 @@ class LossHook:
         vocab_size: rows of the true vocabulary; None counts every column of the padded one.
         backend: `auto`, `reference` or `triton`, as in `vocab_parallel_loss`.
         metrics: where per-token statistics are summed in training; None keeps none.
+        evaluation_metrics: the same for evaluation.
+
+    Attributes:
+        calls: training micro-batches so far.
+        token_sources: the next micro-batch's sources, for metrics that keep them apart: the number of each token's,
+            int64, of a shape that broadcasts to the labels' [b, s]. Whoever calls the model may set it before.
     """
 
     def __init__(
@@ -50,13 +56,16 @@ class LossHook:
         vocab_size: int | None,
         backend: str,
         metrics: LossMetrics | None,
+        evaluation_metrics: LossMetrics | None = None,
     ) -> None:
         self.model = model  # Any: megatron-core's models declare no types for what is used here
         self.objective = objective
         self.vocab_size = vocab_size
         self.backend = backend
         self.metrics = metrics
+        self.evaluation_metrics = evaluation_metrics
         self.calls = 0
+        self.token_sources: Tensor | None = None
         self._original: Callable[[Tensor, Tensor], Tensor] = model.compute_language_model_loss
         self._signature = inspect.signature(model.forward)
         # (labels, loss_mask) of forward passes whose loss has not been asked for yet. More than one only under
@@ -136,7 +145,8 @@ class LossHook:
     def _main_head_loss(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:
         self._require_shard(logits)
         if loss_mask is not None:
-            labels = torch.where(loss_mask.reshape(labels.shape) > 0, labels, IGNORED_LABEL)
+            loss_mask = loss_mask.reshape(labels.shape)
+            labels = torch.where(loss_mask > 0, labels, IGNORED_LABEL)
         labels = labels.transpose(0, 1)  # the labels are turned, never the logits: those are thousands of times larger
         training = self.model.training
         # The output layer's backward reads its input and weight, never its output; but a hook may have kept that.
@@ -151,10 +161,14 @@ class LossHook:
             overwrite_logits=overwrite,
             cross_entropy_values=True,
         )
-        if training:
-            self.calls += 1
-            if self.metrics is not None:
-                self.metrics.add(self.objective, labels, out, masked=loss_mask is not None)
+        self.calls += training
+        metrics = self.metrics if training else self.evaluation_metrics
+        if metrics is not None:
+            mask, sources = (
+                None if tensor is None else tensor.expand(labels.T.shape).transpose(0, 1)
+                for tensor in (loss_mask, self.token_sources)
+            )
+            metrics.add(self.objective if training else ce(), labels, out, mask, sources)
         return out.loss.transpose(0, 1).contiguous()
 
     def _require_shard(self, logits: Tensor) -> None:
@@ -174,6 +188,7 @@ def install[Models](
     vocab_size: int | None = None,
     backend: str = "auto",
     metrics: LossMetrics | None = None,
+    evaluation_metrics: LossMetrics | None = None,
 ) -> Models:
     """Train `models` with `objective` instead of plain cross-entropy.
 
@@ -187,7 +202,8 @@ def install[Models](
         objective: a name (`ce`, `dft`, `idft`, `entropy`), `module:function`, or an `Objective`.
         vocab_size: rows of the true vocabulary; None counts every column of the padded one.
         backend: `auto`, `reference` or `triton`.
-        metrics: a `LossMetrics` to sum per-token statistics into.
+        metrics: a `LossMetrics` to sum per-token statistics of training into.
+        evaluation_metrics: another for evaluation, where the loss is plain cross-entropy.
 
     Raises:
         UnsupportedModelError: the model's loss cannot be reached, or something else already owns it.
@@ -199,9 +215,9 @@ def install[Models](
         uninstall(model)
         if getattr(model, "post_process", True):
             _refuse_unsupported(model)
-            if metrics is not None:
-                metrics.vocab_size = vocab_size or model.vocab_size
-            hook = LossHook(model, resolved, vocab_size, backend, metrics)
+            for each in filter(None, (metrics, evaluation_metrics)):
+                each.vocab_size = vocab_size or model.vocab_size
+            hook = LossHook(model, resolved, vocab_size, backend, metrics, evaluation_metrics)
             hook.attach()
             setattr(model, _ATTRIBUTE, hook)
     if not found:

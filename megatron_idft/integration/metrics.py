@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import batched
 
 import torch
 from torch import Tensor
@@ -31,11 +32,11 @@ PHI_EDGES = tuple(-10.0 + 0.5 * index for index in range(27))  # -10 … 3
 GAMMA_EDGES = tuple(0.1 * index for index in range(1, 21))  # 0.1 … 2
 WEIGHT_EDGES = tuple(0.05 * index for index in range(1, 20))  # 0.05 … 0.95
 
-_SUMS = (
-    "micro_batches",
-    "unmasked_micro_batches",
-    "invalid_labels",
+_COUNTERS = ("micro_batches", "unmasked_micro_batches", "invalid_labels")
+# Per token; summed over the trained tokens, and over those of each source.
+_TOKEN_SUMS = (
     "tokens",
+    "cross_entropy",
     "loss",
     "phi",
     "phi_squared",
@@ -55,17 +56,23 @@ _HISTOGRAMS = {"ddt/phi": PHI_EDGES, "idft/gamma": GAMMA_EDGES, "sft weight": WE
 
 @dataclass(frozen=True)
 class MetricsReport:
-    """One log interval, the same on every rank of the reduction.
+    """One log interval or one evaluation, the same on every rank of the reduction.
 
     Attributes:
+        lm_loss: cross-entropy per trained token, each weighted by its loss mask as in Megatron's line of that name;
+            None without a trained token.
         scalars: metric key -> value, the keys as frozen in the README.
+        by_source: name of a source -> the same keys, `lm loss` first, over that source's tokens; sources without a
+            trained token are left out.
         histograms: metric key -> counts per bin; bin i lies between inner edges i-1 and i, the outer two are open.
         micro_batches: micro-batches whose loss went through the hook, over all ranks.
         unmasked_micro_batches: those that came without a loss mask and are left out of the other numbers.
         invalid_labels: labels at or above the true vocabulary size.
     """
 
+    lm_loss: float | None
     scalars: dict[str, float]
+    by_source: dict[str, dict[str, float]]
     histograms: dict[str, list[int]]
     micro_batches: int
     unmasked_micro_batches: int
@@ -82,23 +89,27 @@ class LossMetrics:
             known to starve them until the model never stops.
         gamma_limits: (gamma_min, gamma_max) of IDFT, for the shares at either clamp; None for other objectives.
         vocab_size: the true vocabulary size; `install` fills it in.
+        sources: names of the sources that `add` is told of by number; empty keeps none apart.
     """
 
     device: torch.device
     end_of_turn_ids: tuple[int, ...] = ()
     gamma_limits: tuple[float, float] | None = None
     vocab_size: int = 0
+    sources: tuple[str, ...] = ()
     _step: Tensor = field(init=False, repr=False)
     _interval: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        width = len(_SUMS) + sum(len(edges) + 1 for edges in _HISTOGRAMS.values())
-        self._step = torch.zeros(width, dtype=torch.float64, device=self.device)
+        bins = [len(edges) + 1 for edges in _HISTOGRAMS.values()]
+        self._parts = [len(_COUNTERS), (1 + len(self.sources)) * len(_TOKEN_SUMS), *bins]
+        self._step = torch.zeros(sum(self._parts), dtype=torch.float64, device=self.device)
         self._interval = torch.zeros_like(self._step)
         self._edges = {
             key: torch.tensor(edges, dtype=torch.float32, device=self.device) for key, edges in _HISTOGRAMS.items()
         }
         self._end_of_turn = torch.tensor(self.end_of_turn_ids, dtype=torch.int64, device=self.device)
+        self._source_numbers = torch.arange(len(self.sources), device=self.device)
 
     def begin_step(self) -> None:
         """Forget an unfinished or rejected forward-backward. In place, so a captured CUDA graph keeps its buffers."""
@@ -109,67 +120,78 @@ class LossMetrics:
         self._interval += self._step
 
     @torch.no_grad()
-    def add(self, objective: Objective, labels: Tensor, out: LossOutput, masked: bool) -> None:
+    def add(
+        self,
+        objective: Objective,
+        labels: Tensor,
+        out: LossOutput,
+        loss_mask: Tensor | None,
+        sources: Tensor | None = None,
+    ) -> None:
         """Add one micro-batch.
 
         Args:
             objective: the objective that was trained, asked for its gamma.
             labels: [...] int64, negative where untrained; the shape of `out`'s tensors.
             out: what `vocab_parallel_loss` returned for them.
-            masked: whether a loss mask marked the untrained positions. Without one, padding and prompts cannot be
+            loss_mask: [...] what each token's cross-entropy weighs in `lm loss`. None: padding and prompts cannot be
                 told from trained text, so only the count of micro-batches is kept.
+            sources: [...] int64, the number of each token's source; None or a negative number: of none.
         """
-        zero = out.loss.new_zeros(())
-        if not masked:
-            self._add({"micro_batches": zero + 1, "unmasked_micro_batches": zero + 1}, {})
+        counters, sums, *bins = self._step.split(self._parts)
+        counters[0] += 1
+        if loss_mask is None:
+            counters[1] += 1
             return
+        counters[2] += out.invalid_labels
         trained = (labels >= 0) & (labels < self.vocab_size)
         statistics = TokenStatistics(out.log_prob, out.entropy, labels, self.vocab_size)
         phi = statistics.centered_log_likelihood
         ends_turn = torch.isin(labels, self._end_of_turn)
-        gamma, raw_gamma = objective.gamma(statistics), objective.raw_gamma(statistics)
-
-        def total(values: Tensor) -> Tensor:
-            return torch.where(trained, values, 0).sum(dtype=torch.float64)
-
-        sums = {
-            "micro_batches": zero + 1,
-            "invalid_labels": out.invalid_labels,
-            "tokens": trained.sum(),
-            "loss": -total(out.weight * out.log_prob),
-            "phi": total(phi),
-            "phi_squared": total(phi.double().square()),
-            "phi_below_1": total((phi < PHI_THRESHOLDS[0]).float()),
-            "phi_below_3": total((phi < PHI_THRESHOLDS[1]).float()),
-            "phi_below_5": total((phi < PHI_THRESHOLDS[2]).float()),
-            "entropy": total(out.entropy),
-            "weight": total(out.weight),
-            "end_of_turn_tokens": ends_turn.sum(),
-            "end_of_turn_weight": torch.where(ends_turn, out.weight, 0).sum(dtype=torch.float64),
+        columns = {
+            "tokens": trained,
+            "cross_entropy": -out.log_prob * loss_mask,
+            "loss": -out.weight * out.log_prob,
+            "phi": phi,
+            "phi_squared": phi.double().square(),
+            "phi_below_1": phi < PHI_THRESHOLDS[0],
+            "phi_below_3": phi < PHI_THRESHOLDS[1],
+            "phi_below_5": phi < PHI_THRESHOLDS[2],
+            "entropy": out.entropy,
+            "weight": out.weight,
+            "end_of_turn_tokens": ends_turn,
+            "end_of_turn_weight": torch.where(ends_turn, out.weight, 0),
         }
-        values = {"ddt/phi": phi, "sft weight": out.weight}
+        histograms = {"ddt/phi": phi, "sft weight": out.weight}
+        gamma, raw_gamma = objective.gamma(statistics), objective.raw_gamma(statistics)
         if gamma is not None:
-            values["idft/gamma"] = gamma
-            sums["gamma"] = total(gamma)
+            columns["gamma"] = histograms["idft/gamma"] = gamma
         if raw_gamma is not None and self.gamma_limits is not None:
             # The clamp acts on the raw gamma; the gamma that is used may be mixed towards 1 by lambda.
             gamma_min, gamma_max = self.gamma_limits
-            sums["gamma_at_min"] = total(raw_gamma.le(gamma_min).float())
-            sums["gamma_at_max"] = total(raw_gamma.ge(gamma_max).float())
-        self._add(sums, {key: self._histogram(key, value, trained) for key, value in values.items()})
+            columns |= {"gamma_at_min": raw_gamma <= gamma_min, "gamma_at_max": raw_gamma >= gamma_max}
+        sums += self._token_sums(columns, trained, sources).reshape(-1)
+        for part, key in zip(bins, _HISTOGRAMS, strict=True):
+            if key in histograms:
+                part += self._histogram(key, histograms[key], trained)
+
+    def _token_sums(self, columns: dict[str, Tensor], trained: Tensor, sources: Tensor | None) -> Tensor:
+        """[1 + sources, token sums] float64: over all trained tokens, then over each source's."""
+        zero = torch.zeros_like(trained)
+        values = torch.stack([columns.get(name, zero).reshape(-1).double() for name in _TOKEN_SUMS], dim=1)
+        values = torch.where(trained.reshape(-1, 1), values, 0)
+        sums = values.new_zeros(1 + len(self.sources), len(_TOKEN_SUMS))
+        sums[0] = values.sum(dim=0)
+        if sources is not None and self.sources:
+            # A product rather than index_add_, whose order of float additions is not fixed on a GPU.
+            sums[1:] = (sources.reshape(-1) == self._source_numbers[:, None]).double() @ values
+        return sums
 
     def _histogram(self, key: str, values: Tensor, trained: Tensor) -> Tensor:
         edges = self._edges[key]
         bins = torch.bucketize(values.reshape(-1), edges, right=True)
         counts = torch.zeros(len(edges) + 1, dtype=torch.float64, device=self.device)
         return counts.index_add_(0, bins, trained.reshape(-1).to(torch.float64))
-
-    def _add(self, sums: dict[str, Tensor], histograms: dict[str, Tensor]) -> None:
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        parts = [torch.stack([sums.get(name, zero).to(torch.float64) for name in _SUMS])]
-        for key, edges in _HISTOGRAMS.items():
-            parts.append(histograms.get(key, zero.expand(len(edges) + 1)))
-        self._step += torch.cat(parts)
 
     def report(self, group: torch.distributed.ProcessGroup | None, gamma_lambda: float) -> MetricsReport:
         """Reduce the interval, start the next, and return its numbers.
@@ -184,22 +206,28 @@ class LossMetrics:
         self._interval.zero_()
         if group is not None and torch.distributed.get_world_size(group) > 1:
             torch.distributed.all_reduce(totals, group=group)
-        values = totals.tolist()
-        sums = dict(zip(_SUMS, values, strict=False))
-        histograms, start = {}, len(_SUMS)
-        for key, edges in _HISTOGRAMS.items():
-            histograms[key] = [round(count) for count in values[start : start + len(edges) + 1]]
-            start += len(edges) + 1
+        counters, sums, *bins = (part.tolist() for part in totals.split(self._parts))
+        groups = [dict(zip(_TOKEN_SUMS, row, strict=True)) for row in batched(sums, len(_TOKEN_SUMS))]
         with_gamma = self.gamma_limits is not None
-        if not with_gamma:
-            del histograms["idft/gamma"]
         return MetricsReport(
-            scalars=_scalars(sums, with_gamma, gamma_lambda),
-            histograms=histograms,
-            micro_batches=round(sums["micro_batches"]),
-            unmasked_micro_batches=round(sums["unmasked_micro_batches"]),
-            invalid_labels=round(sums["invalid_labels"]),
+            lm_loss=_lm_loss(groups[0]) if groups[0]["tokens"] else None,
+            scalars=_scalars(groups[0], with_gamma, gamma_lambda),
+            by_source={
+                name: {"lm loss": _lm_loss(group)} | _scalars(group, with_gamma, gamma_lambda)
+                for name, group in zip(self.sources, groups[1:], strict=True)
+                if group["tokens"]
+            },
+            histograms={
+                key: [round(count) for count in counts]
+                for key, counts in zip(_HISTOGRAMS, bins, strict=True)
+                if with_gamma or key != "idft/gamma"
+            },
+            **{name: round(count) for name, count in zip(_COUNTERS, counters, strict=True)},
         )
+
+
+def _lm_loss(sums: dict[str, float]) -> float:
+    return sums["cross_entropy"] / sums["tokens"]
 
 
 def _scalars(sums: dict[str, float], with_gamma: bool, gamma_lambda: float) -> dict[str, float]:
@@ -246,9 +274,9 @@ def health_warning(scalars: dict[str, float]) -> str | None:
     )
 
 
-def format_report(iteration: int, train_iters: int, scalars: dict[str, float]) -> str:
+def format_report(head: str, scalars: dict[str, float]) -> str:
     """One console line. Megatron's own line drops values below zero, which phi's mean usually is."""
     fields = " | ".join(
         f"{key}: {int(value):d}" if key == "trained tokens" else f"{key}: {value:.6E}" for key, value in scalars.items()
     )
-    return f" sft iteration {iteration:8d}/{train_iters:8d} | {fields} |"
+    return f" sft {head} | {fields} |"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_idft.data.packed_dataset import INPUTS, LABELS
 from megatron_idft.integration.arguments import ArgumentError
-from megatron_idft.integration.batches import loss_func
+from megatron_idft.integration.batches import OnSources, loss_func
 from megatron_idft.integration.hook import UnsupportedModelError
 
 _DTYPES = {
@@ -26,6 +26,7 @@ _DTYPES = {
     "position_ids": torch.int64,
     "labels": torch.int64,
     "loss_mask": torch.float32,
+    "sources": torch.int64,
 }
 
 
@@ -112,13 +113,15 @@ def check_attention(args: argparse.Namespace, model: list[torch.nn.Module]) -> N
 
 
 def get_batch(
-    data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None, micro_batch_size: int
+    data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None, micro_batch_size: int, sources: bool = False
 ) -> dict[str, Any]:
     """This rank's share of the next micro-batch.
 
+    sources: whether samples hold `sources`.
+
     Returns:
-        tokens, labels, position_ids [b, s/cp] int64 and loss_mask [b, s/cp] fp32, each None on stages that do not
-        read it; on every stage either attention_mask [b, 1, s, s] bool or packed_seq_params, the other None.
+        tokens, labels, position_ids, sources [b, s/cp] int64 and loss_mask [b, s/cp] fp32, each None on stages that do
+        not read it; on every stage either attention_mask [b, 1, s, s] bool or packed_seq_params, the other None.
         Collectives: one broadcast per tensor over the tensor-parallel group. THD synchronises with the host.
     """
     from megatron.core import mpu
@@ -129,7 +132,8 @@ def get_batch(
     inputs, labels = stage_reads(args, vp_stage)
     batch: dict[str, Any] = dict.fromkeys(_DTYPES)
     sample = next(data_iterator) if mpu.get_tensor_model_parallel_rank() == 0 else None
-    for key in ("bounds", *(INPUTS if inputs else ()), *(LABELS if labels else ())):
+    of_labels = (*LABELS, "sources") if sources else LABELS
+    for key in ("bounds", *(INPUTS if inputs else ()), *(of_labels if labels else ())):
         shape = (micro_batch_size, args.seq_length + (key == "bounds"))
         if sample is None:
             batch[key] = torch.empty(shape, dtype=_DTYPES[key], device=torch.cuda.current_device())
@@ -147,11 +151,11 @@ def get_batch(
     batch["packed_seq_params"] = packed_sequence_parameters(cu_seqlens, args.context_parallel_size)
     if args.context_parallel_size > 1 and (inputs or labels):
         # Each document in 2 c parts, this rank's first and last: core/utils.py, per-document balancing.
-        batch = get_batch_on_this_cp_rank(
-            batch | {"cu_seqlens": cu_seqlens[None], "cu_seqlens_padded": None},
-            is_hybrid_cp=False,
-            cp_group=mpu.get_context_parallel_group(),
-        )
+        share = partial(get_batch_on_this_cp_rank, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+        lengths = {"cu_seqlens": cu_seqlens[None], "cu_seqlens_padded": None}
+        if batch["sources"] is not None:  # it shares out four keys by name, and this is none of them
+            batch["sources"] = share({"tokens": batch["sources"], **lengths})["tokens"]
+        batch = share(batch | lengths)
     return batch
 
 
@@ -198,7 +202,9 @@ def packed_sequence_parameters(cu_seqlens: Tensor, context_parallel_size: int) -
     )
 
 
-def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Any]:
+def forward_step(
+    data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module, on_sources: OnSources = None
+) -> tuple[Tensor, Any]:
     """One micro-batch of packs through `model`; returns its output and the bound loss function."""
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_args, get_timers
@@ -206,8 +212,11 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Mod
     args = get_args()
     get_timers()("batch-generator", log_level=2).start()
     micro_batch_size = args.micro_batch_size if model.training else args.eval_micro_batch_size
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), micro_batch_size)
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    batch = get_batch(data_iterator, vp_stage, micro_batch_size, sources=on_sources is not None)
     get_timers()("batch-generator").stop()
+    if on_sources is not None:
+        on_sources(batch["sources"])
     output = model(
         batch["tokens"],
         batch["position_ids"],

@@ -7,12 +7,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_idft.data.blend import Blend, BlendedEpochs, prepared_prefixes
 from megatron_idft.data.packed_dataset import PackedDataset
+from megatron_idft.data.validation_sets import named_sets
 from megatron_idft.integration.arguments import ArgumentError
 from megatron_idft.integration.packed_batches import stage_reads, validate_packed_arguments
 
@@ -24,16 +25,16 @@ if TYPE_CHECKING:
 _DECIDED = {"sft_truncation": "truncate", "sft_bad_records": "stop", "sft_cache": None, "sft_last_turn_only": False}
 
 
-def prepared_data(args: argparse.Namespace) -> tuple[dict[str, Fraction], list[str]] | None:
-    """(--sft-data as prefixes with weights, --sft-valid-data as prefixes); None where both are record files.
+def prepared_data(args: argparse.Namespace) -> tuple[dict[str, Fraction], dict[str, list[str]]] | None:
+    """(--sft-data as prefixes with weights, --sft-valid-data as prefixes by set); None where both are record files.
 
     Raises InputError or ArgumentError for mixtures, and for flags that have no effect on packs or cannot go with them.
     """
     train = prepared_prefixes(args.sft_data or ())
-    valid = prepared_prefixes(args.sft_valid_data or ())
-    if train is None and valid is None:
+    valid = {name: prepared_prefixes(words) for name, words in named_sets(args.sft_valid_data or ()).items()}
+    if train is None and not any(valid.values()):
         return None
-    if train is None or (valid is None and args.sft_valid_data):
+    if train is None or None in valid.values():
         packed, records = ("--sft-data", "--sft-valid-data") if train else ("--sft-valid-data", "--sft-data")
         raise ArgumentError(
             f"{packed} is prepared data but {records} is not: a run trains and validates on packs or on records."
@@ -44,11 +45,11 @@ def prepared_data(args: argparse.Namespace) -> tuple[dict[str, Fraction], list[s
             raise ArgumentError(
                 f"--{name.replace('_', '-')} has no effect on packs: `prepare` decided it. Drop it, or prepare again"
             )
-    weighted = [prefix for prefix, weight in (valid or {}).items() if weight != 1]
+    weighted = [prefix for each in valid.values() for prefix, weight in (each or {}).items() if weight != 1]
     if weighted:
         raise ArgumentError(f"--sft-valid-data {weighted[0]}: every pack is read once; drop the weight")
     validate_packed_arguments(args)
-    return train, list(valid or ())
+    return train, {name: list(prefixes or ()) for name, prefixes in valid.items()}
 
 
 class PackedData:
@@ -57,15 +58,21 @@ class PackedData:
     Args:
         args: Megatron's.
         tokenizer: must be the one that the data was prepared with; the stores refuse another.
-        train: prefix -> weight. valid: prefixes.
+        train: prefix -> weight. valid: name of a validation set -> prefixes.
     """
 
     def __init__(
-        self, args: argparse.Namespace, tokenizer: ChatTokenizer, train: Mapping[str, Fraction], valid: Sequence[str]
+        self,
+        args: argparse.Namespace,
+        tokenizer: ChatTokenizer,
+        train: Mapping[str, Fraction],
+        valid: Mapping[str, Sequence[str]],
     ):
         self.tokenizer, self.weights = tokenizer, list(train.values())
         self.train = {prefix: _open(args, tokenizer, prefix) for prefix in train}
-        self.valid = {prefix: _open(args, tokenizer, prefix) for prefix in valid}
+        self.valid = {
+            name: {prefix: _open(args, tokenizer, prefix) for prefix in prefixes} for name, prefixes in valid.items()
+        }
         self.blend = Blend([len(store) for store in self.train.values()], self.weights, args.seed)
 
     @property
@@ -78,8 +85,15 @@ class PackedData:
         return "packs-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     @property
-    def valid_packs(self) -> int:
-        return sum(len(store) for store in self.valid.values())
+    def valid_packs(self) -> dict[str, int]:
+        """How many packs each validation set has."""
+        return {name: sum(map(len, stores.values())) for name, stores in self.valid.items()}
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources of all stores."""
+        stores = [*self.train.values(), *(store for each in self.valid.values() for store in each.values())]
+        return [name for store in stores for name in store.meta["sources"]]
 
     @property
     def end_of_turn_ids(self) -> list[int]:
@@ -94,7 +108,9 @@ class PackedData:
             f"  {prefix}: {len(store):,} packs, weight {float(weight):g}"
             for (prefix, store), weight in zip(self.train.items(), self.weights, strict=True)
         ]
-        lines += [f"  {prefix}: {len(store):,} packs, for validation" for prefix, store in self.valid.items()]
+        for name, stores in self.valid.items():
+            use = f"validation set {name}" if name else "validation"
+            lines += [f"  {prefix}: {len(store):,} packs, for {use}" for prefix, store in stores.items()]
         return "\n".join(["> training from packs", *lines])
 
     def first_document(self) -> tuple[np.ndarray, np.ndarray]:
@@ -103,16 +119,19 @@ class PackedData:
         end = int(pack.starts[1]) if len(pack.starts) > 1 else len(pack.ids)
         return pack.ids[:end], pack.mask[:end]
 
-    def datasets(self, args: argparse.Namespace, num_samples: Sequence[int], vp_stage: int | None) -> tuple:
-        """(train, validation, no test set) for this pipeline stage; what another stage needs is not read here."""
-        from megatron.core import mpu
-        from megatron.core.datasets.utils import Split
+    def datasets(
+        self, args: argparse.Namespace, num_samples: int, vp_stage: int | None, sources: Mapping[str, int] | None
+    ) -> tuple[BlendedEpochs, dict[str, PackedDataset]]:
+        """Training data and validation sets for this pipeline stage; what another stage needs is not read here.
 
-        from megatron_idft.data import RepeatedRounds
-
-        if mpu.get_tensor_model_parallel_rank() != 0:
-            return None, None, None  # its batches come by broadcast
+        num_samples: of training. sources: a number for each of `sources`; None leaves them out of the samples.
+        """
         inputs, labels = stage_reads(args, vp_stage)
+
+        def numbers(stores: Mapping[str, PackedStore]) -> list[list[int]] | None:
+            if sources is None:
+                return None
+            return [[sources[name] for name in store.meta["sources"]] for store in stores.values()]
 
         def dataset(stores: Mapping[str, PackedStore]) -> PackedDataset:
             return PackedDataset(
@@ -122,20 +141,13 @@ class PackedData:
                 inputs=inputs,
                 labels=labels,
                 multiple_of=_multiple_of(args),
+                sources=numbers(stores),
             )
 
         train = BlendedEpochs(
-            dataset(self.train), self.weights, args.seed, num_samples=num_samples[0], num_epochs=args.train_epochs
+            dataset(self.train), self.weights, args.seed, num_samples=num_samples, num_epochs=args.train_epochs
         )
-        valid: Any = None
-        if self.valid:
-            valid = RepeatedRounds(
-                dataset(self.valid),  # type: ignore[arg-type]  # as a ChatDataset: indexed, with an untrained sample
-                round_size=args.eval_iters * args.eval_global_batch_size,
-                num_samples=num_samples[1],
-            )
-            valid.split = Split.valid  # Megatron then reads it with the evaluation's batch sizes
-        return train, valid, None
+        return train, {name: dataset(stores) for name, stores in self.valid.items()}
 
 
 def _open(args: argparse.Namespace, tokenizer: ChatTokenizer, prefix: str) -> PackedStore:

@@ -5,19 +5,32 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_idft.integration import hf_model
+from megatron_idft.checkpoint.best import BestCheckpoints
+from megatron_idft.data.validation_sets import named_sets
+from megatron_idft.integration import endings, hf_model, run_checkpoints, workers
 from megatron_idft.integration.arguments import ArgumentError
+from megatron_idft.integration.evaluation import (
+    ValidationSet,
+    add_evaluation_arguments,
+    as_only_set,
+    best_checkpoints,
+    reported_sources,
+    validate_evaluation_arguments,
+)
 from megatron_idft.integration.packed_batches import check_attention
 from megatron_idft.integration.packed_data import PackedData, prepared_data
+from megatron_idft.integration.publishing import print_rank_last
 from megatron_idft.integration.shared_build import build_once
 from megatron_idft.integration.trainer import TrainerIntegration
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_idft.data import ChatTokenizer, TokenCache
 
 NEVER = 10**9  # an interval, in iterations, that no training reaches
@@ -35,14 +48,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         " packs that `prepare` has made, as PREFIX[:weight] …: an epoch visits each pack of a prefix `weight` times,"
         " by default once.",
     )
-    group.add_argument(
-        "--sft-valid-data",
-        nargs="+",
-        metavar="FILE",
-        default=None,
-        help="Validation records, or prefixes of packs where --sft-data names packs. Each evaluation reads all of them"
-        " once, unless --eval-iters says fewer.",
-    )
+    add_evaluation_arguments(group)
     group.add_argument(
         "--sft-last-turn-only",
         action="store_true",
@@ -83,6 +89,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Where the tokenized records are kept, under a fingerprint of data, tokenizer, template and length."
         " Default: the folder `.megatron-idft-cache` beside the first training file.",
     )
+    run_checkpoints.add_checksum_argument(group)
+    endings.add_signal_argument(group)
     hf_model.add_hf_model_arguments(group)
     hf_model.add_save_hf_argument(group)
     # A length that the data decides, unless the user does.
@@ -97,11 +105,16 @@ class ChatTraining(TrainerIntegration):
         super().__init__(end_of_turn_ids=self._corpus_end_of_turn_ids)
         self.tokenizer: ChatTokenizer | None = None
         self.train_cache: TokenCache | None = None
-        self.valid_cache: TokenCache | None = None
+        self.valid_caches: dict[str, TokenCache] = {}  # by the names of validation sets
         self.packs: PackedData | None = None
-        self._prepared: tuple[dict[str, Fraction], list[str]] | None = None
+        self._prepared: tuple[dict[str, Fraction], dict[str, list[str]]] | None = None
+        self._validation_sets: list[ValidationSet] = []
+        self._source_names: tuple[str, ...] = ()
+        self._best: BestCheckpoints | None = None
         self._export: hf_model.HuggingFaceExport | None = None
         self._last_saved: int | None = None
+        self.checkpoints = run_checkpoints.RunCheckpoints()
+        self.endings = endings.Endings(self.checkpoints)
 
     @property
     def trains_packs(self) -> bool:
@@ -109,10 +122,14 @@ class ChatTraining(TrainerIntegration):
         return self._prepared is not None
 
     def attach(self) -> ChatTraining:
+        from megatron.core import dist_checkpointing
         from megatron.training import training
 
         super().attach()
         self._wrap(training, "save_checkpoint_and_time", self._save_checkpoint)
+        self._wrap(training, "checkpoint_and_decide_exit", self._decide_exit)
+        self._wrap(dist_checkpointing, "save", self.checkpoints.around_save)
+        self._wrap(training, "train", self._train)
         return self
 
     def _parse_args(self, original: Callable, call: inspect.BoundArguments) -> argparse.Namespace:
@@ -121,6 +138,7 @@ class ChatTraining(TrainerIntegration):
         _validate_data_arguments(args)
         self._prepared = prepared_data(args)
         self._export = hf_model.HuggingFaceExport(args)
+        self.endings.postpone_signal_handler(args)
         if args.sft_loss is not None and args.sft_loss_vocab_size is None:
             args.sft_loss_vocab_size = hf_model.recorded_vocab_size(args)
         return args
@@ -130,6 +148,8 @@ class ChatTraining(TrainerIntegration):
         from megatron.training import get_args
 
         args = get_args()
+        workers.keep_results_queue(args)
+        self.checkpoints.before_loading(args)
         self._open_data(args)
         assert self._export is not None and self.tokenizer is not None
         hf_model.convert_before_loading(args)
@@ -142,12 +162,34 @@ class ChatTraining(TrainerIntegration):
     def _save_checkpoint(self, original: Callable, call: inspect.BoundArguments) -> None:
         from megatron.training import get_args
 
-        original(*call.args, **call.kwargs)
+        with self.endings.saving():
+            original(*call.args, **call.kwargs)
         call.apply_defaults()
         if not call.arguments["non_persistent_ckpt"]:
             assert self._export is not None
             self._last_saved = call.arguments["iteration"]
+            self.checkpoints.after_save(get_args(), self._last_saved)
             self._export.after_save(get_args(), self._last_saved)
+            if self._best is not None:
+                self._best.save(self._last_saved)
+                self._prune()
+
+    def _decide_exit(self, original: Callable, call: inspect.BoundArguments) -> bool:
+        from megatron.training import get_args
+
+        leaving = original(*call.args, **call.kwargs)
+        if leaving:
+            self.endings.note_signal(get_args())
+        return leaving
+
+    def _train_step(self, original: Callable, call: inspect.BoundArguments) -> Any:
+        from megatron.training import get_args
+
+        self.endings.arm_signal_handler(get_args())
+        result = super()._train_step(original, call)
+        _, skipped, _, _, _, gradient_norm, *_ = result
+        self.endings.check_step(get_args(), call.arguments["iteration"] + 1, skipped, gradient_norm)
+        return result
 
     def finish(self) -> None:
         """What is left to do on every rank when `pretrain()` has returned."""
@@ -187,16 +229,97 @@ class ChatTraining(TrainerIntegration):
             args.train_iters = math.ceil(samples / args.global_batch_size)
             each = f"{samples / args.train_epochs:.12g}"
             print_rank_0(f"> {args.train_epochs} epochs of {each} {unit}: {args.train_iters} iterations")
-        if args.sft_valid_data:
-            if self.packs is None:
-                self.valid_cache = self._cache(args, "--sft-valid-data", args.sft_valid_data)
-            if args.eval_iters is None:
-                valid = self.packs.valid_packs if self.packs is not None else len(self.valid_cache or ())
-                args.eval_iters = math.ceil(valid / args.eval_global_batch_size)
-        else:
-            args.eval_iters = 0
-        if args.eval_interval is None:  # evaluate once, after training
+        self._open_validation_sets(args)
+        if args.eval_interval is None:  # evaluate once more, after training
             args.eval_interval = args.train_iters or NEVER
+
+    def _open_validation_sets(self, args: argparse.Namespace) -> None:
+        if self.packs is not None:
+            sizes, sources = self.packs.valid_packs, self.packs.sources
+        else:
+            assert self.train_cache is not None
+            self.valid_caches = {
+                name: self._cache(args, f"--sft-valid-data {name}".rstrip(), paths)
+                for name, paths in named_sets(args.sft_valid_data or ()).items()
+            }
+            sizes = {name: len(cache) for name, cache in self.valid_caches.items()}
+            sources = [name for cache in (self.train_cache, *self.valid_caches.values()) for name in cache.sources]
+        for name, size in sizes.items():
+            whole = math.ceil(size / args.eval_global_batch_size)
+            iterations = whole if args.eval_iters is None else min(whole, args.eval_iters)
+            if iterations:  # --eval-iters 0 switches evaluation off
+                self._validation_sets.append(ValidationSet(name, size, iterations))
+        args.eval_iters = sum(each.iterations for each in self._validation_sets)
+        self._source_names = reported_sources(args, sources)
+        self._best = best_checkpoints(args, self._validation_sets)
+
+    def _sources(self) -> tuple[str, ...]:
+        return self._source_names
+
+    def forward_step(self, data_iterator: Any, model: torch.nn.Module) -> Any:
+        """The `forward_step_func` of `pretrain()`: one micro-batch of records or of packs."""
+        from megatron_idft.integration import batches, packed_batches
+
+        step = packed_batches.forward_step if self.trains_packs else batches.forward_step
+        return step(data_iterator, model, self._note_sources if self._source_names else None)
+
+    def _note_sources(self, sources: torch.Tensor | None) -> None:
+        for hook in self._hooks:
+            hook.token_sources = sources
+
+    def _train(self, original: Callable, call: inspect.BoundArguments) -> Any:
+        """Megatron's training loop, behind an evaluation of the model that it begins with."""
+        from megatron.training import get_args, training
+
+        args = get_args()
+        if args.do_valid and args.iteration == 0 and not args.start_eval_at_iter:
+            call.apply_defaults()
+            given = call.arguments
+            hooked = training.should_disable_forward_pre_hook(args)
+            if hooked:  # as the loop does: nothing was stepped yet that would have to be gathered
+                training.disable_forward_pre_hook(given["model"], param_sync=False)
+            training.evaluate_and_print_results(
+                "iteration 0",
+                given["forward_step_func"],
+                given["valid_data_iterator"],
+                given["model"],
+                0,
+                given["process_non_loss_data_func"],
+                given["config"],
+                non_loss_data_func=given["non_loss_data_func"],
+                pg_collection=given["pg_collection"],
+                p2p_communicator=given["p2p_communicator"],
+            )
+            if hooked:
+                training.enable_forward_pre_hook(given["model"])
+            if args.num_experts is not None:
+                training.get_moe_metrics_tracker().clear()
+        return original(*call.args, **call.kwargs)
+
+    def _evaluate_and_print_results(self, original: Callable, call: inspect.BoundArguments) -> None:
+        from megatron.training import get_args
+
+        args, iterator = get_args(), call.arguments["data_iterator"]
+        self._measured = {}
+        for each in self._validation_sets:
+            with as_only_set(args, each):
+                call.arguments["data_iterator"] = [iterator] if each.name else iterator
+                super()._evaluate_and_print_results(original, call)
+            if not self._evaluated:  # --exit-duration-in-mins has passed
+                return
+        if self._best is not None:
+            self._best.measure(call.arguments["iteration"], self._measured)
+            self._prune()
+
+    def _prune(self) -> None:
+        assert self._best is not None
+        deleted = self._best.prune()
+        if deleted:
+            best = ", ".join(f"{i} ({self._best.measured[i]:.6g})" for i in self._best.best())
+            print_rank_last(
+                f"> the best checkpoints by {self._best.metric}: iterations {best}; deleted"
+                f" {', '.join(map(str, deleted))}"
+            )
 
     def _cache(self, args: argparse.Namespace, flag: str, paths: Sequence[str]) -> TokenCache:
         """The tokenized records."""
@@ -245,26 +368,34 @@ class ChatTraining(TrainerIntegration):
         from megatron_idft.data import ChatDataset, RepeatedRounds, ShuffledEpochs
 
         args = get_args()
-        if self.packs is not None:
-            return self.packs.datasets(args, num_samples, vp_stage)
-        assert self.train_cache is not None and self.tokenizer is not None
+        # Every launch begins with a whole round, wherever and with whatever batch size the last one stopped.
+        args.consumed_valid_samples = 0
         if mpu.get_tensor_model_parallel_rank() != 0:
             return None, None, None  # its batches come by broadcast
-        train = ShuffledEpochs(
-            ChatDataset(self.train_cache, args.seq_length, self.tokenizer.pad_id),
-            seed=args.seed,
-            num_samples=num_samples[0],
-            num_epochs=args.train_epochs,
-        )
-        valid = None
-        if self.valid_cache is not None:
-            valid = RepeatedRounds(
-                ChatDataset(self.valid_cache, args.seq_length, self.tokenizer.pad_id),
-                round_size=args.eval_iters * args.eval_global_batch_size,
-                num_samples=num_samples[1],
+        numbers = {name: number for number, name in enumerate(self._source_names)} or None
+        train: Any
+        valid: Any = None
+        sets: Mapping[str, Any]
+        if self.packs is not None:
+            train, sets = self.packs.datasets(args, num_samples[0], vp_stage, numbers)
+        else:
+            assert self.train_cache is not None and self.tokenizer is not None
+            shape = args.seq_length, self.tokenizer.pad_id
+            train = ShuffledEpochs(
+                ChatDataset(self.train_cache, *shape, numbers),
+                seed=args.seed,
+                num_samples=num_samples[0],
+                num_epochs=args.train_epochs,
             )
-            # Megatron then reads it with the evaluation's batch sizes.
-            valid.split = Split.valid  # type: ignore[attr-defined]
+            sets = {name: ChatDataset(cache, *shape, numbers) for name, cache in self.valid_caches.items()}
+        if self._validation_sets:
+            size = args.eval_global_batch_size
+            valid = RepeatedRounds(
+                [(sets[each.name], each.iterations * size) for each in self._validation_sets],
+                # Megatron counts neither the evaluation before the first step nor the one after the last.
+                num_samples=num_samples[1] + 2 * args.eval_iters * size,
+            )
+            valid.split = Split.valid  # Megatron then reads it with the evaluation's batch sizes
         return train, valid, None
 
 
@@ -300,7 +431,8 @@ def _validate_data_arguments(args: argparse.Namespace) -> None:
         "mock_data": "drop --mock-data",
         "data_path": "the records come from --sft-data; drop --data-path",
         "full_validation": "every evaluation already reads all of --sft-valid-data; drop --full-validation",
-        "multiple_validation_sets": "one validation set is served; drop --multiple-validation-sets",
+        "multiple_validation_sets": "name the sets as --sft-valid-data NAME=FILE …; drop --multiple-validation-sets",
+        "validation_set_names": "name the sets as --sft-valid-data NAME=FILE …; drop --validation-set-names",
         "hybrid_context_parallel": "it needs packed sequences; drop --hybrid-context-parallel",
         "dataloader_inter_document_masking": "records are not packed here; drop --dataloader-inter-document-masking",
         "overlap_moe_expert_parallel_comm": "this program does not build schedule plans; drop"
@@ -313,6 +445,7 @@ def _validate_data_arguments(args: argparse.Namespace) -> None:
         raise ArgumentError(
             f"--dataloader-type {args.dataloader_type}: records are shuffled by --seed and epoch; drop the flag"
         )
+    validate_evaluation_arguments(args)
     if args.save and args.save_interval is None:
         args.save_interval = NEVER  # once, after training
     if args.tokenizer_type is None:
@@ -331,8 +464,8 @@ def train() -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_idft.integration import batches, packed_batches
-
+    workers.die_with_agent()
+    workers.use_fresh_store()
     training = ChatTraining().attach()
     args = parse_and_validate_args()
     model_config = gpt_config_from_args(args) if args.hybrid_layer_pattern is None else hybrid_config_from_args(args)
@@ -341,10 +474,11 @@ def train() -> None:
         return training.datasets(num_samples, vp_stage)
 
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # called on every rank, not only TP rank 0
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        packed_batches.forward_step if training.trains_packs else batches.forward_step,
-    )
-    training.finish()
+    with training.endings.explaining(args):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            training.forward_step,
+        )
+        training.finish()

@@ -1,14 +1,15 @@
 """Attach the loss to `megatron.training`, for the programs `train` and `run`.
 
-Megatron's trainer has no callbacks, so five of its functions are wrapped by name in the modules that call them. Each is
-called through its module's global name in megatron-core 0.19, so the wrappers are reached from any script, whether it
-builds its model from a config or from a model_provider:
+Megatron's trainer has no callbacks, so seven of its functions are wrapped by name in the modules that call them. Each
+is called through its module's global name in megatron-core 0.19, so the wrappers are reached from any script, whether
+it builds its model from a config or from a model_provider:
 
 - `arguments.parse_args`: adds the flags and checks them.
 - `checkpointing.check_checkpoint_args`: compares the loss settings with those of the checkpoint that is continued.
 - `training.setup_model_and_optimizer`: installs the hook on the finished model.
 - `training.train_step`: opens and commits the step's metrics, moves lambda_t, proves that the hook was called.
 - `training.training_log`: reports at the log interval.
+- `training.evaluate`, `training.evaluate_and_print_results`: report each validation set.
 """
 
 from __future__ import annotations
@@ -18,22 +19,14 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 
 from megatron_idft.integration import arguments, compatibility
 from megatron_idft.integration.hook import LossHook, UnsupportedModelError, install, installed_hooks
-from megatron_idft.integration.metrics import (
-    GAMMA_EDGES,
-    PHI_EDGES,
-    WEIGHT_EDGES,
-    LossMetrics,
-    MetricsReport,
-    format_report,
-    health_warning,
-)
+from megatron_idft.integration.metrics import LossMetrics, MetricsReport, health_warning
+from megatron_idft.integration.publishing import print_rank_last, publish_evaluation, publish_training
 from megatron_idft.loss import resolve_backend
 from megatron_idft.objectives import LambdaSchedule, Objective
 
@@ -51,6 +44,10 @@ class TrainerIntegration:
         self._checkpoint_args: argparse.Namespace | None = None
         self._hooks: list[LossHook] = []
         self._metrics: LossMetrics | None = None
+        self._evaluation_metrics: LossMetrics | None = None
+        # Of the validation sets of one evaluation, in order; and what the last evaluation measured, by metric key.
+        self._evaluated: list[tuple[MetricsReport | None, dict[str, torch.Tensor]]] = []
+        self._measured: dict[str, float] = {}
         self._schedule: LambdaSchedule | None = None
         self._gamma_lambda: torch.Tensor | None = None
         self._lambda_value = 1.0
@@ -68,6 +65,8 @@ class TrainerIntegration:
         self._wrap(training, "setup_model_and_optimizer", self._setup_model_and_optimizer)
         self._wrap(training, "train_step", self._train_step)
         self._wrap(training, "training_log", self._training_log)
+        self._wrap(training, "evaluate", self._evaluate)
+        self._wrap(training, "evaluate_and_print_results", self._evaluate_and_print_results)
         return self
 
     def detach(self) -> None:
@@ -132,19 +131,26 @@ class TrainerIntegration:
             device=device,
             end_of_turn_ids=end_of_turn_ids,
             gamma_limits=(args.idft_gamma_min, args.idft_gamma_max) if args.sft_loss == "idft" else None,
+            sources=self._sources(),
         )
+        self._evaluation_metrics = LossMetrics(device=device, sources=self._sources())
         install(
             model,
             objective,
             vocab_size=args.sft_loss_vocab_size,
             backend=args.sft_loss_backend,
             metrics=self._metrics,
+            evaluation_metrics=self._evaluation_metrics,
         )
         self._hooks = installed_hooks(model)
         groups = get_attr_wrapped_model(model[0], "pg_collection") or ProcessGroupCollection.use_mpu_process_groups()
         # Ranks that share a token split its vocabulary; every other rank of the last stage holds other tokens.
         self._group = getattr(groups, "dp_cp_gtp_remat", None) or groups.dp_cp
         print_rank_0(_describe(args, objective, device, self._schedule, end_of_turn_ids))
+
+    def _sources(self) -> tuple[str, ...]:
+        """Names of the sources that metrics are kept for, once Megatron is initialised."""
+        return ()
 
     def _compare_with_checkpoint(self, args: argparse.Namespace) -> None:
         """Keep the schedule of the checkpoint that is continued, and say where its loss was another."""
@@ -226,38 +232,46 @@ class TrainerIntegration:
             )
 
     def _publish(self, args: argparse.Namespace, iteration: int, report: MetricsReport) -> None:
-        from megatron.training import get_tensorboard_writer, get_wandb_writer
-
         if report.unmasked_micro_batches and not self._told_unmasked:
             self._told_unmasked = True
-            _print_rank_last(
+            print_rank_last(
                 "WARNING: the model is called without a loss_mask, so padding and prompts cannot be told from trained"
                 " text: the loss is trained, but there are no sft metrics. Pass loss_mask=... to the model in"
                 " forward_step, as Megatron's pretrain_gpt.py does"
             )
-        _print_rank_last(format_report(iteration, args.train_iters, report.scalars))
+        publish_training(iteration, args.train_iters, report)
         warning = health_warning(report.scalars)
         if warning:
-            _print_rank_last(f"WARNING: {warning}")
-        writer, wandb = get_tensorboard_writer(), get_wandb_writer()
-        if writer:
-            for key, value in report.scalars.items():
-                writer.add_scalar(key, value, iteration)
-            for key, counts in report.histograms.items():
-                _write_histogram(writer, key, counts, iteration)
-        if wandb:
-            histograms = {
-                f"{key} histogram": wandb.Histogram(np_histogram=(counts, _finite_edges(key)))
-                for key, counts in report.histograms.items()
-            }
-            wandb.log(report.scalars | histograms, iteration)
+            print_rank_last(f"WARNING: {warning}")
 
+    def _evaluate(self, original: Callable, call: inspect.BoundArguments) -> Any:
+        """One validation set. What it measured waits in `_evaluated` for `_evaluate_and_print_results`."""
+        metrics = self._evaluation_metrics
+        if metrics is not None:
+            metrics.begin_step()
+        losses, other, out_of_time = original(*call.args, **call.kwargs)
+        report = None
+        if metrics is not None and self._hooks:
+            metrics.commit_step()
+            report = metrics.report(self._group, 1.0)
+        if not out_of_time:
+            self._evaluated.append((report, losses))
+        return losses, other, out_of_time
 
-def _print_rank_last(text: str) -> None:
-    """Print on the last rank, which logs in Megatron, in one write: two ranks' lines would run into each other."""
-    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+    def _evaluate_and_print_results(self, original: Callable, call: inspect.BoundArguments) -> None:
+        from megatron.training import get_args
+
+        args = get_args()
+        self._evaluated = []
+        original(*call.args, **call.kwargs)
+        for index, (report, losses) in enumerate(self._evaluated):
+            # As Megatron names the set.
+            name = args.validation_set_names[index] if args.validation_set_names else index
+            suffix = f"-{name}" if args.multiple_validation_sets else ""
+            measured = {f"{key} validation{suffix}": value.item() for key, value in losses.items()}
+            if report is not None and report.lm_loss is not None:
+                measured |= publish_evaluation(call.arguments["iteration"], suffix, report)
+            self._measured |= measured
 
 
 def _describe(
@@ -335,29 +349,3 @@ def _require_token_count(forward_step: Callable) -> Callable:
         return output, checked_loss_func
 
     return checked_forward_step
-
-
-_HISTOGRAM_EDGES = {"ddt/phi": PHI_EDGES, "idft/gamma": GAMMA_EDGES, "sft weight": WEIGHT_EDGES}
-
-
-def _finite_edges(key: str) -> list[float]:
-    """Edges of all bins. Both writers want finite ones, so the open tails are drawn one bin wide."""
-    edges = _HISTOGRAM_EDGES[key]
-    width = edges[1] - edges[0]
-    return [edges[0] - width, *edges, edges[-1] + width]
-
-
-def _write_histogram(writer: Any, key: str, counts: list[int], iteration: int) -> None:
-    edges = _finite_edges(key)
-    centers = [(low + high) / 2 for low, high in pairwise(edges)]
-    writer.add_histogram_raw(
-        f"{key} histogram",
-        min=edges[0],
-        max=edges[-1],
-        num=sum(counts),
-        sum=sum(count * center for count, center in zip(counts, centers, strict=True)),
-        sum_squares=sum(count * center**2 for count, center in zip(counts, centers, strict=True)),
-        bucket_limits=edges[1:],
-        bucket_counts=counts,
-        global_step=iteration,
-    )

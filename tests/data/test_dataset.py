@@ -134,7 +134,7 @@ def test_a_last_batch_is_filled_up_with_samples_that_train_nothing(tokenizer, tm
 def test_every_round_reads_the_same_records_each_once(tokenizer, tmp_path, round_size, num_samples):
     """A round longer than the data, exactly as long, shorter, and a request for less than one round."""
     data = ChatDataset(cache_of(tokenizer, tmp_path, 64), 64, pad_id=tokenizer.pad_id)
-    rounds = RepeatedRounds(data, round_size, num_samples)
+    rounds = RepeatedRounds([(data, round_size)], num_samples)
     assert len(rounds) >= num_samples and len(rounds) % round_size == 0
     for start in range(0, len(rounds), round_size):
         seen = [rounds[start + i] for i in range(round_size)]
@@ -145,3 +145,16 @@ def test_every_round_reads_the_same_records_each_once(tokenizer, tmp_path, round
                 assert not sample["loss_mask"].any()
     with pytest.raises(IndexError):
         rounds[len(rounds)]
+
+
+def test_a_round_reads_its_sets_one_behind_the_other(tokenizer, tmp_path):
+    (tmp_path / "other").mkdir()
+    data = ChatDataset(cache_of(tokenizer, tmp_path, 64), 64, tokenizer.pad_id, {"a.jsonl": 3})
+    short = ChatDataset(cache_of(tokenizer, tmp_path / "other", 32), 64, tokenizer.pad_id, {"a.jsonl": 4})
+    rounds = RepeatedRounds([(data, 4), (short, 6)], num_samples=11)
+    assert len(rounds) == 20
+    for start in (0, 10):
+        for at, (dataset, index) in enumerate([*((data, i) for i in range(4)), *((short, i) for i in range(5))]):
+            assert torch.equal(rounds[start + at]["tokens"], dataset[index]["tokens"])
+        assert [rounds[start + at]["sources"].tolist() for at in range(10)] == [[3]] * 4 + [[4]] * 5 + [[-1]]
+        assert not rounds[start + 9]["loss_mask"].any()

@@ -23,6 +23,7 @@ class Pack:
     mask: np.ndarray
     weights: np.ndarray | None
     starts: np.ndarray
+    sources: np.ndarray
 
 
 class Reader:
@@ -48,6 +49,7 @@ def pack(*documents, weights=None):
         mask=np.array([trained for _, trained in tokens], dtype=np.uint8),
         weights=None if weights is None else np.array(weights, dtype=np.float32),
         starts=starts.astype(np.int32),
+        sources=np.arange(len(documents), dtype=np.int32),
     )
 
 
@@ -104,6 +106,15 @@ def test_what_a_stage_does_not_need_is_not_read():
     assert set(sample(whole, inputs=True, labels=False)) == {"bounds", "tokens", "position_ids"}
     with pytest.raises(AssertionError, match="was read"):
         sample(whole, inputs=False, labels=True)
+
+
+def test_labels_come_with_the_sources_of_their_documents():
+    stores = {"p": Reader([pack(A, B)]), "q": Reader([pack(C, A)])}
+    data = PackedDataset(stores, 12, PAD, multiple_of=4, sources=[[7, 5], [5, 0]])
+    assert data[0]["sources"].tolist() == [7] * 4 + [5] * 4 + [-1] * 4
+    assert data[1]["sources"].tolist() == [5] * 4 + [0] * 4 + [-1] * 4
+    assert data.untrained_sample()["sources"].tolist() == [-1] * 12
+    assert "sources" not in PackedDataset(stores, 12, PAD, labels=False, sources=[[7, 5], [5, 0]])[0]
 
 
 def test_a_pack_that_is_too_long_is_named():

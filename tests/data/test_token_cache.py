@@ -274,7 +274,7 @@ def test_other_ranks_open_what_one_rank_built(build, tokenizer, tmp_path):
         open_token_cache([file], **(same | {"seq_length": 63}))
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "loss_mask.bin", "offsets.bin", "meta.json"])
+@pytest.mark.parametrize("name", ["tokens.bin", "loss_mask.bin", "offsets.bin", "sources.bin", "meta.json"])
 def test_a_damaged_cache_is_refused(build, tmp_path, name):
     file = write(tmp_path / "a.jsonl", record())
     damaged = build(file).path / name

@@ -7,6 +7,7 @@ import torch
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_idft.integration import arguments
+from megatron_idft.integration.plan_arguments import add_plan_arguments
 from megatron_idft.integration.program import _validate_data_arguments, add_data_arguments
 from megatron_idft.loss import triton_backend
 
@@ -27,15 +28,33 @@ LOSS_FLAGS = [
 DATA_FLAGS = [
     "--hf-cache",
     "--hf-model",
+    "--no-checkpoint-checksums",
+    "--no-exit-signal-handler",
+    "--no-sft-source-metrics",
     "--save-hf",
     "--sft-bad-records",
     "--sft-cache",
     "--sft-data",
+    "--sft-keep-best",
+    "--sft-keep-best-metric",
+    "--sft-keep-best-mode",
     "--sft-last-turn-only",
     "--sft-template-date",
     "--sft-truncation",
     "--sft-valid-data",
     "--train-epochs",
+]
+PLAN_FLAGS = [
+    "--disk-gb-per-s",
+    "--gpu",
+    "--gpu-memory-gib",
+    "--gpus",
+    "--gpus-per-node",
+    "--json",
+    "--layouts",
+    "--mfu",
+    "--peak-tflops",
+    "--reserve-gib",
 ]
 
 
@@ -54,7 +73,8 @@ def validated(line: str) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize(
-    ("provider", "flags"), [(arguments.add_arguments, LOSS_FLAGS), (add_data_arguments, DATA_FLAGS)]
+    ("provider", "flags"),
+    [(arguments.add_arguments, LOSS_FLAGS), (add_data_arguments, DATA_FLAGS), (add_plan_arguments, PLAN_FLAGS)],
 )
 def test_flags_are_frozen_and_documented(provider, flags):
     megatron = {option for action in new_parser()._actions for option in action.option_strings}

@@ -48,10 +48,16 @@ def micro_batch(seed: int, tokens: int = 40):
     return logits, labels
 
 
-def add(metrics: LossMetrics, seed: int, masked: bool = True) -> None:
+def add(metrics: LossMetrics, seed: int, masked: bool = True, sources: torch.Tensor | None = None) -> None:
     logits, labels = micro_batch(seed)
     objective = idft()
-    metrics.add(objective, labels, vocab_parallel_loss(logits, labels, objective), masked=masked)
+    out = vocab_parallel_loss(logits, labels, objective)
+    metrics.add(objective, labels, out, mask_of(labels) if masked else None, sources)
+
+
+def mask_of(labels: torch.Tensor) -> torch.Tensor:
+    """Weights of 1 and 2 for the trained tokens, and NaN, which must not be read, for the others."""
+    return torch.where(labels >= 0, 1.0 + torch.arange(len(labels)) % 2, torch.nan)
 
 
 def new_metrics() -> LossMetrics:
@@ -109,10 +115,55 @@ def test_keys_are_frozen_and_values_right_over_accumulated_micro_batches_and_ste
     assert metrics.report(None, 1.0).scalars == {"trained tokens": 0.0}, "the next interval starts empty"
 
 
+def test_sources_have_the_same_metrics_over_their_own_tokens():
+    metrics = LossMetrics(
+        CPU, end_of_turn_ids=(3, 4), gamma_limits=(0.1, 2.0), vocab_size=VOCAB, sources=("one", "none", "two")
+    )
+    # Whole micro-batches of a source each, as one odd token of another, and one of no source, in between.
+    for seed, number in ((1, 0), (2, 2), (3, 0)):
+        sources = torch.full((40,), number)
+        if seed == 3:
+            trained = (micro_batch(3)[1] >= 0).nonzero().flatten()
+            sources[trained[0]], sources[trained[1]] = 2, -1
+        add(metrics, seed, sources=sources)
+    metrics.commit_step()
+    report = metrics.report(None, 0.5)
+    assert list(report.by_source) == ["one", "two"], "a source without a token in the interval is left out"
+    assert all(list(values) == ["lm loss", *KEYS] for values in report.by_source.values())
+    total = report.scalars["trained tokens"]
+    shares = [values["trained tokens"] for values in report.by_source.values()]
+    assert sum(shares) == total - 1 and shares[1] == expected([2])["trained tokens"] + 1
+    # The first alone, without the two odd tokens.
+    alone = new_metrics()
+    add(alone, 1)
+    logits, labels = micro_batch(3)
+    labels[trained[:2]] = -100
+    alone.add(idft(), labels, vocab_parallel_loss(logits, labels, "idft"), mask_of(micro_batch(3)[1]))
+    alone.commit_step()
+    want = alone.report(None, 0.5)
+    assert report.by_source["one"] == pytest.approx({"lm loss": want.lm_loss} | want.scalars, rel=1e-12)
+
+
+def test_lm_loss_weighs_tokens_by_their_mask_and_divides_by_their_number():
+    metrics = new_metrics()
+    for seed in (1, 2):
+        add(metrics, seed)
+    metrics.commit_step()
+    losses, tokens = 0.0, 0
+    for seed in (1, 2):
+        logits, labels = micro_batch(seed)
+        losses += float(
+            torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+            @ mask_of(labels).nan_to_num().double()
+        )
+        tokens += int((labels >= 0).sum())
+    assert metrics.report(None, 1.0).lm_loss == pytest.approx(losses / tokens, rel=1e-6)
+
+
 def test_other_objectives_report_no_gamma():
     metrics = LossMetrics(CPU, end_of_turn_ids=(3, 4), vocab_size=VOCAB)
     logits, labels = micro_batch(1)
-    metrics.add(idft(), labels, vocab_parallel_loss(logits, labels, "dft"), masked=True)
+    metrics.add(idft(), labels, vocab_parallel_loss(logits, labels, "dft"), mask_of(labels))
     metrics.commit_step()
     report = metrics.report(None, 1.0)
     assert [key for key in KEYS if not key.startswith("idft/")] == list(report.scalars)
@@ -177,7 +228,7 @@ def test_data_parallel_ranks_agree_with_one_process_in_one_all_reduce():
 
 
 def test_a_negative_mean_reaches_the_console():
-    line = format_report(10, 100, {"ddt/phi mean": -0.25, "trained tokens": 12.0})
+    line = format_report("iteration 10/100", {"ddt/phi mean": -0.25, "trained tokens": 12.0})
     assert "ddt/phi mean: -2.500000E-01" in line and "trained tokens: 12 |" in line
 
 

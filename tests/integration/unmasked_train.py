@@ -12,8 +12,8 @@ def plant() -> None:
 
     honest = packed_batches.get_batch
 
-    def get_batch(data_iterator, vp_stage, micro_batch_size):
-        batch = honest(data_iterator, vp_stage, micro_batch_size)
+    def get_batch(data_iterator, vp_stage, *args, **kwargs):
+        batch = honest(data_iterator, vp_stage, *args, **kwargs)
         if not any(packed_batches.stage_reads(get_args(), vp_stage)):
             batch["attention_mask"] = None
         return batch
