@@ -13,7 +13,7 @@ Fine-tunes a Megatron model on chat records. Every flag of Megatron-LM 0.19 is u
 def print_help() -> None:
     """Our flags alone: argparse cannot print Megatron 0.19's, one of whose help texts has a stray percent sign."""
     from megatron_idft.integration.arguments import add_arguments
-    from megatron_idft.integration.program import add_data_arguments
+    from megatron_idft.integration.data_arguments import add_data_arguments
 
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, description=None)
     print(USAGE + "\n\n" + add_arguments(add_data_arguments(parser)).format_help())

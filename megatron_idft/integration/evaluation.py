@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,57 @@ def validate_evaluation_arguments(args: argparse.Namespace) -> None:
         raise ArgumentError(
             "--save-retain-interval deletes checkpoints as well: drop it, or --sft-keep-best, to say which stay"
         )
+
+
+def validation_sets(args: argparse.Namespace, sizes: Mapping[str, int]) -> list[ValidationSet]:
+    """What each evaluation reads of sets of so many samples; none of them with --eval-iters 0."""
+    sets = []
+    for name, size in sizes.items():
+        whole = math.ceil(size / args.eval_global_batch_size)
+        iterations = whole if args.eval_iters is None else min(whole, args.eval_iters)
+        if iterations:
+            sets.append(ValidationSet(name, size, iterations))
+    return sets
+
+
+def evaluation_rounds(
+    args: argparse.Namespace, sets: Sequence[ValidationSet], datasets: Mapping[str, Any], num_samples: int
+) -> Any:
+    """The validation dataset of `pretrain()`, None without a set. num_samples: what Megatron asks for."""
+    from megatron.core.datasets.utils import Split
+
+    from megatron_idft.data import RepeatedRounds
+
+    if not sets:
+        return None
+    size = args.eval_global_batch_size
+    rounds: Any = RepeatedRounds(
+        [(datasets[each.name], each.iterations * size) for each in sets],
+        # Megatron counts neither the evaluation before the first step nor the one after the last.
+        num_samples=num_samples + 2 * args.eval_iters * size,
+    )
+    rounds.split = Split.valid  # Megatron then reads it with the evaluation's batch sizes
+    return rounds
+
+
+def evaluate_before_training(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """Evaluate the model that training begins with. given: the arguments of Megatron's `train`."""
+    from megatron.training import training
+
+    hooked = training.should_disable_forward_pre_hook(args)
+    if hooked:  # as the loop does: nothing was stepped yet that would have to be gathered
+        training.disable_forward_pre_hook(given["model"], param_sync=False)
+    names = ("forward_step_func", "model", "process_non_loss_data_func", "config", "non_loss_data_func")
+    training.evaluate_and_print_results(
+        prefix="iteration 0",
+        iteration=0,
+        data_iterator=given["valid_data_iterator"],
+        **{name: given[name] for name in (*names, "pg_collection", "p2p_communicator")},
+    )
+    if hooked:
+        training.enable_forward_pre_hook(given["model"])
+    if args.num_experts is not None:
+        training.get_moe_metrics_tracker().clear()
 
 
 def best_checkpoints(args: argparse.Namespace, sets: Sequence[ValidationSet]) -> BestCheckpoints | None:

@@ -53,13 +53,16 @@ def prepared_data(args: argparse.Namespace) -> tuple[dict[str, Fraction], dict[s
 
 
 class PackedData:
-    """The stores of one run. Opening maps them into memory; packs are read when they are trained.
+    """The stores of one run. Opening maps them into memory; packs are read when they are trained. The same interface
+    as `RecordData`.
 
     Args:
         args: Megatron's.
         tokenizer: must be the one that the data was prepared with; the stores refuse another.
         train: prefix -> weight. valid: name of a validation set -> prefixes.
     """
+
+    unit = "packs"
 
     def __init__(
         self,
@@ -85,7 +88,7 @@ class PackedData:
         return "packs-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     @property
-    def valid_packs(self) -> dict[str, int]:
+    def validation_sizes(self) -> dict[str, int]:
         """How many packs each validation set has."""
         return {name: sum(map(len, stores.values())) for name, stores in self.valid.items()}
 

@@ -86,8 +86,8 @@ def read_request(argv: Sequence[str]) -> Request:
     Raises:
         ArgumentError, ConversionError: flags that training refuses too, or that `plan` does not count.
     """
+    from megatron_idft.integration.data_arguments import add_data_arguments
     from megatron_idft.integration.hf_model import expand
-    from megatron_idft.integration.program import add_data_arguments
 
     words = expand([word for word in argv if word != "--"])
     on_cpu = "--cpu" in words
@@ -201,8 +201,8 @@ def _missing_environment(on_cpu: bool) -> tuple[str, ...]:
 def _parse(words: list[str], data_arguments: Any) -> argparse.Namespace:
     from megatron.training import arguments as megatron_arguments
 
-    from megatron_idft.integration import program
     from megatron_idft.integration.arguments import compose_providers, validate_arguments
+    from megatron_idft.integration.data_arguments import validate_data_arguments
     from megatron_idft.integration.packed_data import prepared_data
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -229,7 +229,7 @@ def _parse(words: list[str], data_arguments: Any) -> argparse.Namespace:
     args.sft_loss_backend = backend or args.sft_loss_backend
     if args.sft_data:
         # A length that follows from the data is no reason to refuse here.
-        call("the data flags", lambda: program._validate_data_arguments(args))
+        call("the data flags", lambda: validate_data_arguments(args))
         prepared_data(args)
     args.world_size = args.gpus
     with gpu_answers(args.cpu):

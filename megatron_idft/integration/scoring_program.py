@@ -119,7 +119,7 @@ def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenCache]:
     from megatron.training.utils import print_rank_0
 
     from megatron_idft.data import load_tokenizer, open_token_cache
-    from megatron_idft.integration.program import build_shared_token_cache
+    from megatron_idft.integration.record_data import build_shared_token_cache
 
     tokenizer = load_tokenizer(
         args.tokenizer_model,

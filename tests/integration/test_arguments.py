@@ -7,8 +7,8 @@ import torch
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_idft.integration import arguments
+from megatron_idft.integration.data_arguments import add_data_arguments, validate_data_arguments
 from megatron_idft.integration.plan_arguments import add_plan_arguments
-from megatron_idft.integration.program import _validate_data_arguments, add_data_arguments
 from megatron_idft.loss import triton_backend
 
 LOSS_FLAGS = [
@@ -174,7 +174,7 @@ def test_a_yaml_configuration_is_refused_because_it_would_drop_the_flags():
 )
 def test_data_refusals_name_the_remedy(line, remedy):
     with pytest.raises(arguments.ArgumentError, match=remedy):
-        _validate_data_arguments(parse(line, add_data_arguments))
+        validate_data_arguments(parse(line, add_data_arguments))
 
 
 def test_the_schedule_is_recorded_in_iterations_and_kept():

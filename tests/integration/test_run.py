@@ -3,13 +3,14 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from integration.checkpoints import load_scalars
 
-from launch import torchrun
+from launch import forked, torchrun
 
 HERE = Path(__file__).parent
 TINY = """
@@ -20,9 +21,9 @@ TINY = """
 """
 
 
-def run(script: Path | str, flags: str, tmp_path: Path, *more: str, nproc: int = 1, verb: str = "run") -> str:
+def run(script: Path | str, flags: str, tmp_path: Path, *more: str, launch: Callable[..., str] = forked) -> str:
     flags = f"{TINY} {flags} --tensorboard-dir {tmp_path / 'tensorboard'}"
-    return torchrun(["-m", "megatron_idft", verb, script, *more, *flags.split()], nproc=nproc)
+    return launch(["-m", "megatron_idft", "run", script, *more, *flags.split()])
 
 
 def failure(*args, **kwargs) -> str:
@@ -42,7 +43,7 @@ def test_the_script_sees_what_python_would_show_it(tmp_path):
 
 
 def test_both_ways_of_building_a_model_train_the_same(tmp_path):
-    run(HERE / "stock_pretrain.py", "--sft-loss idft", tmp_path / "config")
+    run(HERE / "stock_pretrain.py", "--sft-loss idft", tmp_path / "config", launch=torchrun)
     run(HERE / "variants.py", "--sft-loss idft", tmp_path / "provider", "model_provider")
     config, provider = (load_scalars(tmp_path / name / "tensorboard") for name in ("config", "provider"))
     for key in ("lm loss", "sft loss", "grad-norm", "lm loss validation"):
@@ -100,7 +101,7 @@ def test_mixed_installations_are_refused(tmp_path):
     (tmp_path / "megatron" / "training" / "__init__.py").write_text("")
     script = tmp_path / "pretrain.py"
     script.write_text("import megatron.training\n")
-    message = failure(script, "", tmp_path)
+    message = failure(script, "", tmp_path, launch=torchrun)
     assert "two installations are mixed" in message and str(tmp_path) in message
 
 

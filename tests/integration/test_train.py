@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from integration.checkpoints import differences, load_checkpoint, load_scalars
 from small_tokenizer import train_tokenizer
 
-from launch import ROOT, torchrun
+from launch import ROOT, forked, torchrun
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48
@@ -47,15 +48,16 @@ def command(corpus: Path, folder: Path, flags: str) -> list[str]:
     return ["-m", "megatron_idft", "train", *words.split()]
 
 
-def train(corpus: Path, folder: Path, flags: str, nproc: int = 1) -> str:
-    return torchrun(command(corpus, folder, flags), nproc=nproc)
+def train(corpus: Path, folder: Path, flags: str, nproc: int = 1, launch: Callable[..., str] = forked) -> str:
+    return launch(command(corpus, folder, flags), nproc=nproc)
 
 
 def test_an_epoch_trains_every_token_once_and_validation_reads_every_record_once(corpus, tmp_path):
     # 22 records in batches of 8: the last batch is filled up with samples that count for nothing. Learning rate 0, so
     # that every evaluation must give the same value, whatever batch it is cut into: 8 records by 8, and by 3 x 2.
     valid = f"--sft-valid-data {corpus / 'valid.jsonl'} --eval-interval 4 --lr 0 --sft-loss idft"
-    output = train(corpus, tmp_path / "a", f"--train-epochs 2 --global-batch-size 8 {valid}")
+    flags = f"--train-epochs 2 --global-batch-size 8 {valid}"
+    output = train(corpus, tmp_path / "a", flags, launch=torchrun)  # as a user starts it
     train(corpus, tmp_path / "b", f"--train-iters 4 --global-batch-size 6 --micro-batch-size 3 {valid}")
     assert "2 epochs of 22 records: 6 iterations" in output
     cache = next(path for path in (corpus / "cache").iterdir() if f"token cache {path}" in output)
@@ -112,7 +114,7 @@ def test_a_killed_run_resumes_to_the_bit(corpus, tmp_path):
     again = f"{flags} --save {broken} --load {broken}"
     _kill_after(corpus, broken, again, "iteration        6/")
     assert (broken / "latest_checkpointed_iteration.txt").read_text() == "4"
-    output = train(corpus, broken / "resumed", again, nproc=2)
+    output = train(corpus, broken / "resumed", again, nproc=2, launch=torchrun)
     assert "WARNING: this run continues" not in output
 
     expected, got = load_scalars(whole / "tensorboard"), load_scalars(broken / "resumed" / "tensorboard")
@@ -185,7 +187,7 @@ def test_a_hugging_face_folder_brings_its_template_and_its_end_of_turn(corpus, t
     flags = f"--train-iters 2 --global-batch-size 4 --sft-loss idft --tokenizer-model {folder}"
     words = command(corpus, tmp_path, flags)
     del words[words.index("--chat-template") : words.index("--chat-template") + 2]
-    output = torchrun(words)
+    output = forked(words)
     assert re.search(r"\[user\]\d+ \+ \d+\?\[assistant\]⟦\d+\.\[end\]⟧", output), "the mask under the folder's template"
     size, end = re.search(r"end of turn \[(\d+)\], vocabulary (\d+) of", output).group(2, 1)
     scalars = load_scalars(tmp_path / "tensorboard")

@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from integration.checkpoints import load_scalars
+from small_tokenizer import train_tokenizer
 
-from launch import torchrun
+from launch import forked
 from megatron_idft.integration.batches import loss_func
 
 FLAGS = """
@@ -21,18 +21,7 @@ FLAGS = """
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "text").write_text("\n".join(f"user assistant {a} + {a + 3}? {a}." for a in range(100)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=60,
-        hard_vocab_limit=False,
-        control_symbols=["<|im_start|>", "<|im_end|>"],
-        user_defined_symbols=["\n"],
-        minloglevel=2,
-    )
-    return folder / "tokenizer.model"
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def train(tokenizer: Path, folder: Path, first: float | None, second: float | None, flags: str = "") -> dict:
@@ -48,7 +37,7 @@ def train(tokenizer: Path, folder: Path, first: float | None, second: float | No
     words = (
         f"{FLAGS} --sft-data {folder / 'train.jsonl'} --tokenizer-model {tokenizer} --tensorboard-dir {folder} {flags}"
     )
-    torchrun(["-m", "megatron_idft", "train", *words.split()])
+    forked(["-m", "megatron_idft", "train", *words.split()])
     return {key: values[1] for key, values in load_scalars(folder).items() if 1 in values}
 
 

@@ -26,6 +26,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout needs no installation
 
+from toy_tokenizer import train_tokenizer
+
 from megatron_idft.data import load_tokenizer
 from megatron_idft.data.packed import PrepareSettings, prepare
 
@@ -66,8 +68,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_data(folder: Path, records: int, seq_length: int) -> dict[str, Any]:
     """records.jsonl, a tokenizer and packs; what part of either's positions holds text."""
-    import sentencepiece
-
     chance = random.Random(1)
     lines = []
     for _ in range(records):
@@ -77,18 +77,7 @@ def make_data(folder: Path, records: int, seq_length: int) -> dict[str, Any]:
         row = {"prompt": "1?", "response": "2", "token_ids": ids, "loss_mask": [0] * prompt + [1] * (length - prompt)}
         lines.append(json.dumps(row))
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(f"user assistant {a} + {a + 3} = {2 * a + 3}." for a in range(100)),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=60,
-        hard_vocab_limit=False,
-        split_digits=True,
-        control_symbols=["<|im_start|>", "<|im_end|>"],
-        user_defined_symbols=["\n"],
-        pad_id=3,
-        minloglevel=2,
-    )
+    train_tokenizer(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.model", chat_template="chatml")
     settings = PrepareSettings((str(folder / "records.jsonl"),), seq_length)
     store = prepare(settings, tokenizer, folder / "packs", workers=1, progress=False).store

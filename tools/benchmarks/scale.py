@@ -38,6 +38,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from toy_tokenizer import train_tokenizer
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 SEQ_LENGTH, STEPS = 128, 3
 FLAGS = f"""
@@ -61,25 +63,10 @@ RANKS = (1, 8, 16, 64, 256, 1024)
 
 def make_data(folder: Path) -> None:
     """Packs of two sources, and a tokenizer for them."""
-    import sentencepiece
-
     from megatron_idft.data import load_tokenizer
     from megatron_idft.data.packed import PrepareSettings, prepare
 
-    text = folder / "text"
-    text.write_text("\n".join(f"user assistant Add. {a} + {a + 3} = {2 * a + 3}." for a in range(100)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=60,
-        hard_vocab_limit=False,
-        split_digits=True,
-        control_symbols=["<|im_start|>", "<|im_end|>"],
-        user_defined_symbols=["\n"],
-        pad_id=3,
-        minloglevel=2,
-    )
+    train_tokenizer(folder)
     chance = random.Random(1)
     lines = []
     for number in range(4000):

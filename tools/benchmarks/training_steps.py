@@ -30,6 +30,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from toy_tokenizer import train_tokenizer
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 LOSSES = ("ce", "dft", "idft", "entropy")
 BACKENDS = ("reference", "triton")
@@ -56,8 +58,6 @@ VOCABULARY = {"gpu": 131072, "cpu": 1024}
 
 def make_data(folder: Path, sums: int) -> None:
     """Conversations whose answers fill a sample, and a tokenizer for them."""
-    import sentencepiece
-
     chance = random.Random(1)
     lines = []
     for _ in range(64):
@@ -66,20 +66,7 @@ def make_data(folder: Path, sums: int) -> None:
         messages = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": messages}))
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    text = folder / "text"
-    text.write_text("\n".join(f"user assistant Add. {a} + {a + 3} = {2 * a + 3}." for a in range(100)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=60,
-        hard_vocab_limit=False,
-        split_digits=True,
-        control_symbols=["<|im_start|>", "<|im_end|>"],
-        user_defined_symbols=["\n"],
-        pad_id=3,
-        minloglevel=2,
-    )
+    train_tokenizer(folder)
 
 
 def train(name: str, flags: str, args: argparse.Namespace) -> dict[str, Any]:
