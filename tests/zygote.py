@@ -20,7 +20,15 @@ from megatron_idft.integration import cpu
 
 cpu.enable()
 
-import megatron.training.training  # noqa: E402, F401  (imports what every rank needs)
+# What nearly every rank needs, and would spend most of its short life on importing.
+import megatron.core.models.gpt.gpt_model  # noqa: E402
+import megatron.core.models.hybrid.hybrid_model  # noqa: E402
+import megatron.core.tokenizers.text  # noqa: E402
+import megatron.training.training  # noqa: E402, F401
+import torch._dynamo  # noqa: E402
+import torch._inductor.utils  # noqa: E402
+import torch.onnx  # noqa: E402
+import torch.utils.tensorboard  # noqa: E402, F401
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 
 # Upstream starts a manager process, which imports torch anew, for a queue that only --async-save shares.

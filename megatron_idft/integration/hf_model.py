@@ -272,3 +272,4 @@ def _on_rank_0(name: str, work: Callable[[], None]) -> None:
         outcome = store.get(key).decode()
         if outcome != "done":
             raise UserError(f"rank 0 {outcome}")
+    torch.distributed.barrier()  # rank 0 may serve the store: it must not leave before all have read it

@@ -138,17 +138,18 @@ class Leases:
         content = {"owner": asdict(self._owner), "lease_seconds": self._seconds, "taken": os.fstat(file).st_mtime}
         try:
             os.write(file, json.dumps(content).encode())
-        except OSError:  # a full disk: leave the chunk to others
+            with self._lock:
+                os.utime(path)
+                self._held[chunk] = generation
+                if self._heart is None:
+                    self._heart = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
+                    self._heart.start()
+        except BaseException:  # a full disk, or a signal whose handler raises: leave the chunk to others
+            self._held.pop(chunk, None)
             os.utime(path, (0, 0))
             raise
         finally:
             os.close(file)
-        with self._lock:
-            os.utime(path)
-            self._held[chunk] = generation
-            if self._heart is None:
-                self._heart = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
-                self._heart.start()
         return True
 
     def holds(self, chunk: int) -> bool:
