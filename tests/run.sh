@@ -14,20 +14,21 @@ if [ ! -x .venv/bin/python ]; then
 fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 if ! cmp -s setup.py .venv/installed-setup.py; then
-    .venv/bin/pip install --quiet -e '.[train,examples,dev]'
+    # Most of what is installed is never imported: it need not be compiled.
+    .venv/bin/pip install --quiet --no-compile -e '.[train,examples,dev]'
     cp setup.py .venv/installed-setup.py
 fi
 # Older versions of megatron-core, for the hook only: beside the environment, never in it.
 for version in 0.17 0.18; do
     folder=.cache/megatron-core-$version
     if [ ! -d "$folder/megatron" ]; then
-        .venv/bin/pip install --quiet --no-deps --target "$folder" "megatron-core==$version.*"
+        .venv/bin/pip install --quiet --no-compile --no-deps --target "$folder" "megatron-core==$version.*"
     fi
 done
 # Other people's cross-entropy kernels, oracles for ours: beside the environment as well. Transformer Engine's are plain
 # files of its Python package, which cannot be imported without its compiled one.
 if [ ! -d .cache/peers/transformer_engine ]; then
-    .venv/bin/pip install --quiet --no-deps --target .cache/peers 'liger-kernel>=0.8' 'transformer-engine>=2.20'
+    .venv/bin/pip install --quiet --no-compile --no-deps --target .cache/peers 'liger-kernel>=0.8' 'transformer-engine>=2.20'
 fi
 
 # Triton kernels run interpreted here, also where there is a GPU; `pytest -m gpu` runs them compiled.

@@ -117,7 +117,7 @@ def test_gradient_reaches_the_base_of_a_view(engine: Engine) -> None:
 NEAR_BLOCKS = [blocks * size + extra for size in (512, 1024, 2048, 4096) for blocks in (1, 2) for extra in (-1, 0, 1)]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_generated_shapes(engine: Engine, data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 3), min_size=0, max_size=4), label="shape"))
