@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_idft.checkpoint.config import ConversionError, ModelShape
+from megatron_idft.checkpoint.config_values import listed
 from megatron_idft.checkpoint.families import HEAD
 from megatron_idft.checkpoint.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_idft.checkpoint.settings import ModelClass
@@ -31,18 +32,16 @@ def check_source(folder: SafetensorsFolder, plan: Iterable[Piece], model: ModelS
         _check_tied(folder, head)
         del found[head]
     faults = _compare(expected, found, tuple(map(re.compile, model.family.ignored_tensors)))
-    faults += [
-        f"{name}: dtype {folder.tensors[name].dtype}, only {', '.join(DTYPES)} are served: save the model unquantised"
+    faults["dtypes that are not served, save the model unquantised and in one dtype"] = [
+        f"{name}: {folder.tensors[name].dtype}, only {', '.join(DTYPES)} are served"
         for name in expected
         if name in found and folder.tensors[name].dtype not in DTYPES
-    ]
-    faults += [
-        f"the tensors that make {key} have different dtypes ({', '.join(sorted(kinds))}): save the model in one"
+    ] + [
+        f"the tensors that make {key} have different dtypes ({', '.join(sorted(kinds))})"
         for key, kinds in dtypes.items()
         if len(kinds) > 1
     ]
-    if faults:
-        raise ConversionError(_listed(f"{folder.folder} lacks the tensors that its config.json implies", faults))
+    _refuse(f"{folder.folder} does not hold the tensors that its config.json implies", faults)
 
 
 def _check_tied(folder: SafetensorsFolder, head: str) -> None:
@@ -92,31 +91,34 @@ def check_checkpoint(
         for name, (shape, _) in stored.items()
         if name.startswith(ours) and (name in expected or name not in accounted)
     }
-    faults = _compare(expected, found, ())
-    if faults:
-        raise ConversionError(_listed(f"{folder} does not hold the model that config.json describes", faults))
+    _refuse(f"{folder} does not hold the model that config.json describes", _compare(expected, found, ()))
     return keys
 
 
 def _compare(
     expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], ignored: Iterable[re.Pattern[str]]
-) -> list[str]:
-    faults = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    faults += [
-        f"misshapen: {name} is {list(found[name])}, should be {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    faults += [
-        f"unexpected: {name} {list(shape)}"
-        for name, shape in found.items()
-        if name not in expected and not any(pattern.fullmatch(name) for pattern in ignored)
-    ]
-    return faults
+) -> dict[str, list[str]]:
+    """The differences by kind."""
+    return {
+        "missing": [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found],
+        "misshapen": [
+            f"{name} is {list(found[name])}, should be {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ],
+        "unexpected": [
+            f"{name[:200]} {list(shape)[:8]}"
+            for name, shape in found.items()
+            if name not in expected and not any(pattern.fullmatch(name) for pattern in ignored)
+        ],
+    }
 
 
-def _listed(title: str, faults: list[str]) -> str:
-    return f"{title}:\n" + "\n".join(f"  - {fault}" for fault in faults)
+def _refuse(title: str, faults: dict[str, list[str]]) -> None:
+    """All that is wrong under one title, each kind under a heading of its own."""
+    parts = [listed(f"{kind} ({len(lines)})", lines) for kind, lines in faults.items() if lines]
+    if parts:
+        raise ConversionError("\n".join([f"{title}.", *parts]))
 
 
 def checked_model_class(args: argparse.Namespace, model: ModelShape, folder: Path) -> ModelClass:

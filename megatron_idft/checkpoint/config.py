@@ -7,11 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_idft.checkpoint.config_values import (
+    NUMBERS,
+    ROPE_FACTOR,
+    ROPE_THETA,
+    listed,
+    shape_faults,
+    shown,
+    shown_name,
+    value_faults,
+)
 from megatron_idft.checkpoint.families import FAMILIES, NEUTRAL, READ, READ_EXPERTS, REQUIRED, Family
 from megatron_idft.errors import InputError
 
 # What megatron/core/models/common/embeddings/rotary_pos_embedding.py (_apply_scaling) has written out.
 _LLAMA3_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+_MOST_BYTES = 4 << 20  # of config.json: those of published models have a few thousand
 
 
 class ConversionError(InputError):
@@ -72,15 +83,38 @@ def read_config(folder: Path) -> dict[str, Any]:
         ConversionError: there is none, or it is not a JSON object.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ConversionError(f"{folder} is not a Hugging Face model folder: it has no config.json")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from error
+        if not path.is_file():
+            raise ConversionError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+        if path.stat().st_size > _MOST_BYTES:
+            raise ConversionError(f"{path} has {path.stat().st_size:,} bytes: no config.json of a model is that large")
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except ConversionError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} is not valid JSON: {str(error)[:200]}") from error
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read ({error.strerror})") from error
     if not isinstance(config, dict):
         raise ConversionError(f"{path} does not hold a JSON object")
     return config
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def read_vocabulary(folder: Path) -> int:
+    """The true vocabulary that config.json of a folder names, of any family.
+
+    Raises:
+        ConversionError: it names none.
+    """
+    size = read_config(folder).get("vocab_size")
+    fault = NUMBERS["vocab_size"].fault("vocab_size", size)
+    if fault:
+        raise ConversionError(f"{Path(folder) / 'config.json'}: {fault}")
+    return int(size)  # type: ignore[arg-type]  # it has no fault
 
 
 def read_model(config: dict[str, Any], where: str = "config.json") -> ModelShape:
@@ -91,100 +125,124 @@ def read_model(config: dict[str, Any], where: str = "config.json") -> ModelShape
         ConversionError: naming every field that is missing, unknown or has a value that is not served.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UnknownFamilyError(
-            f"{where}: model_type {kind!r} has no conversion table; there are tables for {', '.join(FAMILIES)}."
+            f"{where}: model_type {shown(kind)} has no conversion table; there are tables for {', '.join(FAMILIES)}."
             " Megatron-Bridge converts more families: where it is installed, `megatron-idft convert` uses it"
         )
     family = FAMILIES[kind]
     config = family.defaults | config
-    faults = _refused_fields(config, family)
     needed = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
     needed += ["intermediate_size", "rms_norm_eps"]
     if family.experts:
         needed += ["num_experts_per_tok", "moe_intermediate_size"]
-        if "num_experts" not in config and "num_local_experts" not in config:
+        if config.get("num_local_experts") is None:
             needed.append("num_experts")
-    faults += [f"{name} is missing" for name in needed if config.get(name) is None]
+    faults = [f"{name} is missing" for name in needed if config.get(name) is None]
+    faults += value_faults(config, READ | READ_EXPERTS if family.experts else READ)
+    faults += _refused_fields(config, family)
     theta, factor = _read_rope(config, faults)
-    if faults:
-        raise ConversionError(
-            f"{where} ({kind}) cannot be converted:\n" + "\n".join(f"  - {fault}" for fault in faults)
-        )
-    heads = int(config["num_attention_heads"])
-    head_dim = config.get("head_dim")
+    _refuse(where, kind, faults)
+    heads, hidden, layers = config["num_attention_heads"], config["hidden_size"], config["num_hidden_layers"]
+    head_dim, groups = config.get("head_dim"), config.get("num_key_value_heads") or heads
+    experts = (config.get("num_experts") or config["num_local_experts"]) if family.experts else 0
+    faults = shape_faults(hidden=hidden, heads=heads, groups=groups, head_dim=head_dim, layers=layers, experts=experts)
+    if family.experts and config["num_experts_per_tok"] > experts:
+        faults.append(f"num_experts_per_tok is {config['num_experts_per_tok']}, with {experts} experts")
+    _refuse(where, kind, faults)
     return ModelShape(
         family=family,
-        vocab=int(config["vocab_size"]),
-        hidden=int(config["hidden_size"]),
-        ffn=int(config["intermediate_size"]),
-        layers=int(config["num_hidden_layers"]),
+        vocab=config["vocab_size"],
+        hidden=hidden,
+        ffn=config["intermediate_size"],
+        layers=layers,
         heads=heads,
-        groups=heads if config.get("num_key_value_heads") is None else int(config["num_key_value_heads"]),
-        head_dim=int(config["hidden_size"]) // heads if head_dim is None else int(head_dim),
-        max_positions=int(config["max_position_embeddings"]),
+        groups=groups,
+        head_dim=hidden // heads if head_dim is None else head_dim,
+        max_positions=config["max_position_embeddings"],
         norm_eps=float(config["rms_norm_eps"]),
         rope_theta=theta,
         rope_scaling_factor=factor,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        init_std=float(config.get("initializer_range", 0.02)),
+        tied=bool(config.get("tie_word_embeddings")),
+        init_std=0.02 if config.get("initializer_range") is None else float(config["initializer_range"]),
         attention_dropout=float(config.get("attention_dropout") or 0.0),
-        experts=int(config.get("num_experts") or config["num_local_experts"]) if family.experts else 0,
-        expert_ffn=int(config["moe_intermediate_size"]) if family.experts else 0,
-        experts_per_token=int(config["num_experts_per_tok"]) if family.experts else 0,
+        experts=experts,
+        expert_ffn=config["moe_intermediate_size"] if family.experts else 0,
+        experts_per_token=config["num_experts_per_tok"] if family.experts else 0,
         normalise_top_k=bool(config.get("norm_topk_prob")),
     )
 
 
+def _refuse(where: str, kind: str, faults: list[str]) -> None:
+    if faults:
+        raise ConversionError(listed(f"{where} ({kind}) cannot be converted", faults))
+
+
 def _refused_fields(config: dict[str, Any], family: Family) -> list[str]:
     required = REQUIRED | family.required
-    known = READ | NEUTRAL | family.neutral | required.keys() | {"layer_types"}
+    known = READ | NEUTRAL | family.neutral | required.keys()
     if family.experts:
         known |= READ_EXPERTS
     faults = []
-    architectures = config.get("architectures") or [family.architecture]
-    if architectures != [family.architecture]:
-        faults.append(f"architectures {architectures}: only {family.architecture} is served")
+    if config.get("architectures") not in (None, [], [family.architecture]):
+        faults.append(f"architectures {shown(config['architectures'])}: only {family.architecture} is served")
     for name, (served, remedy) in required.items():
-        if name in config and config[name] not in served:
-            faults.append(f"{name} is {config[name]!r}, only {' or '.join(map(repr, served))} is served: {remedy}")
-    others = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
-    if others:
-        faults.append(f"layer_types holds {', '.join(others)}: only full_attention is served")
+        if name in config and not any(_same(config[name], value) for value in served):
+            only = " or ".join(map(shown, served))
+            faults.append(f"{name} is {shown(config[name])}, only {only} is served: {remedy}")
+    layer_types = config.get("layer_types")
+    if isinstance(layer_types, list):
+        others = sorted({shown(kind) for kind in layer_types if kind != "full_attention"})
+        if others:
+            faults.append(f"layer_types holds {', '.join(others[:8])}: only full_attention is served")
     faults += [
-        f"{name} ({json.dumps(config[name])[:80]}) is not known to the conversion. If the model computes the same"
+        f"{shown_name(name)} ({shown(config[name])}) is not known to the conversion. If the model computes the same"
         " without it, take it out of a copy of config.json"
         for name in sorted(config.keys() - known)
     ]
     return faults
 
 
+def _same(value: Any, served: Any) -> bool:
+    """Equal and of one type: 1 is not true, and 0 is not false."""
+    return type(value) is type(served) and value == served
+
+
 def _read_rope(config: dict[str, Any], faults: list[str]) -> tuple[int, float | None]:
     """(base, factor of Llama 3's scaling or None), from either of the two ways in which it is written."""
     # transformers 5 writes all of it into rope_parameters; before, rope_theta stood alone.
-    rope: dict[str, Any] = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    written = [config.get(name) for name in ("rope_scaling", "rope_parameters")]
+    rope: dict[str, Any] = {name: value for each in written if isinstance(each, dict) for name, value in each.items()}
     theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    kind = rope.pop("rope_type", rope.get("type", "default"))
     rope.pop("type", None)
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        faults.append("rope partial_rotary_factor: only 1 is served")
-    if theta is None or int(theta) != theta:
-        faults.append(f"rope_theta is {theta}: Megatron's --rotary-base takes whole numbers")
+    if rope.pop("partial_rotary_factor", None) not in (None, 1.0):
+        faults.append("rope partial_rotary_factor: only 1.0 is served")
+    fault = ROPE_THETA.fault("rope_theta", theta)
+    if fault is None and theta != int(theta):
+        fault = f"rope_theta is {theta}: Megatron's --rotary-base takes whole numbers"
+    if fault:
+        faults.append(fault)
         theta = 10000
     if kind == "default":
         if rope:
-            faults.append(f"rope parameters {', '.join(sorted(rope))} without a rope_type that would use them")
+            faults.append(f"rope parameters {_names(rope)} without a rope_type that would use them")
         return int(theta), None
     if kind != "llama3":
-        faults.append(f"rope type {kind!r} is not served, only 'default' and 'llama3'")
+        faults.append(f"rope type {shown(kind)} is not served, only 'default' and 'llama3'")
         return int(theta), None
     factor = rope.pop("factor", None)
-    if factor is None:
-        faults.append("rope_scaling of type llama3 without a factor")
+    fault = ROPE_FACTOR.fault("rope factor", factor)
+    if fault:
+        faults.append(fault)
     for name, only in _LLAMA3_SCALING.items():
         value = rope.pop(name, None)
-        if value != only:
-            faults.append(f"rope {name} is {value}: Megatron's --use-rope-scaling has {only} written out")
+        if isinstance(value, bool) or value != only:
+            faults.append(f"rope {name} is {shown(value)}: Megatron's --use-rope-scaling has {only} written out")
     if rope:
-        faults.append(f"rope parameters {', '.join(sorted(rope))} are not known to the conversion")
-    return int(theta), None if factor is None else float(factor)
+        faults.append(f"rope parameters {_names(rope)} are not known to the conversion")
+    return int(theta), None if fault else float(factor)
+
+
+def _names(rope: dict[str, Any]) -> str:
+    return ", ".join(map(shown_name, sorted(rope)[:8]))

@@ -165,19 +165,25 @@ READ = frozenset(
         "attention_dropout",
         "torch_dtype",
         "dtype",
+        "layer_types",
     }
 )
 READ_EXPERTS = frozenset(
     {"num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
 )
-# Fields of any config.json that say how to call a model, or who saved it, and nothing about what it computes.
+# Fields of any config.json that say how to call a model, who saved it or how it was made, and nothing about what it
+# computes.
 NEUTRAL = frozenset(
-    {
+    [
         "_name_or_path",
         "name_or_path",
+        "_model_name_or_path",
+        "model_name",
         "transformers_version",
         "_commit_hash",
+        "_diffusers_version",
         "use_cache",
+        "tokenizer_class",
         "bos_token_id",
         "eos_token_id",
         "pad_token_id",
@@ -189,42 +195,92 @@ NEUTRAL = frozenset(
         "return_dict",
         "use_return_dict",
         "torchscript",
+        "chunk_size_feed_forward",
+        "use_bfloat16",
         "_attn_implementation_autoset",
         "_attn_implementation",
-        "_experts_implementation",
+        "_attn_implementation_internal",
         "attn_implementation",
-        "chunk_size_feed_forward",
+        "_flash_attn_2_enabled",
+        "_experts_implementation",
+        "keys_to_ignore_at_inference",
+        "tf_legacy_loss",
         "problem_type",
         "id2label",
         "label2id",
         "num_labels",
         "task_specific_params",
         "finetuning_task",
-        "tokenizer_class",
         "prefix",
         "unsloth_fixed",
         "unsloth_version",
-    }
+        "transformers.js_config",
+        "is_llama_config",
+        "max_sequence_length",
+        "model_max_length",
+    ]
+) | frozenset(  # of a generation, which transformers 4 kept here too
+    [
+        "max_length",
+        "min_length",
+        "max_new_tokens",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+    ]
 )
 _ADVICE_BRIDGE = "Megatron-Bridge may serve it: pip install megatron-bridge, then run the same command"
-# What Megatron's models take for granted in all of these families.
+_OFF = (False, None)
+# What Megatron's models take for granted in all of these families; with another value they compute something else.
 REQUIRED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu",), _ADVICE_BRIDGE),
-    "attention_bias": ((False,), "biases of the attention's output have no place in the mapping; " + _ADVICE_BRIDGE),
-    "mlp_bias": ((False,), _ADVICE_BRIDGE),
-    "pretraining_tp": ((0, 1), "set it to 1: it only splits matrix products, the weights are the same"),
-    "is_encoder_decoder": ((False,), _ADVICE_BRIDGE),
-    "partial_rotary_factor": ((1, 1.0), _ADVICE_BRIDGE),
-    "tie_encoder_decoder": ((False,), _ADVICE_BRIDGE),
-    "is_decoder": ((False,), _ADVICE_BRIDGE),
-    "add_cross_attention": ((False,), _ADVICE_BRIDGE),
+    "attention_bias": (_OFF, "biases of the attention's output have no place in the mapping; " + _ADVICE_BRIDGE),
+    "mlp_bias": (_OFF, _ADVICE_BRIDGE),
+    "pretraining_tp": ((0, 1, None), "set it to 1: it only splits matrix products, the weights are the same"),
+    "is_encoder_decoder": (_OFF, _ADVICE_BRIDGE),
+    "partial_rotary_factor": ((1, 1.0, None), _ADVICE_BRIDGE),
+    "rope_interleaved": (_OFF, _ADVICE_BRIDGE),
+    "use_mrope": (_OFF, _ADVICE_BRIDGE),
+    "tie_encoder_decoder": (_OFF, _ADVICE_BRIDGE),
+    "is_decoder": (_OFF, _ADVICE_BRIDGE),
+    "add_cross_attention": (_OFF, _ADVICE_BRIDGE),
+    "cross_attention_hidden_size": ((None,), _ADVICE_BRIDGE),
     "pruned_heads": (({}, None), _ADVICE_BRIDGE),
+    "quantization_config": ((None,), "take the model as it was before it was quantised"),
+    "compression_config": ((None,), "take the model as it was before it was compressed"),
+    "auto_map": (({}, None), "the model brings code of its own, which is never run here"),
 }
 _WINDOW_ADVICE = (
     "Megatron's model would attend to the whole sequence. With --seq-length up to the window both are the same: then"
     " switch the window off in a copy of config.json"
 )
-_QWEN_WINDOW: dict[str, tuple[tuple[Any, ...], str]] = {"use_sliding_window": ((False,), _WINDOW_ADVICE)}
+_QWEN_WINDOW: dict[str, tuple[tuple[Any, ...], str]] = {"use_sliding_window": (_OFF, _WINDOW_ADVICE)}
+# Written out by some versions of Qwen3, whose model has them so.
+_QWEN3: dict[str, tuple[tuple[Any, ...], str]] = _QWEN_WINDOW | {
+    "qkv_bias": (_OFF, _ADVICE_BRIDGE),
+    "use_qk_norm": ((True, None), _ADVICE_BRIDGE),
+}
+_NO_WINDOW: dict[str, tuple[tuple[Any, ...], str]] = {"sliding_window": ((None,), _WINDOW_ADVICE)}
 # Qwen's window and the layers it holds for mean nothing while use_sliding_window is false.
 _QWEN_NEUTRAL = frozenset({"sliding_window", "max_window_layers"})
 _OLD_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
@@ -236,13 +292,14 @@ FAMILIES = {
             "llama",
             "LlamaForCausalLM",
             rules=_ATTENTION + _MLP,
+            required=_NO_WINDOW,
             ignored_tensors=_OLD_BUFFERS,
         ),
         Family(
             "mistral",
             "MistralForCausalLM",
             rules=_ATTENTION + _MLP,
-            required={"sliding_window": ((None,), _WINDOW_ADVICE)},
+            required=_NO_WINDOW,
             defaults={"num_key_value_heads": 8, "sliding_window": 4096},
             ignored_tensors=_OLD_BUFFERS,
         ),
@@ -260,7 +317,7 @@ FAMILIES = {
             "Qwen3ForCausalLM",
             rules=_ATTENTION + _QK_NORM + _MLP,
             qk_norm=True,
-            required=_QWEN_WINDOW,
+            required=_QWEN3,
             defaults={"num_key_value_heads": 32, "head_dim": 128},
             neutral=_QWEN_NEUTRAL,
         ),
@@ -270,8 +327,9 @@ FAMILIES = {
             rules=_ATTENTION + _QK_NORM + _EXPERTS,
             qk_norm=True,
             experts=True,
-            required=_QWEN_WINDOW
+            required=_QWEN3
             | {
+                "shared_expert_intermediate_size": ((0, None), _ADVICE_BRIDGE),
                 "decoder_sparse_step": ((1,), "every layer must hold experts; " + _ADVICE_BRIDGE),
                 "mlp_only_layers": (([], None), "every layer must hold experts; " + _ADVICE_BRIDGE),
             },

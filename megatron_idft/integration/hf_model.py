@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_idft.checkpoint.config import read_config, read_model
+from megatron_idft.checkpoint.config import read_config, read_model, read_vocabulary
 from megatron_idft.errors import UserError
 from megatron_idft.integration.arguments import ArgumentError
 
@@ -247,7 +247,7 @@ def _huggingface_folder(args: argparse.Namespace) -> Path | None:
 def recorded_vocab_size(args: argparse.Namespace) -> int | None:
     """The true vocabulary of the model that is loaded, where a config.json lies beside its checkpoint."""
     folder = _huggingface_folder(args)
-    return None if folder is None else int(read_config(folder)["vocab_size"])
+    return None if folder is None else read_vocabulary(folder)
 
 
 def _on_rank_0(name: str, work: Callable[[], None]) -> None:

@@ -44,16 +44,26 @@ def test_missing_misshapen_and_unexpected_tensors_are_all_named(folder):
         stored["model.layers.9.mlp.up_proj.weight"] = torch.zeros(96, 64)
 
     change_tensors(folder, change)
-    message = refused(folder)
-    for line in (
-        "missing: model.layers.0.mlp.up_proj.weight [96, 64]",
-        "missing: model.layers.3.self_attn.k_proj.bias [32]",
-        "misshapen: model.layers.1.self_attn.q_proj.weight is [64, 60], should be [64, 64]",
-        "misshapen: model.norm.weight is [65], should be [64]",
-        "unexpected: model.layers.2.self_attn.q_norm.weight [16]",
-        "unexpected: model.layers.9.mlp.up_proj.weight [96, 64]",
-    ):
-        assert line in message
+    title, *lines = refused(folder).splitlines()
+    assert title == f"{folder} does not hold the tensors that its config.json implies."
+    assert lines == [
+        "missing (2):",
+        "  - model.layers.0.mlp.up_proj.weight [96, 64]",
+        "  - model.layers.3.self_attn.k_proj.bias [32]",
+        "misshapen (2):",
+        "  - model.layers.1.self_attn.q_proj.weight is [64, 60], should be [64, 64]",
+        "  - model.norm.weight is [65], should be [64]",
+        "unexpected (2):",
+        "  - model.layers.2.self_attn.q_norm.weight [16]",
+        "  - model.layers.9.mlp.up_proj.weight [96, 64]",
+    ]
+
+
+def test_a_heading_stands_over_its_own_kind_alone(folder):
+    change_tensors(folder, lambda stored: stored.update({f"extra.{n:03d}": torch.zeros(1) for n in range(300)}))
+    _, heading, *lines = refused(folder).splitlines()
+    assert heading == "unexpected (300):" and lines[0] == "  - extra.000 [1]"
+    assert lines[-1] == "  … and 240 more" and len(lines) == 61
 
 
 def test_other_dtypes_are_named(folder):
@@ -64,7 +74,7 @@ def test_other_dtypes_are_named(folder):
 
     change_tensors(folder, change)
     message = refused(folder)
-    assert "model.norm.weight: dtype F8_E4M3" in message and "save the model unquantised" in message
+    assert "model.norm.weight: F8_E4M3" in message and "save the model unquantised" in message
     assert "decoder.layers.self_attention.linear_proj.weight have different dtypes (BF16, F32)" in message
 
 
@@ -118,8 +128,8 @@ _SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "ori
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"mlp_bias": True}, "mlp_bias is true"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope type 'yarn'"),
@@ -136,7 +146,7 @@ _SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "ori
         ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
         ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is 4096"),
         ({"model_type": "mistral"}, "sliding_window is 4096"),  # transformers' default
-        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is True"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is true"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
         ({"model_type": "qwen3_moe"}, "num_experts is missing"),
@@ -202,7 +212,7 @@ def test_a_checkpoint_of_another_model_is_not_written_as_this_one(converted, tmp
     shutil.copytree(converted["qwen3"].megatron["gpt"] / "tokenizer", tmp_path / "config")
     settings = json.loads((tmp_path / "config" / "config.json").read_text())
     (tmp_path / "config" / "config.json").write_text(json.dumps(settings | {"vocab_size": 500}))
-    with pytest.raises(ConversionError, match=r"misshapen: embedding.word_embeddings.weight is \[384, 64\]"):
+    with pytest.raises(ConversionError, match=r"misshapen \(2\):\n  - embedding.word_embeddings.weight is \[384, 64\]"):
         to_hf(checkpoint, tmp_path / "out", tmp_path / "config", progress=False)
     assert not (tmp_path / "out").exists()
 
