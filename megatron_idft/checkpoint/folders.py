@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_idft.build_folders import building_in
 from megatron_idft.checkpoint.config import ConversionError
-from megatron_idft.data.token_cache import remove_dead_builds
 
 COMPANIONS = "tokenizer"  # the folder of config.json and the tokenizer's files, inside a Megatron checkpoint
 # Small files of a Hugging Face folder that travel with the weights. No Python: nothing here ever runs a model's code.
@@ -35,24 +32,18 @@ _COMPANION_FILES = (
 def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that is renamed to it at the end, and removed after an error.
 
-    What killed conversions of this machine left beside `target` is removed too.
+    What killed conversions left beside `target` is removed too.
 
     Raises:
         ConversionError: `target` exists, unless it is to be replaced.
     """
     if target.exists() and not replace:
         raise ConversionError(f"{target} exists already: nothing is overwritten. Remove it, or name another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_dead_builds(target.parent)
-    building = target.parent / f".building-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    building.mkdir()
-    try:
+    with building_in(target.parent) as building:
         yield building
         if replace:
             shutil.rmtree(target, ignore_errors=True)
         building.rename(target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def copy_companions(source: Path, target: Path) -> None:

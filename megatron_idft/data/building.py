@@ -1,8 +1,6 @@
-"""What a build of a token cache needs beside the tokens: weights on disk, progress, and sweeping up dead builds."""
+"""What a build of a token cache needs beside the tokens: weights on disk, and progress."""
 
 import os
-import shutil
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,22 +73,3 @@ class BuildProgress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-
-
-def remove_dead_builds(folder: Path) -> None:
-    """Delete what killed builds of this machine left behind. Other machines' processes cannot be seen from here."""
-    host = socket.gethostname()
-    for build in folder.glob(f".building-{host}-*"):
-        pid = build.name.removeprefix(f".building-{host}-").split("-")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(build, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

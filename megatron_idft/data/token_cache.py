@@ -21,9 +21,6 @@ complete: a killed build leaves nothing that could be taken for a cache, and of 
 import hashlib
 import json
 import os
-import shutil
-import socket
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -33,9 +30,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_idft.build_folders import building_in
 from megatron_idft.corpus.ledger.files import sync
 from megatron_idft.corpus.records import ErrorLog, Record, RecordError, read_records
-from megatron_idft.data.building import BuildProgress, WeightsFile, remove_dead_builds
+from megatron_idft.data.building import BuildProgress, WeightsFile
 from megatron_idft.data.conversations import (
     EncodedConversation,
     RenderedConversation,
@@ -227,11 +225,7 @@ def build_token_cache(
     final = Path(cache_dir) / _folder(described)
     if final.exists():
         return TokenCache(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    remove_dead_builds(final.parent)
-    building = final.parent / f".building-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    building.mkdir()
-    try:
+    with building_in(final.parent) as building:
         _build(building, settings, described, progress)
         try:
             building.rename(final)
@@ -240,8 +234,6 @@ def build_token_cache(
                 raise
         else:
             sync(final.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return TokenCache(final)
 
 

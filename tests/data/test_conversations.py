@@ -141,9 +141,14 @@ def test_text_and_ids_are_those_of_transformers(huggingface_folder, kind, family
     expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = encode_conversation(ours, messages)
     assert ids.tolist() == list(expected["input_ids"])
-    if family == "marked":  # transformers trains the newline behind the end as well, which inference never reaches
-        newlines = np.flatnonzero(mask != np.asarray(expected["assistant_masks"]))
-        assert ids[newlines - 1].tolist() == [ours.special_ids["<|im_end|>"]] * 5
+    if family == "marked":
+        # transformers trains what follows the end in the block as well: a newline, which inference never reaches. Old
+        # metaspace writes a blank of its own before it; transformers 4 and 5.0 train that alone, newer ones both.
+        theirs_only = np.flatnonzero(mask < np.asarray(expected["assistant_masks"]))
+        assert (np.asarray(expected["assistant_masks"]) >= mask).all()
+        runs = np.split(theirs_only, np.flatnonzero(np.diff(theirs_only) > 1) + 1)
+        assert [ids[run[0] - 1] for run in runs] == [ours.special_ids["<|im_end|>"]] * 5
+        assert {ours.decode(ids[run]).strip(" ") for run in runs} <= {"\n", ""}
 
 
 def test_bos_is_written_once(huggingface_folder):
