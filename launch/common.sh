@@ -66,6 +66,7 @@ set_environment() {
     GRACE=${GRACE:-300}
     default CUDA_DEVICE_MAX_CONNECTIONS 1
     default PYTORCH_CUDA_ALLOC_CONF expandable_segments:True
+    default NCCL_GRAPH_REGISTER 0
     default TOKENIZERS_PARALLELISM false
     default OMP_NUM_THREADS 1
     default PYTHONUNBUFFERED 1

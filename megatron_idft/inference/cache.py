@@ -7,8 +7,9 @@ and streams with short ones live in different banks, so that neither pays for th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_idft.errors import InputError
 from megatron_idft.inference.served import ServedModel
 
 _LENGTH_MULTIPLE = 64  # attention reads so many positions more than the longest sequence has, at most
+# cuDNN's attention, which torch prefers since 2.11 on Hopper, makes a plan for each shape when it first occurs, and
+# prefills and batches to score have a shape of their own nearly always.
+_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Bank:
@@ -155,7 +161,7 @@ class SlotAttention(torch.nn.Module):
 class KeyValueCache:
     """The memory behind the banks, and the attention modules that use it.
 
-    memory_bytes: what keys and values may take on this rank.
+    memory_bytes: what keys and values may take on this rank. cudnn: whether attention may be cuDNN's.
     """
 
     def __init__(self, model: ServedModel, memory_bytes: int) -> None:
@@ -167,6 +173,7 @@ class KeyValueCache:
         self.head_size = attention.hidden_size_per_attention_head
         self.scale = model.config.softmax_scale or self.head_size**-0.5
         self.flash_attention = _flash_attention(model)
+        self.cudnn = cudnn_allowed()
         for layer, module in enumerate(model.attentions):
             if not isinstance(module.core_attention, SlotAttention):
                 module.core_attention = SlotAttention(self, layer, module.core_attention, self.scale)
@@ -206,11 +213,8 @@ class KeyValueCache:
     @contextmanager
     def prefilling(self, bank: Bank | None, slots: Tensor) -> Any:
         """While it lasts, attention is causal over the batch, and its keys and values go to `slots` [n] of the bank."""
-        self.plan = _Prefill(bank, slots)
-        try:
+        with self._planned(_Prefill(bank, slots)):
             yield
-        finally:
-            self.plan = None
 
     @contextmanager
     def decoding(self, steps: list[BankStep]) -> Any:
@@ -221,11 +225,27 @@ class KeyValueCache:
                 seen = torch.arange(step.read, device=step.lengths.device) <= step.lengths.unsqueeze(1)
                 mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device)
                 step.mask = mask.masked_fill_(~seen, -torch.inf)[:, None, None, :]
-        self.plan = steps
-        try:
+        with self._planned(steps):
             yield
-        finally:
-            self.plan = None
+
+    @contextmanager
+    def _planned(self, plan: _Prefill | list[BankStep]) -> Any:
+        with ExitStack() as stack:
+            if not self.cudnn:
+                stack.enter_context(sdpa_kernel(_WITHOUT_PLANS))
+            self.plan = plan
+            try:
+                yield
+            finally:
+                self.plan = None
+
+
+def cudnn_allowed() -> bool:
+    """Whether MEGATRON_IDFT_CUDNN_ATTENTION=1 lets torch choose cuDNN's attention, where it prefers that one."""
+    value = os.environ.get("MEGATRON_IDFT_CUDNN_ATTENTION", "0")
+    if value not in ("0", "1"):
+        raise InputError(f"MEGATRON_IDFT_CUDNN_ATTENTION={value[:40]}: set it to 1 or 0")
+    return value == "1"
 
 
 def _flash_attention(model: ServedModel) -> Any:

@@ -90,7 +90,9 @@ class DecodeEngine:
     def describe(self) -> str:
         """Memory and kernels, in one line for a person."""
         cache = self.cache
-        attention = "flash-attn" if cache.flash_attention is not None else "SDPA"
+        attention = "SDPA" if cache.cudnn else "SDPA without cuDNN"
+        if cache.flash_attention is not None:  # for one token at a time; prompts go through SDPA
+            attention = f"flash-attn and {attention}"
         return (
             f"decode engine: up to {self.max_rows} responses at once, {self.max_positions:,} positions;"
             f" {cache.memory_bytes / 2**30:.2f} GiB for keys and values on this rank, {cache.bytes_per_token:,} bytes"

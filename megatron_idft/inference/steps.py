@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_idft.inference.cache import Bank, BankStep, KeyValueCache
+from megatron_idft.inference.captured_collectives import require_unregistered_graphs
 from megatron_idft.inference.served import ServedModel
 
 _KEPT_GRAPHS = 32  # the captured shapes that were used last
@@ -43,6 +44,11 @@ class DecodeForward:
         self.model, self.cache = model, cache
         # The dispatchers of experts read token counts on the host, which cannot be captured.
         self.graphs = model.device.type == "cuda" and not model.has_experts
+        if self.graphs and model.tp_group.size() > 1:
+            require_unregistered_graphs()
+        # Of all graphs: what one computes in between may lie where another does. They never run at the same time, and
+        # what each leaves behind, its logits, is read before the next replay.
+        self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
         self._captured: OrderedDict[_Shape, _Graph] = OrderedDict()
 
     def __call__(self, banks: Sequence[Bank]) -> Tensor:
@@ -112,7 +118,7 @@ class DecodeForward:
             self._run(steps, tokens, lengths)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             logits = self._run(steps, tokens, lengths)
         return _Graph(graph, tokens, lengths, logits)
 

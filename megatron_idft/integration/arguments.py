@@ -194,6 +194,18 @@ def refuse_yaml(wants_loss: bool) -> None:
         )
 
 
+def cuda_graph_flag(args: argparse.Namespace) -> str | None:
+    """The flag that asks for CUDA graphs of the model, as it was given; None where none does."""
+    for name in (
+        "enable_cuda_graph",
+        "external_cuda_graph",
+    ):  # deprecated; Megatron's check of its arguments drops them
+        if getattr(args, name, False):
+            return _flag(name)
+    implementation = getattr(args, "cuda_graph_impl", None) or "none"
+    return None if implementation == "none" else f"--cuda-graph-impl {implementation}"
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 

@@ -16,13 +16,14 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from megatron_idft.errors import UserError
+from megatron_idft.integration.local_flags import LOCAL_LAYERS, add_missing, given_flags
 
 
 class UnsupportedOnCPUError(UserError, RuntimeError):
@@ -34,12 +35,8 @@ class UnsupportedOnCPUError(UserError, RuntimeError):
 # What is added unless the user decided: flag and value.
 _NEEDED: tuple[tuple[str, str | None], ...] = (
     ("--distributed-backend", "gloo"),
-    ("--transformer-impl", "local"),
     ("--use-cpu-initialization", None),
-    ("--no-gradient-accumulation-fusion", None),  # APEX kernel; tensor_parallel/layers.py refuses without it
-    ("--no-masked-softmax-fusion", None),  # CUDA extension of fusions/fused_softmax.py
-    ("--no-rope-fusion", None),  # transformer_config.py refuses it without Transformer Engine
-    ("--no-persist-layer-norm", None),  # transformer/torch_norm.py refuses it
+    *LOCAL_LAYERS,
     # Compiled upstream; here they would be the same sums in another order than the plain layers'.
     ("--no-bias-gelu-fusion", None),
     ("--no-bias-swiglu-fusion", None),
@@ -97,7 +94,7 @@ def add_flags(argv: Sequence[str], program_name: str) -> list[str]:
     Sets the environment variables that Megatron wants as well, and says in one line on rank 0 what was added. Raises
     UnsupportedOnCPUError, naming the remedy, for a flag that cannot work on the CPU.
     """
-    given = dict(_flags(argv))
+    given = given_flags(argv)
     for flag, (allowed, remedy) in _REFUSED.items():
         if flag in given and given[flag] not in allowed:
             asked = f"{flag} {given[flag]}".strip()
@@ -107,22 +104,10 @@ def add_flags(argv: Sequence[str], program_name: str) -> list[str]:
         raise UnsupportedOnCPUError(
             f"{program_name}: local experts with a bias cannot be trained: add --disable-bias-linear."
         )
-    added = [word for flag, value in _NEEDED if flag not in given for word in (flag, value) if word]
     environment = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(environment)
-    if os.environ.get("RANK", "0") == "0" and (added or environment):
-        names = " ".join([*(f"{name}={value}" for name, value in environment.items()), *added])
-        print(f"{program_name}: no GPU in use, running on the CPU; added: {names}", flush=True)
-    return [*argv, *added]
-
-
-def _flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Every `--flag value` and `--flag=value` of a command line; the value is empty for a switch."""
-    for position, word in enumerate(argv):
-        if word.startswith("--"):
-            flag, _, value = word.partition("=")
-            following = argv[position + 1] if position + 1 < len(argv) else "--"
-            yield flag, value or ("" if following.startswith("--") else following)
+    also = " ".join(f"{name}={value}" for name, value in environment.items())
+    return add_missing(argv, _NEEDED, program_name, "no GPU in use, running on the CPU", also=also)
 
 
 # ----------------------------------------------------------------------------------------------------------------- shim

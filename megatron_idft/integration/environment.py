@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
-from importlib.metadata import PackageNotFoundError, version
+
+from megatron_idft.integration.gpu_libraries import BrokenLibraryError, GPULibraries, find_gpu_libraries, installed
+from megatron_idft.integration.local_flags import missing_flags
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,6 @@ def _python() -> Iterator[Finding]:
     yield Finding("python", platform.python_version(), served, "" if served else "use Python 3.12 or newer")
 
 
-def _installed(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
 # distribution -> why training needs it
 _NEEDED = {
     "numpy": "arrays",
@@ -69,7 +64,7 @@ _NEEDED = {
 
 def _packages() -> Iterator[Finding]:
     for distribution, why in _NEEDED.items():
-        found = _installed(distribution)
+        found = installed(distribution)
         yield Finding(
             distribution,
             found or f"missing; needed for {why}",
@@ -79,7 +74,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _torch() -> Iterator[Finding]:
-    found = _installed("torch")
+    found = installed("torch")
     if found is None:
         yield Finding("torch", "missing", False, "pip install torch")
         return
@@ -108,7 +103,7 @@ def _megatron() -> Iterator[Finding]:
 
 
 def _accelerators() -> Iterator[Finding]:
-    if _installed("torch") is None:
+    if installed("torch") is None:
         return
     import torch
 
@@ -122,23 +117,46 @@ def _accelerators() -> Iterator[Finding]:
             f"{properties.name}, compute capability {properties.major}.{properties.minor},"
             f" {properties.total_memory / 2**30:.0f} GiB",
         )
-    engine = _installed("transformer-engine")
-    yield Finding(
-        "transformer-engine",
-        engine or "missing: local layers are used; no FP8, no packed sequences, no context-parallel attention",
-        remedy="" if engine else 'use an NGC PyTorch container, or pip install "transformer-engine[pytorch]"',
-    )
-    # PyPI's `apex` is another project; NVIDIA's brings the extension module amp_C.
-    apex = importlib.util.find_spec("amp_C") is not None
+    yield from _gpu_libraries()
+
+
+def _gpu_libraries() -> Iterator[Finding]:
+    remedy = 'use an NGC PyTorch container, or pip install "transformer-engine[pytorch]"'
+    without = "local layers are used; no FP8, no multi-latent attention, no context parallelism with packs"
+    there = installed("transformer-engine") or installed("transformer-engine-torch")
+    try:
+        libraries = find_gpu_libraries()
+    except BrokenLibraryError as error:
+        yield Finding("transformer-engine", str(error), False, remedy)
+        return
+    if libraries.transformer_engine:
+        yield Finding("transformer-engine", there or "imports")
+    else:
+        why = f"{there} does not import ({libraries.why_not})" if libraries.why_not else "missing"
+        yield Finding("transformer-engine", f"{why}: {without}", remedy=remedy)
+    # PyPI's `apex` is another project; NVIDIA's brings these extension modules.
+    found = [
+        text
+        for text, here in (
+            ("fused optimizers and norms", _apex_optimizer()),
+            ("gradient-accumulation fusion", libraries.weight_gradient_kernel),
+            ("fused softmax of local layers", libraries.softmax_kernel),
+        )
+        if here
+    ]
     yield Finding(
         "apex",
-        "NVIDIA's, with fused kernels" if apex else "missing: torch's optimizers, no gradient-accumulation fusion",
-        remedy="" if apex or engine else "build it from github.com/NVIDIA/apex; PyPI's `apex` is another project",
+        f"NVIDIA's, with {', '.join(found)}" if found else "missing: no gradient-accumulation fusion",
+        remedy="" if found else "build it from github.com/NVIDIA/apex; PyPI's `apex` is another project",
     )
+
+
+def _apex_optimizer() -> bool:
+    return importlib.util.find_spec("amp_C") is not None
 
 
 def _communication() -> Iterator[Finding]:
-    if _installed("torch") is None:
+    if installed("torch") is None:
         return
     import torch.distributed as distributed
 
@@ -159,29 +177,36 @@ def _gpu_present() -> bool:
 
 def _choices() -> Iterator[Finding]:
     """The backend that each part will use."""
-    if _installed("torch") is None:
+    if installed("torch") is None:
         return
     import torch
 
+    from megatron_idft.inference.cache import cudnn_allowed
     from megatron_idft.loss import resolve_backend
 
     gpu = _gpu_present()
-    engine = gpu and _installed("transformer-engine") is not None
-    apex = gpu and importlib.util.find_spec("amp_C") is not None
-    triton = _installed("triton")
+    try:
+        libraries = find_gpu_libraries() if gpu else GPULibraries(False)
+    except BrokenLibraryError:
+        libraries = GPULibraries(False)  # said above
+    engine, apex = libraries.transformer_engine, gpu and _apex_optimizer()
+    triton = installed("triton")
     slow = "missing: on a GPU the loss runs on its slower reference backend"
     yield Finding("triton", triton or slow, remedy="" if triton else "pip install triton")
     yield Finding("uses: device", "cuda" if gpu else "cpu")
     yield Finding("uses: communication", "nccl" if gpu else "gloo")
-    yield Finding("uses: layers", "transformer_engine" if engine else "local")
+    added = " ".join(word for flag in missing_flags({}, libraries) for word in flag if word) if gpu else ""
+    layers = "transformer_engine" if engine else "local"
+    yield Finding("uses: layers", f"{layers}; the programs add {added}" if added else layers)
     yield Finding(
         "uses: optimizer",
         "Transformer Engine's FusedAdam" if engine else "apex's FusedAdam" if apex else "torch.optim",
     )
     yield Finding("uses: loss", resolve_backend("auto", torch.device("cuda" if gpu else "cpu")))
-    flash = gpu and _installed("flash-attn") is not None
-    yield Finding("uses: decoding", f"attention by {'flash-attn' if flash else 'SDPA'}")
-    verify = _installed("math-verify")
+    flash = gpu and installed("flash-attn") is not None
+    plans = "" if cudnn_allowed() else " without cuDNN"
+    yield Finding("uses: decoding", f"attention by {'flash-attn and ' if flash else ''}SDPA{plans}")
+    verify = installed("math-verify")
     yield Finding(
         "uses: verification",
         f"text, numbers, math-verify {verify}" if verify else "text and numbers alone",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
 from megatron_idft.integration import hf_model
 from megatron_idft.integration.arguments import ArgumentError
 
@@ -108,6 +109,7 @@ def parse(
     whole_numbers: names of arguments that must be at least 1 where they are given. check: may raise ArgumentError; sees
     the arguments before Megatron has validated them.
     """
+    import torch
     from megatron.training import arguments as megatron_arguments
     from megatron.training.initialize import initialize_megatron
 
@@ -128,6 +130,9 @@ def parse(
         if value is not None and value < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} {value}: pass a whole number from 1")
     check(args)
+    decodes = getattr(args, "calibrate", True) is not None  # realign always does
+    if decodes and args.tensor_model_parallel_size > 1 and args.num_experts is None and torch.cuda.is_available():
+        leave_graphs_unregistered(Path(sys.argv[0]).name)
     flags = [f"--{name.replace('_', '-')}" for name in _MEGATRON_DEFAULTS]
     sys.argv += ["--micro-batch-size", "1"] * (args.micro_batch_size is None)
     sys.argv += [flag for flag in (*flags[1:], "--exit-on-missing-checkpoint") if flag not in sys.argv]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_idft.data.packed_dataset import INPUTS, LABELS
-from megatron_idft.integration.arguments import ArgumentError
+from megatron_idft.integration.arguments import ArgumentError, cuda_graph_flag
 from megatron_idft.integration.batches import OnSources, loss_func
 from megatron_idft.integration.hook import UnsupportedModelError
 
@@ -74,7 +74,16 @@ def validate_packed_arguments(args: argparse.Namespace) -> None:
                 f"--experimental-attention-variant {args.experimental_attention_variant} does not keep packed documents"
                 " apart without Transformer Engine: drop the flag, or train on records"
             )
-    elif max(args.micro_batch_size, args.eval_micro_batch_size or 1) > 1:
+        return
+    graphs = cuda_graph_flag(args)
+    if graphs is not None:
+        # transformer_engine asserts that there are none (transformer_layer.py); local finds other arguments than it
+        # captured (cuda_graphs.py); full_iteration meets the synchronisations of `get_batch` while it captures.
+        raise ArgumentError(
+            f"{graphs} cannot be used with packs: a CUDA graph replays one shape, and the documents of a pack are of"
+            " other numbers and lengths in every step. Drop the flag, or train on records"
+        )
+    if max(args.micro_batch_size, args.eval_micro_batch_size or 1) > 1:
         raise ArgumentError(
             "packs are whole sequences already: Transformer Engine takes one per micro-batch. Pass --micro-batch-size 1"
             " and, for longer ones, prepare the data with a larger --seq-length"

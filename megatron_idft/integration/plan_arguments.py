@@ -91,6 +91,8 @@ def read_request(argv: Sequence[str]) -> Request:
 
     words = expand([word for word in argv if word != "--"])
     on_cpu = "--cpu" in words
+    if not on_cpu:
+        words = _with_local_flags(words)
     _prepare()
     from megatron_idft.integration import cpu
 
@@ -189,6 +191,19 @@ def _prepare() -> None:
     from megatron_idft.integration import local_layers
 
     local_layers.install()
+
+
+def _with_local_flags(words: list[str]) -> list[str]:
+    """What training on this machine's GPU would add. A layer that is asked for by name is that of another machine."""
+    import torch
+
+    from megatron_idft.integration.gpu_libraries import find_gpu_libraries
+    from megatron_idft.integration.local_flags import add_local_flags, given_flags
+
+    # Without a GPU, or where an earlier call of this process has hidden it, nobody knows what training will find.
+    if "--transformer-impl" in given_flags(words) or not torch.cuda.is_available():
+        return words
+    return add_local_flags(words, "megatron-idft plan", find_gpu_libraries(importing=False))
 
 
 def _missing_environment(on_cpu: bool) -> tuple[str, ...]:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 
 def prepare_process(program: str, argv: Sequence[str], force_cpu: bool) -> None:
-    """Set `sys.argv`, choose CPU mode, and make the installed Megatron usable, in the order that its imports need.
+    """Set `sys.argv` with the flags that this machine needs, choose CPU mode, and make the installed Megatron usable.
+
+    In the order that its imports need.
 
     Args:
         program: what `sys.argv[0]` shall be.
@@ -30,6 +32,11 @@ def prepare_process(program: str, argv: Sequence[str], force_cpu: bool) -> None:
 
         cpu.enable()
         sys.argv[1:] = cpu.add_flags(sys.argv[1:], os.path.basename(program))
+    else:
+        from megatron_idft.integration.gpu_libraries import find_gpu_libraries
+        from megatron_idft.integration.local_flags import add_local_flags
+
+        sys.argv[1:] = add_local_flags(sys.argv[1:], os.path.basename(program), find_gpu_libraries())
     from megatron_idft.integration import local_layers
 
     local_layers.install()

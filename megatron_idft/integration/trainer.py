@@ -19,10 +19,12 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
 from megatron_idft.integration import arguments, compatibility
 from megatron_idft.integration.hook import LossHook, UnsupportedModelError, install, installed_hooks
 from megatron_idft.integration.metrics import LossMetrics, MetricsReport, health_warning
@@ -99,6 +101,8 @@ class TrainerIntegration:
             args.sft_loss = None
             return args
         arguments.validate_arguments(args)
+        if arguments.cuda_graph_flag(args) and torch.cuda.is_available():
+            leave_graphs_unregistered(Path(sys.argv[0]).name)
         return args
 
     def _check_checkpoint_args(self, original: Callable, call: inspect.BoundArguments) -> None:

@@ -201,6 +201,7 @@ def test_the_plan_of_one_node():
     assert "# layout   TP 2, PP 1, CP 1, EP 1, DP 4, recompute none" in printed
     assert "# batch    256 sequences of 4096 = 1 x DP 4 x 64 micro-batches" in printed
     assert "export CUDA_DEVICE_MAX_CONNECTIONS=1" in printed
+    assert "export NCCL_GRAPH_REGISTER=0" in printed  # with the expandable segments above it
     assert after(words, "--save") == after(words, "--load") == "/save/my run"
     assert after(words, "--hf-model") == "/models/m" and "--num-layers" not in words
     assert words[words.index("--sft-valid-data") :][1:3] == ["v1", "v2"]

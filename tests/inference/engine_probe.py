@@ -3,7 +3,8 @@
     engine_probe.py CASES.json OUT.json <flags of `score`>
 
 A case: requests, sampling, stopping, mixing (a fixed number, or the beta of the paper's linear form), max_rows,
-memory_bytes, graphs (False: none), decode (False: score the prompts). Runs on a GPU where there is one. Only one rank
+memory_bytes, graphs (False: none), decode (False: score the prompts), cudnn (whether attention may be cuDNN's; the
+answer then tells what attention saw, too). Runs on a GPU where there is one. Only one rank
 writes; the ranks' results are compared first.
 """
 
@@ -37,6 +38,19 @@ class Fixed:
 
 
 def run(engine, case, vocab_size):
+    if "cudnn" not in case:
+        return answers(engine, case, vocab_size)
+    seen = set()
+    attention = engine.model.attentions[0].core_attention
+    hook = attention.register_forward_pre_hook(lambda *_: seen.add(torch.backends.cuda.cudnn_sdp_enabled()))
+    engine.cache.cudnn, before = case["cudnn"], engine.cache.cudnn
+    found = answers(engine, case, vocab_size)
+    hook.remove()
+    engine.cache.cudnn = before
+    return {"found": found, "seen": sorted(seen), "after": torch.backends.cuda.cudnn_sdp_enabled(), "default": before}
+
+
+def answers(engine, case, vocab_size):
     from megatron_idft.inference.requests import DecodeSettings, Repetition, Request, Sampling, Stopping
 
     if not case.get("decode", True):

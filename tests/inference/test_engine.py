@@ -370,6 +370,38 @@ def test_memory_bounds_the_rows_and_too_little_of_it_is_an_error(folder, small):
         probe(folder, path, "", {"none": case | {"memory_bytes": 96 * per_token}})
 
 
+def test_attention_that_plans_for_each_shape_is_left_out_unless_asked_for(folder, small):
+    _, path, vocab = small
+    both = pairs(vocab)
+    decode = {
+        "requests": both,
+        "beta": BETA,
+        "sampling": {"temperature": 0},
+        "stopping": {"stop_ids": [STOP], "max_tokens": 12},
+    }
+    score = {"decode": False, "prompts": [r["prompt"] for r in both if len(r["prompt"]) > 1]}
+    kinds = {"decode": decode, "score": score}
+    cases = {f"{name} {on}": case | {"cudnn": on} for name, case in kinds.items() for on in (False, True)}
+    found = probe(folder, path, "", cases)
+    for name in kinds:
+        without, allowed = found[f"{name} False"], found[f"{name} True"]
+        assert without["default"] is False
+        assert without["seen"] == [False] and without["after"], "only attention itself, and there always"
+        assert allowed["seen"] == [True]
+        assert without["found"] == allowed["found"]
+
+
+def test_the_switch_of_cudnn_is_0_or_1(monkeypatch):
+    from megatron_idft.inference.cache import cudnn_allowed
+
+    for value, allowed in (("1", True), ("0", False)):
+        monkeypatch.setenv("MEGATRON_IDFT_CUDNN_ATTENTION", value)
+        assert cudnn_allowed() is allowed
+    monkeypatch.setenv("MEGATRON_IDFT_CUDNN_ATTENTION", "yes")
+    with pytest.raises(ValueError, match="set it to 1 or 0"):
+        cudnn_allowed()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -12,9 +12,8 @@ from launch import torchrun
 
 pytestmark = pytest.mark.gpu
 
-# Neither Transformer Engine nor Apex is needed.
-PLAIN = "--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-rope-fusion"
-PLAIN += " --no-persist-layer-norm --no-bias-swiglu-fusion --no-bias-dropout-fusion"
+# Local layers: Transformer Engine is not under test here. What they need besides is added.
+PLAIN = "--transformer-impl local --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion"
 
 
 @pytest.fixture(scope="module")

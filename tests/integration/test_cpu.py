@@ -171,7 +171,7 @@ def test_only_missing_flags_are_added_and_named_in_one_line(capsys, monkeypatch)
     argv = cpu.add_flags(given, "script.py")
     assert argv[: len(given)] == given
     assert argv[len(given) :] == [
-        "--transformer-impl", "local", "--use-cpu-initialization", "--no-gradient-accumulation-fusion",
+        "--use-cpu-initialization", "--transformer-impl", "local", "--no-gradient-accumulation-fusion",
         "--no-masked-softmax-fusion", "--no-persist-layer-norm", "--no-bias-gelu-fusion", "--no-bias-swiglu-fusion",
         "--no-bias-dropout-fusion",
     ]  # fmt: skip

@@ -72,3 +72,26 @@ def test_transformer_engine_takes_one_pack_per_micro_batch():
     for name in ("micro_batch_size", "eval_micro_batch_size"):
         with pytest.raises(ArgumentError, match=r"one per micro-batch\. Pass --micro-batch-size 1"):
             validate_packed_arguments(Namespace(**vars(args) | {name: 2}))
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
+        ({"cuda_graph_impl": "transformer_engine"}, "--cuda-graph-impl transformer_engine"),
+        ({"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl full_iteration"),
+        ({"enable_cuda_graph": True}, "--enable-cuda-graph"),
+        ({"external_cuda_graph": True}, "--external-cuda-graph"),
+    ],
+)
+def test_packed_sequences_and_cuda_graphs_are_refused_by_name(given, name):
+    args = {
+        "transformer_impl": "transformer_engine",
+        "hybrid_layer_pattern": None,
+        "micro_batch_size": 1,
+        "eval_micro_batch_size": None,
+        "cuda_graph_impl": "none",
+    }
+    validate_packed_arguments(Namespace(**args))
+    with pytest.raises(ArgumentError, match=f"{name} cannot be used with packs.*Drop the flag, or train on records"):
+        validate_packed_arguments(Namespace(**args | given))

@@ -1,0 +1,116 @@
+"""Parse command lines on a pretended node of 8 GPUs without Transformer Engine: gpu_node.py CASES.json ANSWERS.json.
+
+CASES: a list of {"verb", "words", "env"}. Each runs in a fork that stops where the trainer would first touch a GPU,
+and answers {"code", "argv", "out", "err", "args", "env"}. Nothing is computed.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+import types
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore")
+for name in ("transformer_engine", "apex", "fused_weight_gradient_mlp_cuda", "scaled_upper_triang_masked_softmax_cuda"):
+    sys.modules[name] = None  # whatever this machine has
+
+import torch  # noqa: E402
+
+H100 = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, name="NVIDIA H100")
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 8
+torch.cuda.current_device = lambda: 0
+torch.cuda.get_device_properties = lambda *_: H100
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+
+# What the forks would import one by one.
+import megatron.core.models.gpt.gpt_model  # noqa: E402
+import megatron.core.models.hybrid.hybrid_model  # noqa: E402
+import megatron.core.tokenizers.text  # noqa: E402
+import megatron.training.training  # noqa: E402
+import torch._dynamo  # noqa: E402
+import torch._inductor.utils  # noqa: E402
+from megatron.training import arguments, initialize  # noqa: E402
+
+WANTED = ("transformer_impl", "apply_rope_fusion", "gradient_accumulation_fusion", "masked_softmax_fusion")
+WANTED += ("no_persist_layer_norm",)
+
+
+class Reached(BaseException):
+    """The flags are good: what comes next needs a GPU."""
+
+
+def reached(*_, **__):
+    raise Reached
+
+
+def run(verb, words):
+    if verb == "doctor":
+        from megatron_idft.integration import environment
+
+        for finding in environment.examine():
+            print(f"{finding.name}: {finding.detail}")
+        return None
+    from megatron_idft.cli import main
+
+    return main([verb, *words])
+
+
+def build(args):
+    """Config and layer specification, whose checks are the next to refuse flags."""
+    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
+
+    config = (gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args)(args)
+    if args.hybrid_layer_pattern is None:
+        from megatron.training.models.gpt import default_layer_spec
+
+        default_layer_spec(config, 0)
+
+
+def answer(case):
+    os.environ.pop("NCCL_GRAPH_REGISTER", None)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
+    os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **case.get("env", {})}
+    seen = []
+    validate = arguments.validate_args
+
+    def validate_args(args, *rest, **kwargs):
+        result = validate(args, *rest, **kwargs)
+        seen.append(args)
+        return result
+
+    arguments.validate_args = validate_args
+    initialize.initialize_megatron = megatron.training.training.initialize_megatron = reached
+    out, err = io.StringIO(), io.StringIO()
+    found = {"code": "reached", "args": None}
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            found["code"] = run(case["verb"], case["words"])
+        except Reached:
+            build(seen[-1])
+    if seen:
+        found["args"] = {name: getattr(seen[-1], name) for name in WANTED}
+    return found | {"argv": sys.argv[1:], "out": out.getvalue(), "err": err.getvalue(), "env": dict(os.environ)}
+
+
+def main() -> None:
+    cases, answers = map(Path, sys.argv[1:])
+    found = []
+    for number, case in enumerate(json.loads(cases.read_text())):
+        part = answers.with_suffix(f".{number}")
+        pid = os.fork()
+        if pid == 0:
+            try:
+                part.write_text(json.dumps(answer(case)))
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        found.append(json.loads(part.read_text()))
+    answers.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
