@@ -12,7 +12,7 @@ USAGE = """usage: torchrun … -m megatron_idft score --hf-model DIR --data FILE
        torchrun … -m megatron_idft score --load DIR --tokenizer-model PATH --data FILE … --output DIR <model flags>
        megatron-idft score status DIR
        megatron-idft score report DIR … [--output DIR] [--title TEXT]
-       megatron-idft score select DIR --keep EXPRESSION --data FILE … --output FILE.jsonl
+       megatron-idft score select DIR --keep EXPRESSION --data FILE … --output FILE
 
 Scores the responses of a corpus under a Megatron model: log p, entropy and phi = log p + H of every trained token.
 Start it as often as you like on one output folder: launches share the work, and a stopped one goes on where it was.
@@ -48,7 +48,8 @@ def select(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(
         "megatron-idft score select",
-        description="The records whose scores fulfil an expression, as they were, to JSONL.",
+        description="Copies the records whose scores fulfil an expression as they were: lines byte for byte, rows of"
+        " Parquet with their own values and types (or as JSON, to a file of lines).",
     )
     parser.add_argument("folder", type=Path, help="the --output of score")
     parser.add_argument(
@@ -57,7 +58,9 @@ def select(argv: Sequence[str]) -> int:
         help="an expression over the columns of scores.parquet: 'phi_mean > -0.3 and ends_turn'",
     )
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="the records that were scored")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="a new file")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="a new .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
+    )
     args = parser.parse_args(argv)
     print(json.dumps(select_records(args.folder, args.keep, args.data, args.output)))
     return 0

@@ -3,7 +3,7 @@
 A message is `{"role", "content"}` and may carry, beside keys that are passed on as they came:
 
 - assistant: `tool_calls` in the OpenAI form, `reasoning_content`, `loss`. `content` may be empty or null beside one of
-  the first two, and is then the empty text.
+  the first two, and is then the empty text. What other trainers call `loss` is read as such.
 - tool: `tool_call_id`, `name`.
 
 Arguments of tool calls become objects, also where they came as JSON text: templates of Hugging Face write them with
@@ -17,6 +17,13 @@ from typing import Any
 ROLES = ("system", "user", "assistant", "tool")
 # Weights are kept in 32 bits: beyond these, a weight would become infinity or nothing.
 LEAST_WEIGHT, GREATEST_WEIGHT = 2.0**-126, 3e38
+
+MAX_DEPTH = 100  # of nested lists and objects: what is read must also be written, by programs that recurse
+
+# `loss` in the words of OpenAI, Axolotl, slime and others: 0 or false leaves the message out, 1 or true trains it.
+_LOSS_NAMES = ("loss", "loss_mask", "step_loss_mask", "loss_weight", "weight", "train", "trainable", "training")
+# They say which tokens are trained, too, but a part of the message, or in a sense that differs between programs.
+_UNCLEAR_LOSS_NAMES = ("mask", "masked", "loss_scale", "train_detail", "training_detail", "ignore_loss", "no_loss")
 
 Message = dict[str, Any]
 Bad = Callable[[str, str], Exception]  # (field, message) -> the error to raise
@@ -48,7 +55,7 @@ def checked_tools(tools: Any, bad: Bad, *, from_parquet: bool = False) -> list[d
     if not isinstance(tools, list):
         raise bad("tools", f"expected a list, found {kind(tools)}")
     if from_parquet:
-        tools = _without_nulls(tools)
+        tools = without_nulls(tools)
     for i, tool in enumerate(tools):
         function = _function(tool, f"tools[{i}]", bad)
         if not isinstance(function.get("description", ""), str):
@@ -81,7 +88,33 @@ def kind(value: Any) -> str:
     """What a JSON value is, for error messages."""
     if value is None:
         return "nothing"
-    return {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}.get(type(value), repr(value)[:80])
+    return {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}.get(type(value)) or shown(value)
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: its beginning."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def too_deep(value: Any) -> bool:
+    """Whether lists and objects are nested more than MAX_DEPTH levels deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        nested = [item for item in level if isinstance(item, dict | list)]
+        if not nested:
+            return False
+        level = [child for item in nested for child in (item.values() if isinstance(item, dict) else item)]
+    return True
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without keys that are null, at any depth: Parquet gives every object every key."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
 
 
 def _checked_message(message: Any, at: str, bad: Bad, from_parquet: bool) -> Message:
@@ -89,7 +122,7 @@ def _checked_message(message: Any, at: str, bad: Bad, from_parquet: bool) -> Mes
         raise bad(at, f"expected an object, found {kind(message)}")
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise bad(f"{at}.role", f"{role!r} is none of {', '.join(ROLES)}")
+        raise bad(f"{at}.role", f"{shown(role)} is none of {', '.join(ROLES)}")
     # Parquet gives every message every key; null means absent there and means nothing in JSON.
     checked = {key: value for key, value in message.items() if value is not None}
     calls = _checked_calls(checked.pop("tool_calls", None), role, f"{at}.tool_calls", bad, from_parquet)
@@ -109,8 +142,21 @@ def _checked_message(message: Any, at: str, bad: Bad, from_parquet: bool) -> Mes
         for key in ("tool_call_id", "name"):
             if not isinstance(checked.get(key, ""), str):
                 raise bad(f"{at}.{key}", f"expected a string, found {kind(checked[key])}")
-    _check_loss(checked.get("loss"), role, f"{at}.loss", bad)
+    _read_loss(checked, at, bad)
     return checked
+
+
+def _read_loss(message: Message, at: str, bad: Bad) -> None:
+    """Check the message's weight, and call it `loss`."""
+    for name in _UNCLEAR_LOSS_NAMES:
+        if name in message:
+            raise bad(f"{at}.{name}", "is not served, its sense differs between programs: write loss, 0 or 1")
+    names = [name for name in _LOSS_NAMES if name in message]
+    if len(names) > 1:
+        raise bad(f"{at}.{names[1]}", f"stands beside {names[0]}, which means the same: keep one of the two")
+    for name in names:
+        _check_loss(message[name], message["role"], f"{at}.{name}", bad)
+        message["loss"] = message.pop(name)
 
 
 def _checked_calls(calls: Any, role: str, at: str, bad: Bad, from_parquet: bool) -> list[dict[str, Any]]:
@@ -130,7 +176,7 @@ def _checked_calls(calls: Any, role: str, at: str, bad: Bad, from_parquet: bool)
         if isinstance(arguments, str):
             arguments = _from_json(arguments, f"{place}.function.arguments", bad) if arguments.strip() else {}
         elif from_parquet:
-            arguments = _without_nulls(arguments)
+            arguments = without_nulls(arguments)
         if arguments is not None and not isinstance(arguments, dict):
             raise bad(
                 f"{place}.function.arguments", f"expected an object, or JSON text of one, found {kind(arguments)}"
@@ -147,7 +193,7 @@ def _function(value: Any, at: str, bad: Bad) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise bad(at, f"expected an object, found {kind(value)}")
     if value.get("type") not in (None, "function"):
-        raise bad(f"{at}.type", f'expected "function", found {value["type"]!r}')
+        raise bad(f"{at}.type", f'expected "function", found {shown(value["type"])}')
     function = value.get("function")
     if not isinstance(function, dict):
         raise bad(f"{at}.function", f"expected an object as in {form}, found {kind(function)}")
@@ -158,21 +204,24 @@ def _function(value: Any, at: str, bad: Bad) -> dict[str, Any]:
 
 
 def _check_loss(loss: Any, role: str, at: str, bad: Bad) -> None:
-    if loss is None:
-        return
     if not isinstance(loss, bool | int | float):
         raise bad(at, f"expected 0, 1 or a weight, found {kind(loss)}")
     if not 0 <= loss <= GREATEST_WEIGHT or 0 < loss < LEAST_WEIGHT:  # NaN fails the first
-        raise bad(at, f"{loss!r:.80} is no weight: it must be 0 or lie between {LEAST_WEIGHT:.1e} and 3e38")
+        raise bad(at, f"{shown(loss)} is no weight: it must be 0 or lie between {LEAST_WEIGHT:.1e} and 3e38")
     if loss and role != "assistant":
         raise bad(at, f"only what the assistant says is trained, and this is a {role} message: leave it out, or 0")
 
 
 def _from_json(text: str, at: str, bad: Bad) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = json.loads(text)
+        if too_deep(value):
+            raise RecursionError
+    except RecursionError:  # of json's own, or ours
+        raise bad(at, f"nested more than {MAX_DEPTH} levels deep") from None
+    except ValueError as error:
         raise bad(at, f"not JSON: {error}") from None
+    return value
 
 
 def _check_text(value: str, at: str, bad: Bad) -> None:
@@ -190,11 +239,3 @@ def _check_writable(value: Any, at: str, bad: Bad) -> None:
     except (TypeError, RecursionError) as error:  # what only Parquet holds, such as dates
         raise bad(at, f"cannot be written as JSON: {error}") from None
     _check_text(text, at, bad)
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value

@@ -1,13 +1,15 @@
 """Conversation records in, as a stream: JSONL (.gz, .zst) and Parquet.
 
 A record is `{"messages": [{"role", "content"}, …]}` or `{"prompt", "response"}`, with optional `id`, `answer`,
-`source` and `tools`; every other column is carried through in `extra`. What messages may hold stands in messages.py.
+`source` and `tools`; every other column is carried through in `extra`. What messages may hold stands in messages.py,
+the keys that make or change a conversation in conversation_keys.py.
 Memory stays bounded by one line, or one small batch of Parquet rows.
 """
 
 import gzip
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from megatron_idft.corpus.messages import ROLES, Message, checked_content, checked_messages, checked_tools, kind
+from megatron_idft.corpus.conversation_keys import conversation, refuse_unserved
+from megatron_idft.corpus.messages import MAX_DEPTH, ROLES, Message, checked_tools, kind, too_deep
 from megatron_idft.errors import InputError, UserError
 
 __all__ = ["ROLES", "ErrorLog", "Message", "OnBytes", "OnError", "Record", "RecordError", "read_records"]
@@ -25,6 +28,8 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 MAX_LINE_BYTES = 64 << 20  # one line may not exhaust the memory: a file without newlines is a fault, not a record
 PARQUET_BATCH_ROWS = 256
 RAW_EXCERPT = 500  # characters of a bad record kept in the errors file
+_LONGEST_MESSAGE, _LONGEST_FIELD = 1000, 200  # characters: what is wrong with a record may quote the record
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # escaped, alone or one of a pair
 
 
 @dataclass(slots=True)
@@ -55,12 +60,18 @@ class RecordError(UserError, ValueError):
     """A record that cannot be used: which file, line (row in Parquet), field, and why."""
 
     def __init__(self, file: str, line: int, field: str, message: str, raw: str = ""):
-        self.file, self.line, self.field, self.message, self.raw = file, line, field, message, raw[:RAW_EXCERPT]
-        at = f", {field}" if field else ""
-        super().__init__(f"{file}, {'row' if file.endswith('.parquet') else 'line'} {line}{at}: {message}")
+        self.file, self.line, self.raw = file, line, raw[:RAW_EXCERPT]
+        self.field, self.message = _shortened(field, _LONGEST_FIELD), _shortened(message, _LONGEST_MESSAGE)
+        at = f", {self.field}" if field else ""
+        super().__init__(f"{file}, {'row' if file.endswith('.parquet') else 'line'} {line}{at}: {self.message}")
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:  # the default would call __init__ with the text alone
         return type(self), (self.file, self.line, self.field, self.message, self.raw)
+
+
+def _shortened(text: str, longest: int) -> str:
+    """Without its middle where it is too long: the remedy stands at its end."""
+    return text if len(text) <= longest else f"{text[: longest // 2]} … {text[3 - longest // 2 :]}"
 
 
 OnError = Callable[[RecordError], None]
@@ -112,12 +123,7 @@ def read_records(
     Raises InputError for an unknown file type and FileNotFoundError, both before anything is read; RecordError as
     above.
     """
-    files = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    for file in files:
-        if not str(file).endswith(SUFFIXES):
-            raise InputError(f"{file}: unknown record file, expected a name ending in {', '.join(SUFFIXES)}")
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such record file")
+    files = check_files([paths] if isinstance(paths, str | Path) else paths)
     names = Counter(file.name for file in files)
 
     def skip_or_raise(error: RecordError) -> None:
@@ -143,6 +149,17 @@ def read_records(
                 yield record
 
     return records()
+
+
+def check_files(paths: Sequence[str | Path]) -> list[Path]:
+    """The record files. Raises InputError for an unknown type, FileNotFoundError for one that is not there."""
+    files = [Path(path) for path in paths]
+    for file in files:
+        if not str(file).endswith(SUFFIXES):
+            raise InputError(f"{file}: unknown record file, expected a name ending in {', '.join(SUFFIXES)}")
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such record file")
+    return files
 
 
 _Rows = Iterator[tuple[int, Any]]  # (line, decoded row or the RecordError that stands in its place)
@@ -197,16 +214,45 @@ def _decompressed(path: Path, raw: IO[bytes]) -> Any:
 
 def parse_line(text: bytes, file: str, line: int) -> Any:
     """What the JSON of a line says, or the RecordError that stands in its place."""
+    excerpt = text[: 2 * RAW_EXCERPT].decode("utf-8", errors="backslashreplace")
     try:
-        return json.loads(text.decode("utf-8"))
+        row = json.loads(text.decode("utf-8"))
+        if text.count(b"[") + text.count(b"{") > MAX_DEPTH and too_deep(row):
+            raise RecursionError
+        if _SURROGATE.search(text) and (field := _field_with_surrogate(row)) is not None:
+            return RecordError(file, line, field, "holds a lone surrogate, which is no text", excerpt)
+        return row
     except UnicodeDecodeError as error:
         reason = f"not UTF-8: {error.reason} at byte {error.start} of the line"
     except json.JSONDecodeError as error:
         reason = f"not JSON: {error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # absurdly long integers, absurdly deep nesting
+    except RecursionError:  # of json's own, or ours
+        reason = f"not readable JSON: nested more than {MAX_DEPTH} levels deep"
+    except ValueError as error:  # absurdly long integers
         reason = f"not readable JSON: {error}"
-    excerpt = text[: 2 * RAW_EXCERPT].decode("utf-8", errors="backslashreplace")
     return RecordError(file, line, "", reason, excerpt)
+
+
+def _field_with_surrogate(value: Any, at: str = "") -> str | None:
+    """The place of a text that is not Unicode; None where there is none."""
+    if isinstance(value, str):
+        return None if _is_unicode(value) else at
+    items: Any = ()
+    if isinstance(value, dict):
+        items = ((f"{at}.{key}" if at else key, item) for key, item in value.items())
+        if not all(map(_is_unicode, value)):
+            return at
+    elif isinstance(value, list):
+        items = ((f"{at}[{i}]", item) for i, item in enumerate(value))
+    return next((found for place, item in items if (found := _field_with_surrogate(item, place)) is not None), None)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet_rows(path: Path, on_bytes: OnBytes) -> _Rows:
@@ -223,24 +269,20 @@ def _parquet_rows(path: Path, on_bytes: OnBytes) -> _Rows:
                     yield row, value
                 told, before = size * row // max(total, 1), told
                 on_bytes(told - before)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         message = f"damaged Parquet file, the rest of it is unreadable: {error}"
         yield row + 1, RecordError(str(path), row + 1, "", message)
     on_bytes(size - told)
 
 
 def parquet_batch_rows(batch: Any, path: Path, before: int) -> list[Any]:
-    """The rows of a pyarrow RecordBatch behind `before` rows of its file; RecordErrors for those that are not UTF-8."""
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:  # find the rows that are to blame
-        rows: list[Any] = []
-        for i in range(batch.num_rows):
-            try:
-                rows += batch.slice(i, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                rows.append(RecordError(str(path), before + i + 1, "", f"not UTF-8: {error.reason}"))
-        return rows
+    """The rows of a pyarrow RecordBatch behind `before` rows of its file; RecordErrors for those not to be read."""
+    from megatron_idft.corpus.parquet_values import ValueFault, read_rows
+
+    return [
+        RecordError(str(path), before + i, row.column, str(row)) if isinstance(row, ValueFault) else row
+        for i, row in enumerate(read_rows(batch), 1)
+    ]
 
 
 def to_record(row: Any, file: str, line: int, default_id: str) -> Record:
@@ -251,17 +293,11 @@ def to_record(row: Any, file: str, line: int, default_id: str) -> Record:
 
     if not isinstance(row, dict):
         raise bad("", f"expected an object, found {kind(row)}")
-    extra = dict(row)
-    if row.get("messages") is not None:
-        messages = checked_messages(extra.pop("messages"), bad, from_parquet=file.endswith(".parquet"))
-    elif row.get("prompt") is not None or row.get("response") is not None:
-        extra.pop("messages", None)
-        turns = [("prompt", "user"), ("response", "assistant")]
-        messages = [
-            {"role": role, "content": checked_content(extra.pop(key, None), role, key, bad)} for key, role in turns
-        ]
-    else:
-        raise bad("messages", 'missing; a record holds "messages", or "prompt" and "response"')
+    from_parquet = file.endswith(".parquet")
+    messages, used = conversation(row, bad, from_parquet=from_parquet)
+    if row.get("token_ids") is None:  # else nobody renders the conversation
+        refuse_unserved(row, bad, from_parquet=from_parquet)
+    extra = {key: value for key, value in row.items() if key not in used}
     identity = extra.pop("id", None)
     if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int)):
         raise bad("id", f"expected a string or an integer, found {kind(identity)}")
@@ -269,5 +305,5 @@ def to_record(row: Any, file: str, line: int, default_id: str) -> Record:
     if source is not None and not isinstance(source, str):
         raise bad("source", f"expected a string, found {kind(source)}")
     name = default_id if identity is None or identity == "" else str(identity)
-    tools = checked_tools(row.get("tools"), bad, from_parquet=file.endswith(".parquet"))
+    tools = checked_tools(row.get("tools"), bad, from_parquet=from_parquet)
     return Record(messages, name, file, line, extra.pop("answer", None), source, extra, tools)

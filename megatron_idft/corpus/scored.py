@@ -1,7 +1,5 @@
 """A scored corpus: its parts merged into one file in input order, and rows read back from it."""
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_idft.corpus.copying import complete_file, copy_records, suffix_of
 from megatron_idft.corpus.estimates import ClusterSums
 from megatron_idft.corpus.ledger.manifest import read_manifest
-from megatron_idft.corpus.records import read_records
+from megatron_idft.corpus.records import check_files
 from megatron_idft.corpus.report import ReportBuilder
 from megatron_idft.corpus.scoring import RECORD_SCHEMA, TOKEN_SCHEMA
 from megatron_idft.corpus.selection import compile_selection
@@ -28,12 +27,13 @@ def merge_parts(output: Path, parts: Sequence[Path], *, per_token: bool) -> Path
     Memory: one part. The file appears complete or not at all.
     """
     schema = TOKEN_SCHEMA if per_token else RECORD_SCHEMA
-    building, final = output / f".{SCORES}.{os.getpid()}", output / SCORES
-    with pq.ParquetWriter(building, schema, compression="zstd") as writer:
+    with (
+        complete_file(output / SCORES) as building,
+        pq.ParquetWriter(building, schema, compression="zstd") as writer,
+    ):
         for part in parts:
             writer.write_table(pq.read_table(part, columns=schema.names).cast(schema))
-    building.replace(final)
-    return final
+    return output / SCORES
 
 
 def read_scored(output: Path, *, per_token: bool = False) -> Iterator[dict[str, Any]]:
@@ -120,34 +120,26 @@ def _labels(models: Sequence[tuple[str, int, str | None]]) -> list[str]:
 
 
 def select_records(folder: Path, expression: str, data: Sequence[str], output: Path) -> dict[str, int]:
-    """Copy the records of `data` whose scores fulfil `expression` to a new JSONL, every field as it was.
+    """Copy the records of `data` whose scores fulfil `expression` to a new file, as they were; see `copy_records`.
 
-    Returns {"scored", "kept"}. Raises SelectionError for the expression; InputError where the output exists or the
-    scores are not of this data.
+    Returns {"scored", "kept"}. Raises SelectionError for the expression; InputError where the output exists or has
+    another suffix than record files, or where the scores are not of this data.
     """
-    if output.exists():
-        raise InputError(f"{output} exists; name a new file")
+    suffix = suffix_of(output)
     keep = compile_selection(expression, RECORD_SCHEMA.names)
-    kept: set[tuple[str, int]] = set()
+    kept: dict[str, set[int]] = {}
     scored = 0
     for row in read_scored(folder):
         scored += 1
         if keep(row):
-            kept.add((row["file"], row["line"]))
-    building = output.with_name(f".{output.name}.{os.getpid()}")
-    written = 0
-    with open(building, "w", encoding="utf-8") as file:
-        for record in read_records(list(data), on_error=lambda error: None):
-            if (record.file, record.line) in kept:
-                named = {"id": record.id, "answer": record.answer, "source": record.source}
-                row = {"messages": record.messages, **{k: v for k, v in named.items() if v is not None}, **record.extra}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                written += 1
-    if written != len(kept):
-        building.unlink()
-        raise InputError(
-            f"{len(kept) - written} of {len(kept)} selected records are not in {', '.join(data)}: pass the files that"
-            f" {folder} was scored from"
-        )
-    building.replace(output)
+            kept.setdefault(row["file"], set()).add(row["line"])
+    files = check_files(data)
+    wanted = sum(map(len, kept.values()))
+    with complete_file(output) as building:
+        written = copy_records([(file, kept.get(str(file), set())) for file in files], building, suffix)
+        if written != wanted:
+            raise InputError(
+                f"{wanted - written} of {wanted} selected records are not in {', '.join(data)}: pass the files that"
+                f" {folder} was scored from"
+            )
     return {"scored": scored, "kept": written}

@@ -32,8 +32,10 @@ _UNSERVED = {
     "function_call": "write it as tool_calls",
     "reasoning": "call it reasoning_content",
     "thinking": "call it reasoning_content",
-    "weight": "call it loss",
-    "train": "call it loss",
+    "refusal": "write what it says as content",
+    "function_calls": "write them as tool_calls",
+    **dict.fromkeys(("functions", "tools"), "give the record tools"),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text is served"),
 }
 
 

@@ -47,7 +47,7 @@ from megatron_idft.data.token_counts import Counts, report_counts
 from megatron_idft.data.tokenizer import ChatTokenizer
 from megatron_idft.errors import UserError
 
-FORMAT = 5  # raise it whenever the same corpus would give other bytes
+FORMAT = 6  # raise it whenever the same corpus would give other bytes
 Truncation = Literal["truncate", "drop", "error"]
 BadRecords = Literal["stop", "skip"]
 _BATCH_RECORDS, _BATCH_CHARACTERS = 512, 1 << 21  # what is held in memory between reader and tokenizer

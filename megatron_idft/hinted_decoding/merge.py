@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
 from itertools import batched
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_idft.corpus.copying import complete_file, open_lines, suffix_of
 from megatron_idft.corpus.ledger import status_of
-from megatron_idft.corpus.ledger.files import sync
-from megatron_idft.corpus.records import SUFFIXES
 from megatron_idft.errors import InputError
 from megatron_idft.hinted_decoding.results import read_outcomes
 
@@ -32,11 +28,7 @@ def merge(folder: Path, output: Path, *, partial: bool = False) -> dict[str, int
     Returns how many records are kept, dropped and error. Raises InputError for an output that exists or has another
     suffix, for a folder that is not finished, and for columns that no Parquet type fits.
     """
-    suffix = next((suffix for suffix in SUFFIXES if output.name.endswith(suffix)), None)
-    if suffix is None:
-        raise InputError(f"{output}: name a file that ends in {', '.join(SUFFIXES)}")
-    if output.exists():
-        raise InputError(f"{output} exists; name a new file")
+    suffix = suffix_of(output)
     state = status_of(folder)
     if state.finished < state.num_chunks and not partial:
         raise InputError(
@@ -44,17 +36,13 @@ def merge(folder: Path, output: Path, *, partial: bool = False) -> dict[str, int
             " by the same command, or pass --partial to merge those that are"
         )
     counts = Counter({"kept": 0, "dropped": 0, "error": 0})
-    output.parent.mkdir(parents=True, exist_ok=True)
-    building = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
+    with complete_file(output) as building:
         if suffix == ".parquet":
             _write_parquet(building, folder, counts)
         else:
-            _write_lines(building, suffix, folder, counts)
-        sync(building)
-        building.replace(output)
-    finally:
-        building.unlink(missing_ok=True)
+            with open_lines(building, suffix) as file:
+                for record in _kept(folder, counts):
+                    file.write(record.encode("utf-8", "surrogatepass") + b"\n")
     return dict(counts)
 
 
@@ -63,18 +51,6 @@ def _kept(folder: Path, counts: Counter[str]) -> Iterator[str]:
         counts[row["status"]] += 1
         if row["status"] == "kept":
             yield row["record"]
-
-
-def _write_lines(path: Path, suffix: str, folder: Path, counts: Counter[str]) -> None:
-    with ExitStack() as stack:
-        raw = stack.enter_context(open(path, "wb"))
-        packed: IO[bytes] | Any = raw
-        if suffix == ".jsonl.gz":
-            packed = stack.enter_context(gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0))
-        elif suffix == ".jsonl.zst":
-            packed = stack.enter_context(pa.CompressedOutputStream(pa.PythonFile(raw, "w"), "zstd"))
-        for record in _kept(folder, counts):
-            packed.write(record.encode("utf-8", "surrogatepass") + b"\n")
 
 
 def _write_parquet(path: Path, folder: Path, counts: Counter[str]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import decimal
 import hashlib
 import json
 import os
@@ -13,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_idft.corpus.json_text import UnwritableError, json_text
 from megatron_idft.corpus.ledger.files import sync
 from megatron_idft.corpus.records import ErrorLog, Record, RecordError, read_records
 from megatron_idft.data.token_cache import describe_source
@@ -25,7 +23,7 @@ from megatron_idft.errors import InputError
 
 _SCHEMA = pa.schema([("id", pa.string()), ("record", pa.string())])  # record: its fields as JSON
 _GROUP = 256  # records that are read at once
-_FORMAT = 1
+_FORMAT = 2  # raise it whenever the same files would give another copy
 
 
 class RecordStore:
@@ -146,16 +144,10 @@ def _rows(
 def _as_json(record: Record) -> str:
     fields = {name: getattr(record, name) for name in Record.__slots__}
     try:
-        return json.dumps(fields, ensure_ascii=False, default=_plain)
-    except TypeError as error:
-        message = f"cannot be written as JSON: {error}; drop that column"
-        raise RecordError(record.file, record.line, "", message) from error
-
-
-def _plain(value: Any) -> Any:
-    """What Parquet has and JSON has not."""
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, decimal.Decimal):
-        return str(value)
-    raise TypeError(f"a value of the type {type(value).__name__}")
+        try:
+            return json_text(fields)
+        except UnwritableError:
+            json_text(fields.pop("extra"))  # names the column, if it is one of these
+            raise
+    except UnwritableError as error:
+        raise RecordError(record.file, record.line, error.column, f"{error}; drop that column") from None

@@ -81,6 +81,17 @@ def test_null_means_absent_in_the_structs_of_parquet(tmp_path):
     assert "loss" not in first.messages[1] and "tool_calls" not in first.messages[0]
 
 
+@pytest.mark.parametrize(
+    "name", ["loss", "loss_mask", "step_loss_mask", "loss_weight", "weight", "train", "trainable", "training"]
+)
+def test_the_loss_by_the_names_of_other_trainers(file, name):
+    users = {"role": "user", "content": "q", name: 0}
+    write(file, {"messages": [users, answer() | {name: False}, USER, answer() | {name: 0.5}, USER, answer()]})
+    [record] = read_records(file)
+    assert [trained_weight(message) for message in record.messages] == [0, 0, 0, 0.5, 0, 1]
+    assert record.messages[1] == answer(loss=False)
+
+
 def test_weights(file):
     losses = [None, 0, 1, 2, 0.5, True, False, 3e38, 2**-126]
     messages = [{"role": "assistant", "content": "7", "loss": loss} for loss in losses]
@@ -131,12 +142,12 @@ BAD = {
     "deep arguments": (
         called({"name": "f", "arguments": "[" * 100_000}),
         "messages[1].tool_calls[0].function.arguments",
-        "not JSON",
+        "more than 100 levels",
     ),
     "NaN in arguments": (called({"name": "f", "arguments": '{"a": NaN}'}), "messages[1].tool_calls[0]", "NaN"),
     "a surrogate in arguments": (
         called({"name": "f", "arguments": {"a": "\ud800"}}),
-        "messages[1].tool_calls[0]",
+        "messages[1].tool_calls[0].function.arguments.a",
         "lone surrogate",
     ),
     "reasoning as a list": (answer(reasoning_content=["x"]), "messages[1].reasoning_content", "found a list"),
@@ -158,6 +169,19 @@ BAD = {
     "infinite loss": (answer(loss=float("inf")), "messages[1].loss", "inf is no weight"),
     "huge loss": (answer(loss=10**400), "messages[1].loss", "is no weight"),
     "tiny loss": (answer(loss=1e-300), "messages[1].loss", "1e-300 is no weight"),
+    "a weight as text": (answer(weight="1"), "messages[1].weight", "expected 0, 1 or a weight"),
+    "a mask for tokens": (answer(loss_mask=[0, 1]), "messages[1].loss_mask", "found a list"),
+    "a trained user": (USER | {"train": True}, "messages[1].train", "only what the assistant says"),
+    "two names of loss": (answer(loss_mask=1, weight=1), "messages[1].weight", "stands beside loss_mask"),
+    "a mask of unknown sense": (answer(mask=0), "messages[1].mask", "write loss, 0 or 1"),
+    "details of training": (answer(train_detail=[]), "messages[1].train_detail", "write loss, 0 or 1"),
+    "a scale of the loss": (answer(loss_scale=1.0), "messages[1].loss_scale", "write loss, 0 or 1"),
+    "a role of 300,000 letters": ({"role": "x" * 300_000, "content": "y"}, "messages[1].role", "x… is none of"),
+    "arguments nested too deep": (
+        called({"name": "f", "arguments": '{"a":' + "[" * 200 + "]" * 200 + "}"}),
+        "messages[1].tool_calls[0].function.arguments",
+        "more than 100 levels",
+    ),
     "loss on a user": ({"role": "user", "content": "x", "loss": 1}, "messages[1].loss", "only what the assistant says"),
     "tools as an object": ({"tools": TOOL}, "tools", "expected a list, found an object"),
     "tools that are no JSON": ({"tools": "[add]"}, "tools", "not JSON"),

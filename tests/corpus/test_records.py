@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import random
 import subprocess
 import tracemalloc
 
@@ -271,3 +272,88 @@ def test_the_zstd_program_agrees(tmp_path):
         return
     (tmp_path / "a.jsonl.zst").write_bytes(data)
     assert [record.messages for record in read_records(tmp_path / "a.jsonl.zst")] == [GOOD["messages"]]
+
+
+DEEP = b'{"prompt": "q", "response": "r", "x": ' + b"[" * 1490 + b"]" * 1490 + b"}"
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "words"),
+    [
+        (b'{"prompt": "q", "response": "r", "id": "\\ud800"}', "id", "lone surrogate"),
+        (b'{"prompt": "q", "response": "r", "source": "\\uDFFF"}', "source", "lone surrogate"),
+        (b'{"prompt": "q", "response": "r", "x": [{"y": ["\\ud83d"]}]}', "x[0].y[0]", "lone surrogate"),
+        (b'{"prompt": "q", "response": "r", "x": {"\\ud83d": 1}}', "x", "lone surrogate"),
+        (DEEP, "", "nested more than 100 levels deep"),
+        (json.dumps(bad_messages({"role": "x" * 300_000, "content": "y"})).encode(), "messages[0].role", "none of"),
+        (json.dumps(GOOD | {"source": {"x" * 300_000: 1}}).encode(), "source", "expected a string"),
+        (json.dumps(GOOD | {"history": "x"}).encode(), "history", "beside"),
+    ],
+)
+def test_what_could_not_be_carried_on_is_refused_in_few_words(tmp_path, line, field, words):
+    errors = []
+    file = write(tmp_path / "a.jsonl", GOOD, line, GOOD | {"id": "\U0001f600"})
+    assert [record.line for record in read_records(file, on_error=errors.append)] == [1, 3]
+    assert [(error.line, error.field) for error in errors] == [(2, field)]
+    assert words in str(errors[0]) and len(str(errors[0])) < 1500 and len(errors[0].raw) <= 500
+
+
+def test_pairs_of_surrogates_and_brackets_in_texts_are_no_fault(tmp_path):
+    line = b'{"prompt": "\\ud83d\\ude00 \\\\ud800 ' + b"[{" * 500 + b'", "response": "r"}'
+    [record] = read_records(write(tmp_path / "a.jsonl", line))
+    assert record.messages[0]["content"] == "\U0001f600 \\ud800 " + "[{" * 500
+
+
+def unusual(count):
+    numbers = pa.array(range(count), pa.int64())
+    return pa.table(
+        {
+            "prompt": ["q"] * count,
+            "response": ["r"] * count,
+            "at": pa.array([1_764_308_707_123_456_789 + i for i in range(count)]).view(pa.timestamp("ns")),
+            "zone": numbers.view(pa.timestamp("us", "Nowhere/Town")),
+            "took": numbers.view(pa.duration("ns")),
+            "price": numbers.cast(pa.decimal128(20, 1)),
+            "raw": pa.array([b"\xff"] * count),
+        }
+    )
+
+
+def test_parquet_columns_of_any_type_are_read(tmp_path):
+    pq.write_table(unusual(300), tmp_path / "a.parquet")
+    *_, last = read_records(tmp_path / "a.parquet")
+    assert {key: str(value) for key, value in last.extra.items()} == {
+        "at": "2025-11-28T05:45:07.123457088",
+        "zone": "1970-01-01T00:00:00.000299+00:00",
+        "took": "PT0.000000299S",
+        "price": "299.0",
+        "raw": "b'\\xff'",
+    }
+
+
+def test_a_date_that_no_calendar_has_is_named(tmp_path):
+    days = pa.array([0, 2**31 - 1, 1], pa.int32()).view(pa.date32())
+    pq.write_table(pa.table({"prompt": ["q"] * 3, "response": ["r"] * 3, "day": days}), tmp_path / "a.parquet")
+    errors = []
+    assert [record.line for record in read_records(tmp_path / "a.parquet", on_error=errors.append)] == [1, 3]
+    assert [(error.line, error.field) for error in errors] == [(2, "day")] and "date32" in errors[0].message
+
+
+def test_a_damaged_footer_ends_in_records_or_errors(tmp_path):
+    """Whatever bytes of the footer are hit: records, errors that name the file, or both; never another exception."""
+    good = tmp_path / "good.parquet"
+    pq.write_table(pa.Table.from_pylist([GOOD | {"id": str(i)} for i in range(50)]), good, row_group_size=10)
+    data, rng = good.read_bytes(), random.Random(3)
+    footer = int.from_bytes(data[-8:-4], "little") + 8
+    damaged = 0
+    for _ in range(150):
+        broken = bytearray(data)
+        for _ in range(rng.choice([1, 2, 8])):
+            broken[-rng.randint(1, footer)] = rng.randrange(256)
+        (tmp_path / "a.parquet").write_bytes(broken)
+        errors = []
+        for record in read_records(tmp_path / "a.parquet", on_error=errors.append):
+            assert record.messages
+        assert all(error.file.endswith("a.parquet") and len(str(error)) < 1500 for error in errors)
+        damaged += bool(errors)
+    assert damaged > 50

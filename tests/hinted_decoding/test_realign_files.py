@@ -54,8 +54,8 @@ def test_parquet_columns_that_json_has_not(tmp_path):
     rows = [{"prompt": "x", "response": "y", "when": datetime.date(2026, 1, 2)}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert store(tmp_path, [str(tmp_path / "a.parquet")])[0].extra == {"when": "2026-01-02"}
-    pq.write_table(pa.Table.from_pylist([rows[0] | {"image": b"\x00"}]), tmp_path / "b.parquet")
-    with pytest.raises(RecordError, match=r"row 1: cannot be written as JSON: a value of the type bytes; drop"):
+    pq.write_table(pa.Table.from_pylist([rows[0] | {"sha": b"\x00"}]), tmp_path / "b.parquet")
+    with pytest.raises(RecordError, match=r"row 1, sha: cannot be written as JSON: a value of the type bytes; drop"):
         store(tmp_path, [str(tmp_path / "b.parquet")])
 
 

@@ -18,10 +18,10 @@ from megatron_idft.corpus.records import (
     RAW_EXCERPT,
     Record,
     RecordError,
+    check_files,
     parquet_batch_rows,
     parse_line,
     read_lines,
-    read_records,
     to_record,
 )
 
@@ -50,7 +50,7 @@ def read_blocks(paths: Sequence[str], chunk_bytes: int, limit: int | None = None
 
     limit: only so many records. Raises InputError and FileNotFoundError before anything is read.
     """
-    read_records(paths)  # for its checks
+    check_files(paths)
     return _blocks(paths, chunk_bytes, limit)
 
 
@@ -140,7 +140,7 @@ def _table_blocks(path: Path, chunk_bytes: int, limit: int | None) -> Iterator[_
                     yield part(None)
                 if row == limit:
                     return
-    except (pa.ArrowException, OSError) as damage:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as damage:
         message = f"damaged Parquet file, the rest of it is unreadable: {damage}"
         yield part(RecordError(str(path), row + 1, "", message))
         return

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from megatron_idft.data.token_cache import BadRecords, Truncation, describe_source
 from megatron_idft.errors import InputError
 
-CHUNK_FORMAT = 2  # raise it whenever the same corpus would give other bytes
+CHUNK_FORMAT = 3  # raise it whenever the same corpus would give other bytes
 
 
 @dataclass(frozen=True, slots=True)
