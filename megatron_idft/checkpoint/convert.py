@@ -62,6 +62,7 @@ def to_megatron(
     check_source(folder, plan, model)
     total = sum(math.prod(part.size) * _dtype(folder, part).itemsize for piece in plan for part in piece.parts)
     with new_folder(target) as building, _bar(f"to {target.name}", total, progress) as bar:
+        copy_companions(source, building / COMPANIONS)
         release = building / "release"
         release.mkdir()
         with TorchDistWriter(release) as writer:
@@ -90,7 +91,6 @@ def to_megatron(
             )
         folder.close()
         (building / TRACKER).write_text("release", encoding="utf-8")
-        copy_companions(source, building / COMPANIONS)
         write_flags_file(building / "model_flags.sh", model, model_class)
         record = {
             "source": str(source.resolve()),

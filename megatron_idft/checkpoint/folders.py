@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_idft.build_folders import building_in
 from megatron_idft.checkpoint.config import ConversionError
+from megatron_idft.links import refuse_links_out
 
 COMPANIONS = "tokenizer"  # the folder of config.json and the tokenizer's files, inside a Megatron checkpoint
 # Small files of a Hugging Face folder that travel with the weights. No Python: nothing here ever runs a model's code.
@@ -47,15 +48,20 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy config.json and the tokenizer's files, no weights and no code, into `target`."""
+    """Copy config.json and the tokenizer's files, no weights and no code, into `target`.
+
+    Raises:
+        InputError: one of them is a link out of `source`. Nothing is copied then.
+    """
+    found = [path for pattern in _COMPANION_FILES for path in sorted(source.glob(pattern))]
+    refuse_links_out(source, [*found, *source.glob("additional_chat_templates/**/*")])
     target.mkdir(exist_ok=True)
-    for pattern in _COMPANION_FILES:
-        for path in sorted(source.glob(pattern)):
-            if path.is_dir():
-                if path.name == "additional_chat_templates":
-                    shutil.copytree(path, target / path.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(path, target / path.name)
+    for path in found:
+        if path.is_dir():
+            if path.name == "additional_chat_templates":
+                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, target / path.name)
 
 
 def find_companions(source: Path, folder: Path, given: str | Path | None) -> Path:

@@ -14,6 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_idft.corpus.records import Message
+from megatron_idft.data.tokenizer_files import read_text
 from megatron_idft.errors import UserError
 
 BUILTIN_TEMPLATES = {
@@ -149,7 +150,7 @@ def read_template(name_or_path: str) -> str:
     if not Path(name_or_path).is_file():
         names = ", ".join(BUILTIN_TEMPLATES)
         raise FileNotFoundError(f"chat template {name_or_path!r} is neither a file nor built in ({names})")
-    return Path(name_or_path).read_text(encoding="utf-8")
+    return read_text(Path(name_or_path))
 
 
 class _RejectedError(jinja2.TemplateError):

@@ -20,6 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_idft.data.template import ChatTemplate, TemplateError, read_template
+from megatron_idft.data.tokenizer_files import (
+    check_head,
+    check_reads_text,
+    check_size,
+    check_tokenizer_files,
+    open_with,
+)
 from megatron_idft.errors import InputError
 
 
@@ -92,7 +99,8 @@ def load_tokenizer(
     template_date: `YYYY-MM-DD` for templates that write today's date; see `ChatTemplate`.
 
     Raises FileNotFoundError for a missing path, InputError with the remedy for a tokenizer without template, EOS
-    token or token offsets (a slow tokenizer), and for a template that is not valid Jinja.
+    token or token offsets (a slow tokenizer), for damaged files, links out of the folder, and a tokenizer that does not
+    give a text back, and for a template that is not valid Jinja.
     """
     path = Path(path)
     if not path.exists():
@@ -130,7 +138,13 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
         from tokenizers import Tokenizer, processors
         from transformers import AutoTokenizer
 
-        hf: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
+        check_tokenizer_files(path)
+        hf = open_with(
+            path,
+            lambda: AutoTokenizer.from_pretrained(
+                str(path), trust_remote_code=trust_remote_code, local_files_only=True
+            ),
+        )
         if not hf.is_fast:
             raise InputError(f"{path}: a slow tokenizer gives no token offsets; save the fast form (tokenizer.json)")
         if hf.eos_token_id is None:
@@ -138,7 +152,7 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
         if template is None:
             if not hf.chat_template:
                 raise InputError(f"{path}: the tokenizer has no chat template; give one with --chat-template FILE")
-            template = hf.get_chat_template()
+            template = open_with(path, hf.get_chat_template)
         self.template = ChatTemplate(template, hf.special_tokens_map, date)
         # A private copy, without what the calls of other people may have left in it: truncation, padding, and a
         # post-processor that adds special tokens or trims blanks off the offsets.
@@ -155,6 +169,11 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = {token.content: int(i) for i, token in added.items() if token.special}
         self.special_ids[str(hf.eos_token)] = self.eos_id
+        check_size(path, self.vocab_size)
+        regular = sorted(set(ids) - set(added))
+        check_reads_text(
+            path, regular, lambda text: self.backend.encode(text, add_special_tokens=False).ids, self.decode
+        )
 
     def _check_same_ids(self, hf: Any, path: Path) -> None:
         text = (
@@ -201,14 +220,19 @@ class SentencePieceChatTokenizer(ChatTokenizer):
             raise InputError(
                 f"{path}: a sentencepiece model has no chat template; give one with --chat-template chatml|plain|FILE"
             )
-        self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        content = path.read_bytes()
+        check_head(path, content[:100])
+        try:
+            types = _piece_types(content)
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise InputError(f"{path} is no sentencepiece model ({str(error)[:300]}): download it again") from None
         self.vocab_size = int(self._model.get_piece_size())
         self.eos_id, self.bos_id = int(self._model.eos_id()), _id_or_none(self._model.bos_id())
         if self.eos_id < 0:
             raise InputError(f"{path}: the model has no EOS piece; train it with one (eos_id >= 0)")
         pad = _id_or_none(self._model.pad_id())
         self.pad_id = self.eos_id if pad is None else pad
-        types = _piece_types(self._model.serialized_model_proto())
         pieces = {i: self._model.id_to_piece(i) for i in range(self.vocab_size)}
         self.special_ids = {
             piece: i
@@ -218,6 +242,8 @@ class SentencePieceChatTokenizer(ChatTokenizer):
         names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": pad}
         self.template = ChatTemplate(template, {name: pieces[i] for name, i in names.items() if i is not None}, date)
         self._spelled = {i: piece for piece, i in self.special_ids.items()}
+        regular = [i for i in range(self.vocab_size) if types[i] == _NORMAL]
+        check_reads_text(path, regular, lambda text: self._model.encode(text, out_type=int), self.decode)
 
     def encode_batch(self, texts: Sequence[str], cuts: Sequence[Sequence[int]]) -> list[Encoding]:
         return [self._encode(text, at) for text, at in zip(texts, cuts, strict=True)]
@@ -281,7 +307,7 @@ class SentencePieceChatTokenizer(ChatTokenizer):
 
 
 _MARKER = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
-_CONTROL, _USER_DEFINED = 3, 4  # ModelProto.SentencePiece.Type
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # ModelProto.SentencePiece.Type
 
 
 def _id_or_none(number: int) -> int | None:

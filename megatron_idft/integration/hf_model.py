@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_idft.checkpoint.config import read_config, read_model, read_vocabulary
 from megatron_idft.errors import UserError
 from megatron_idft.integration.arguments import ArgumentError
+from megatron_idft.links import refuse_links_out
 
 if TYPE_CHECKING:
     from megatron_idft.checkpoint.settings import ModelClass, Setting
@@ -198,7 +199,9 @@ class HuggingFaceExport:
 
         folder = Path(args.save) / COMPANIONS
         folder.mkdir(parents=True, exist_ok=True)
-        for file in ("config.json", "generation_config.json"):
+        files = ("config.json", "generation_config.json")
+        refuse_links_out(self._model, [self._model / file for file in files])
+        for file in files:
             if (self._model / file).is_file():
                 shutil.copyfile(self._model / file, folder / file)
         tokenizer = Path(args.tokenizer_model)
