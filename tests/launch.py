@@ -82,6 +82,15 @@ _zygote: subprocess.Popen[str] | None = None
 
 def forked(args: Sequence[str | Path], nproc: int = 1, timeout: float = 300) -> str:
     """Like `torchrun`, with ranks forked out of an imported Megatron in CPU mode (zygote.py)."""
+    codes, text = forked_codes(args, nproc, timeout)
+    assert not any(codes), f"exit codes {codes}: {args}\n{text[-TAIL:]}"
+    return text
+
+
+def forked_codes(
+    args: Sequence[str | Path], nproc: int = 1, timeout: float = 300, alone: bool = False
+) -> tuple[list[int], str]:
+    """(exit codes of the ranks, their output), whatever they are. alone: one process, without torchrun's variables."""
     global _zygote
     if _zygote is None:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -102,7 +111,7 @@ def forked(args: Sequence[str | Path], nproc: int = 1, timeout: float = 300) -> 
     assert _zygote.stdin is not None and _zygote.stdout is not None
     argv = [str(arg) for arg in args]
     with tempfile.NamedTemporaryFile("r") as output:
-        request = {"argv": argv, "nproc": nproc, "cwd": str(ROOT), "output": output.name}
+        request = {"argv": argv, "nproc": nproc, "cwd": str(ROOT), "output": output.name, "alone": alone}
         _zygote.stdin.write(json.dumps(request) + "\n")
         _zygote.stdin.flush()
         ready, _, _ = select.select([_zygote.stdout], [], [], timeout)
@@ -111,8 +120,7 @@ def forked(args: Sequence[str | Path], nproc: int = 1, timeout: float = 300) -> 
     if not answer:
         _stop_zygote()
         raise AssertionError(f"not done after {timeout} s: {argv}\n{text[-TAIL:]}")
-    assert not any(json.loads(answer)), f"exit codes {answer.strip()}: {argv}\n{text[-TAIL:]}"
-    return text
+    return json.loads(answer), text
 
 
 def _stop_zygote() -> None:

@@ -1,8 +1,9 @@
 """Forks ranks out of a process that has Megatron imported already: a launch then costs seconds less per rank.
 
-Started by launch.py. Reads one request per line, {"argv", "nproc", "cwd", "output"}, runs it as torchrun would on one
-machine, stops all ranks when one fails, and answers with the exit codes. What a fresh process sees (the order of
-imports, sys.path) is not under test here: test_run.py and test_train.py start fresh ones.
+Started by launch.py. Reads one request per line, {"argv", "nproc", "cwd", "output", "alone"}, runs it as torchrun would
+on one machine (alone: as one process without torchrun), stops all ranks when one fails, and answers with the exit
+codes. What a fresh process sees (the order of imports, sys.path) is not under test here: test_run.py and test_train.py
+start fresh ones.
 """
 
 import atexit
@@ -37,8 +38,9 @@ filesystem_async._results_queue = queue.Queue()
 
 def run_rank(request: dict, rank: int, port: int) -> int:
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["nproc"], "LOCAL_WORLD_SIZE": request["nproc"]}
-    os.environ |= {name: str(value) for name, value in ranks.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"}
+    if not request["alone"]:
+        os.environ |= {name: str(value) for name, value in ranks.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"}
     os.chdir(request["cwd"])
     output = os.open(request["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(output, 1)

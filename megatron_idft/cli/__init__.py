@@ -2,10 +2,10 @@
 
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 
 from megatron_idft import __version__
-from megatron_idft.errors import UserError
 
 VERBS = {
     "train": "fine-tune on chat records with Megatron's trainer:  torchrun … -m megatron_idft train <Megatron flags>",
@@ -19,24 +19,31 @@ VERBS = {
     "doctor": "check versions, devices and packages; exit 0 only if training can start",
 }
 
+EXIT_CODES = """Exit codes: 0 done. 1 failed while it worked, or the answer is no (`plan`: no fit; `doctor`: cannot
+start). 2 flags, files or an installation that cannot be used. 143 stopped by SIGTERM. torchrun makes 1 of all but 0.
+An error is one message. MEGATRON_IDFT_VERBOSE=1 shows the traceback too, and all that Megatron prints.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code (0 done, 1 failed, 2 unusable arguments, 143 stopped by SIGTERM)."""
+    """Run one verb and return its exit code (EXIT_CODES). Whatever it raises becomes one message (failures.py)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--version"]:
         print(f"megatron-idft {__version__}")
         return 0
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: megatron-idft VERB ...\n\n" + "\n".join(f"  {verb:8} {help}" for verb, help in VERBS.items()))
-        print("\nmegatron-idft VERB --help tells more.")
+        print(f"\n{EXIT_CODES}\nmegatron-idft VERB --help tells more.")
         return 0 if argv else 2
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
-        print(f"megatron-idft: unknown verb {verb!r}; choose one of {', '.join(VERBS)}", file=sys.stderr)
+        nearest = get_close_matches(verb, VERBS, n=1)
+        meant = f"; did you mean {nearest[0]}?" if nearest else f"; choose one of {', '.join(VERBS)}"
+        print(f"megatron-idft: error: there is no verb {verb[:100]!r}{meant}", file=sys.stderr)
         return 2
     try:
         return import_module(f"megatron_idft.cli.{verb}").main(rest)
-    except (UserError, FileNotFoundError) as error:
-        # Every rank that meets it says so: under torchrun the first to fail stops the others.
-        print(f"megatron-idft {verb}: error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code if isinstance(error, UserError) else 2
+    except Exception as error:
+        from megatron_idft.cli import failures
+
+        return failures.report(verb, error)

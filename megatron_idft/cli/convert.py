@@ -1,8 +1,9 @@
 """`convert to-megatron|to-hf`: models between Hugging Face folders and Megatron checkpoints."""
 
-import argparse
 import sys
 from collections.abc import Sequence
+
+from megatron_idft.parsing import Parser
 
 USAGE = """usage: megatron-idft convert to-megatron HF_DIR OUT_DIR [--model gpt|hybrid]
        megatron-idft convert to-hf MEGATRON_DIR OUT_DIR [--hf-config DIR] [--iteration N] [--dtype bf16|fp16|fp32]
@@ -21,8 +22,8 @@ to-megatron  writes OUT_DIR for --load, with the model's flags in OUT_DIR/model_
 to-hf        writes OUT_DIR for transformers, from a checkpoint of this tool or of a training that began with one"""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron-idft convert", usage=USAGE.removeprefix("usage: "), add_help=False)
+def _parser() -> Parser:
+    parser = Parser(prog="megatron-idft convert", usage=USAGE.removeprefix("usage: "), add_help=False)
     verbs = parser.add_subparsers(dest="direction", required=True)
     megatron = verbs.add_parser("to-megatron", usage=USAGE.removeprefix("usage: "), add_help=False)
     megatron.add_argument("source")

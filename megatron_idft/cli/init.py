@@ -1,6 +1,5 @@
 """`init DIR`: copies of the launch scripts and their examples, for those who have no checkout."""
 
-import argparse
 import filecmp
 import shutil
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import megatron_idft
 from megatron_idft.errors import UserError
+from megatron_idft.parsing import Parser
 
 # What is copied out of a checkout; setup.py puts the same into the wheel, as the folder `scripts` of the package.
 FOLDERS = ("launch", "examples/smoke", "examples/numinamath")
@@ -19,7 +19,7 @@ class InitError(UserError):
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "megatron-idft init",
         description="Copies the scripts for one node, torchrun, Slurm and Kubernetes (launch/, with the shapes and"
         " layouts of models), and the examples that use them, into a folder of yours.",

@@ -1,15 +1,16 @@
 """`prepare`: conversations tokenized, masked and packed once, for every later training."""
 
-import argparse
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from megatron_idft.parsing import Parser
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+
+def _parser() -> Parser:
+    parser = Parser(
         "megatron-idft prepare",
         description="Tokenizes conversations and packs them, in Megatron's .bin/.idx form with loss masks beside it. "
         "Runs in many processes, needs neither torchrun nor a GPU, and goes on where it was stopped: start the same "

@@ -1,12 +1,12 @@
 """`realign`: a corpus rewritten into the model's own distribution; what is done with the result needs no model."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_idft.cli.offline import run_verb
+from megatron_idft.parsing import Parser
 
 USAGE = """usage: torchrun … -m megatron_idft realign --hf-model DIR --data FILE … --output DIR --seq-length N <flags>
        torchrun … -m megatron_idft realign --load DIR --tokenizer-model PATH --data FILE … --output DIR <model flags>
@@ -23,7 +23,7 @@ Every flag of Megatron-LM 0.19 that describes a model or a layout is understood 
 def status(argv: Sequence[str]) -> int:
     from megatron_idft.hinted_decoding.status import describe_status
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "megatron-idft realign status", description="Chunks, launches, the time left, and what became of the records."
     )
     parser.add_argument("folder", type=Path, help="the --output of realign")
@@ -34,7 +34,7 @@ def status(argv: Sequence[str]) -> int:
 def merge(argv: Sequence[str]) -> int:
     from megatron_idft.hinted_decoding.merge import merge as merge_records
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "megatron-idft realign merge", description="The kept records in one file, in the order of the input."
     )
     parser.add_argument("folder", type=Path, help="the --output of realign")
@@ -51,7 +51,7 @@ def report(argv: Sequence[str]) -> int:
     from megatron_idft.hinted_decoding.report import write_report
     from megatron_idft.hinted_decoding.results import read_outcomes, read_settings
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "megatron-idft realign report", description="One page and one JSON: what was kept, and phi before and after."
     )
     parser.add_argument("folder", type=Path, help="the --output of realign")

@@ -1,12 +1,12 @@
 """`score`: statistics of a corpus under a model; what to do with them afterwards needs no model."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_idft.cli.offline import run_verb
+from megatron_idft.parsing import Parser
 
 USAGE = """usage: torchrun … -m megatron_idft score --hf-model DIR --data FILE … --output DIR --seq-length N <flags>
        torchrun … -m megatron_idft score --load DIR --tokenizer-model PATH --data FILE … --output DIR <model flags>
@@ -22,7 +22,7 @@ Every flag of Megatron-LM 0.19 that describes a model or a layout is understood 
 def status(argv: Sequence[str]) -> int:
     from megatron_idft.corpus.ledger import status_of
 
-    parser = argparse.ArgumentParser("megatron-idft score status", description="Chunks, launches and the time left.")
+    parser = Parser("megatron-idft score status", description="Chunks, launches and the time left.")
     parser.add_argument("folder", type=Path, help="the --output of score")
     print(status_of(parser.parse_args(argv).folder).format())
     return 0
@@ -31,7 +31,7 @@ def status(argv: Sequence[str]) -> int:
 def report(argv: Sequence[str]) -> int:
     from megatron_idft.corpus.scored import report_on
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "megatron-idft score report", description="One page and one JSON on scored corpora, with the linter's findings."
     )
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="the --output of score")
@@ -46,7 +46,7 @@ def report(argv: Sequence[str]) -> int:
 def select(argv: Sequence[str]) -> int:
     from megatron_idft.corpus.scored import select_records
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "megatron-idft score select",
         description="Copies the records whose scores fulfil an expression as they were: lines byte for byte, rows of"
         " Parquet with their own values and types (or as JSON, to a file of lines).",

@@ -305,7 +305,10 @@ def _build(folder: Path, settings: _Settings, described: dict[str, Any], progres
     with open(folder / "records.parquet", "rb") as written:
         os.fsync(written.fileno())
     if not counts.kept:
-        raise CacheError("no record is left to train on\n" + report_counts(counts, settings.seq_length, None))
+        raise CacheError(
+            "no record is left to train on: pass a longer --seq-length, or records with trained turns\n"
+            + report_counts(counts, settings.seq_length, None)
+        )
     meta = {
         "settings": described,
         "paths": settings.paths,

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from megatron_idft.errors import UserError
+from megatron_idft.errors import ArgumentError
 from megatron_idft.loss import resolve_backend
 from megatron_idft.objectives import LambdaSchedule, Objective, resolve_objective
+from megatron_idft.parsing import raise_errors
 
 OBJECTIVES = ("ce", "dft", "idft", "entropy")
 IDFT_DEFAULTS = {
@@ -28,10 +29,6 @@ OBJECTIVE_ARGUMENTS = (
     "sft_loss_exempt_tokens",
     "sft_loss_vocab_size",
 )
-
-
-class ArgumentError(UserError, ValueError):
-    """Flags that cannot be combined; the message names the remedy."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool = True) -> argparse.ArgumentParser:
@@ -137,7 +134,7 @@ def compose_providers(
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         if script_provider is not None:
             parser = script_provider(parser)
-        return add_arguments(parser, per_token_loss_default)
+        return raise_errors(add_arguments(parser, per_token_loss_default))
 
     return provider
 

@@ -16,6 +16,7 @@ import functools
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -131,6 +132,11 @@ def enable(trainer: bool = True) -> None:
         raise UnsupportedOnCPUError(
             "CPU mode was asked for, but this process already uses a GPU: enable it before anything else."
         )
+    # On a CPU nobody misses these libraries, and a newcomer reads twenty lines of it before the first that matters.
+    warnings.filterwarnings(
+        "ignore", message=r".*Apex (is|are) not installed|Only transformer-engine", module="megatron"
+    )
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
     _hide_gpu_libraries()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _redirect_devices()

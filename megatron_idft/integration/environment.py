@@ -48,6 +48,8 @@ def _python() -> Iterator[Finding]:
     yield Finding("python", platform.python_version(), served, "" if served else "use Python 3.12 or newer")
 
 
+_INSTALL_MEGATRON = 'pip install "megatron-core[training]>=0.19.0,<0.20"'
+
 # distribution -> why training needs it
 _NEEDED = {
     "numpy": "arrays",
@@ -60,6 +62,16 @@ _NEEDED = {
     "tensorboard": "--tensorboard-dir",
     "pyyaml": "megatron.training's configuration",
 }
+
+
+def install_line(name: str) -> str | None:
+    """The command that installs a package which a verb has not found; None for a name that is not one of ours."""
+    if name == "torch":
+        return 'pip install "megatron-idft[train]" (from a checkout: pip install -e ".[train]")'
+    if name == "megatron":
+        return _INSTALL_MEGATRON
+    extra = {"jinja2", "numpy", "pyarrow", "safetensors", "sentencepiece", "tqdm", "transformers", "triton", "psutil"}
+    return f"pip install {name}" if name in extra | {"yaml", "tensorboard"} else None
 
 
 def _packages() -> Iterator[Finding]:
@@ -89,7 +101,7 @@ def _megatron() -> Iterator[Finding]:
     try:
         origin = check_megatron_origin()
     except RuntimeError as error:
-        yield Finding("megatron", str(error), False, 'pip install "megatron-core[training]>=0.19.0,<0.20"')
+        yield Finding("megatron", str(error), False, _INSTALL_MEGATRON)
         return
     yield Finding("megatron", origin.describe())
     helpers = any((origin.core / "datasets" / f"helpers_cpp{suffix}").exists() for suffix in EXTENSION_SUFFIXES)

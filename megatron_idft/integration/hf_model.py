@@ -88,6 +88,8 @@ def expand(argv: Sequence[str]) -> list[str]:
     model_class = _model_class(given)
     settings = megatron_settings(model, model_class)
     conflicts = _conflicts(given, settings)
+    if given.get("--vocab-size", str(model.vocab)) != str(model.vocab):
+        conflicts.append(f"--vocab-size {given['--vocab-size']} (the model has {model.vocab} tokens)")
     if conflicts:
         raise ArgumentError(
             f"--hf-model {source} brings the model's flags, and these say otherwise; drop them: " + ", ".join(conflicts)

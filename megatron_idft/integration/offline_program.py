@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_idft.errors import ArgumentError, verbose
 from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
-from megatron_idft.integration import hf_model
-from megatron_idft.integration.arguments import ArgumentError
+from megatron_idft.integration import flag_checks, hf_model
+from megatron_idft.parsing import raise_errors
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +114,10 @@ def parse(
     from megatron.training import arguments as megatron_arguments
     from megatron.training.initialize import initialize_megatron
 
-    args = megatron_arguments.parse_args(add_arguments)
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return raise_errors(add_arguments(parser))
+
+    args = megatron_arguments.parse_args(provider)
     if not args.data or not args.output:
         raise ArgumentError("pass the records as --data FILE [FILE …] and a folder as --output DIR")
     if args.load is None and args.pretrained_checkpoint is None:
@@ -130,6 +134,12 @@ def parse(
         if value is not None and value < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} {value}: pass a whole number from 1")
     check(args)
+    flag_checks.check_ranks(args)
+    flag_checks.check_model(args)
+    flag_checks.check_files("--data", args.data)
+    flag_checks.check_files("--tokenizer-model", [args.tokenizer_model])
+    if args.hf_model is None:
+        _require_checkpoint(args)
     decodes = getattr(args, "calibrate", True) is not None  # realign always does
     if decodes and args.tensor_model_parallel_size > 1 and args.num_experts is None and torch.cuda.is_available():
         leave_graphs_unregistered(Path(sys.argv[0]).name)
@@ -142,11 +152,21 @@ def parse(
     if args.tokenizer_type is None:
         is_sentencepiece = args.tokenizer_model.endswith(".model")
         sys.argv += ["--tokenizer-type", "SentencePieceTokenizer" if is_sentencepiece else "HuggingFaceTokenizer"]
-    args = megatron_arguments.parse_and_validate_args(add_arguments)
+    if not verbose():  # 800 lines, nearly all of them about training
+        megatron_arguments._print_args = lambda title, args: None
+    args = megatron_arguments.parse_and_validate_args(provider)
     if args.sft_loss_vocab_size is None:
         args.sft_loss_vocab_size = hf_model.recorded_vocab_size(args)
     initialize_megatron()
     return args
+
+
+def _require_checkpoint(args: argparse.Namespace) -> None:
+    """Megatron ends without an error where there is none."""
+    named = {"--load": args.load, "--pretrained-checkpoint": args.pretrained_checkpoint}
+    given = {flag: folder for flag, folder in named.items() if folder is not None}
+    if not any(flag_checks.has_checkpoint(folder) for folder in given.values()):
+        raise ArgumentError("; ".join(flag_checks.no_checkpoint(flag, folder) for flag, folder in given.items()))
 
 
 def load_model(args: argparse.Namespace) -> list[torch.nn.Module]:

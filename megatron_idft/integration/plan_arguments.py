@@ -20,12 +20,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from megatron_idft.integration.arguments import ArgumentError
+from megatron_idft.errors import ArgumentError
+from megatron_idft.integration import flag_checks
 from megatron_idft.integration.plan_checks import (
     call,
     gpu_answers,
     model_config,
-    one_line_errors,
     refuse_uncounted,
 )
 from megatron_idft.integration.plan_shape import training_from
@@ -226,7 +226,7 @@ def _parse(words: list[str], data_arguments: Any) -> argparse.Namespace:
     wants_loss = any(word == "--sft-loss" or word.startswith("--sft-loss=") for word in words)
     before, sys.argv = sys.argv, ["megatron-idft plan", *words]
     try:
-        with one_line_errors():
+        with contextlib.redirect_stdout(io.StringIO()):
             args = megatron_arguments.parse_args(compose_providers(provider, per_token_loss_default=wants_loss))
     finally:
         sys.argv = before
@@ -247,6 +247,8 @@ def _parse(words: list[str], data_arguments: Any) -> argparse.Namespace:
         call("the data flags", lambda: validate_data_arguments(args))
         prepared_data(args)
     args.world_size = args.gpus
+    flag_checks.check_ranks(args)
+    flag_checks.check_model(args)
     with gpu_answers(args.cpu):
         call("Megatron", lambda: megatron_arguments.validate_args(args, {}))
     refuse_uncounted(args)

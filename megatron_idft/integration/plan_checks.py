@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_idft.integration.arguments import ArgumentError
+from megatron_idft.errors import ArgumentError, UserError
+from megatron_idft.integration.megatron_errors import translate
 from megatron_idft.integration.plan_shape import LAYERS
 
 # What changes memory in a way that nobody has derived here: attribute -> what it is.
@@ -68,28 +69,19 @@ def gpu_answers(on_cpu: bool) -> Iterator[None]:
         torch.cuda.get_device_capability = before
 
 
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """argparse prints hundreds of flags before the one line that matters."""
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured), contextlib.redirect_stdout(io.StringIO()):
-            yield
-    except SystemExit as error:
-        last = captured.getvalue().strip().splitlines()
-        raise ArgumentError(last[-1].split("error: ")[-1] if last else "the flags cannot be parsed") from error
-
-
 def call(who: str, check: Callable[[], Any]) -> Any:
     """Run one of the trainer's checks; what it asserts becomes an error of one line."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return check()
     except (AssertionError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        if isinstance(error, ArgumentError):
+        if isinstance(error, UserError):
             raise
-        line = traceback.extract_tb(error.__traceback__)[-1].line
-        raise ArgumentError(f"{who} refuses these flags: {error or line}") from error
+        text = translate(error)
+        if text is None:
+            line = traceback.extract_tb(error.__traceback__)[-1].line
+            text = f"{who} refuses these flags: {str(error) or line}"
+        raise ArgumentError(text) from error
 
 
 def model_config(args: argparse.Namespace) -> Any:

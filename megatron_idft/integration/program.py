@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from megatron_idft.checkpoint.best import BestCheckpoints
-from megatron_idft.integration import endings, hf_model, run_checkpoints, workers
+from megatron_idft.integration import endings, flag_checks, hf_model, run_checkpoints, workers
 from megatron_idft.integration.arguments import ArgumentError
 from megatron_idft.integration.data_arguments import NEVER, add_data_arguments, validate_data_arguments
 from megatron_idft.integration.evaluation import (
@@ -71,6 +71,7 @@ class ChatTraining(TrainerIntegration):
         args = super()._parse_args(original, call)
         validate_data_arguments(args)
         self._prepared = prepared_data(args)
+        flag_checks.check_train(args, reads_records=self._prepared is None)
         self._export = hf_model.HuggingFaceExport(args)
         self.endings.postpone_signal_handler(args)
         if args.sft_loss is not None and args.sft_loss_vocab_size is None:

@@ -7,6 +7,8 @@ import sys
 import types
 from collections.abc import Sequence
 
+from megatron_idft.integration import launch
+
 
 def prepare_process(program: str, argv: Sequence[str], force_cpu: bool) -> None:
     """Set `sys.argv` with the flags that this machine needs, choose CPU mode, and make the installed Megatron usable.
@@ -19,6 +21,7 @@ def prepare_process(program: str, argv: Sequence[str], force_cpu: bool) -> None:
         force_cpu: use the CPU though a GPU is present.
     """
     sys.argv = [program, *argv]
+    alone = launch.be_one_process(program)
     import torch
 
     from megatron_idft.integration import compatibility
@@ -27,6 +30,8 @@ def prepare_process(program: str, argv: Sequence[str], force_cpu: bool) -> None:
     origin = compatibility.check_megatron_origin()
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"> {origin.describe()}", flush=True)
+        if alone:
+            print("> one process, on one GPU where there is one; torchrun starts more", flush=True)
     if force_cpu or not torch.cuda.is_available():
         from megatron_idft.integration import cpu
 

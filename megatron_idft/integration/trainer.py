@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
-from megatron_idft.integration import arguments, compatibility
+from megatron_idft.integration import arguments, compatibility, flag_checks
 from megatron_idft.integration.hook import LossHook, UnsupportedModelError, install, installed_hooks
 from megatron_idft.integration.metrics import LossMetrics, MetricsReport, health_warning
 from megatron_idft.integration.publishing import print_rank_last, publish_evaluation, publish_training
@@ -101,6 +101,7 @@ class TrainerIntegration:
             args.sft_loss = None
             return args
         arguments.validate_arguments(args)
+        flag_checks.check_ranks(args)
         if arguments.cuda_graph_flag(args) and torch.cuda.is_available():
             leave_graphs_unregistered(Path(sys.argv[0]).name)
         return args

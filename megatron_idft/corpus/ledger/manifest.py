@@ -67,6 +67,8 @@ def agree(folder: Path, unfinished: Path, token: str, job: dict[str, Any]) -> No
 def read_manifest(folder: Path) -> dict[str, Any]:
     """`format`, `num_chunks`, `part_suffix`, `settings` and `versions` of the job. Raises LedgerError, OSError."""
     path = folder / "manifest.json"
+    if not path.exists():
+        raise LedgerError(f"{folder} holds no manifest.json: it is not the output folder of a job")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(manifest["settings"], dict) or not manifest.keys() >= {"format", "num_chunks", "part_suffix"}:

@@ -142,7 +142,10 @@ class _Run:
         counts = report.total(infos)
         if not counts.kept:
             empty = report.numbers(infos, positions(_no_lengths(), 1), 0, self._settings.seq_length)
-            raise InputError("no record is left to train on\n" + report.text(empty, str(self._prefix)))
+            raise InputError(
+                "no record is left to train on: pass a longer --seq-length, or records with trained turns\n"
+                + report.text(empty, str(self._prefix))
+            )
         assembly = Assembly(self._folder, infos, self._settings)
         sizes = positions(assembly.lengths, self._settings.pad_multiple)
         numbers = report.numbers(infos, sizes, len(assembly.packs), self._settings.seq_length)
