@@ -18,7 +18,9 @@ _MISSING = {
     "save_interval": "pass --save-interval N with --save",
     "lr": "pass --lr, the learning rate, such as 1e-5",
 }
-NO_MODEL = "no model: describe it by --hf-model DIR, a checkpoint's model_flags.sh, or --num-layers, --hidden-size and their kin"
+NO_MODEL = (
+    "no model: describe it by --hf-model DIR, a checkpoint's model_flags.sh, or --num-layers, --hidden-size and so on"
+)
 _MISSING["encoder_seq_length"] = _MISSING["seq_length"]
 _MISSING |= dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads"), NO_MODEL)
 

@@ -125,7 +125,7 @@ def test_refusals_and_warnings(tmp_path):
     expected = {
         "no gpus": "--gpus N",
         "unknown flag": "--no-such-flag",
-        "no multiple": "(129) must be divisible",
+        "no multiple": "--global-batch-size 129",
         "uneven": "layers",
         "not counted": "--mtp-num-layers",
         "symbol": "'M' in --hybrid-layer-pattern",
