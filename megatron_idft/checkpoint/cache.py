@@ -9,8 +9,9 @@ from pathlib import Path
 from megatron_idft.checkpoint.config import ConversionError
 from megatron_idft.checkpoint.settings import ModelClass
 from megatron_idft.data.token_cache import describe_source
+from megatron_idft.links import leads_out
 
-FORMAT = 1  # raise it whenever the same folder would give another checkpoint
+FORMAT = 2  # raise it whenever the same folder would give another checkpoint
 
 
 def cached_checkpoint(source: Path, cache_dir: Path, model_class: ModelClass) -> Path:
@@ -24,7 +25,12 @@ def cached_checkpoint(source: Path, cache_dir: Path, model_class: ModelClass) ->
     """
     if not (source / "config.json").is_file():
         raise ConversionError(f"{source} is not a Hugging Face model folder: it has no config.json")
-    files = sorted(path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
+    # A link that leaves the folder is not read: where the file is needed, the conversion refuses it by name.
+    files = sorted(
+        path
+        for path in source.iterdir()
+        if path.is_file() and not path.name.startswith(".") and not leads_out(source, path)
+    )
     described = {"format": FORMAT, "model_class": model_class, "files": [describe_source(path) for path in files]}
     return cache_dir / f"hf-{hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]}"
 

@@ -6,58 +6,67 @@ import argparse
 import re
 from collections.abc import Iterable
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_idft.checkpoint.config import ConversionError, ModelShape
 from megatron_idft.checkpoint.config_values import listed
 from megatron_idft.checkpoint.families import HEAD
-from megatron_idft.checkpoint.safetensors_files import DTYPES, SafetensorsFolder
+from megatron_idft.checkpoint.safetensors_header import SERVED, StoredTensor
 from megatron_idft.checkpoint.settings import ModelClass
 from megatron_idft.checkpoint.tensors import Piece
 
+if TYPE_CHECKING:
+    import torch
 
-def check_source(folder: SafetensorsFolder, plan: Iterable[Piece], model: ModelShape) -> None:
-    """Refuse a Hugging Face folder whose tensors are not those of the plan, naming every difference."""
+    from megatron_idft.checkpoint.safetensors_files import SafetensorsFolder
+
+
+(_HEAD,) = HEAD.sources
+
+
+def check_source(source: Path, tensors: dict[str, StoredTensor], plan: Iterable[Piece], model: ModelShape) -> None:
+    """Refuse a Hugging Face folder whose `tensors` are not those of the plan, naming every difference."""
     expected: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, set[str]] = {}
     for piece in plan:
         for part in piece.parts:
             expected[part.name] = part.shape
-            if part.name in folder.tensors:
-                dtypes.setdefault(piece.key, set()).add(folder.tensors[part.name].dtype)
-    found = {name: stored.shape for name, stored in folder.tensors.items()}
-    (head,) = HEAD.sources
-    if model.tied and head in found:
-        _check_tied(folder, head)
-        del found[head]
+            if part.name in tensors:
+                dtypes.setdefault(piece.key, set()).add(tensors[part.name].dtype)
+    found = {name: stored.shape for name, stored in tensors.items()}
+    if model.tied:
+        found.pop(_HEAD, None)  # see check_tied
     faults = _compare(expected, found, tuple(map(re.compile, model.family.ignored_tensors)))
     faults["dtypes that are not served, save the model unquantised and in one dtype"] = [
-        f"{name}: {folder.tensors[name].dtype}, only {', '.join(DTYPES)} are served"
+        f"{name}: {tensors[name].dtype[:40]}, only {', '.join(SERVED)} are served"
         for name in expected
-        if name in found and folder.tensors[name].dtype not in DTYPES
+        if name in found and tensors[name].dtype not in SERVED
     ] + [
-        f"the tensors that make {key} have different dtypes ({', '.join(sorted(kinds))})"
+        f"the tensors that make {key} have different dtypes ({', '.join(sorted(kinds))[:200]})"
         for key, kinds in dtypes.items()
         if len(kinds) > 1
     ]
-    _refuse(f"{folder.folder} does not hold the tensors that its config.json implies", faults)
+    _refuse(f"{source} does not hold the tensors that its config.json implies", faults)
 
 
-def _check_tied(folder: SafetensorsFolder, head: str) -> None:
+def check_tied(folder: SafetensorsFolder, model: ModelShape) -> None:
     """A tied model may store its one matrix twice; two matrices would be another model."""
+    import torch
+
+    if not model.tied or _HEAD not in folder.tensors:
+        return
     embedding = "model.embed_tokens.weight"
-    stored = folder.tensors.get(embedding)
-    same = stored is not None and stored.shape == folder.tensors[head].shape and stored.dtype in DTYPES
-    rows = stored.shape[0] if stored is not None and same else 0
+    stored = folder.tensors[embedding]  # which is there, as check_source says
+    same = stored.shape == folder.tensors[_HEAD].shape and stored.dtype == folder.tensors[_HEAD].dtype
+    rows = stored.shape[0] if same else 0
     step = 4096
     same = same and all(
-        torch.equal(folder.read(head, row, min(step, rows - row)), folder.read(embedding, row, min(step, rows - row)))
+        torch.equal(folder.read(_HEAD, row, min(step, rows - row)), folder.read(embedding, row, min(step, rows - row)))
         for row in range(0, rows, step)
     )
     if not same:
         raise ConversionError(
-            f"{folder.folder}: config.json ties {head} to {embedding}, but both are stored and differ. Set"
+            f"{folder.folder}: config.json ties {_HEAD} to {embedding}, but both are stored and differ. Set"
             " tie_word_embeddings to false in a copy of config.json if both are meant"
         )
 

@@ -19,6 +19,7 @@ from megatron_idft.checkpoint.config_values import (
 )
 from megatron_idft.checkpoint.families import FAMILIES, NEUTRAL, READ, READ_EXPERTS, REQUIRED, Family
 from megatron_idft.errors import InputError
+from megatron_idft.links import refuse_links_out
 
 # What megatron/core/models/common/embeddings/rotary_pos_embedding.py (_apply_scaling) has written out.
 _LLAMA3_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
@@ -86,10 +87,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise ConversionError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+        refuse_links_out(Path(folder), [path])
         if path.stat().st_size > _MOST_BYTES:
             raise ConversionError(f"{path} has {path.stat().st_size:,} bytes: no config.json of a model is that large")
         config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except ConversionError:
+    except InputError:
         raise
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not valid JSON: {str(error)[:200]}") from error

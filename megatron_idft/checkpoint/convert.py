@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_idft.checkpoint.checks import check_checkpoint, check_source, checked_model_class
+from megatron_idft.checkpoint.checks import check_checkpoint, check_source, check_tied, checked_model_class
 from megatron_idft.checkpoint.config import ConversionError, ModelShape, read_config, read_model
 from megatron_idft.checkpoint.folders import COMPANIONS, copy_companions, find_companions, new_folder
 from megatron_idft.checkpoint.safetensors_files import DTYPES, SHARD_BYTES, SafetensorsFolder, SafetensorsWriter
@@ -59,7 +59,8 @@ def to_megatron(
     settings = megatron_settings(model, model_class)
     folder = SafetensorsFolder(source)
     plan = list(pieces(model, model_class))
-    check_source(folder, plan, model)
+    check_source(source, folder.tensors, plan, model)
+    check_tied(folder, model)
     total = sum(math.prod(part.size) * _dtype(folder, part).itemsize for piece in plan for part in piece.parts)
     with new_folder(target) as building, _bar(f"to {target.name}", total, progress) as bar:
         copy_companions(source, building / COMPANIONS)

@@ -1,8 +1,7 @@
 """Safetensors folders, read and written tensor by tensor with plain file access.
 
-The format is a JSON header with each tensor's dtype, shape and place in the file, then the bytes
-(https://github.com/huggingface/safetensors, "Format"). Reading the few bytes wanted, instead of mapping the file,
-keeps resident memory at one tensor; writing in the order of the header needs no more.
+Reading the few bytes wanted, instead of mapping the file, keeps resident memory at one tensor; writing in the order of
+the header needs no more. `safetensors_header.py` reads and checks the headers.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -20,67 +18,25 @@ import torch
 from torch import Tensor
 
 from megatron_idft.checkpoint.config import ConversionError
+from megatron_idft.checkpoint.safetensors_header import INDEX, SINGLE, read_folder
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 5 * 10**9  # as transformers' save_pretrained by default
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_MAX_HEADER = 100 << 20  # the format's own limit
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies. dtype: the format's name of it, which may be one that is not served."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int  # of its bytes in the file
 
 
 class SafetensorsFolder:
     """The tensors of a Hugging Face folder: `model.safetensors`, or the shards that its index names.
 
     Raises:
-        ConversionError: no safetensors there (weights in pickles are never read), or a file that is damaged.
+        ConversionError: no safetensors there (weights in pickles are never read), a file that is damaged, or one that
+            lies outside of the folder.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.tensors: dict[str, StoredTensor] = {}
+        self.tensors = read_folder(self.folder)
         self._open: tuple[Path, IO[bytes]] | None = None
-        for file, expected in self._files().items():
-            found = _read_header(file)
-            self.tensors |= found
-            lost = sorted(expected - found.keys())
-            if lost:
-                raise ConversionError(f"{file} lacks tensors that {_INDEX} places there: {', '.join(lost)}")
-
-    def _files(self) -> dict[Path, set[str]]:
-        index = self.folder / _INDEX
-        if index.is_file():
-            try:
-                weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                files: dict[Path, set[str]] = {}
-                for name, file in weights.items():
-                    if Path(file).name != file:
-                        raise ValueError(f"{file} is not a file of this folder")
-                    files.setdefault(self.folder / file, set()).add(name)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConversionError(f"{index} is not an index of safetensors: {error!r}") from error
-            lost = sorted(file.name for file in files if not file.is_file())
-            if lost:
-                raise ConversionError(f"{index} names files that are not there: {', '.join(lost)}")
-            return files
-        if (self.folder / _SINGLE).is_file():
-            return {self.folder / _SINGLE: set()}
-        pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(kind))
-        if pickles:
-            raise ConversionError(
-                f"{self.folder} holds its weights as pickles ({', '.join(pickles[:3])}), which can run code when read"
-                " and are never read here. Save the model with transformers' save_pretrained, which writes safetensors"
-            )
-        raise ConversionError(f"{self.folder} holds neither {_SINGLE} nor {_INDEX}")
 
     def read(self, name: str, start: int = 0, rows: int | None = None) -> Tensor:
         """Rows `start` to `start + rows` of a tensor, on the CPU, in its own dtype."""
@@ -105,30 +61,6 @@ class SafetensorsFolder:
         if self._open is not None:
             self._open[1].close()
             self._open = None
-
-
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= _MAX_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            header: dict[str, Any] = json.loads(file.read(length))
-            end = file.seek(0, os.SEEK_END)
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            shape = tuple(int(size) for size in entry["shape"])
-            begin, stop = (8 + length + int(offset) for offset in entry["data_offsets"])
-            if not 8 + length <= begin <= stop <= end:
-                raise ValueError(f"{name} lies outside of the file")
-            dtype = DTYPES.get(entry["dtype"])
-            if dtype is not None and stop - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} has {stop - begin} bytes, which is not its shape {list(shape)}")
-            tensors[name] = StoredTensor(path, entry["dtype"], shape, begin)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{path} is not a whole safetensors file: {error}") from error
-    return tensors
 
 
 class SafetensorsWriter:
@@ -165,7 +97,7 @@ class SafetensorsWriter:
     def name(self, shard: int) -> str:
         """File name of a shard."""
         count = len(self._shards)
-        return _SINGLE if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+        return SINGLE if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append `tensor`, all of `name` or its next rows."""
@@ -218,4 +150,4 @@ class SafetensorsWriter:
         if len(self._shards) > 1:
             weights = {name: self.name(i) for i, shard in enumerate(self._shards) for name, _, _ in shard}
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weights.items()))}
-            (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_idft.checkpoint.config import ModelShape
 from megatron_idft.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD, Layout, Rule
 from megatron_idft.checkpoint.settings import ModelClass, padded_vocabulary
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 1 << 25  # elements of the largest block of vocabulary rows
 _FINAL_NORM_NAMES = {"gpt": "decoder.final_layernorm.weight", "hybrid": "decoder.final_norm.weight"}
@@ -125,6 +126,8 @@ def _vocabulary(rule: Rule, model: ModelShape) -> Iterator[Piece]:
 
 def join(piece: Piece, parts: Sequence[Tensor], model: ModelShape) -> Tensor:
     """The content of the piece, of `piece.size`, in the parts' dtype."""
+    import torch
+
     if piece.layout == "qkv":
         # transformer/attention.py: for each group its queries, then its key, then its value.
         groups = [part.reshape(model.groups, part.shape[0] // model.groups, *part.shape[1:]) for part in parts]

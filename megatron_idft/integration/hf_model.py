@@ -205,6 +205,7 @@ class HuggingFaceExport:
         refuse_links_out(self._model, [self._model / file for file in files])
         for file in files:
             if (self._model / file).is_file():
+                refuse_links_out(self._model, [self._model / file])
                 shutil.copyfile(self._model / file, folder / file)
         tokenizer = Path(args.tokenizer_model)
         if tokenizer.is_file():

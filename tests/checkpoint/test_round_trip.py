@@ -77,10 +77,14 @@ def test_a_vocabulary_larger_than_a_block_is_written_in_blocks(converted, tmp_pa
 
 
 def test_the_tokenizer_travels_along_and_code_does_not(converted, tmp_path):
-    source = tmp_path / "hf"
-    source.mkdir()
-    for path in converted["qwen2"].huggingface.iterdir():
-        shutil.copyfile(path, source / path.name)
+    """Out of a snapshot in the Hugging Face hub's cache, whose files are links to the blobs beside it."""
+    source = tmp_path / "hub" / "models--me--mine" / "snapshots" / "0123abcd"
+    blobs = source.parents[1] / "blobs"
+    source.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(converted["qwen2"].huggingface.iterdir()):
+        shutil.copyfile(path, blobs / f"blob{number}")
+        (source / path.name).symlink_to(Path("../../blobs") / f"blob{number}")
     files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"]
     for name in [*files, "chat_template.jinja", "modeling_custom.py"]:
         (source / name).write_text(f"content of {name}")
