@@ -43,8 +43,8 @@ def find_gpu_libraries(importing: bool = True) -> GPULibraries:
 
     importing: try whether Transformer Engine imports; else only whether it is there.
 
-    Raises BrokenLibraryError for a Transformer Engine whose import fails with anything but ImportError, which Megatron
-    does not catch.
+    Raises BrokenLibraryError for a Transformer Engine that ends Megatron's own import: the package is there, but its
+    part for torch is not (core/fp8_utils.py imports it nevertheless), or it fails with anything but ImportError.
     """
     engine, why_not = _transformer_engine() if importing else (_there("transformer_engine"), "")
     kernels = ("fused_weight_gradient_mlp_cuda", "scaled_upper_triang_masked_softmax_cuda")
@@ -54,17 +54,24 @@ def find_gpu_libraries(importing: bool = True) -> GPULibraries:
 def _transformer_engine() -> tuple[bool, str]:
     try:
         importlib.import_module("transformer_engine")
-        importlib.import_module("transformer_engine.pytorch.fp8")
     except ImportError as error:
         there = installed("transformer-engine") or installed("transformer-engine-torch")
         return False, _first_line(error) if there else ""
     except Exception as error:
-        raise BrokenLibraryError(
-            f"Transformer Engine is installed but cannot be imported ({_first_line(error)}), and Megatron imports it"
-            " everywhere: install one that was built for this torch and CUDA, use an NGC PyTorch container, or pip"
-            " uninstall transformer-engine to use Megatron's local layers"
-        ) from error
+        raise _broken(error) from error
+    try:
+        importlib.import_module("transformer_engine.pytorch.fp8")
+    except Exception as error:
+        raise _broken(error) from error
     return True, ""
+
+
+def _broken(error: Exception) -> BrokenLibraryError:
+    return BrokenLibraryError(
+        f"Transformer Engine is installed but cannot be imported ({_first_line(error)}), and Megatron imports it"
+        " everywhere: install what is missing, or one that was built for this torch and CUDA, or use an NGC PyTorch"
+        " container, or pip uninstall transformer-engine to use Megatron's local layers"
+    )
 
 
 def _there(module: str) -> bool:

@@ -17,14 +17,28 @@ def test_every_variant_is_measured(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads((tmp_path / "decoding.json").read_text())
     variants = result["variants"]
-    assert list(variants) == ["engine 1 pairs", "engine 4 pairs", "no cache", "transformers.generate 8 rows"]
+    engine = ["engine 4 pairs", "engine 4 pairs, cuDNN allowed", "engine 1 pairs"]
+    assert list(variants) == [*engine, "no cache", "transformers.generate 4 rows"] and result["failed"] == {}
     for row in variants.values():
         [(short, long)] = row["seconds"]
         assert short > 0 and long > 0
     four = variants["engine 4 pairs"]
     assert four["tokens_per_second_whole"] == 4 * 12 / four["seconds"][0][1]
+    for prefills in (result["prefills"]["without cuDNN"], result["prefills"]["cuDNN allowed"]):
+        assert len(set(map(tuple, prefills["shapes"]))) > 10, "shapes that have not been seen"
+        assert len(prefills["first_seconds"]) == len(prefills["second_seconds"]) == 20
     assert result["bytes_per_second"] > 0 and result["flops_per_second"] > 0
     assert result["goals"] == [], "the goals are of other shapes"
+
+
+def test_a_variant_that_fails_is_recorded_and_passed_over(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(PROGRAM.parent))
+    from decoding import failures
+
+    failed: dict[str, str] = {}
+    with failures("engine 96 pairs", failed):
+        raise RuntimeError("CUDA out of memory.\nmore of it")
+    assert failed == {"engine 96 pairs": "CUDA out of memory."} and "FAILED" in capsys.readouterr().out
 
 
 def test_goals_are_judged(monkeypatch):

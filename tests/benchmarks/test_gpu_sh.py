@@ -1,8 +1,12 @@
 """The command for a GPU machine, tried where there is none: its stages, its clock and its refusals."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 from launch import ROOT
@@ -35,10 +39,55 @@ def test_a_stage_without_time_fails_the_command(tmp_path):
     assert "no time left" in (tmp_path / "summary.txt").read_text()
 
 
+def test_what_was_there_stays_when_everything_is_killed(tmp_path):
+    """The machine is taken away in the middle of a stage: neither traps nor a last line of the script run."""
+    results, environment = tmp_path / "results", {"GPU_SH_DRY_RUN": "cpu", "GPU_SH_PACK_SECONDS": "1"}
+    process = subprocess.Popen(
+        ["bash", str(SCRIPT), str(results), "environment", "sweep"],
+        env={**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path), **environment},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while "environment" not in summary(results):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.2)
+        written = (results / "logs.tar.gz").stat().st_mtime
+        while (results / "logs.tar.gz").stat().st_mtime == written:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.2)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    with tarfile.open(results / "logs.tar.gz") as logs:
+        log = logs.extractfile("./environment.log")
+        assert log is not None and b"training can start" in log.read()
+    assert "sweep" not in summary(results)
+
+
+def summary(results: Path) -> str:
+    file = results / "summary.txt"
+    return file.read_text() if file.exists() else ""
+
+
+def test_the_limits_fit_into_twelve_minutes():
+    text = SCRIPT.read_text()
+    limits = re.search(r"seconds_at_most=\((.*?)\)", text, re.DOTALL)
+    assert limits is not None
+    seconds = {name: int(value) for name, value in re.findall(r"\[(\w+)\]=(\d+)", limits[1])}
+    totals = dict(re.findall(r"^ +(first|second)\) .*seconds \+ (\d+)", text, re.MULTILINE))
+    for group, total in totals.items():
+        stages = re.search(rf"^{group}=\((.*)\)", text, re.MULTILINE)
+        assert stages is not None
+        assert sum(seconds[stage] for stage in stages[1].split()) <= int(total) <= 600, group
+    assert set(totals) == {"first", "second"} and sum(map(int, totals.values())) <= 720
+
+
 def test_refusals_name_the_remedy(tmp_path):
     done = run(tmp_path, "benchmarks", GPU_SH_DRY_RUN="cpu")
     assert done.returncode == 2
-    assert "unknown stage benchmarks; there are environment tests" in done.stderr
+    assert "unknown stage benchmarks; there are first (environment values" in done.stderr
     done = run(tmp_path, GPU_SH_DRY_RUN="", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert "sees no GPU" in done.stderr and "tests/run.sh" in done.stderr

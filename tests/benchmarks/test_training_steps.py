@@ -28,8 +28,31 @@ def test_backends_and_the_stock_loss_train_alike(tmp_path):
 
 def test_a_difference_is_a_miss(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(PROGRAM.parent))
-    from training_steps import compare
+    from training_steps import PACKS_TOLERANCE, Pair, compare
 
-    assert compare({"lm_loss": [8.0, 7.0]}, {"lm_loss": [8.0, 7.01]})["hit"]
-    assert not compare({"lm_loss": [8.0, 7.0]}, {"lm_loss": [8.002, 7.0]})["hit"], "first step"
-    assert not compare({"lm_loss": [8.0, 7.0]}, {"lm_loss": [8.0, 7.2]})["hit"], "later steps"
+    def hit(first, second, pair):
+        one, other = ({"lm_loss": losses, "median_step_ms": 1.0} for losses in (first, second))
+        return compare(one, other, pair)["hit"]
+
+    losses = Pair("stock", "ce triton")
+    assert hit([8.0, 7.0], [8.0, 7.01], losses)
+    assert not hit([8.0, 7.0], [8.002, 7.0], losses), "first step"
+    assert not hit([8.0, 7.0], [8.0, 7.2], losses), "later steps"
+    packs = Pair("records", "packs", PACKS_TOLERANCE, None)
+    assert hit([8.0, 7.0], [8.004, 7.2], packs) and not hit([8.0, 7.0], [8.01, 7.0], packs)
+
+
+def test_side_by_side_packs_are_their_records_and_a_cut_leaves_a_verdict(tmp_path):
+    """The Triton kernels are tested above; here what is compared beside them, and what a cut leaves."""
+    flags = ["--cpu", "--iterations", "2", "--values", "--backends", "reference", "--at-once", "2", "--limit"]
+    command = [sys.executable, str(PROGRAM), "--out", str(tmp_path), *flags]
+    done = subprocess.run([*command, "240"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "training_values.json").read_text())
+    assert set(result["runs"]) == set(result["planned"]) == {"stock", "idft reference", "records", "packs"}
+    [(name, comparison)] = result["comparisons"].items()
+    assert name == "records against packs" and comparison["first_step"] < 1e-6
+    done = subprocess.run([*command, "1"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    runs = json.loads((tmp_path / "training_values.json").read_text())["runs"]
+    assert len(runs) == 4 and all("stopped after 1 s" in run["failed"] for run in runs.values())

@@ -1,5 +1,6 @@
 """What the programs do on a GPU without Transformer Engine or apex: parsed on a pretended node."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -157,20 +158,35 @@ def test_flags_that_need_transformer_engine_are_refused_without_it(words):
 
 
 def test_transformer_engine_is_there_only_if_it_imports(tmp_path, monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("megatron_idft.integration.gpu_libraries.installed", lambda name: "2.20.2")
-    package = tmp_path / "transformer_engine" / "pytorch"
-    package.mkdir(parents=True)
+    package = tmp_path / "transformer_engine"
+    (package / "pytorch").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path)
+    modules = {
+        "transformer_engine": package / "__init__.py",
+        "transformer_engine.pytorch": package / "pytorch" / "__init__.py",
+        "transformer_engine.pytorch.fp8": package / "pytorch" / "fp8.py",
+    }
 
-    def found(source):
-        (package / "fp8.py").write_text(source)
-        for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.fp8"):
-            sys.modules.pop(name, None)
-        return find_gpu_libraries()
+    def found(**sources):
+        with monkeypatch.context() as patch:  # whatever this process has imported, or hidden
+            for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
+                patch.delitem(sys.modules, name)
+            importlib.invalidate_caches()
+            for file in modules.values():
+                file.write_text(sources.get(file.stem if file.stem == "fp8" else file.parent.name, ""))
+            try:
+                return find_gpu_libraries()
+            finally:
+                for name in modules:
+                    sys.modules.pop(name, None)
 
-    assert found("raise ImportError('no such symbol\\nand more')").why_not == "no such symbol"
-    with pytest.raises(BrokenLibraryError, match=r"cannot be imported \(libcublas.*pip uninstall transformer-engine"):
-        found("raise OSError('libcublas.so.13: not found')")
-    assert found("loaded = 1").transformer_engine
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # its files are told apart by the second
+    assert found().transformer_engine
+    absent = found(transformer_engine="raise ImportError('no such symbol\\nand more')")
+    assert not absent.transformer_engine and absent.why_not == "no such symbol"
+    # Megatron would import what it finds a package for, and does not catch other errors at all.
+    with pytest.raises(BrokenLibraryError, match=r"cannot be imported \(No module named 'einops'\).*pip uninstall"):
+        found(fp8="raise ModuleNotFoundError(\"No module named 'einops'\")")
+    with pytest.raises(BrokenLibraryError, match=r"cannot be imported \(libcublas"):
+        found(transformer_engine="raise OSError('libcublas.so.13: not found')")

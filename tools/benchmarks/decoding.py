@@ -1,6 +1,6 @@
 """Tokens per second of Hinted Decoding against the number of pairs, beside slower ways and the machine's own limits.
 
-    torchrun --standalone --nproc-per-node 1 tools/benchmarks/decoding.py --out RESULTS [--shape tiny|7b] [--pairs 1 32]
+    torchrun --standalone --nproc-per-node 1 tools/benchmarks/decoding.py --out RESULTS [--shape tiny|7b] [--pairs 64 1]
 
 Random weights, prompts of one length each for the hinted and the plain stream, no stop tokens: all work is known
 beforehand. The output layer is scaled so that the mean entropy is 1 nat, as of a trained model: top-p over nearly
@@ -10,6 +10,12 @@ uniform distributions is another problem. In one process, on one device:
     engine 1 pair          (a) the same loop, one record at a time
     no cache               (b) both streams anew for every token, one record at a time, as the authors' demo does
     transformers.generate  (c) plain generation of 2 N rows with its cache; it neither mixes nor knows two prompts
+    …, cuDNN allowed       the engine with cuDNN's attention among torch's choices: most pairs of the list
+    prefills               of 20 shapes, each for the first and for the second time, with cuDNN and without
+
+One after the other, in the order of --pairs; each is printed and written to RESULTS/decoding.json when it is done, and
+one that fails (out of memory) is recorded and passed over. For the 7b shape (c) has 8 rows: its logits of whole prompts
+in fp32 fill a GPU with more.
 
 (b) and (c) are a transformers Qwen2 of the same shape. The time of a step is that of long responses less that of short
 ones, over the difference of their lengths, so that prefills do not count in it; tokens per second of whole responses
@@ -24,6 +30,7 @@ the risk. On a CPU the floor is printed, but caches hold the tiny model's weight
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -31,9 +38,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +58,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "responses": (16, 144),
         "uncached": 48,
         "pairs": (1, 2, 4, 8, 16, 32),
+        "generate_rows": 64,
         "rounds": 3,
     },
     # Qwen2.5-7B
@@ -59,7 +67,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "prompts": (2500, 120),
         "responses": (16, 144),
         "uncached": 12,
-        "pairs": (1, 8, 32, 64, 96),
+        "pairs": (64, 1, 8, 32, 96),
+        "generate_rows": 8,
         "rounds": 1,
     },
     "smoke": {
@@ -67,7 +76,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "prompts": (24, 6),
         "responses": (4, 12),
         "uncached": 6,
-        "pairs": (1, 4),
+        "pairs": (4, 1),
+        "generate_rows": 4,
         "rounds": 1,
     },
 }
@@ -95,8 +105,7 @@ def build_megatron(shape: dict[str, Any], on_gpu: bool) -> Any:
         --vocab-size {vocab} --make-vocab-size-divisible-by 1 --attention-dropout 0 --hidden-dropout 0
     """
     if on_gpu:
-        flags += """--bf16 --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
-            --no-rope-fusion --no-persist-layer-norm --no-bias-swiglu-fusion --no-bias-dropout-fusion"""
+        flags += "--bf16 --transformer-impl local --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion"
     from megatron_idft.integration.script import prepare_process
 
     prepare_process("decoding benchmark", flags.split(), force_cpu=not on_gpu)
@@ -227,6 +236,13 @@ class Programs:
         assert lengths == [tokens] * pairs
 
     @torch.no_grad()
+    def run_prefill(self, rows: int, length: int) -> None:
+        engine, tokens = self.engine, torch.ones(rows, length, dtype=torch.int64, device=self.device)
+        positions = torch.arange(length, device=self.device).expand(rows, length)
+        with engine.cache.prefilling(None, positions[0]):
+            engine.model.hidden_states(tokens, positions)
+
+    @torch.no_grad()
     def run_without_cache(self, tokens: int) -> None:
         ids = [torch.from_numpy(prompt)[None].to(self.device) for prompt in self.prompts[0]]
         mixing = Linear(self.vocab)
@@ -268,6 +284,92 @@ def seconds(call: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+class Variant(NamedTuple):
+    """run: decodes so many tokens. lengths: of short and long responses. responses: decoded at once."""
+
+    run: Callable[[int], None]
+    lengths: tuple[int, int]
+    responses: int
+    cudnn: bool = False
+
+
+def variants(programs: Programs, shape: dict[str, Any], all_pairs: Sequence[int]) -> dict[str, Variant]:
+    """In the order in which they are measured."""
+    lengths, uncached, most = shape["responses"], shape["uncached"], max(all_pairs)
+    found = {}
+    for pairs in all_pairs:
+        found[f"engine {pairs} pairs"] = Variant(lambda n, p=pairs: programs.run_engine(p, n), lengths, pairs)
+        if pairs == most:
+            found[f"engine {pairs} pairs, cuDNN allowed"] = found[f"engine {pairs} pairs"]._replace(cudnn=True)
+    found["no cache"] = Variant(programs.run_without_cache, (uncached // 2, uncached), 1)
+    rows = min(2 * most, shape["generate_rows"])
+    generate = Variant(lambda n: programs.run_generate(rows // 2, n), lengths, rows)
+    return found | {f"transformers.generate {rows} rows": generate}
+
+
+def measure(variant: Variant, programs: Programs, rounds: int) -> dict[str, Any]:
+    """Times of short and long responses, and what follows from them."""
+    cache, device = programs.engine.cache, programs.device
+    programs.engine._forward.close()  # graphs hold the attention that they were captured with
+    cache.cudnn = variant.cudnn
+    times = []
+    for _ in range(rounds + 1):
+        times.append([seconds(lambda n=n: variant.run(n), device) for n in variant.lengths])
+    cache.cudnn = False
+    times = times[1:]  # the first compiles, captures and allocates
+    short, long = variant.lengths
+    step = statistics.median((b - a) / (long - short) for a, b in times)
+    whole = statistics.median(b for _, b in times)
+    return {
+        "responses": variant.responses,
+        "seconds": times,
+        "step_ms": 1e3 * step,
+        "tokens_per_second_decoding": variant.responses / step,
+        "tokens_per_second_whole": variant.responses * long / whole,
+        "graphs": len(programs.engine._forward._captured),
+        "graphs_gib": pool_bytes(programs.engine) / 2**30,
+    }
+
+
+def pool_bytes(engine: Any) -> int:
+    """What the pool of the captured graphs holds of the device's memory."""
+    pool = engine._forward._pool
+    if pool is None:
+        return 0
+    segments = torch.cuda.memory_snapshot()
+    return sum(part["total_size"] for part in segments if tuple(part.get("segment_pool_id", ())) == tuple(pool))
+
+
+def measure_prefills(programs: Programs, shape: dict[str, Any], cudnn: bool) -> dict[str, Any]:
+    """Of 20 shapes, for the first and for the second time."""
+    rng = np.random.default_rng(1 + cudnn)  # other shapes: kernels of the first way stay warm
+    longest = max(shape["prompts"])
+    shapes = [(int(rng.integers(1, 5)), int(rng.integers(longest // 4, longest + 1))) for _ in range(20)]
+    cache, device = programs.engine.cache, programs.device
+    cache.cudnn = cudnn
+    programs.run_prefill(1, longest)  # what is compiled and allocated once, whatever the shape
+    first, second = (
+        [seconds(lambda each=each: programs.run_prefill(*each), device) for each in shapes] for _ in range(2)
+    )
+    cache.cudnn = False
+    return {
+        "shapes": shapes,
+        "first_seconds": first,
+        "second_seconds": second,
+        "ms_more_for_a_new_shape": 1e3 * statistics.median(a - b for a, b in zip(first, second, strict=True)),
+    }
+
+
+def print_variant(name: str, row: dict[str, Any]) -> None:
+    floor = f"{row['floor_ms']:9.2f} ms floor, {row['share_of_floor']:5.0%} of it" if "floor_ms" in row else ""
+    graphs = f"; {row['graphs']} graphs, {row['graphs_gib']:.2f} GiB" if row["graphs"] else ""
+    print(
+        f"{name:36}{row['step_ms']:9.2f} ms a step {row['tokens_per_second_decoding']:10,.0f} tokens/s"
+        f" decoding {row['tokens_per_second_whole']:10,.0f} with prefill {floor}{graphs}",
+        flush=True,
+    )
+
+
 def main() -> int:
     args = parse_arguments()
     on_gpu = torch.cuda.is_available()
@@ -285,45 +387,9 @@ def main() -> int:
         f" {str(programs.dtype).removeprefix('torch.')}",
         flush=True,
     )
-    short, long = shape["responses"]
-    variants: dict[str, tuple[Callable[[int], None], tuple[int, int], int]] = {}
-    for pairs in all_pairs:
-        variants[f"engine {pairs} pairs"] = (lambda n, p=pairs: programs.run_engine(p, n)), (short, long), pairs
-    uncached = shape["uncached"]
-    variants["no cache"] = programs.run_without_cache, (uncached // 2, uncached), 1
-    for pairs in all_pairs[-1:]:
-        generate: Callable[[int], None] = lambda n, p=pairs: programs.run_generate(p, n)  # noqa: E731
-        variants[f"transformers.generate {2 * pairs} rows"] = generate, (short, long), 2 * pairs
-    times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
-    for round_number in range(rounds + 1):
-        for variant, (run, lengths, _) in variants.items():
-            measured = tuple(seconds(lambda run=run, n=n: run(n), device) for n in lengths)
-            if round_number > 0:  # the first compiles, captures and allocates
-                times[variant].append((measured[0], measured[1]))
-    rows = {}
-    itemsize = torch.empty((), dtype=programs.dtype).element_size()
-    for variant, (_, lengths, count) in variants.items():
-        step = statistics.median((b - a) / (lengths[1] - lengths[0]) for a, b in times[variant])
-        whole = statistics.median(b for _, b in times[variant])
-        rows[variant] = row = {
-            "responses": count,
-            "seconds": times[variant],
-            "step_ms": 1e3 * step,
-            "tokens_per_second_decoding": count / step,
-            "tokens_per_second_whole": count * lengths[1] / whole,
-        }
-        if variant.startswith("engine"):
-            row["floor_ms"] = 1e3 * ceiling.floor_seconds(shape, count, itemsize)
-            row["share_of_floor"] = row["floor_ms"] / row["step_ms"]
-        floor = f"{row['floor_ms']:9.2f} ms floor, {row['share_of_floor']:5.0%} of it" if "floor_ms" in row else ""
-        print(
-            f"{variant:32}{row['step_ms']:9.2f} ms a step {row['tokens_per_second_decoding']:10,.0f} tokens/s"
-            f" decoding {row['tokens_per_second_whole']:10,.0f} with prefill {floor}",
-            flush=True,
-        )
-    goals = judge(rows, on_gpu, name)
-    for goal in goals:
-        print(f"{'hit ' if goal['hit'] else 'MISS'}  {goal['name']}: {goal['value']:.2f} (goal {goal['goal']:g})")
+    rows: dict[str, dict[str, Any]] = {}
+    prefills: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
     result = {
         "benchmark": "decoding",
         "date": datetime.date.today().isoformat(),
@@ -338,18 +404,53 @@ def main() -> int:
         "bytes_per_second": ceiling.bytes_per_second,
         "flops_per_second": ceiling.flops_per_second,
         "variants": rows,
-        "goals": goals,
+        "prefills": prefills,
+        "failed": failed,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "decoding.json").write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    itemsize = torch.empty((), dtype=programs.dtype).element_size()
+    planned = variants(programs, shape, all_pairs)
+    for number, (title, variant) in enumerate(planned.items()):
+        if number == 1:  # behind what matters most
+            for label, cudnn in (("without cuDNN", False), ("cuDNN allowed", True)):
+                with failures(f"prefills, {label}", failed):
+                    prefills[label] = found = measure_prefills(programs, shape, cudnn)
+                    more = found["ms_more_for_a_new_shape"]
+                    print(f"{f'prefills, {label}':36}{more:9.2f} ms more for a new shape", flush=True)
+        with failures(title, failed):
+            row = measure(variant, programs, rounds)
+            if title.startswith("engine"):
+                row["floor_ms"] = 1e3 * ceiling.floor_seconds(shape, variant.responses, itemsize)
+                row["share_of_floor"] = row["floor_ms"] / row["step_ms"]
+            rows[title] = row
+            print_variant(title, row)
+        save(result | {"goals": judge(rows, on_gpu, name)}, args.out)  # in case that this is stopped
+    for goal in judge(rows, on_gpu, name):
+        print(f"{'hit ' if goal['hit'] else 'MISS'}  {goal['name']}: {goal['value']:.2f} (goal {goal['goal']:g})")
+    return 1 if failed else 0
+
+
+@contextlib.contextmanager
+def failures(title: str, failed: dict[str, str]) -> Iterator[None]:
+    """What fails in here, of memory for example, is printed and recorded."""
+    try:
+        yield
+    except RuntimeError as error:
+        failed[title] = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"{title:36}FAILED: {failed[title]}", flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def save(result: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "decoding.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def judge(rows: dict[str, dict[str, Any]], on_gpu: bool, shape: str) -> list[dict[str, Any]]:
     """Ratios, each with its goal where this machine and shape have one."""
     goals = []
     rate = {name: row["tokens_per_second_whole"] for name, row in rows.items()}
-    if shape == "tiny" and f"engine {SPEEDUP_PAIRS} pairs" in rows:
+    if shape == "tiny" and {f"engine {SPEEDUP_PAIRS} pairs", "no cache"} <= rows.keys():
         value = rate[f"engine {SPEEDUP_PAIRS} pairs"] / rate["no cache"]
         goals.append({"name": f"{SPEEDUP_PAIRS} pairs against no cache", "value": value, "goal": SPEEDUP_GOAL})
     if on_gpu and shape == "7b" and f"engine {FLOOR_PAIRS} pairs" in rows:

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of at most 9 minutes, with one folder of results.
-#   bash tools/benchmarks/gpu.sh [RESULTS_FOLDER [STAGE…]]      default: .cache/gpu-results, every stage
-# Stages: environment tests compile benchmark decoding training sanitizer; and sweep, only when named.
+# Everything that needs a GPU, in two commands of 12 minutes together, each with a folder of at most 8 files of results.
+#   bash tools/benchmarks/gpu.sh [RESULTS_FOLDER [STAGE…]]      default: .cache/gpu-results, first
+# Stages, most valuable first. first: environment values benchmark overhead decoding; second: steps sanitizer sweep.
 # Needs Python 3.12 with torch, Triton and setup.py's light libraries, and no network: Megatron and the libraries that
 # ours is compared with are taken from .cache/wheels (or WHEELS), which tools/benchmarks/wheels.sh fills elsewhere.
-# A stage that fails or runs out of time does not stop the next one; the exit code tells.
+# Used where they are there: .cache/triton-sm90 (kernels that tools/benchmarks/triton_cache.py has compiled) and
+# .cache/transformer-engine/*.tar.xz (or TE_ARCHIVE: a folder of packages, one of them transformer_engine).
+# A stage that fails or runs out of time does not stop the next one; the exit code tells. Results are written as they
+# come, logs.tar.gz anew every minute: whatever ends this, what was measured stays.
 # PYTHON names the interpreter; without it, .venv's or python3, whichever has torch.
-# GPU_SH_SECONDS is the time for everything (540). GPU_SH_DRY_RUN=cpu tries the script without a GPU, on tiny shapes.
+# GPU_SH_SECONDS is the time for everything (first 450, second 240). GPU_SH_DRY_RUN=cpu tries the script without a GPU, small.
 # shellcheck disable=SC2329 # the stages are called by their names
 set -uo pipefail
 
@@ -16,52 +19,89 @@ wheels=${WHEELS:-$checkout/.cache/wheels}
 dry=${GPU_SH_DRY_RUN:-}
 
 # ----------------------------------------------------------------------------- stages: one function each, run in order
-# In each: $python, $results (few files, for keeping), $logs (the rest; packed at the end), $dry.
+# In each: $python, $results (few files, for keeping), $logs (the rest; packed), $engine (Transformer Engine), $dry.
 
-all_stages=(environment tests compile benchmark decoding training sanitizer)
+first=(environment values benchmark overhead decoding)
+second=(steps sanitizer sweep)
 declare -A seconds_at_most=(
-    [environment]=60 [tests]=120 [compile]=40 [benchmark]=200 [decoding]=90 [training]=120 [sanitizer]=120
-    [sweep]=400
+    [environment]=25 [values]=85 [benchmark]=155 [overhead]=25 [decoding]=140
+    [steps]=70 [sanitizer]=90 [sweep]=80
 )
 
 environment() {
     nvidia-smi || echo "nvidia-smi: not here"
-    nvcc --version || echo "nvcc: not here, nor needed"
-    "$python" -m pip list 2>/dev/null || true
+    if [ -n "$engine" ]; then
+        PYTHONPATH="$PYTHONPATH:$engine" "$python" -c "import torch, transformer_engine.pytorch as te
+print('Transformer Engine imports from', te.__file__)" || echo "Transformer Engine does not import"
+    fi
     "$python" -m megatron_idft doctor
+    "$python" -m pip list >"$logs/packages.txt" 2>/dev/null || true
 }
 
+# Whatever is right or wrong rather than fast or slow, side by side: tests, and trainings of a few steps.
+values() {
+    local selection=(-m gpu -k "not reference") workers=(-n 4) form=(--limit 78) failed=0 job jobs=()
+    if ! "$python" -c 'import xdist' 2>/dev/null; then workers=(); fi
+    if [ -n "$engine" ]; then form+=(--engine "$engine"); fi
+    if [ -n "$dry" ]; then
+        selection+=(--collect-only)
+        form=(--cpu --iterations 3 --at-once 2)
+    fi
+    tests loss "${selection[@]}" "${workers[@]}" tests/loss & jobs+=($!)
+    tests engine "${selection[@]}" tests/inference/test_engine_gpu.py & jobs+=($!)
+    "$python" tools/benchmarks/training_steps.py --values --out "$logs/values" "${form[@]}" & jobs+=($!)
+    keep_up_to_date "$logs/values/training_values.json" & local keeper=$!
+    for job in "${jobs[@]}"; do wait "$job" || failed=1; done
+    kill "$keeper"
+    cp "$logs/values/training_values.json" "$results" || failed=1
+    return "$failed"
+}
+
+# tests NAME ARGUMENT…: every result on a line of its own in the log when it is known, the failed ones here too.
 tests() {
-    local several=()
-    if "$python" -c 'import xdist' 2>/dev/null; then several=(-n 4); fi
-    if [ -n "$dry" ]; then several=(--collect-only); fi
-    "$python" -m pytest -q -m gpu -p no:cacheprovider "${several[@]}"
+    local log=$logs/tests_$1.log code
+    "$python" -m pytest -v -p no:cacheprovider "${@:2}" >"$log" 2>&1 & local pytest=$!
+    tail -n +1 -f --pid "$pytest" "$log" 2>/dev/null | grep --line-buffered -E '(FAILED|ERROR) ' | cut -c 1-200
+    wait "$pytest"
+    code=$?
+    echo "tests of $1: $(tail -n 1 "$log")"
+    return "$code"
 }
 
-compile() {
-    "$python" tools/benchmarks/loss.py --compile-only --out "$logs/compile" || return
-    cp "$logs/compile/loss.json" "$results/loss_compiled.json"
+# keep_up_to_date FILE: a copy of it in the results, every few seconds.
+keep_up_to_date() {
+    while sleep 3; do cp "$1" "$results"; done >/dev/null 2>&1
 }
 
 benchmark() {
-    local form=(--time-limit 170)
+    local form=(--time-limit 140)
     if [ -n "$dry" ]; then form=(--smoke --quick); fi
     "$python" tools/benchmarks/loss.py --out "$results" "${form[@]}"
 }
 
-decoding() {
+overhead() {
     local form=()
+    if [ -n "$dry" ]; then form=(--smoke); fi
+    "$python" tools/benchmarks/hook_overhead.py --out "$results" "${form[@]}"
+}
+
+decoding() {
+    local form=(--pairs 64 1 8)
     if [ -n "$dry" ]; then form=(--shape smoke); fi
     "$python" -m torch.distributed.run --standalone --nproc-per-node 1 \
         tools/benchmarks/decoding.py --out "$results" "${form[@]}"
 }
 
-training() {
-    local form=()
-    if [ -n "$dry" ]; then form=(--cpu --iterations 3 --losses idft); fi
-    "$python" tools/benchmarks/training_steps.py --out "$logs/training" "${form[@]}"
-    local code=$?
-    cp "$logs/training/training_steps.json" "$results"
+steps() {
+    local form=(--iterations 20 --limit 66) code
+    if [ -n "$dry" ]; then form=(--cpu --iterations 3); fi
+    "$python" tools/benchmarks/training_steps.py --out "$logs/steps" --losses ce idft --backends triton "${form[@]}" &
+    local steps=$!
+    keep_up_to_date "$logs/steps/training_steps.json" & local keeper=$!
+    wait "$steps"
+    code=$?
+    kill "$keeper"
+    cp "$logs/steps/training_steps.json" "$results"
     return "$code"
 }
 
@@ -72,17 +112,19 @@ sanitizer() {
     fi
     # Without torch's caching allocator, so that a tensor's end is the end of its memory.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        "$python" -m pytest -q -m gpu -p no:cacheprovider -x tests/loss/test_vocab_parallel_loss.py \
-        -k "test_padding_columns_count_nowhere or test_any_strides or test_all_labels_ignored"
+        "$python" -m pytest -v -m gpu -p no:cacheprovider -x tests/loss/test_vocab_parallel_loss.py \
+        -k "not reference and (test_any_strides or test_padding_columns_count_nowhere)"
 }
 
 sweep() {
-    "$python" tools/benchmarks/loss.py --sweep
+    local form=(--sweep narrow)
+    if [ -n "$dry" ]; then form+=(--smoke); fi
+    "$python" tools/benchmarks/loss.py "${form[@]}" | tee "$results/sweep.txt"
 }
 
 # ------------------------------------------------------------------------------------------------------------- running
 
-# Everything that training needs and this interpreter lacks, out of the wheels, into a folder of its own.
+# Everything that training needs and this interpreter lacks, into folders of their own, which a second command finds.
 prepare() {
     "$python" - <<'CHECK' || return 1
 import importlib.util, sys
@@ -95,7 +137,7 @@ CHECK
     if ! "$python" -c 'import megatron.core' 2>/dev/null; then
         install train "$site" || return 1
     fi
-    if compgen -G "$wheels/peers/*.whl" >/dev/null; then
+    if compgen -G "$wheels/peers/*.whl" >/dev/null && [ ! -d "$checkout/.cache/peers" ]; then
         install peers "$checkout/.cache/peers"
     fi
 }
@@ -110,12 +152,29 @@ install() {
         --target "$2" "$wheels/$1"/*.whl
 }
 
+# The folder of Transformer Engine's packages, unpacked where it is not yet; nothing where there is none.
+unpack_engine() {
+    local archive=${TE_ARCHIVE:-} folder=$checkout/.cache/gpu-engine found
+    if [ -z "$archive" ]; then archive=$(compgen -G "$checkout/.cache/transformer-engine/*.tar.xz" | head -n 1); fi
+    if [ ! -d "$folder" ] && [ -n "$archive" ]; then
+        mkdir -p "$folder.new" && tar -C "$folder.new" -xJf "$archive" && mv "$folder.new" "$folder"
+    fi
+    found=$(find "$folder" -maxdepth 2 -type d -name transformer_engine 2>/dev/null | head -n 1)
+    if [ -n "$found" ]; then dirname "$found"; fi
+}
+
+# The logs of all stages so far, in one file that is whole at any moment.
+pack_logs() {
+    tar -C "$logs" --exclude=training_data -czf "$work/logs.tar.gz" . 2>/dev/null
+    mv "$work/logs.tar.gz" "$results/logs.tar.gz"
+}
+
 if [ "${1:-}" = --stage ]; then # one stage, in a process that `timeout` can stop
     "$2"
     exit
 fi
 case ${1:-} in
-    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
 esac
 
 for python in "${PYTHON:-}" .venv/bin/python python3; do
@@ -125,32 +184,47 @@ python=$(command -v "$python")
 results=${1:-.cache/gpu-results}
 mkdir -p "$results" || exit 1
 results=$(cd "$results" && pwd)
-stages=("${@:2}")
-[ ${#stages[@]} -gt 0 ] || stages=("${all_stages[@]}")
-for stage in "${stages[@]}"; do
-    if [ -z "${seconds_at_most[$stage]:-}" ]; then
-        echo "gpu.sh: unknown stage $stage; there are ${all_stages[*]} sweep" >&2
-        exit 2
-    fi
+named=("${@:2}")
+[ ${#named[@]} -gt 0 ] || named=(first)
+stages=() seconds=0
+for stage in "${named[@]}"; do
+    case $stage in
+        first) stages+=("${first[@]}") seconds=$((seconds + 450)) ;; # with 20 s for unpacking
+        second) stages+=("${second[@]}") seconds=$((seconds + 240)) ;;
+        *)
+            if [ -z "${seconds_at_most[$stage]:-}" ]; then
+                echo "gpu.sh: unknown stage $stage; there are first (${first[*]}) and second (${second[*]})" >&2
+                exit 2
+            fi
+            stages+=("$stage") seconds=$((seconds + seconds_at_most[$stage] + 20))
+            ;;
+    esac
 done
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-site=$work/site logs=$work/logs
+site=$checkout/.cache/gpu-site logs=$work/logs
 mkdir -p "$logs"
 export python results logs dry PYTHONPATH="$checkout:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$checkout/.cache/triton-sm90}" NCCL_GRAPH_REGISTER=0
 unset TRITON_INTERPRET
 if [ -z "$dry" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu.sh: $python sees no GPU. tests/run.sh is for machines without one; GPU_SH_DRY_RUN=cpu tries this script." >&2
     exit 1
 fi
 prepare || exit 1
+engine=''
+if [ -z "$dry" ]; then engine=$(unpack_engine); fi
+export engine
 
+while sleep "${GPU_SH_PACK_SECONDS:-60}"; do pack_logs; done >/dev/null 2>&1 & packer=$!
+trap 'kill "$packer" 2>/dev/null; pack_logs; rm -rf "$work"' EXIT
+trap 'exit 143' TERM INT
 summary=$results/summary.txt
 printf '%-12s %-20s %8s\n' stage status seconds >"$summary"
 failed=0
 for stage in "${stages[@]}"; do
-    left=$((${GPU_SH_SECONDS:-540} - SECONDS))
+    left=$((${GPU_SH_SECONDS:-$seconds} - SECONDS))
     limit=$((seconds_at_most[$stage] < left ? seconds_at_most[$stage] : left))
+    if [ -n "$dry" ] && [ -z "${GPU_SH_SECONDS:-}" ]; then limit=3600; fi # how fast a CPU is says nothing
     began=$SECONDS
     if [ "$limit" -lt 5 ]; then
         status="no time left" code=1
@@ -167,8 +241,6 @@ for stage in "${stages[@]}"; do
     [ "$code" -eq 0 ] || failed=1
     printf '%-12s %-20s %8d\n' "$stage" "$status" $((SECONDS - began)) >>"$summary"
 done
-rm -rf "$logs/training/training_data"
-tar -C "$logs" -czf "$results/logs.tar.gz" .
 echo "=== summary, $SECONDS s in all; results in $results"
 cat "$summary"
 exit $failed

@@ -143,7 +143,7 @@ def main() -> int:
     if args.sweep:
         from sweep import sweep
 
-        return sweep(args.smoke)
+        return sweep(args.smoke, narrow=args.sweep == "narrow")
     measuring = args.smoke or (torch.cuda.is_available() and not args.compile_only)
     args.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
@@ -408,7 +408,13 @@ def parse_arguments() -> argparse.Namespace:
         help="interpret the kernels on the CPU, on tiny shapes; Triton 3.6 needs numpy < 2.4 for it",
     )
     parser.add_argument("--compile-only", action="store_true", help="no times, even where there is a GPU")
-    parser.add_argument("--sweep", action="store_true", help="time launch parameters and compare with those in use")
+    parser.add_argument(
+        "--sweep",
+        nargs="?",
+        const="all",
+        choices=("all", "narrow"),
+        help="time launch parameters and compare with those in use; narrow: few, for the widest vocabularies",
+    )
     parser.add_argument("--time-limit", type=float, default=210, help="seconds after which no further case starts")
     parser.add_argument(
         "--peers",

@@ -7,6 +7,7 @@ combination that leads by less than a few per cent has not won.
 
 import statistics
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from measure import Clock
@@ -15,26 +16,36 @@ from megatron_idft import resolve_objective
 from megatron_idft.loss import triton_backend
 from megatron_idft.loss.shard import VocabShard
 
-COLUMNS = (1024, 4096, 16384, 32000, 65536, 131072, 152064)
-WARPS = (1, 2, 4, 8, 16)
-LANE_BYTES = (16, 32, 64, 128)
-STAGES = (1, 2, 3)
+
+class Grid(NamedTuple):
+    """What is tried; stages in forward only."""
+
+    columns: tuple[int, ...]
+    warps: tuple[int, ...]
+    lane_bytes: tuple[int, ...]
+    stages: tuple[int, ...]
+
+
+ALL = Grid((1024, 4096, 16384, 32000, 65536, 131072, 152064), (1, 2, 4, 8, 16), (16, 32, 64, 128), (1, 2, 3))
+# In a minute: around what is in use for the widest vocabularies.
+NARROW = Grid((131072, 152064), (4, 8, 16), (64, 128), (1,))
 LOGITS_BYTES = 2**29
 CALLS = 7
 SHOWN = 3
 
 
-def sweep(smoke: bool = False) -> int:
-    """`smoke`: one tiny width on the CPU, interpreted, where times mean nothing."""
+def sweep(smoke: bool = False, narrow: bool = False) -> int:
+    """smoke: one tiny width on the CPU, interpreted, where times mean nothing."""
+    grid = NARROW if narrow else ALL
     if smoke:
-        sweep_width(2, 64, torch.device("cpu"))
+        sweep_width(2, 64, torch.device("cpu"), grid)
         return 0
-    for columns in COLUMNS:
-        sweep_width(LOGITS_BYTES // (2 * columns), columns, torch.device("cuda"))
+    for columns in grid.columns:
+        sweep_width(LOGITS_BYTES // (2 * columns), columns, torch.device("cuda"), grid)
     return 0
 
 
-def sweep_width(tokens: int, columns: int, device: torch.device) -> None:
+def sweep_width(tokens: int, columns: int, device: torch.device, grid: Grid) -> None:
     logits = torch.randn(tokens, columns, dtype=torch.bfloat16, device=device)
     gradient = torch.empty_like(logits)
     labels = torch.randint(0, columns, (tokens,), device=device)
@@ -52,10 +63,10 @@ def sweep_width(tokens: int, columns: int, device: torch.device) -> None:
     copy_ms = median_ms(lambda: gradient.copy_(logits), device)
     print(f"\n[{tokens}, {columns}] bf16; copy {copy_ms:.3f} ms", flush=True)
     # The forward reads half of what a copy moves; the backward reads and writes as much.
-    parts = (("forward", forward, STAGES, copy_ms / 2), ("backward", backward, (1,), copy_ms))
+    parts = (("forward", forward, grid.stages, copy_ms / 2), ("backward", backward, (1,), copy_ms))
     for name, call, stages, floor_ms in parts:
         in_use = triton_backend.launch_parameters(columns * logits.element_size())
-        timed = time_launches(call, {in_use, *launches(stages)}, device)
+        timed = time_launches(call, {in_use, *launches(grid, stages)}, device)
         ranking = sorted(timed, key=timed.__getitem__)
         for launch in dict.fromkeys((*ranking[:SHOWN], in_use)):
             print(
@@ -66,9 +77,9 @@ def sweep_width(tokens: int, columns: int, device: torch.device) -> None:
             )
 
 
-def launches(stages: tuple[int, ...]) -> Iterator[triton_backend.Launch]:
-    for warps in WARPS:
-        for lane_bytes in LANE_BYTES:
+def launches(grid: Grid, stages: tuple[int, ...]) -> Iterator[triton_backend.Launch]:
+    for warps in grid.warps:
+        for lane_bytes in grid.lane_bytes:
             for count in stages:
                 yield triton_backend.Launch(warps, lane_bytes, count)
 
