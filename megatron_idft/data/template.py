@@ -2,8 +2,9 @@
 
 import datetime
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatron_idft.corpus.records import Message
+from megatron_idft.corpus.messages import Message
 from megatron_idft.data.tokenizer_files import read_text
 from megatron_idft.errors import UserError
 
@@ -42,13 +43,55 @@ class TemplateError(UserError, ValueError):
     """The template itself is at fault: it cannot be used with these conversations. States the remedy."""
 
 
+class EndlessTemplateError(TemplateError):
+    """The template does not end, or would not in a lifetime."""
+
+
 class ConversationError(UserError, ValueError):
     """One conversation cannot be encoded, and the conversation is at fault: a bad record, in the words of `corpus`."""
+
+
+# Limits of one rendering: beyond them a template is taken for one that never ends.
+MAX_LOOP_STEPS = 10_000_000  # 600 messages that each look at all messages take 360,000
+MAX_CHARACTERS = 1 << 28
+_MAX_INDENT = 64
+_SHOWN = 500  # characters of what a failing template says
 
 
 class _Environment(ImmutableSandboxedEnvironment):
     generation_blocks = 0  # how many the compiled template has
     mark_generation = False
+    loop_steps = 0  # of the rendering that is under way
+    intercepted_binops = frozenset({"*", "**"})  # nor are they computed while the template is compiled
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """The template with its loops counted: Python lets nobody stop one from outside."""
+        tree = super()._parse(source, name, filename)
+        for loop in list(tree.find_all(nodes.For)):
+            loop.iter = nodes.Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno)
+        return tree
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Products and powers, unless they are huge."""
+        if isinstance(left, int) and isinstance(right, int):
+            size = left.bit_length() * right if operator == "**" else 0
+        else:
+            sizes = [
+                each if isinstance(each, int) else len(each) for each in (left, right) if not isinstance(each, float)
+            ]
+            size = math.prod(sizes) if operator == "*" and len(sizes) == 2 else 0
+        if size > MAX_CHARACTERS:
+            raise EndlessTemplateError(f"it computes something of {size:,} letters or bits")
+        return super().call_binop(context, operator, left, right)
+
+
+@jinja2.pass_environment
+def _counted(environment: _Environment, items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        environment.loop_steps += 1
+        if environment.loop_steps > MAX_LOOP_STEPS:
+            raise EndlessTemplateError(f"its loops take more than {MAX_LOOP_STEPS:,} steps for one conversation")
+        yield item
 
 
 class _GenerationBlocks(Extension):
@@ -81,7 +124,8 @@ class ChatTemplate:
     def __init__(self, source: str, variables: Mapping[str, Any] | None = None, date: datetime.date | None = None):
         self.source, self.variables, self.date = source, dict(variables or {}), date
         self._env = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols])
-        self._env.filters["tojson"] = _tojson
+        self._env.filters |= {"tojson": _tojson, "_counted": _counted}
+        del self._env.globals["lipsum"]  # writes random text
         self._env.globals["raise_exception"] = _raise_exception
         if date is not None:
             self._env.globals["strftime_now"] = date.strftime
@@ -91,6 +135,9 @@ class ChatTemplate:
             raise TemplateError(
                 f"the chat template is not valid Jinja: {error.message} (line {error.lineno})"
             ) from error
+        except Exception as error:  # nested too deep for Jinja or for Python, constants that cannot be computed, …
+            what = f"{type(error).__name__}: {error}"[:_SHOWN]
+            raise TemplateError(f"the chat template cannot be compiled: {what}") from error
         self._template.globals = dict(self._template.globals)  # Jinja's chain of maps is read whole at each rendering
 
     @property
@@ -102,18 +149,31 @@ class ChatTemplate:
     ) -> str:
         """The conversation as text. Raises ConversationError if the template rejects it, TemplateError if it fails."""
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, **self.variables
+            return self._write(
+                dict(self.variables, messages=messages, add_generation_prompt=add_generation_prompt, tools=tools)
             )
         except _RejectedError as error:
-            raise ConversationError(f"the chat template rejects it: {error.message}") from error
+            raise ConversationError(f"the chat template rejects it: {str(error.message)[:_SHOWN]}") from error
+        except EndlessTemplateError as error:
+            raise EndlessTemplateError(f"the chat template does not end: {error}") from None
         except Exception as error:  # whatever a foreign template may raise
             hint = (
                 "; give the date that it asks for with --sft-template-date YYYY-MM-DD"
                 if "strftime_now" in str(error)
                 else ""
             )
-            raise TemplateError(f"the chat template failed: {type(error).__name__}: {error}{hint}") from error
+            what = f"{type(error).__name__}: {error}"[:_SHOWN]
+            raise TemplateError(f"the chat template failed: {what}{hint}") from error
+
+    def _write(self, variables: dict[str, Any]) -> str:
+        self._env.loop_steps, left = 0, MAX_CHARACTERS
+        parts = []
+        for part in self._template.root_render_func(self._template.new_context(variables)):
+            parts.append(part)
+            left -= len(part)
+            if left < 0:
+                raise EndlessTemplateError(f"it writes more than {MAX_CHARACTERS:,} characters for one conversation")
+        return "".join(parts)
 
     def render_marked(
         self, messages: list[Message], *, tools: list[dict[str, Any]] | None = None
@@ -163,4 +223,6 @@ def _raise_exception(message: str) -> None:
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
     # Jinja's own filter escapes HTML.
+    if isinstance(indent, int) and indent > _MAX_INDENT:
+        raise ValueError(f"tojson(indent={indent}): more than {_MAX_INDENT} blanks are not served")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_idft.data.template import ChatTemplate, TemplateError, read_template
+from megatron_idft.data.template_trial import try_template
 from megatron_idft.data.tokenizer_files import (
     check_head,
     check_reads_text,
@@ -153,6 +154,7 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
             if not hf.chat_template:
                 raise InputError(f"{path}: the tokenizer has no chat template; give one with --chat-template FILE")
             template = open_with(path, hf.get_chat_template)
+        try_template(template, hf.special_tokens_map, date)
         self.template = ChatTemplate(template, hf.special_tokens_map, date)
         # A private copy, without what the calls of other people may have left in it: truncation, padding, and a
         # post-processor that adds special tokens or trims blanks off the offsets.
@@ -211,9 +213,11 @@ class SentencePieceChatTokenizer(ChatTokenizer):
     symbols (and at markers, user-defined symbols written like `<…>` or `[…]`), which become their ids; what lies
     between is encoded in one piece each, with the model's own dummy prefix. Other user-defined symbols are left to
     the model.
+
+    tried: the template is known to end.
     """
 
-    def __init__(self, path: Path, template: str | None, date: datetime.date | None = None):
+    def __init__(self, path: Path, template: str | None, date: datetime.date | None = None, *, tried: bool = False):
         import sentencepiece
 
         if template is None:
@@ -240,7 +244,10 @@ class SentencePieceChatTokenizer(ChatTokenizer):
             if types[i] == _CONTROL or (types[i] == _USER_DEFINED and _MARKER.fullmatch(piece))
         }
         names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": pad}
-        self.template = ChatTemplate(template, {name: pieces[i] for name, i in names.items() if i is not None}, date)
+        variables = {name: pieces[i] for name, i in names.items() if i is not None}
+        if not tried:
+            try_template(template, variables, date)
+        self.template = ChatTemplate(template, variables, date)
         self._spelled = {i: piece for piece, i in self.special_ids.items()}
         regular = [i for i in range(self.vocab_size) if types[i] == _NORMAL]
         check_reads_text(path, regular, lambda text: self._model.encode(text, out_type=int), self.decode)

@@ -54,7 +54,7 @@ def rebuild_tokenizer(described: dict[str, Any], scratch: Path) -> ChatTokenizer
     path = scratch / f"tokenizer-{os.getpid()}.model"
     path.write_bytes(bytes.fromhex(described["model"]))
     try:
-        tokenizer = SentencePieceChatTokenizer(path, described["template"], date)
+        tokenizer = SentencePieceChatTokenizer(path, described["template"], date, tried=True)
     finally:
         path.unlink()
     return tokenizer
