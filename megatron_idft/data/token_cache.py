@@ -190,6 +190,17 @@ class TokenCache:
             )
         return self._arrays
 
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Of all records, one after the other: int32 [tokens], mapped."""
+        return self._map()[0]
+
+    def place(self, position: int) -> tuple[str, int]:
+        """The file and line of the record that holds the token at `position` of `token_ids`."""
+        record = int(np.searchsorted(self._map()[2], position, side="right")) - 1
+        [row] = self.records([record])
+        return row["file"], row["line"]
+
     def report(self) -> str:
         """What was read, kept, cut and left out, as text for a person."""
         return report_counts(self.counts, self.seq_length, self.path)
@@ -271,6 +282,7 @@ def _build(folder: Path, settings: _Settings, described: dict[str, Any], progres
     counts = Counts()
     end_ids: set[int] = set()
     numbers: dict[str, int] = {}
+    largest_id = -1
     with ExitStack() as stack:
         tokens, mask, offsets, sources = files = [
             stack.enter_context(open(folder / f"{name}.bin", "wb"))
@@ -298,6 +310,7 @@ def _build(folder: Path, settings: _Settings, described: dict[str, Any], progres
             offsets.write(np.int64(counts.tokens).tobytes())
             sources.write(np.int32(numbers.setdefault(record.source_name, len(numbers))).tobytes())
             end_ids |= encoded.end_ids
+            largest_id = max(largest_id, int(ids.max()))
         for file in files:
             file.flush()
             os.fsync(file.fileno())
@@ -315,6 +328,7 @@ def _build(folder: Path, settings: _Settings, described: dict[str, Any], progres
         "chat_template": settings.tokenizer.template.source,
         "end_of_turn_ids": sorted(end_ids),
         "sources": list(numbers),
+        "largest_id": largest_id,
         "counts": asdict(counts),
     }
     with open(folder / "meta.json", "w", encoding="utf-8") as text:

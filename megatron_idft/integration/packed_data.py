@@ -79,6 +79,11 @@ class PackedData:
         self.blend = Blend([len(store) for store in self.train.values()], self.weights, args.seed)
 
     @property
+    def opened(self) -> list[PackedStore]:
+        """Everything that is read."""
+        return [*self.train.values(), *(store for stores in self.valid.values() for store in stores.values())]
+
+    @property
     def fingerprint(self) -> str:
         """Of what the order of samples follows from: the prepared data and the weights."""
         parts = [

@@ -137,6 +137,7 @@ class ChatTraining(TrainerIntegration):
         from megatron.training.utils import print_rank_0
 
         from megatron_idft.data import load_tokenizer, render_sample
+        from megatron_idft.data.model_rows import require_rows
 
         self.tokenizer = load_tokenizer(
             args.tokenizer_model,
@@ -153,6 +154,8 @@ class ChatTraining(TrainerIntegration):
             self.data = PackedData(args, self.tokenizer, *self._prepared)
         else:
             self.data = RecordData(args, self.tokenizer)
+        for opened in self.data.opened:
+            require_rows(opened, self.tokenizer, args.sft_loss_vocab_size or hf_model.recorded_vocab_size(args))
         print_rank_0(self.data.report())
         args.sft_data_fingerprint = self.data.fingerprint  # recorded in checkpoints
         print_rank_0(

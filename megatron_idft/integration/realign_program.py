@@ -46,7 +46,9 @@ def realign() -> None:
     """Realign as `sys.argv` says. `prepare_process` must have run."""
     offline_program.stop_on_sigterm()
     args = offline_program.parse(add_realign_arguments, WHOLE_NUMBERS_FROM_1, check_realign_arguments)
+    from megatron_idft.corpus.records import read_records
     from megatron_idft.data import load_tokenizer
+    from megatron_idft.data.model_rows import require_rows_of_records
 
     tokenizer = load_tokenizer(
         args.tokenizer_model,
@@ -54,6 +56,8 @@ def realign() -> None:
         trust_remote_code=args.trust_remote_code,
         template_date=args.template_date,
     )
+    on_error = None if args.bad_records == "stop" else lambda error: None
+    require_rows_of_records(read_records(args.data, on_error=on_error), tokenizer, args.sft_loss_vocab_size)
     template = resolve_template(args)
     if args.dry_run:
         _show_first(args, tokenizer, template)

@@ -31,6 +31,11 @@ class RecordData:
         }
 
     @property
+    def opened(self) -> list[TokenCache]:
+        """Everything that is read."""
+        return [self.train, *self.valid.values()]
+
+    @property
     def fingerprint(self) -> str:
         """Of what the order of samples follows from."""
         return self.train.path.name

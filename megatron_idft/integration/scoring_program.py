@@ -119,6 +119,7 @@ def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenCache]:
     from megatron.training.utils import print_rank_0
 
     from megatron_idft.data import load_tokenizer, open_token_cache
+    from megatron_idft.data.model_rows import require_rows
     from megatron_idft.integration.record_data import build_shared_token_cache
 
     tokenizer = load_tokenizer(
@@ -137,6 +138,7 @@ def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenCache]:
     }
     build_shared_token_cache("--data", args.data, settings)
     cache = open_token_cache(args.data, **settings)
+    require_rows(cache, tokenizer, args.sft_loss_vocab_size)
     print_rank_0(cache.report())
     return tokenizer, cache
 

@@ -34,6 +34,7 @@ class ChunkInfo:
     weighted: bool = False
     counts: Counts = field(default_factory=Counts)
     end_ids: list[int] = field(default_factory=list)
+    largest_id: int | None = None  # chunks of earlier versions do not say
     sources: list[str] = field(default_factory=list)
     per_source: list[dict[str, int]] = field(default_factory=list)
     lengths: dict[str, int] = field(default_factory=dict)

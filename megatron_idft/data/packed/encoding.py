@@ -176,6 +176,7 @@ class _Builder:
         info.documents, info.tokens = len(documents), self.counts.tokens
         info.weighted = any(document.weights is not None for document in documents)
         info.end_ids = sorted(self._end_ids)
+        info.largest_id = max((int(document.ids.max()) for document in documents), default=-1)
         info.lengths = {str(bits): self._lengths[bits] for bits in sorted(self._lengths)}
         losses = [
             document.mask if document.weights is None else document.weights.astype(np.float32) for document in documents

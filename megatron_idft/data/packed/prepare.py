@@ -173,6 +173,7 @@ class _Run:
             "eos_id": tokenizer.eos_id,
             "pad_id": tokenizer.pad_id,
             "end_of_turn_ids": sorted({i for info in infos for i in info.end_ids}),
+            "largest_id": _largest_id(infos),
             "counts": asdict(counts),
             "sources": assembly.sources,
             "files": list(self._settings.paths),
@@ -201,6 +202,12 @@ class _Run:
             file=sys.stderr,
             mininterval=1.0,
         )
+
+
+def _largest_id(infos: list[ChunkInfo]) -> int | None:
+    """None where some chunk does not say; `require_rows` then looks at the packs."""
+    known = [info.largest_id for info in infos if info.largest_id is not None]
+    return max(known) if known and len(known) == len(infos) else None
 
 
 def _header(block: Block) -> dict[str, Any]:

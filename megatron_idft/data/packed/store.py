@@ -17,6 +17,7 @@ so its tokens to at most seq_length + its number of documents.
 
 import json
 import struct
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -136,6 +137,18 @@ class PackedStore:
             self._map(".starts.bin", np.int32)[first:last],
             self._map(".sources.bin", np.int32)[first:last],
         )
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Of all packs, one after the other: int32 [tokens], mapped."""
+        return self._map(".bin", np.int32)
+
+    def place(self, position: int) -> tuple[str, int]:
+        """The file and line (row) of the document that holds the token at `position` of `token_ids`."""
+        index = bisect_right(range(len(self)), position, key=lambda pack: self._tokens_of(pack)[0]) - 1
+        starts = self.pack(index).starts
+        document = int(np.searchsorted(starts, position - self._tokens_of(index)[0], side="right")) - 1
+        return self.origins(index)[document]
 
     def origins(self, index: int) -> list[tuple[str, int]]:
         """The file and line (row) of each document of a pack."""
