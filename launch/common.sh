@@ -153,6 +153,19 @@ plan() {
     if [ -n "$dry_run" ]; then printf '# %s\n' "$@"; fi
 }
 
+# check_inputs FLAG…: refuse a model, data or layout that is seen to be wrong, before anything is packed or started.
+check_inputs() {
+    local told line
+    if [ "${CHECK_INPUTS:-yes}" = no ]; then return; fi
+    if told=$("$PYTHON" -m megatron_idft convert check "$@" 2>&1); then
+        while IFS= read -r line; do if [ -n "$line" ]; then plan "checked  $line"; fi; done <<<"$told"
+    elif [ -n "$dry_run" ] && ! "$PYTHON" -c 'import megatron_idft' 2>/dev/null; then
+        plan "checked  nothing: $PYTHON cannot import megatron_idft here"
+    else
+        fail "${told#megatron-idft convert: error: }"
+    fi
+}
+
 # start COMMAND…: under --dry-run print environment and command. Else run it; SIGTERM and SIGINT are passed on to it,
 # its end is waited for, and the status is then 143.
 start() {

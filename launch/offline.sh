@@ -21,6 +21,7 @@ verb=${flags[0]:-}
 flags=("${flags[@]:1}")
 set_environment
 find_interpreter
+case ${flags[0]:-} in --*) check_inputs "${flags[@]}" ;; esac
 case $verb in
     score | realign)
         if [ "$DEVICE" = gpu ]; then flags+=(--bf16); else flags+=(--cpu); fi

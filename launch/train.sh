@@ -127,6 +127,7 @@ if [ -n "${WANDB_PROJECT:-}" ]; then # the key comes from WANDB_API_KEY or `wand
     EVAL_AND_LOGGING_ARGS+=(--wandb-project "$WANDB_PROJECT" --wandb-exp-name "${WANDB_NAME:-$(basename "$SAVE")}")
 fi
 
+check_inputs "${MODEL_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" --seq-length "$SEQ_LENGTH" "${DATA_ARGS[@]}" "${flags[@]}"
 micro_batches=$((GLOBAL_BATCH / (MICRO_BATCH * DP)))
 plan "nodes    $NNODES, this is node ${NODE_RANK:-${MASTER_ADDR:-0}}" \
     "GPUs     $((NNODES * GPUS_PER_NODE)), $GPUS_PER_NODE on each node ($DEVICE)" \

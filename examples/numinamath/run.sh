@@ -27,9 +27,13 @@ idft() { run "$PYTHON" -m megatron_idft "$@"; }
 
 say "1. the model, 15 GB, and the corpus, 1 GB"
 if [ ! -e "$model/done" ]; then
+    # A model that could not be trained is refused by its smallest file, before the rest is fetched.
+    run hf download Qwen/Qwen2.5-7B config.json --local-dir "$model"
+    idft convert check "$model" --config-only --tensor-model-parallel-size 2 --seq-length 3888
     run hf download Qwen/Qwen2.5-7B --local-dir "$model"
     run touch "$model/done"
 fi
+idft convert check "$model" --tensor-model-parallel-size 2 --seq-length 3888
 if [ ! -e "$OUT/raw/done" ]; then
     run hf download AI-MO/NuminaMath-CoT --repo-type dataset --local-dir "$OUT/raw"
     run touch "$OUT/raw/done"
@@ -64,7 +68,7 @@ settings=(
     DATA="$data" VALID_DATA="$valid" SAVE="$save" SFT_LOSS="$SFT_LOSS"
     EPOCHS=1 SEQ_LENGTH=3888 GLOBAL_BATCH="$batch" LR=6e-5 MIN_LR=0 SAVE_INTERVAL=130
 )
-env "${settings[@]}" bash "$launch_dir/train.sh" --dry-run
+env "${settings[@]}" CHECK_INPUTS="${dry_run:+no}" bash "$launch_dir/train.sh" --dry-run
 if [ -z "$dry_run" ]; then env "${settings[@]}" bash "$launch_dir/train.sh"; fi
 
 say "5. held-out records under the model before and after: the distance from its own distribution"

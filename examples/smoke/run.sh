@@ -24,13 +24,14 @@ export SEQ_LENGTH=${SEQ_LENGTH:-512} GLOBAL_BATCH=${GLOBAL_BATCH:-16} LR=${LR:-1
 if [ "$ITERS" -lt 10 ]; then fail "ITERS=$ITERS: at least 10, or nobody can tell whether the loss falls"; fi
 find_interpreter
 export PYTHON
+check_inputs --hf-model "$HF_MODEL" --seq-length "$SEQ_LENGTH" ${TP:+--tensor-model-parallel-size "$TP"} ${DATA:+--data "$DATA"}
 
 # train NAME FLAG…: launch/train.sh into OUT/NAME, its output in OUT/NAME.log
 train() {
     local name=$1 log
     shift
     if [ -n "$dry_run" ]; then
-        SFT_LOSS=$name SAVE=$OUT/$name bash "$launch_dir/train.sh" --dry-run "$@"
+        CHECK_INPUTS=no SFT_LOSS=$name SAVE=$OUT/$name bash "$launch_dir/train.sh" --dry-run "$@"
         return
     fi
     echo "== $name $*"

@@ -1,4 +1,4 @@
-"""`convert to-megatron|to-hf`: models between Hugging Face folders and Megatron checkpoints."""
+"""`convert to-megatron|to-hf|check`: models between Hugging Face folders and Megatron checkpoints."""
 
 import sys
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from megatron_idft.parsing import Parser
 
 USAGE = """usage: megatron-idft convert to-megatron HF_DIR OUT_DIR [--model gpt|hybrid]
        megatron-idft convert to-hf MEGATRON_DIR OUT_DIR [--hf-config DIR] [--iteration N] [--dtype bf16|fp16|fp32]
+       megatron-idft convert check HF_DIR|FLAG ... [--config-only]
 
 Converts Llama, Mistral, Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE between Hugging Face safetensors folders and Megatron's
 torch_dist checkpoints, tensor by tensor, on the CPU, in one process. One checkpoint serves every TP, PP and EP, and the
@@ -19,7 +20,11 @@ local as well as the Transformer Engine layers. Other families go to Megatron-Br
 
 to-megatron  writes OUT_DIR for --load, with the model's flags in OUT_DIR/model_flags.sh and the tokenizer in
              OUT_DIR/tokenizer
-to-hf        writes OUT_DIR for transformers, from a checkpoint of this tool or of a training that began with one"""
+to-hf        writes OUT_DIR for transformers, from a checkpoint of this tool or of a training that began with one
+check        says in a fraction of a second whether HF_DIR can be converted: config.json, and every tensor's name and
+             shape; no weights are read. Given the flags of train, score, realign or prepare it takes --hf-model, checks
+             that --tensor-model-parallel-size and --seq-length fit the model and that the data they name is there. What
+             this machine does not see is named. --config-only: nothing but config.json is there yet"""
 
 
 def _parser() -> Parser:
@@ -42,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print(USAGE)
         return 0 if argv else 2
+    if argv[0] == "check":
+        return _check(argv[1:])
     args = _parser().parse_args(list(argv))
     import torch
 
@@ -64,4 +71,15 @@ def main(argv: Sequence[str]) -> int:
             raise
         bridge.to_hf(args.source, args.target, args.hf_config, error)
     print(f"{args.target}: open it with transformers' from_pretrained", file=sys.stdout)
+    return 0
+
+
+def _check(argv: Sequence[str]) -> int:
+    from megatron_idft.checkpoint.input_check import check_inputs
+
+    words = [word for word in argv if word != "--config-only"]
+    if words and not words[0].startswith("-"):
+        words = ["--hf-model", *words]
+    for line in check_inputs(words, config_only="--config-only" in argv):
+        print(line)
     return 0

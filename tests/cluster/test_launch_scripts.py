@@ -5,6 +5,7 @@ shows is what our scripts ask of them, not that a cluster does it.
 """
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -19,7 +20,9 @@ from cluster.public_configs import CONFIGS
 
 from launch import ROOT
 from megatron_idft.checkpoint.config import read_model
+from megatron_idft.checkpoint.safetensors_files import SafetensorsWriter
 from megatron_idft.checkpoint.settings import megatron_settings
+from megatron_idft.checkpoint.tensors import pieces
 
 LAUNCH = ROOT / "launch"
 SETTINGS = {"HF_MODEL": "/models/m", "DATA": "/data/a.jsonl", "SAVE": "/save/my run", "PYTHON": sys.executable}
@@ -195,7 +198,7 @@ def test_an_unknown_number_of_gpus_is_refused_with_what_to_do():
 
 
 def test_the_plan_of_one_node():
-    printed = plan(LAUNCH / "train.sh", "--dry-run", "--idft-beta", "2.0", MODEL="qwen2.5-7b", VALID_DATA="v1 v2")
+    printed = plan(LAUNCH / "train.sh", "--dry-run", "--idft-beta", "2.0", MODEL="qwen2.5-7b", VALID_DATA="/data/v1 /data/v2")
     words = command(printed)
     assert words[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     assert "# layout   TP 2, PP 1, CP 1, EP 1, DP 4, recompute none" in printed
@@ -204,7 +207,7 @@ def test_the_plan_of_one_node():
     assert "export NCCL_GRAPH_REGISTER=0" in printed  # with the expandable segments above it
     assert after(words, "--save") == after(words, "--load") == "/save/my run"
     assert after(words, "--hf-model") == "/models/m" and "--num-layers" not in words
-    assert words[words.index("--sft-valid-data") :][1:3] == ["v1", "v2"]
+    assert words[words.index("--sft-valid-data") :][1:3] == ["/data/v1", "/data/v2"]
     assert "--sequence-parallel" in words and after(words, "--transformer-impl") == "transformer_engine"
     assert "--finetune" not in words and words[-2:] == ["--idft-beta", "2.0"]
     assert "--wandb-project" not in words
@@ -257,6 +260,80 @@ def test_the_plan_of_a_node_of_two(variables, rank):
 def test_refusals_name_the_remedy(variables, told):
     done = bash(LAUNCH / "train.sh", "--dry-run", **SETTINGS | {"MODEL": "qwen2.5-7b"} | variables)
     assert done.returncode == 2 and told in done.stderr and not done.stdout
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model`, a Qwen2.5 of 6 heads in 2 groups as its base models are published, and a.jsonl."""
+    import torch
+
+    root = tmp_path_factory.mktemp("inputs")
+    (root / "a.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (root / "model").mkdir()
+    size = {
+        "hidden_size": 48,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "vocab_size": 9,
+    }
+    config = CONFIGS["qwen2.5-7b"] | size | {"num_key_value_heads": 2, "use_mrope": False}
+    (root / "model" / "config.json").write_text(json.dumps(config))
+    parts = [part for piece in pieces(read_model(config), "gpt") for part in piece.parts]
+    with SafetensorsWriter(root / "model", [(part.name, part.shape, torch.float32) for part in parts]) as writer:
+        for part in parts:
+            writer.write(part.name, torch.zeros(part.shape))
+    return root
+
+
+def scripts_of_a_training() -> list[tuple[str, ...]]:
+    corpus = ("--hf-model", "MODEL", "--data", "DATA", "--tensor-model-parallel-size", "TP", "--seq-length", "512")
+    return [
+        ("launch/train.sh",),
+        ("launch/slurm_train.sh",),
+        ("launch/offline.sh", "score", *corpus),
+        ("launch/slurm_array.sh", "realign", *corpus),
+        ("examples/smoke/run.sh",),
+    ]
+
+
+def start_dry(script: tuple[str, ...], model: Path, data: Path, tensor: str) -> subprocess.CompletedProcess:
+    words = [{"MODEL": str(model), "DATA": str(data), "TP": tensor}.get(word, word) for word in script[1:]]
+    variables = {"HF_MODEL": str(model), "DATA": str(data), "TP": tensor, "GPUS_PER_NODE": "12", "GLOBAL_BATCH": "12"}
+    return bash(ROOT / script[0], "--dry-run", *words, **SETTINGS | {"OUT": "/out/o"} | variables)
+
+
+@pytest.mark.parametrize("script", scripts_of_a_training(), ids=lambda script: script[0])
+def test_every_script_looks_at_model_data_and_layout_first(inputs, tmp_path, script):
+    model, data = inputs / "model", inputs / "a.jsonl"
+    done = start_dry(script, model, data, "2")
+    assert done.returncode == 0, done.stderr
+    if "smoke" not in script[0]:
+        assert f"# checked  {model}: qwen2, 2 layers, 6 heads in 2 groups, can be converted" in done.stdout
+    other = shutil.copytree(model, tmp_path / "model")
+    (other / "config.json").write_text(
+        (model / "config.json").read_text().replace('"use_mrope": false', '"use_mrope": true')
+    )
+    for changed, told in (
+        ((other, data, "2"), "use_mrope is true"),
+        ((inputs / "nosuch", data, "2"), "--hf-model: there is no"),
+        ((model, inputs / "nosuch.jsonl", "2"), "data: there is no"),
+        ((model, data, "4"), "does not divide the 6 attention heads"),
+    ):
+        done = start_dry(script, *changed)
+        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, (told, done.stderr)
+        assert "torch.distributed.run" not in done.stdout
+
+
+def test_the_recipe_looks_at_the_model_before_it_is_fetched(tmp_path):
+    (tmp_path / "n").mkdir()  # made beforehand, and nothing in it yet
+    recipe = plan(ROOT / "examples" / "numinamath" / "run.sh", "--dry-run", OUT=str(tmp_path / "n"))
+    commands = shlex.split(recipe.replace("\\\n", " "), comments=True)
+    at = [index for index, word in enumerate(commands) if word in ("download", "check", "prepare")]
+    order = [commands[index] for index in at]
+    assert order[:5] == ["download", "check", "download", "check", "download"] and "prepare" in order[5:]
+    assert commands[at[0] + 2] == "config.json" and "--config-only" in commands[at[1] : at[2]]
+    assert not list((tmp_path / "n").iterdir())
 
 
 def test_the_plans_of_the_others(tmp_path):
