@@ -198,7 +198,8 @@ def test_an_unknown_number_of_gpus_is_refused_with_what_to_do():
 
 
 def test_the_plan_of_one_node():
-    printed = plan(LAUNCH / "train.sh", "--dry-run", "--idft-beta", "2.0", MODEL="qwen2.5-7b", VALID_DATA="/data/v1 /data/v2")
+    variables = {"MODEL": "qwen2.5-7b", "VALID_DATA": "/data/v1 /data/v2"}
+    printed = plan(LAUNCH / "train.sh", "--dry-run", "--idft-beta", "2.0", **variables)
     words = command(printed)
     assert words[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     assert "# layout   TP 2, PP 1, CP 1, EP 1, DP 4, recompute none" in printed
