@@ -216,7 +216,7 @@ def parse_line(text: bytes, file: str, line: int) -> Any:
     """What the JSON of a line says, or the RecordError that stands in its place."""
     excerpt = text[: 2 * RAW_EXCERPT].decode("utf-8", errors="backslashreplace")
     try:
-        row = json.loads(text.decode("utf-8"))
+        row = json.loads(text.rstrip(b"\r\n").decode("utf-8"))  # else what is cut would be missed in another line
         if text.count(b"[") + text.count(b"{") > MAX_DEPTH and too_deep(row):
             raise RecursionError
         if _SURROGATE.search(text) and (field := _field_with_surrogate(row)) is not None:

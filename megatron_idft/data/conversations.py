@@ -92,7 +92,8 @@ def render_conversation(
 
     messages, tools: as a `Record` holds them. last_turn_only: no assistant turn is trained but the last.
 
-    Raises ConversationError when the conversation is at fault, TemplateError when the template does not prove the mask.
+    Raises ConversationError when the conversation is at fault, TemplateError when the template does not prove the mask
+    of an ordinary conversation of these roles either.
     """
     for i, message in enumerate(messages):
         for key, remedy in _UNSERVED.items():
@@ -100,7 +101,12 @@ def render_conversation(
                 raise ConversationError(f"messages[{i}].{key} is not served: {remedy}, or remove it")
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     turns = [i for i in (turns[-1:] if last_turn_only else turns) if trained_weight(messages[i])]
-    proven = prove_spans(tokenizer, messages, tools, turns)
+    try:
+        proven = prove_spans(tokenizer, messages, tools, turns)
+    except TemplateError as error:
+        if _proves_ordinary(tokenizer, messages, turns):
+            raise ConversationError(str(error)) from error
+        raise
     try:
         proven.text.encode()
     except UnicodeEncodeError:  # in some key of a message that only this template writes
@@ -139,6 +145,15 @@ def tokenize(tokenizer: ChatTokenizer, conversations: Sequence[RenderedConversat
             end_ids.add(int(encoding.ids[last - 1]))
         encoded.append(EncodedConversation(encoding.ids, mask, end_ids, sum(encoding.straddled[::2]), weights=weights))
     return encoded
+
+
+def _proves_ordinary(tokenizer: ChatTokenizer, messages: list[Message], turns: list[int]) -> bool:
+    """Whether the template proves a conversation of the same roles in which plain words are said."""
+    try:
+        prove_spans(tokenizer, [{"role": message["role"], "content": "hello"} for message in messages], None, turns)
+    except (ConversationError, TemplateError):
+        return False
+    return True
 
 
 def _is_written(message: Message, text: str) -> bool:

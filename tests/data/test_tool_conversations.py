@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import tool_templates as templates
-from chat_templates import CHATML, GEMMA, LLAMA3
+from chat_templates import CHATML, GEMMA, LLAMA3, REFUSED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import byte_level
@@ -410,3 +410,14 @@ def test_any_conversation_with_tools_and_reasoning(tokenizers, messages, with_to
             for start, end in rendered.spans:
                 outside, at = outside + rendered.text[at:start], end
             assert tokenizer.decode(encoded.ids[encoded.mask == 0]) == outside + rendered.text[at:]
+
+
+def test_a_template_that_proves_ordinary_conversations_makes_others_bad_records(tokenizers):
+    tokenizer = tokenizers(templates.QWEN3_NOT_THINKING)
+    ordinary = [user("a"), assistant("b"), user("c"), assistant("d")]
+    assert len(render_conversation(tokenizer, ordinary).spans) == 2
+    thought = [*ordinary[:3], assistant("d", reasoning_content="because")]
+    with pytest.raises(ConversationError, match="cannot be proven: before messages"):
+        render_conversation(tokenizer, thought)
+    with pytest.raises(TemplateError, match="never ends"):
+        render_conversation(tokenizers(REFUSED["never ends"][0]), ordinary)
