@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_idft.corpus.verification import DEFAULT_LEAK_PHRASES, LeakFilter, final_answer, same_number, same_text
-from megatron_idft.corpus.verification.answers import number
+from megatron_idft.corpus.verification.numbers import number
 from megatron_idft.errors import InputError
 
 
@@ -31,7 +31,7 @@ from megatron_idft.errors import InputError
         (r"The answer is \boxed{2", None),
         (r"\boxed{ oops \boxed{2}", "2"),
         (r"\boxedness{3}", None),
-        (r"\boxed{4}" + "\n#### 5", "4"),
+        (r"\boxed{4}" + "\n#### 5", "5"),  # what is stated last
         ("48/2 = <<48/2=24>>24\n#### 1,072\n", "1,072"),
         ("#### Step 1: think\nThe end", None),
         ("#### 12\nThat is all.", "12"),
@@ -64,7 +64,7 @@ balanced = st.recursive(
 
 @given(st.text("ab \n$.", max_size=20), balanced, st.text("ab \n$.", max_size=20))
 def test_a_box_is_found_whatever_is_in_it_and_around_it(before, content, after):
-    assert final_answer(rf"\boxed{{0}} {before}\boxed{{{content}}}{after}") == (content.strip() or None)
+    assert final_answer(rf"\boxed{{0}} is less. {before}\boxed{{{content}}}{after}") == (content.strip() or None)
     assert final_answer(rf"{before}\boxed{{{content}{after}") is None
 
 
@@ -178,7 +178,7 @@ def test_any_text_is_a_number_or_none(text):
         ("1,5", "15", None),
         ("1e999999999", "1e999999999", None),
         ("1e" + "9" * 390, "1", None),
-        ("٣", "3", None),
+        ("٣", "3", True),
         ("inf", "nan", None),
         ("1_000", "1000", None),
     ],

@@ -1,7 +1,7 @@
 """Verdicts on responses: by exact comparison, as numbers, by math-verify, or by a function of the user's."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from importlib.metadata import version
@@ -9,11 +9,28 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Self
 
-from megatron_idft.corpus.verification.answers import final_answer, normalised, same_number, same_text
-from megatron_idft.corpus.verification.formulas import as_latex, different_words, unreadable, without_unit, words
+from megatron_idft.corpus.verification.answers import FinalAnswer, behind_thoughts, stated_answer
+from megatron_idft.corpus.verification.formulas import (
+    as_latex,
+    decimal_comma,
+    incomparable,
+    members,
+    names_differ,
+    unreadable,
+)
+from megatron_idft.corpus.verification.numbers import same_number, same_quantity
 from megatron_idft.corpus.verification.pool import WorkerPool
+from megatron_idft.corpus.verification.texts import (
+    COMPARISONS,
+    normalised,
+    same_numbers_in_words,
+    same_text,
+    same_word,
+    without_name,
+)
 from megatron_idft.errors import InputError
 
+MAX_COMPARED = 2000  # characters of an answer that is compared otherwise than as a text
 REMEDY = 'pip install "megatron-idft[verify]"'
 
 
@@ -96,27 +113,24 @@ class Verifier:
         tasks: list[Any] = []
         places: list[int] = []
         for place, (response, reference) in enumerate(items):
-            extracted = final_answer(response)
-            first = self._without_asking(response, extracted, reference)
-            if isinstance(first, Verification):
-                found.append(first)
-                continue
-            found.append(Verification(Verdict.UNKNOWN, self._tool, extracted))
-            tasks.append(first)
-            places.append(place)
-        for place, task, reply in zip(places, tasks, self._pool.run(tasks) if tasks else [], strict=True):
-            asked = found[place]
-            verdict, reason = Verdict(reply["verdict"]), reply.get("reason")
-            if verdict is Verdict.WRONG and not self.plugin and any(words(answer) for answer in task):
-                verdict, reason = Verdict.UNKNOWN, "different as formulas, but there are words in one of them"
-            found[place] = replace(asked, verdict=verdict, reason=reason)
+            stated = stated_answer(response)
+            first = self._without_asking(response, stated, reference)
+            if not isinstance(first, Verification):
+                tasks.append(first)
+                places.append(place)
+                first = Verification(Verdict.UNKNOWN, self._tool, stated.text)
+            found.append(first)
+        for place, reply in zip(places, self._pool.run(tasks) if tasks else [], strict=True):
+            found[place] = replace(found[place], verdict=Verdict(reply["verdict"]), reason=reply.get("reason"))
         return found
 
-    def _without_asking(self, response: str, extracted: str | None, reference: Any) -> Verification | list[Any]:
-        """The verdict, where it needs no other process; else what is to be asked: [response or answer, reference]."""
+    def _without_asking(self, response: str, stated: FinalAnswer, reference: Any) -> Verification | list[Any]:
+        """The verdict, where it needs no other process; else what is to be asked: [response or answers, reference]."""
 
         def say(verdict: Verdict, by: str | None, reason: str | None = None) -> Verification:
-            return Verification(verdict, by, extracted, reason)
+            if verdict is Verdict.RIGHT and stated.doubt:
+                verdict, reason = Verdict.UNKNOWN, stated.doubt
+            return Verification(verdict, by, stated.text, reason)
 
         if reference is None or (isinstance(reference, str) and not reference.strip()):
             return say(Verdict.UNKNOWN, None, "no reference answer")
@@ -131,25 +145,56 @@ class Verifier:
         if not isinstance(reference, str):
             kind = type(reference).__name__
             return say(Verdict.UNKNOWN, None, f"the reference answer is a {kind}; verify it by a plug-in")
-        wanted = final_answer(reference) or reference
-        given = response if extracted is None else extracted
-        if same_text(given, wanted):
-            return say(Verdict.RIGHT, "exact")
-        same = same_number(given, wanted)
-        if extracted is None and not same:
+        of_reference = stated_answer(reference)
+        wanted = of_reference.text or behind_thoughts(reference)
+        stated = replace(stated, doubt=stated.doubt or of_reference.doubt)
+        if not normalised(wanted):
+            return say(Verdict.UNKNOWN, None, "no reference answer")
+        given = behind_thoughts(response) if stated.text is None else stated.text
+        same, by = _compare_directly(given, wanted)
+        if stated.text is None and same is not True:
             return say(Verdict.WRONG, "exact", "no final answer in the response")
-        if same is not None:
-            return say(Verdict.RIGHT if same else Verdict.WRONG, "number")
-        units = [without_unit(text) for text in (given, wanted)]
-        if any(unit and same_number(unit, plain) for unit, plain in zip(units, (wanted, given), strict=True)):
-            return say(Verdict.RIGHT, "number")
-        if different_words(given, wanted):
-            return say(Verdict.WRONG, "exact")
-        reason = unreadable(given, wanted)
-        if reason is None and not normalised(wanted):
-            reason = "no reference answer"
+        if same is not NotImplemented:
+            reason = None if same is not None else "the two can be read in more than one way"
+            return say(_VERDICTS[same], by, reason)
+        return self._formulas(given, wanted, stated, say)
+
+    def _formulas(
+        self, given: str, wanted: str, stated: FinalAnswer, say: Callable[..., Verification]
+    ) -> Verification | list[Any]:
+        formulas = as_latex(given), as_latex(wanted)
+        asked = [members(formula) for formula in formulas]
+        reason = stated.doubt or next(filter(None, (unreadable(part) for parts in asked for part in parts)), None)
+        if reason is None and names_differ(*formulas):
+            reason = "values of different names"
+        if reason is None and decimal_comma(given, wanted):
+            reason = "a comma that may stand before decimals or in a list"
+        reason = reason or incomparable(asked[0][-1], asked[1][-1])
         if reason is None and self._tool is None:
             reason = f"neither the same text nor two numbers, and math-verify is not installed: {REMEDY}"
-        if reason is not None:
-            return say(Verdict.UNKNOWN, None, reason)
-        return [as_latex(given), as_latex(wanted)]
+        return asked if reason is None else say(Verdict.UNKNOWN, None, reason)
+
+
+_VERDICTS = {True: Verdict.RIGHT, False: Verdict.WRONG, None: Verdict.UNKNOWN}
+
+
+def _compare_directly(given: str, wanted: str) -> tuple[bool | None, str]:
+    """Whether both say the same, by what is told: exact or number. None: it cannot be told; NotImplemented: ask on."""
+    if same_text(given, wanted):
+        return True, "exact"
+    if max(len(given), len(wanted)) > MAX_COMPARED:
+        return NotImplemented, "exact"
+    texts = [normalised(text) for text in (given, wanted)]
+    if names_differ(*texts):
+        return NotImplemented, "exact"
+    values = [without_name(text)[1] for text in texts]
+    if values != texts and values[0] == values[1]:
+        return True, "exact"
+    if (same := same_number(*values)) is not None:
+        return same, "number"
+    for compare in COMPARISONS:
+        if (same := compare(*values)) is not NotImplemented:
+            return same, "number" if compare is same_numbers_in_words else "exact"
+    if (same := same_quantity(given, wanted)) is not NotImplemented:
+        return same, "number"
+    return same_word(*values), "exact"

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -47,23 +48,76 @@ def load_plugin(spec: str) -> Check:
 
 
 def load_math_verify() -> Check:
-    """math-verify without time limits of its own: they are signals, and do not stop everything."""
-    from math_verify import parse, verify
+    """math-verify without its search: every text is read whole, or not at all, and it keeps no time limits of its own.
+
+    Its `parse` looks for something that it can read in a text, and so takes one number out of what it cannot; its
+    limits are signals, and do not stop everything.
+    """
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
+    from math_verify import verify
 
     logging.disable(logging.CRITICAL)
+    plain = NormalizationConfig(units=False, malformed_operators=True, nits=False, boxed="none")
+    case_matters = ConversionConfig(lowercase_symbols=False)
 
-    def check(answer: str, reference: str) -> Reply:
-        read = []
-        for text in (reference, answer):
-            found = parse(f"${text}$", parsing_timeout=None, raise_on_error=True)
-            if all(isinstance(value, str) for value in found):
+    def read(text: str, real: bool) -> Any:
+        return latex2sympy(text, is_real=real or None, normalization_config=plain, conversion_config=case_matters)
+
+    def compare(answer: Any, reference: Any) -> str:
+        """Right and wrong where math-verify, which is not symmetric, says so in both orders, and numbers agree."""
+        orders = {
+            bool(verify([x], [y], float_rounding=12, allow_set_relation_comp=True, timeout_seconds=None,
+                        raise_on_error=True))
+            for x, y in ((reference, answer), (answer, reference))
+        }  # fmt: skip
+        numbers = _equal_in_numbers(answer, reference)
+        if len(orders) > 1 or (numbers is not None and orders != {numbers}):
+            return "unknown"
+        return "right" if orders == {True} else "wrong"
+
+    def check(answers: list[str], references: list[str]) -> Reply:
+        real = not any(re.search(r"(?<![a-zA-Z\\])[iI](?![a-zA-Z])", text) for text in (*answers, *references))
+        found = []
+        for text in (*references, *answers):
+            try:
+                found.append(read(text, real))
+            except RecursionError:
+                return {"verdict": "unknown", "reason": f"nested too deeply: {text[:60]!r}"}
+            except Exception:
                 return {"verdict": "unknown", "reason": f"math-verify cannot read {text[:100]!r}"}
-            read.append(found)
-        same = verify(*read, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
-        return {"verdict": "right" if same else "wrong"}
+        split = len(references)
+        verdicts = {compare(answer, reference) for reference in found[:split] for answer in found[split:]}
+        if len(verdicts) > 1 or verdicts == {"unknown"}:
+            return {
+                "verdict": "unknown",
+                "reason": "what is said to be equal differs, or is the same in one order only",
+            }
+        return {"verdict": verdicts.pop()}
 
-    check("x+1", "1+x")  # compiles its patterns and tables, which should not count as the time of the first answer
+    check(["x+1"], ["1+x"])  # compiles its patterns and tables, which should not count as the time of the first answer
     return check
+
+
+def _equal_in_numbers(a: Any, b: Any) -> bool | None:
+    """Whether two formulas have the same values, to 20 digits at some places; None where that cannot be said."""
+    from sympy import Expr, Rational
+
+    if not isinstance(a, Expr) or not isinstance(b, Expr):
+        return None
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    for place in range(3):
+        values = {symbol: Rational(7 * i + 5 * place + 3, 11) for i, symbol in enumerate(symbols)}
+        x, y = (_parts(formula.subs(values).evalf(30)) for formula in (a, b))
+        if x is None or y is None:
+            return None
+        if any(abs(p - q) > 1e-12 * max(abs(p), abs(q)) for p, q in zip(x, y, strict=True)):
+            return False
+    return True
+
+
+def _parts(value: Any) -> tuple[Any, Any] | None:
+    parts = value.as_real_imag()
+    return parts if all(part.is_Float or part.is_Integer or part.is_Rational for part in parts) else None
 
 
 def main(descriptor: int, settings: dict[str, Any]) -> None:
