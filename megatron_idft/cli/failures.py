@@ -162,7 +162,7 @@ def _tell_agent(text: str, spoke: bool) -> None:
     path = _error_file()
     if path is None:
         return
-    when = int(time.time()) + (0 if spoke else 3600)
+    when = int(time.time()) + (0 if spoke else 1)
     shown = text if spoke else "the same error as another rank's"
     told = {"message": shown, "extraInfo": {"py_callstack": shown, "timestamp": str(when)}}
     with contextlib.suppress(OSError):

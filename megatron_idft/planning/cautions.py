@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_idft.planning.layouts import FULL
 from megatron_idft.planning.memory import StageMemory
 from megatron_idft.planning.shape import Training
 from megatron_idft.planning.throughput import Machine, bubble
@@ -50,6 +51,14 @@ def _fit(machine: Machine, stages: Sequence[StageMemory]) -> Found:
                 "does not fit",
                 f"stage {stage.stage} lacks {over / 2**30:.1f} GiB on each GPU: take one of the layouts that fit,"
                 " recompute more (--recompute-granularity), or use a smaller --micro-batch-size or more GPUs",
+            )
+            continue
+        share = stage.bytes / (machine.memory - machine.reserve)
+        if share > FULL:
+            yield (
+                "nearly full",
+                f"stage {stage.stage} fills {share:.0%} of what the reserve leaves: fragmentation or a longer"
+                " workspace of a library may not fit. Keep below 90 %, or try this layout for some steps first",
             )
 
 

@@ -10,8 +10,11 @@ from megatron_idft.planning.memory import plan_memory, worst
 from megatron_idft.planning.shape import PlanError, Recompute, Training
 from megatron_idft.planning.throughput import Machine, bubble
 
+FULL = 0.9  # share of the memory less the reserve from which a layout is marked, and comes after the others
+SMALL_SHARE = 0.25  # of that memory: where one GPU needs less, cutting the model further is no alternative
 RULE = (
-    "least recompute, then experts within a node, then the fewest GPUs that share one model (TP x PP x CP), then the"
+    "at most 90 % full before fuller ones, then the"
+    " least recompute, then experts within a node, then the fewest GPUs that share one model (TP x PP x CP), then the"
     " least context and pipeline parallelism, then the smallest pipeline bubble, then the largest micro-batch, then the"
     " least expert parallelism"
 )
@@ -26,12 +29,17 @@ _RECOMPUTE = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that fits: bytes of its worst rank, whether its experts span nodes, and the flags that ask for it."""
+    """A layout that fits: bytes of its worst rank, their share of the room, and the flags that ask for it."""
 
     training: Training
     bytes: int
     bubble: float
     spans_nodes: bool
+    share: float = 0.0
+
+    @property
+    def is_full(self) -> bool:
+        return self.share > FULL
 
     @property
     def flags(self) -> list[str]:
@@ -57,7 +65,8 @@ def fitting_layouts(training: Training, machine: Machine, limit: int) -> list[Ca
 
     Searched: TP within a node, PP without virtual stages, CP with Transformer Engine, EP with expert TP 1, the
     distributed optimizer where there is data parallelism, no, selective and full recompute, micro-batches of 1 to 8.
-    Of layouts that differ in the micro-batch alone, the one that comes first by the rule is kept.
+    Of layouts that differ in the micro-batch alone, the one that comes first by the rule is kept. A model of which a
+    rank is less than `SMALL_SHARE` full without being cut is not cut by pipeline or context parallelism.
     """
     if machine.memory is None:
         return []
@@ -71,17 +80,27 @@ def fitting_layouts(training: Training, machine: Machine, limit: int) -> list[Ca
         if stage.bytes > room:
             continue
         experts = changed.layout.expert * changed.layout.expert_tensor
-        candidate = Candidate(changed, stage.bytes, bubble(changed), experts > machine.gpus_per_node)
+        share = stage.bytes / room
+        candidate = Candidate(changed, stage.bytes, bubble(changed), experts > machine.gpus_per_node, share)
         key = (changed.layout, changed.recompute)
         if key not in best or _order(candidate) < _order(best[key]):
             best[key] = candidate
-    return sorted(best.values(), key=_order)[:limit]
+    found = sorted(best.values(), key=_order)
+    if any(_is_whole(each) and each.share < SMALL_SHARE for each in found):
+        found = [each for each in found if each.training.layout.pipeline * each.training.layout.context == 1]
+    return found[:limit]
+
+
+def _is_whole(candidate: Candidate) -> bool:
+    layout = candidate.training.layout
+    return layout.tensor * layout.pipeline * layout.context == 1
 
 
 def _order(candidate: Candidate) -> tuple[float, ...]:
     layout, recompute = candidate.training.layout, candidate.training.recompute
     level = ("none", "selective", "full").index(recompute.granularity)
     return (
+        candidate.is_full,
         level,
         candidate.spans_nodes,
         layout.tensor * layout.pipeline * layout.context,

@@ -145,7 +145,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "layouts_that_fit": {
             "rule": RULE,
             "layouts": [
-                {"flags": each.flags, "bytes": each.bytes, "pipeline_bubble": each.bubble} for each in plan.layouts
+                {"flags": each.flags, "bytes": each.bytes, "share": each.share, "pipeline_bubble": each.bubble}
+                for each in plan.layouts
             ],
         },
         "inputs": inputs,

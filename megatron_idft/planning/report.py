@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_idft.planning.layouts import FULL
 from megatron_idft.planning.plan import Plan, as_json
 
 _WIDTH = 110
@@ -32,6 +33,13 @@ def _count(number: int) -> str:
         if number >= unit:
             return f"{number / unit:.2f} {name} ({number:,})"
     return f"{number:,}"
+
+
+def _duration(days: float) -> str:
+    for unit, name in ((1.0, "days"), (1 / 24, "hours"), (1 / 1440, "minutes")):
+        if days >= unit:
+            return f"{days / unit:.1f} {name}"
+    return f"{days * 86400:.0f} seconds"
 
 
 def _verdict(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
@@ -91,7 +99,7 @@ def _speed(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
     yield f"flops          {speed['step_flops']:.3e} a step, {speed['flops_per_token']:.3e} a token"
     if speed["step_seconds"] is not None:
         assert machine.peak is not None
-        days = "" if speed["training_days"] is None else f"; {speed['training_days']:.2f} days in all"
+        days = "" if speed["training_days"] is None else f"; {_duration(speed['training_days'])} in all"
         yield (
             f"at {machine.efficiency:.0%} MFU     {speed['step_seconds']:.2f} s a step,"
             f" {speed['tokens_per_day'] / 1e9:.3f} B tokens a day{days} (peak {machine.peak / 1e12:.0f} TFLOP/s a GPU)"
@@ -119,7 +127,8 @@ def _layouts(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
     if not found["layouts"]:
         yield "  none: take more GPUs, a smaller model or shorter sequences"
     for each in found["layouts"]:
-        yield f"  {_size(each['bytes']):>10}, bubble {each['pipeline_bubble']:.0%}"
+        full = f", {each['share']:.0%} full: little room for what is not counted" if each["share"] > FULL else ""
+        yield f"  {_size(each['bytes']):>10}, bubble {each['pipeline_bubble']:.0%}{full}"
         yield f"    {' '.join(each['flags'])}"
 
 

@@ -9,6 +9,7 @@ from megatron_idft.planning.head import head
 from megatron_idft.planning.layouts import fitting_layouts
 from megatron_idft.planning.memory import forward_passes, plan_memory, worst
 from megatron_idft.planning.parameters import model_count, stage_count
+from megatron_idft.planning.report import _duration
 from megatron_idft.planning.shape import (
     Batch,
     Implementation,
@@ -160,3 +161,29 @@ def test_layouts_fit_follow_the_rule_and_are_none_where_nothing_fits():
 def test_what_cannot_be_is_refused_with_the_remedy(changes, remedy):
     with pytest.raises(PlanError, match=remedy):
         plan_memory(training(**changes))
+
+
+def test_a_layout_that_is_nearly_full_comes_after_roomier_ones():
+    case = training()
+    (alone, *_) = fitting_layouts(case, replace(GPU, memory=GPU.reserve + 2**60), 1)
+    tight = fitting_layouts(case, replace(GPU, memory=GPU.reserve + alone.bytes / 0.97), 10)
+    marked = [each.is_full for each in tight]
+    assert marked == sorted(marked) and not marked[0] and all(each.is_full == (each.share > 0.9) for each in tight)
+    first = tight[0].training
+    assert (
+        (first.layout.tensor, first.layout.pipeline) != (1, 1)
+        or first.recompute.granularity != "none"
+        or (first.batch.micro < alone.training.batch.micro)
+    )
+
+
+def test_a_small_model_is_not_cut():
+    found = fitting_layouts(training(), replace(GPU, memory=GPU.reserve + 2**50), 20)
+    assert found and all(each.training.layout.pipeline * each.training.layout.context == 1 for each in found)
+
+
+@pytest.mark.parametrize(
+    ("days", "text"), [(3.25, "3.2 days"), (0.5, "12.0 hours"), (0.002, "2.9 minutes"), (1e-4, "9 seconds")]
+)
+def test_times_are_told_in_a_unit_that_says_something(days, text):
+    assert _duration(days) == text

@@ -73,6 +73,7 @@ def test_the_verdict_is_the_exit_code_and_layouts_that_fit_are_named(published):
     layouts = large["plan"]["layouts_that_fit"]["layouts"]
     room = large["plan"]["memory"]["limit"] - large["plan"]["memory"]["reserve"]
     assert len(layouts) == 5 and all(layout["bytes"] <= room for layout in layouts)
+    assert layouts[0]["share"] <= 0.9
     assert "--tensor-model-parallel-size" in layouts[0]["flags"]
 
 
