@@ -80,8 +80,11 @@ idft() { "$python" -m megatron_idft "$@"; }
 # launch PROCESSES ARGUMENT…: under torchrun.
 launch() { "$python" -m torch.distributed.run --standalone --nproc-per-node "$1" "${@:2}"; }
 
-# One line per log interval out of Megatron's many; what another process printed may stand in front of it.
-progress='s|^.* sft iteration +([0-9]+)/ +([0-9]+) .*sft loss: ([^ ]+) .*phi mean: ([^ ]+) .*phi std: ([^ ]+) .*|'
+# One line per log interval out of Megatron's many, and one for each source of the data where there are several; what
+# another process printed may stand in front of it.
+progress='s|^.* sft iteration +([0-9]+)/ +([0-9]+) . source ([^ ]+) .*sft loss: ([^ ]+) .*phi mean: ([^ ]+) .*'
+progress+='phi std: ([^ ]+) .*|                          of \3: objective \4   phi mean \5   phi std \6|p;t;'
+progress+='s|^.* sft iteration +([0-9]+)/ +([0-9]+) .*sft loss: ([^ ]+) .*phi mean: ([^ ]+) .*phi std: ([^ ]+) .*|'
 progress+='        step \1 of \2   objective \3   phi mean \4   phi std \5|p'
 
 # train PROCESSES NAME FLAG…: Megatron's trainer into the folder NAME. A checkpoint there is continued.

@@ -95,3 +95,42 @@ def test_doctor_fails_where_two_installations_are_mixed(tmp_path):
     assert done.returncode == 1 and "training cannot start" in done.stdout
     failed = next(line for line in done.stdout.splitlines() if line.startswith("FAIL"))
     assert "two installations are mixed" in failed and str(tmp_path) in failed
+
+
+def test_without_torch_a_verb_says_what_to_install():
+    code = "import sys; sys.modules['torch'] = None; from megatron_idft.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for words in (["train", "--help"], ["plan", "--gpus", "8"], ["score", "--help"], ["convert", "to-hf", "a", "b"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert f"`{words[0]}` needs torch" in done.stderr and "megatron-idft[train]" in done.stderr
+
+
+def test_a_bug_says_that_it_is_one_and_where_the_traceback_is(tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text("raise ZeroDivisionError('of mine')\n")
+    done = command("run", str(script))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    for text in ("ZeroDivisionError: of mine", "failing.py, line 1", "a bug"):
+        assert text in done.stderr
+    log = Path(re.search(r"The traceback is in (\S+)", done.stderr)[1])
+    assert "Traceback (most recent call last)" in log.read_text() and str(script) in log.read_text().splitlines()[0]
+    log.unlink()
+
+
+def test_of_two_ranks_one_speaks_and_torchrun_shows_what_it_said():
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*words, "megatron_idft", "train", "--sft-los", "idft"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    said = "megatron-idft train: error: --sft-los is not a flag; did you mean --sft-loss?"
+    lines = (done.stdout + done.stderr).splitlines()
+    assert done.returncode == 1 and lines.count(said) == 1
+    assert lines[-2].strip() == f"traceback : {said}"  # torchrun's line of the first rank that failed

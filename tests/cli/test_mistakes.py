@@ -170,3 +170,17 @@ def test_a_mistake_is_one_short_message(folder, name):
     assert len(message) < 600 and (name in LATE or len(output.splitlines()) < 40), output
     last = output.splitlines()[-25 if name in LATE else -3 :]
     assert told == [] or message in last
+
+
+def test_without_torchrun_train_score_and_realign_are_one_process(folder):
+    model = MODEL.replace("embeddings 48", "embeddings 96")
+    steps = f"{STEPS} --seq-length 64 --lr 1e-3 --save {{folder}}/model"
+    commands = {
+        f"train {model} {DATA} {steps}": "> one process",
+        f"score {model} {INPUT} --seq-length 64 --load {{folder}}/model": "8 records",
+        f"realign {model} {INPUT}-2 --seq-length 64 --load {{folder}}/model --max-new-tokens 4": "> next: ",
+    }
+    for command, expected in commands.items():
+        words = command.replace("{folder}", str(folder)).split()
+        codes, output = forked_codes(["-m", "megatron_idft", *words], alone=True)
+        assert codes == [0] and expected in output, output[-3000:]
