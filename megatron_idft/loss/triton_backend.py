@@ -13,15 +13,19 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from megatron_idft.loss import triton_kernels as kernels
 from megatron_idft.loss.autograd import TokenResults, weigh_tokens
+from megatron_idft.loss.interpreter import read_loop_bounds_by_item
 from megatron_idft.loss.shard import VocabShard
 from megatron_idft.objectives import KernelFormula, Objective
 from megatron_idft.statistics import STATE_SIZE, MergedState, extra_state_columns, neutral_shard_state
 
 INTERPRETED = bool(kernels.INTERPRETED)
+if INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    read_loop_bounds_by_item()
 
 _LARGEST_EXACT_INDEX = 2**24  # in the fp32 column of the state that holds an argmax
 _MERGE_TOKENS = 128  # per program: 64 programs for 8192 tokens, whose few bytes half of the device reads at once

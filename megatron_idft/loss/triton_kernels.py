@@ -95,7 +95,7 @@ def shard_state_kernel(
             columns = whole_blocks + v * TILE + tile
             in_row = columns < row_vectors * VECTOR
             x = tl.load(logits + _offsets(columns, column_stride, CONTIGUOUS), mask=in_row, other=0.0)
-            xs += (tl.where(columns < valid_columns, x, float("-inf")),)
+            xs += (tl.where(columns < valid_columns, x, _minus_infinity(x.dtype)),)
         maximum, sum_exp, sum_shifted, sum_squares, argmax = _accumulate(
             xs, whole_blocks + tile, maximum, sum_exp, sum_shifted, sum_squares, argmax, SUM_SQUARES, ARGMAX
         )
@@ -160,6 +160,12 @@ def _accumulate(
         if SUM_SQUARES:
             sum_squares += tl.sum(exp * exp, 1)
     return new_max, sum_exp, sum_shifted, sum_squares, argmax
+
+
+@triton.jit
+def _minus_infinity(dtype: tl.constexpr):
+    # Not a Python float beside a tensor: before Triton 3.9 the interpreter has no bf16 constants.
+    return tl.full([], float("-inf"), tl.float32).to(dtype)
 
 
 @triton.jit
@@ -326,8 +332,10 @@ def gradient_kernel(
     tile = tl.arange(0, BLOCK)
     num_columns = row_vectors * VECTOR
 
-    first_zero = 0
-    if (label >= 0) & (label < vocab_size) & (scale != 0):
+    has_gradient = (label >= 0) & (label < vocab_size) & (scale != 0)
+    # Before the branch: Triton 3.4 and 3.5 do not compile a loop whose bound a branch yields.
+    first_zero = tl.where(has_gradient, tl.cdiv(valid_columns, BLOCK) * BLOCK, 0)
+    if has_gradient:
         whole_blocks = valid_columns // BLOCK * BLOCK
         for first in range(0, whole_blocks, BLOCK):
             columns = first + tile
@@ -336,7 +344,6 @@ def gradient_kernel(
             value = tl.where(columns == target, target_value, value)
             pointers = gradient + _offsets(columns, gradient_column_stride, CONTIGUOUS)
             tl.store(pointers, _rounded(value, gradient.dtype.element_ty))
-        first_zero = whole_blocks
         if whole_blocks < valid_columns:
             columns = whole_blocks + tile
             in_row = columns < row_vectors * VECTOR
@@ -346,7 +353,6 @@ def gradient_kernel(
             value = tl.where(columns < valid_columns, value, 0.0)
             pointers = gradient + _offsets(columns, gradient_column_stride, CONTIGUOUS)
             tl.store(pointers, _rounded(value, gradient.dtype.element_ty), mask=in_row)
-            first_zero = whole_blocks + BLOCK
     for first in range(first_zero, num_columns, BLOCK):
         columns = first + tile
         pointers = gradient + _offsets(columns, gradient_column_stride, CONTIGUOUS)

@@ -1,5 +1,6 @@
 """Small random-initialised models of every family, as transformers saves them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,9 @@ def build(name: str, **changes: Any) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = _BASE | MODELS[name] | changes
+    if rope := settings.get("rope_parameters"):  # transformers 4's two fields, which 5 reads as well
+        settings["rope_theta"] = rope["rope_theta"]
+        settings["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -82,6 +86,12 @@ def save(name: str, folder: Path, max_shard_size: str = "5GB", **changes: Any) -
     model = build(name, **changes)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model
+
+
+def dtype_of(folder: Path) -> str:
+    """The dtype in config.json, under the name that this version of transformers writes."""
+    config = json.loads((folder / "config.json").read_text())
+    return config["dtype"] if "dtype" in config else config["torch_dtype"]
 
 
 def tokens(vocab: int, length: int = LENGTH) -> torch.Tensor:

@@ -56,10 +56,10 @@ def test_in_bf16_and_in_many_files(tmp_path):
     to_hf(tmp_path / "megatron", tmp_path / "back", shard_bytes=100_000, progress=False)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 3
     assert_same(tmp_path / "hf", tmp_path / "back")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back", torch_dtype="auto")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     to_hf(tmp_path / "megatron", tmp_path / "wide", dtype=torch.float32, progress=False)
-    assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
+    assert models.dtype_of(tmp_path / "wide") == "float32"
     assert {tensor.dtype for tensor in tensors(tmp_path / "wide").values()} == {torch.float32}
 
 
