@@ -51,6 +51,7 @@ setup(
     install_requires=[
         "jinja2>=3.1",
         "numpy>=1.26",
+        "packaging>=24.2",
         "pyarrow>=15.0",
         "sentencepiece>=0.2.0",
         "tqdm>=4.66",

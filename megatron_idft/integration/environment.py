@@ -38,7 +38,7 @@ def examine() -> list[Finding]:
     """Every finding, in the order in which a person would mend them."""
     return [
         finding
-        for section in (_python, _packages, _torch, _megatron, _accelerators, _communication, _choices)
+        for section in (_python, _packages, _torch, _megatron, _combinations, _accelerators, _communication, _choices)
         for finding in section()
     ]
 
@@ -70,8 +70,21 @@ def install_line(name: str) -> str | None:
         return 'pip install "megatron-idft[train]" (from a checkout: pip install -e ".[train]")'
     if name == "megatron":
         return _INSTALL_MEGATRON
-    extra = {"jinja2", "numpy", "pyarrow", "safetensors", "sentencepiece", "tqdm", "transformers", "triton", "psutil"}
-    return f"pip install {name}" if name in extra | {"yaml", "tensorboard"} else None
+    if name == "yaml":
+        return "pip install pyyaml"
+    ours = {
+        "jinja2",
+        "numpy",
+        "pyarrow",
+        "safetensors",
+        "sentencepiece",
+        "tqdm",
+        "transformers",
+        "triton",
+        "psutil",
+        "tensorboard",
+    }
+    return f"pip install {name}" if name in ours else None
 
 
 def _packages() -> Iterator[Finding]:
@@ -112,6 +125,24 @@ def _megatron() -> Iterator[Finding]:
         helpers or makefile,
         "" if helpers else f"make -C {origin.core / 'datasets'}" if makefile else "reinstall megatron-core",
     )
+
+
+def _combinations() -> Iterator[Finding]:
+    if installed("packaging") is None:
+        yield Finding("versions", "not compared: packaging is missing", remedy="pip install packaging")
+        return
+    from megatron_idft.integration.combinations import conflicts
+
+    found = list(conflicts())
+    for wanting, requirement, version in found:
+        name = wanting.split()[0]
+        yield Finding(
+            f"versions of {name}",
+            f"{wanting} asks for {requirement}, here is {version}: not known to work together",
+            remedy=f'pip install "{requirement}", or another {name}; two environments where both are needed',
+        )
+    if not found:
+        yield Finding("versions", "the installed packages admit each other")
 
 
 def _accelerators() -> Iterator[Finding]:
