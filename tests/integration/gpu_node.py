@@ -73,6 +73,7 @@ def build(args):
 def answer(case):
     os.environ.pop("NCCL_GRAPH_REGISTER", None)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # nobody comes to meet there
     os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **case.get("env", {})}
     seen = []
     validate = arguments.validate_args

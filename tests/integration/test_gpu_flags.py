@@ -32,6 +32,7 @@ def node(tmp_path_factory):
     folder = tmp_path_factory.mktemp("node")
     tokenizer = train_tokenizer(folder)
     (folder / "data.jsonl").write_text('{"prompt": "1 + 1?", "response": "2."}\n')
+    (folder / "latest_checkpointed_iteration.txt").write_text("1")  # opened later than this goes
     data = f"--tokenizer-model {tokenizer} --chat-template chatml"
     offline = f"{MODEL} {data} --load {folder} --data {folder / 'data.jsonl'} --output {folder / 'out'}"
     train = f"{TRAINING} {data} --sft-data {folder / 'data.jsonl'}"

@@ -114,6 +114,7 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[Pair]]:
     if args.engine is None:
         runs += [Run("records", idft, "records"), Run("packs", idft, "packs")]
         return runs, [*pairs, Pair("records", "packs", PACKS_TOLERANCE, None)]
+    idft += " --te-rng-tracker"  # graphs switch it on: then all of them begin with the same weights
     graphs = f"{idft} --cuda-graph-impl"
     runs += [
         Run("engine", idft, engine=True),
