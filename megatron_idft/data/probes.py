@@ -28,6 +28,11 @@ class ProbedConversation:
         return word
 
     @cached_property
+    def pattern(self) -> str:
+        """A regular expression that matches each probe, and nothing else of the texts."""
+        return f"{self._word}[a-j]+Z"
+
+    @cached_property
     def probes(self) -> list[Probes]:
         """For each message, the probes of its fields in the order in which templates write them."""
         count = 0

@@ -25,6 +25,7 @@ from typing import Any
 
 from megatron_idft.corpus.records import Message
 from megatron_idft.data.headers import QUESTION, first_header, generation_prompt
+from megatron_idft.data.long_conversations import Edges, prove_together
 from megatron_idft.data.probes import ProbedConversation
 from megatron_idft.data.template import ConversationError, TemplateError
 from megatron_idft.data.tokenizer import ChatTokenizer
@@ -53,8 +54,11 @@ def prove_spans(tokenizer: ChatTokenizer, messages: list[Message], tools: Tools,
 
     Raises ConversationError where the conversation is at fault, TemplateError where the template proves nothing.
     """
-    finder = _Finder(tokenizer, messages, tools)
-    spans = finder.marked(turns) if tokenizer.template.has_generation_blocks else [finder.probed(i) for i in turns]
+    finder = Finder(tokenizer, messages, tools)
+    if tokenizer.template.has_generation_blocks:
+        spans = finder.marked(turns)
+    else:
+        spans = prove_together(finder, turns) or [finder.probed(i) for i in turns]
     for before, span in pairwise(spans):
         if span[0] < before[1]:
             raise TemplateError(f"{UNPROVEN}: two turns of the assistant overlap in the text. Remedy: {REMEDY}")
@@ -62,7 +66,9 @@ def prove_spans(tokenizer: ChatTokenizer, messages: list[Message], tools: Tools,
     return ProvenSpans(finder.text, spans, finder.edited)
 
 
-class _Finder:
+class Finder:
+    """The proof for one conversation. edges: of the turns that were proven one by one."""
+
     def __init__(self, tokenizer: ChatTokenizer, messages: list[Message], tools: Tools):
         self.tokenizer, self.template = tokenizer, tokenizer.template
         self.messages, self.tools = messages, tools
@@ -75,6 +81,7 @@ class _Finder:
             )
         self.conversation = ProbedConversation(messages, self.text)
         self.edited = False
+        self.edges: dict[int, Edges] = {}
         self._everywhere: str | None = None
         self._marked_everywhere: tuple[str, list[Span]] | None = None
 
@@ -84,7 +91,7 @@ class _Finder:
             if message["role"] != "assistant" or i in turns:
                 continue
             for field, probes in self.conversation.probes[i].items():
-                if all(probe in self._with_probes_everywhere() for probe in probes):
+                if all(probe in self.everywhere_text() for probe in probes):
                     continue
                 if field == "tool_calls":
                     raise ConversationError(
@@ -113,11 +120,12 @@ class _Finder:
                 f"{UNPROVEN}: what the template writes behind the answer, messages[{i}], depends on the answer. "
                 f"Remedy: {REMEDY}"
             )
-        if whole[start:end] not in self._with_probes_everywhere():
+        if whole[start:end] not in self.everywhere_text():
             raise TemplateError(
                 f"{UNPROVEN}: what the template writes of messages[{i}] depends on what other messages say, or holds "
                 f"some of it. Remedy: {REMEDY}"
             )
+        self.edges[i] = Edges(whole[start:first], whole[last:end], whole[begin:end])
         return start, len(self.text) - len(whole) + end
 
     def _written(self, i: int, own: str, whole: str) -> Span:
@@ -225,7 +233,7 @@ class _Finder:
             raise never_ends(after)
         if follows:
             added = follows[: token.end() - len(after)]
-            self._everywhere = self._with_probes_everywhere() + added
+            self._everywhere = self.everywhere_text() + added
             self.text, whole = self.text + added, whole + added
         return last + token.start(), last + token.end(), whole
 
@@ -239,7 +247,8 @@ class _Finder:
             return whole
         return self._part([*self.messages[:i], self.conversation.turn(i)], i)
 
-    def _with_probes_everywhere(self) -> str:
+    def everywhere_text(self) -> str:
+        """The conversation with probes in all messages."""
         if self._everywhere is None:
             self._everywhere = self.template.render(self.conversation.everywhere, tools=self.tools)
         return self._everywhere
