@@ -91,9 +91,9 @@ def read_tracker(folder: Path) -> int | str | None:
         return None
     if text == "release":
         return text
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 18:
         raise DamagedCheckpointError(
-            f"{folder / TRACKER} names no iteration but says {text!r}: write the N of a good iter_N"
+            f"{folder / TRACKER} names no iteration but says {text[:60]!r}: write the N of a good iter_N"
         )
     return int(text)
 
@@ -189,10 +189,13 @@ def read_record(folder: Path) -> Record | None:
                 " remove the file to load the checkpoint unverified"
             )
         files = {name: FileEntry(size, crc32) for name, (size, crc32) in content["files"].items()}
+        outside = [name for name in files if ".." in Path(name).parts or Path(name).is_absolute()]
+        if outside:
+            raise DamagedCheckpointError(f"{path} names a file outside of its folder: {outside[0][:200]!r}")
         return Record(files, content["begun_with"])
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DamagedCheckpointError):
             raise
         raise DamagedCheckpointError(f"{folder.name}/{RECORD}: cannot be read ({error})") from error

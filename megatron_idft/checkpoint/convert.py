@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megatron_idft.checkpoint import checksums
 from megatron_idft.checkpoint.checks import check_checkpoint, check_source, check_tied, checked_model_class
 from megatron_idft.checkpoint.config import ConversionError, ModelShape, read_config, read_model
 from megatron_idft.checkpoint.folders import COMPANIONS, copy_companions, find_companions, new_folder
@@ -91,6 +92,8 @@ def to_megatron(
                 }
             )
         folder.close()
+        files = checksums.sum_files(release, checksums.files_of(release))
+        checksums.write_record(release, checksums.Record(files, {"--hf-model": str(source.resolve())}))
         (building / TRACKER).write_text("release", encoding="utf-8")
         write_flags_file(building / "model_flags.sh", model, model_class)
         record = {
@@ -114,6 +117,7 @@ def to_hf(
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
     replace: bool = False,
+    verify: bool = True,
 ) -> ModelShape:
     """Write a Megatron checkpoint as a Hugging Face folder `target`: safetensors, config.json, tokenizer.
 
@@ -129,8 +133,11 @@ def to_hf(
         shard_bytes: size of the largest file, unless one tensor is larger.
         progress: a tqdm bar on stderr.
         replace: a `target` that exists, once the new one is complete.
+        verify: compare the files that are read with the checkpoint's checksums.json, where it has one.
 
     Raises:
+        DamagedCheckpointError: a file is not as it was saved, all of them named.
+        UnsafeCheckpointError: the checkpoint names code to be run.
         ConversionError: no config.json, a model with other settings than config.json's, or tensors that are missing,
             unexpected or misshapen, all of them named.
     """
@@ -139,7 +146,7 @@ def to_hf(
     companion = find_companions(source, folder, companions)
     config = read_config(companion)
     model = read_model(config, str(companion / "config.json"))
-    checkpoint = TorchDistCheckpoint(folder)
+    checkpoint = TorchDistCheckpoint(folder, verify)
     args = checkpoint.arguments()
     model_class = checked_model_class(args, model, folder)
     other = differences(megatron_settings(model, model_class), args)
@@ -151,6 +158,9 @@ def to_hf(
     plan = [piece for piece in pieces(model, model_class) if piece.parts]
     stored = checkpoint.tensors()
     keys = check_checkpoint(stored, plan, folder)
+    verified = checkpoint.verify(keys.values())
+    if verified and progress:
+        print(f"> {folder} is verified by sizes and checksums: {verified / 1e9:.3f} GB", file=sys.stderr)
     dtypes = {piece.key: dtype or stored[keys[piece.key]][1] for piece in plan}
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         part.name: (part.shape, dtypes[piece.key]) for piece in plan for part in piece.parts

@@ -15,7 +15,9 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
@@ -35,8 +37,17 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_idft.checkpoint.checksums import TRACKER
+from megatron_idft.checkpoint.checksums import (
+    RECORD,
+    TRACKER,
+    DamagedCheckpointError,
+    iteration_folder,
+    problems,
+    read_record,
+    read_tracker,
+)
 from megatron_idft.checkpoint.config import ConversionError
+from megatron_idft.checkpoint.dcp_metadata import NAME, read_metadata
 
 _COMMON = "common_state/shard_0_1"
 _FILE_BYTES = 4 << 30  # a file is closed when it has grown beyond this
@@ -114,26 +125,68 @@ class TorchDistWriter:
 class TorchDistCheckpoint:
     """One iteration's folder of a checkpoint, open for reading.
 
-    The metadata is a pickle that torch's `FileSystemReader` reads, as it does for Megatron: this opens checkpoints of
-    one's own, where the Hugging Face side never reads a pickle. Everything else is loaded with `weights_only`.
+    The metadata is a pickle and read as `dcp_metadata.py` says; everything else is loaded with torch's `weights_only`.
+    Where checksums.json lies in the folder, each file is compared with it before it is read.
+
+    Args:
+        verify: False for a checkpoint that this process has just saved and summed.
 
     Raises:
         ConversionError: not a torch_dist checkpoint.
+        DamagedCheckpointError: a file is not as it was saved.
+        UnsafeCheckpointError: the metadata names what no writer of checkpoints does.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, verify: bool = True):
         self.folder = folder
+        self._record = read_record(folder) if verify else None
+        self._verified: set[str] = set()
+        small = [name for name in (NAME, "metadata.json", "common.pt") if (folder / name).is_file()]
+        self._verify(small)
         try:
             backend = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConversionError(
                 f"{folder} is not a torch_dist checkpoint ({error}): save with --ckpt-format torch_dist"
             ) from error
         if backend != "torch_dist":
-            raise ConversionError(f"{folder} has the format {backend}: save with --ckpt-format torch_dist")
+            raise ConversionError(f"{folder} has the format {str(backend)[:60]}: save with --ckpt-format torch_dist")
+        if not (folder / NAME).is_file():
+            raise ConversionError(f"{folder} is half-written, its save did not end: it has no {NAME}")
         self._reader = FileSystemReader(folder)
-        self._metadata = self._reader.read_metadata()
+        self._metadata = read_metadata(folder)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def verify(self, keys: Iterable[str]) -> int:
+        """Compare the files that hold these tensors or objects with the record; the bytes that are compared by now.
+
+        Raises:
+            DamagedCheckpointError: naming every file that has changed.
+        """
+        wanted = set(keys)
+        stored = self._metadata.storage_data.items()
+        files = sorted({info.relative_path for index, info in stored if index.fqn in wanted})
+        lost = [name for name in files if not (self.folder / name).is_file()]
+        if lost:
+            raise DamagedCheckpointError(
+                f"{self.folder} lacks {', '.join(lost[:8])}: copy it again from where it came from"
+            )
+        self._verify(files)
+        return 0 if self._record is None else sum(self._record.files[name].size for name in self._verified)
+
+    def _verify(self, names: Sequence[str]) -> None:
+        if self._record is None:
+            return
+        names = [name for name in names if name not in self._verified]
+        self._verified |= {*names}
+        unknown = [name for name in names if name not in self._record.files]
+        wrong = [f"{self.folder.name}/{name}: not in {RECORD}" for name in unknown]
+        wrong += problems(self.folder, {name: self._record.files[name] for name in names if name not in unknown})
+        if wrong:
+            raise DamagedCheckpointError(
+                f"{self.folder} is damaged: {'; '.join(wrong[:8])}. Copy it again from where it came from, or take"
+                " another iteration"
+            )
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> global shape and dtype of every tensor."""
@@ -152,20 +205,38 @@ class TorchDistCheckpoint:
         if sum(item.lengths.numel() for item in items) != result.numel():
             raise ConversionError(f"{self.folder}: {key} is not complete: saved chunks do not cover {offset} + {size}")
         # torch's reader speaks to a planner: where shall this item go, and it has come.
-        self._reader.read_data(LoadPlan(items), _Box(result))  # type: ignore[arg-type]
+        with self._explained(key):
+            self._reader.read_data(LoadPlan(items), _Box(result))  # type: ignore[arg-type]
         return result
+
+    @contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        """What torch says of content that it cannot read is of many classes, and names no file."""
+        try:
+            yield
+        except (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            files = sorted(
+                {info.relative_path for index, info in self._metadata.storage_data.items() if index.fqn == key}
+            )
+            name = re.search(r"GLOBAL (\S+)", str(error))
+            told = f"it names {name[1]}" if name else (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConversionError(
+                f"{self.folder}: {key[:200]}, in {', '.join(files[:4]) or 'no file'}, cannot be read: {told[:300]}"
+            ) from error
 
     def arguments(self) -> argparse.Namespace:
         """Megatron's arguments as recorded; empty if there are none.
 
-        A `common.pt`, as Megatron wrote before 0.19, is read by Megatron's own loader.
+        Megatron wrote them into `common.pt` before 0.19.
         """
         # Importing it registers the classes that a common state may hold.
-        from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+        from megatron.core.dist_checkpointing import serialization  # noqa: F401
 
         if (self.folder / "common.pt").is_file():
-            state = load_common_state_dict(self.folder)
+            with self._explained("common.pt"):
+                state = torch.load(self.folder / "common.pt", map_location="cpu", weights_only=True)
         elif _COMMON in self._metadata.state_dict_metadata:
+            self.verify([_COMMON])
             content = _Bytes()
             item = ReadItem(
                 LoadItemType.BYTE_IO,
@@ -175,11 +246,29 @@ class TorchDistCheckpoint:
                 torch.Size((0,)),
                 torch.Size((0,)),
             )
-            self._reader.read_data(LoadPlan([item]), content)  # type: ignore[arg-type]
-            state = torch.load(content.data, weights_only=True)[0]
+            with self._explained(_COMMON):
+                self._reader.read_data(LoadPlan([item]), content)  # type: ignore[arg-type]
+                state = torch.load(content.data, map_location="cpu", weights_only=True)[0]
         else:
             state = {}
-        return state.get("args") or argparse.Namespace()
+        args = state.get("args") if isinstance(state, dict) else None
+        return args if isinstance(args, argparse.Namespace) else argparse.Namespace()
+
+
+def check_pickles(folder: Path) -> None:
+    """Read what a checkpoint of any format has besides tensors, of which Megatron would make objects.
+
+    Raises:
+        UnsafeCheckpointError, ConversionError: it names code, or is damaged.
+    """
+    if not (folder / NAME).is_file():
+        return
+    if (folder / "metadata.json").is_file() and '"torch_dist"' in (folder / "metadata.json").read_text(
+        "utf-8", "replace"
+    ):
+        TorchDistCheckpoint(folder, verify=False).arguments()
+    else:
+        read_metadata(folder)
 
 
 class _Box:
@@ -209,14 +298,14 @@ def find_iteration(folder: Path, iteration: int | None = None) -> Path:
 
     Raises:
         ConversionError: there is none.
+        DamagedCheckpointError: the tracker file does not name one.
     """
     if iteration is not None:
         found = folder / f"iter_{iteration:07d}"
     elif (folder / "metadata.json").is_file():
         return folder
-    elif (folder / TRACKER).is_file():
-        last = (folder / TRACKER).read_text(encoding="utf-8").strip()
-        found = folder / ("release" if last == "release" else f"iter_{int(last):07d}" if last.isdigit() else last)
+    elif (last := read_tracker(folder)) is not None:
+        found = iteration_folder(folder, last)
     else:
         raise ConversionError(f"{folder} is not a Megatron checkpoint: it has neither {TRACKER} nor metadata.json")
     if not found.is_dir():

@@ -233,7 +233,7 @@ class HuggingFaceExport:
         target = Path(args.save) / "hf" / f"iter_{iteration:07d}"
 
         def convert() -> None:
-            to_hf(args.save, target, iteration=iteration, replace=True)
+            to_hf(args.save, target, iteration=iteration, replace=True, verify=False)  # just saved and summed
             print(f"> saved {target} for transformers", flush=True)
 
         _on_rank_0(f"save-hf/{iteration}", convert)

@@ -65,6 +65,11 @@ def add_input_arguments(group: Any) -> None:
         help="Where the results go. Any number of launches with the same settings may share it; a stopped one goes on.",
     )
     hf_model.add_hf_model_arguments(group)
+    group.add_argument(
+        "--no-checkpoint-checksums",
+        action="store_true",
+        help="Compare only the sizes of the checkpoint's files with its checksums.json, not their content.",
+    )
 
 
 def add_work_arguments(group: Any, *, chunk_records: int) -> None:
@@ -113,6 +118,10 @@ def parse(
     import torch
     from megatron.training import arguments as megatron_arguments
     from megatron.training.initialize import initialize_megatron
+
+    from megatron_idft.integration.restricted_loading import restrict_checkpoint_reading
+
+    restrict_checkpoint_reading()
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return raise_errors(add_arguments(parser))
@@ -180,9 +189,11 @@ def load_model(args: argparse.Namespace) -> list[torch.nn.Module]:
     )
     from megatron.training.training import setup_model_and_optimizer
 
+    from megatron_idft.integration.run_checkpoints import RunCheckpoints
     from megatron_idft.integration.trainer import true_vocab_size
 
     hf_model.convert_before_loading(args)
+    RunCheckpoints().verify_source(args)
     model_config = gpt_config_from_args(args) if args.hybrid_layer_pattern is None else hybrid_config_from_args(args)
     model, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,

@@ -26,6 +26,7 @@ from megatron_idft.integration.packed_batches import check_attention
 from megatron_idft.integration.packed_data import PackedData, prepared_data
 from megatron_idft.integration.publishing import print_rank_last
 from megatron_idft.integration.record_data import RecordData
+from megatron_idft.integration.restricted_loading import restrict_checkpoint_reading
 from megatron_idft.integration.trainer import TrainerIntegration
 
 if TYPE_CHECKING:
@@ -269,6 +270,7 @@ def train() -> None:
 
     workers.die_with_agent()
     workers.use_fresh_store()
+    restrict_checkpoint_reading()
     training = ChatTraining().attach()
     args = parse_and_validate_args()
     model_config = gpt_config_from_args(args) if args.hybrid_layer_pattern is None else hybrid_config_from_args(args)

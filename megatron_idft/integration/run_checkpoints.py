@@ -27,6 +27,7 @@ import torch
 
 from megatron_idft.checkpoint import checksums
 from megatron_idft.checkpoint.checksums import DamagedCheckpointError, Record, iteration_folder
+from megatron_idft.checkpoint.torch_dist import check_pickles
 from megatron_idft.errors import UserError
 from megatron_idft.integration.arguments import ArgumentError
 
@@ -71,17 +72,17 @@ class RunCheckpoints:
         if restarts:
             print_on_rank_0(f"> restart {restarts} of at most {os.environ.get('TORCHELASTIC_MAX_RESTARTS', '?')}")
         if args.save is None or args.moe_use_upcycling:
-            self._verify_source(args)
+            self.verify_source(args)
             return
         home = Path(args.save)
         own = args.load is not None and _same_folder(args.load, home)
         if own and args.ckpt_step:
-            self._verify_source(args)
+            self.verify_source(args)
             self.continues_at = args.ckpt_step
             return
         found = self._newest_good(home)
         if found is None:
-            self._verify_source(args)
+            self.verify_source(args)
             return
         known = found.record is not None and found.record.begun_with == self._begun_with
         if known:
@@ -100,7 +101,7 @@ class RunCheckpoints:
                 f"WARNING: --save {home} holds checkpoints without a record of where they came from. This run begins as"
                 f" told ({_words(self._begun_with)}) and will write over them; to continue them pass --load {home}"
             )
-            self._verify_source(args)
+            self.verify_source(args)
 
     def _continue_own(self, args: argparse.Namespace, found: _Found) -> None:
         """Let Megatron load what --save holds, whatever weights the training began with."""
@@ -150,8 +151,15 @@ class RunCheckpoints:
         from_rank_0(partial(_point_tracker, home, found.iteration))
         return found
 
-    def _verify_source(self, args: argparse.Namespace) -> None:
-        """Verify what --load or --pretrained-checkpoint will give, where it is not this run's own."""
+    def verify_source(self, args: argparse.Namespace) -> None:
+        """Verify what --load or --pretrained-checkpoint will give, where it is not this run's own.
+
+        Every file is read once, by one of the ranks.
+
+        Raises:
+            DamagedCheckpointError: it is not as it was saved.
+        """
+        self._checksums = not args.no_checkpoint_checksums
         for place in (args.load, args.pretrained_checkpoint):
             if place is None:
                 continue
@@ -174,6 +182,7 @@ class RunCheckpoints:
         record, wrong = from_rank_0(partial(_read_record, folder))
         if record is None:
             if not wrong:
+                from_rank_0(partial(check_pickles, folder))
                 print_on_rank_0(f"> {folder} is not verified: it has no {checksums.RECORD}")
             return _Found(iteration, None, wrong)
         start = time.monotonic()
@@ -183,6 +192,7 @@ class RunCheckpoints:
         if reduced(len(wrong), torch.distributed.ReduceOp.SUM):
             wrong = [text for part in gather(wrong) for text in part]
         else:
+            from_rank_0(partial(check_pickles, folder))
             self.size = record.size
             how = "sizes and checksums" if self._checksums else "sizes"
             print_on_rank_0(f"> {folder} is verified by {how}: {_amount(record)} in {time.monotonic() - start:.1f} s")

@@ -1,13 +1,17 @@
 """`score --hf-model`: per-token statistics against transformers in float64, on the same folder."""
 
 import json
+import os
+import pickle
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from checkpoint.test_training import ROWS, corpus  # noqa: F401  (a fixture)
+from checkpoint.test_unpickling import Call
 
-from launch import forked
+from launch import forked, forked_codes
+from megatron_idft.checkpoint import to_megatron
 
 
 # transformers multiplies grouped experts in fp32 at most.
@@ -40,3 +44,28 @@ def test_statistics_are_those_of_transformers(corpus, tmp_path, name, dtype):  #
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         for name_, expected in (("log_prob", log_prob), ("entropy", entropy), ("phi", log_prob + entropy)):
             torch.testing.assert_close(torch.tensor(row[name_]).double(), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("verb", ["score", "realign"])
+def test_a_damaged_or_crafted_checkpoint_is_refused(corpus, tmp_path, verb):  # noqa: F811
+    """By `--load`, on two ranks: what `train` and `convert to-hf` refuse."""
+    checkpoint = tmp_path / "megatron"
+    to_megatron(corpus / "qwen2", checkpoint, progress=False)
+    model_flags = json.loads((checkpoint / "conversion.json").read_text())["megatron_flags"]
+    flags = f"--load {checkpoint} --tokenizer-model {corpus / 'qwen2'} --data {corpus / 'train.jsonl'}"
+    flags += f" --output {tmp_path / 'out'} --seq-length 64 --tensor-model-parallel-size 2"
+
+    def refused(told: str) -> None:
+        codes, text = forked_codes(["-m", "megatron_idft", verb, *model_flags, *flags.split()], nproc=2)
+        assert any(codes) and told in text and "Traceback" not in text, text[-2000:]
+
+    path = checkpoint / "release" / "__0_0.distcp"
+    sound = path.read_bytes()
+    path.write_bytes(sound[: len(sound) // 2] + bytes([sound[len(sound) // 2] ^ 1]) + sound[len(sound) // 2 + 1 :])
+    refused("release/__0_0.distcp: its content has changed since it was saved")
+    path.write_bytes(sound)
+    mark = tmp_path / "mark"
+    (checkpoint / "release" / "checksums.json").unlink()
+    (checkpoint / "release" / ".metadata").write_bytes(pickle.dumps(Call(os.system, f"touch {mark}")))
+    refused("it names posix.system")
+    assert not mark.exists() and not list((tmp_path / "out").glob("*.parquet"))

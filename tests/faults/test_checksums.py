@@ -1,5 +1,6 @@
 """The record of a checkpoint's files: what it finds, and how its work is shared among ranks."""
 
+import json
 import os
 import random
 
@@ -73,6 +74,11 @@ def test_a_record_or_tracker_that_cannot_be_read_is_damage_and_none_is_none(save
     (saved / "checksums.json").write_text('{"version": 9}')
     with pytest.raises(DamagedCheckpointError, match="update megatron-idft"):
         checksums.read_record(saved)
+    for name in ("../iter_0000010/.metadata", "/etc/passwd"):
+        record = {"version": 1, "begun_with": {}, "files": {name: [1, 2]}}
+        (saved / "checksums.json").write_text(json.dumps(record))
+        with pytest.raises(DamagedCheckpointError, match="outside of its folder"):
+            checksums.read_record(saved)
     assert checksums.is_complete(saved)
     checksums.begin_writing(saved)
     assert checksums.read_record(saved) is None and not checksums.is_complete(saved)
@@ -82,6 +88,7 @@ def test_a_record_or_tracker_that_cannot_be_read_is_damage_and_none_is_none(save
     assert checksums.read_tracker(home) == 20 and [path.name for path in home.iterdir() if path.is_file()] == [
         "latest_checkpointed_iteration.txt"
     ]
-    (home / "latest_checkpointed_iteration.txt").write_bytes(b"\0\0")
-    with pytest.raises(DamagedCheckpointError, match="names no iteration"):
-        checksums.read_tracker(home)
+    for content in (b"\0\0", b"9" * 5000):
+        (home / "latest_checkpointed_iteration.txt").write_bytes(content)
+        with pytest.raises(DamagedCheckpointError, match="names no iteration"):
+            checksums.read_tracker(home)
