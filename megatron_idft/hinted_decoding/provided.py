@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_idft.corpus.messages import shown
 from megatron_idft.errors import InputError
 
 Kind = Literal["rollouts", "analyses"]
@@ -66,9 +67,9 @@ class ProvidedTexts:
                         at = f"line {line}"
                         identity, turn, _ = self._read(text, at)
                         if known is not None and identity not in known:
-                            raise self._error(at, f"no record has the id {identity!r}")
+                            raise self._error(at, f"no record has the id {shown(identity)}")
                         if (identity, turn) in seen:
-                            was = f"{identity!r} stands in line {seen[identity, turn]} already"
+                            was = f"{shown(identity)} stands in line {seen[identity, turn]} already"
                             raise self._error(at, f"{was}: one line for each record and turn")
                         seen[identity, turn] = line
                         self._places.setdefault(identity, []).append(place)
@@ -80,14 +81,14 @@ class ProvidedTexts:
     def _read(self, text: bytes, at: str) -> tuple[str, int | None, Any]:
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._error(at, f"not JSON: {error}") from error
         identity = row.get("id") if isinstance(row, dict) else None
         if isinstance(identity, bool) or not isinstance(identity, str | int):
             raise self._error(at, _REMEDY[self._kind])
         turn = row.get("turn")
         if turn is not None and (isinstance(turn, bool) or not isinstance(turn, int)):
-            raise self._error(at, f"turn {turn!r}: expected a whole number, counted from 0")
+            raise self._error(at, f"turn {shown(turn)}: expected a whole number, counted from 0")
         value = self._value(row)
         if value is None:
             raise self._error(at, _REMEDY[self._kind])
