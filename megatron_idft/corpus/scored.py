@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from megatron_idft.corpus.copying import complete_file, copy_records, suffix_of
 from megatron_idft.corpus.estimates import ClusterSums
 from megatron_idft.corpus.ledger.manifest import read_manifest
+from megatron_idft.corpus.lint.thresholds import MIN_RECORDS, can_tell
 from megatron_idft.corpus.records import check_files
 from megatron_idft.corpus.report import ReportBuilder
 from megatron_idft.corpus.scoring import RECORD_SCHEMA, TOKEN_SCHEMA
@@ -74,7 +75,10 @@ def read_own_samples(output: Path) -> dict[float, list[dict[str, Any]]]:
 
 
 def describe_own_samples(output: Path) -> str:
-    """The mean of phi at each temperature with its standard error, each answer being one draw, for a person."""
+    """The mean of phi at each temperature with its standard error, each answer being one draw, for a person.
+
+    As in the report (`can_tell`), a few answers have no error that could be trusted.
+    """
     lines = []
     for temperature, rows in read_own_samples(output).items():
         sums = ClusterSums()
@@ -82,11 +86,12 @@ def describe_own_samples(output: Path) -> str:
             sums.add({"tokens": row["num_tokens"], "phi": row["phi_sum"]})
         mean = sums.ratio("phi")
         assert mean is not None
-        error = "unknown" if mean.se is None else f"{mean.se:.4f}"
-        lines.append(
-            f"> own samples at temperature {temperature:g}: phi {mean.value:+.4f} per token, standard error {error},"
-            f" over {sums.records} answers, {sums['tokens']:,.0f} tokens"
-        )
+        over = f"over {sums.records} answers, {sums['tokens']:,.0f} tokens"
+        if can_tell(sums.records, mean):
+            over = f"standard error {mean.se:.4f}, {over}"
+        else:
+            over = f"{over}: too few to tell whether it is 0, --calibrate {MIN_RECORDS} or more answers can"
+        lines.append(f"> own samples at temperature {temperature:g}: phi {mean.value:+.4f} per token, {over}")
     return "\n".join(lines)
 
 

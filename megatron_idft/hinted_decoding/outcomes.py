@@ -1,6 +1,12 @@
 """What became of each record: one Parquet row, with the provenance of every assistant turn and of every try at it."""
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import pyarrow as pa
+
+from megatron_idft.corpus.display import bounded
 
 # One try at a turn. stage: how it was made. accepted: it went into the output.
 CANDIDATE = pa.struct(
@@ -39,6 +45,7 @@ TURN = pa.struct(
         ("num_prompt_tokens", pa.int32()),
         ("num_hinted_prompt_tokens", pa.int32()),  # null where no hinted stream ran
         ("analysis_tokens", pa.int32()),  # written by the model; null: none, or read from a file
+        ("analysis_text", pa.string()),  # the head of one without a marker, to see what went wrong; else null
         ("original_text", pa.string()),
         # The original response under the plain prompt.
         ("original_num_tokens", pa.int32()),
@@ -75,3 +82,28 @@ OUTCOME_SCHEMA = pa.schema(
         ("turns", pa.list_(TURN)),
     ]
 )
+
+UNVERIFIED, ORIGINAL = "UNVERIFIED", "original"
+_TURNS = "turns.list.element"
+_CANDIDATES = f"{_TURNS}.candidates.list.element"
+METHOD_COLUMNS = [f"{_TURNS}.stage"] + [f"{_CANDIDATES}.{name}" for name in ("accepted", "verdict", "verified_by")]
+
+
+def count_methods(turns: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    """By what the text of each of these kept turns was found right: verified_by; UNVERIFIED: by nothing; original."""
+    return Counter(map(_method, turns))
+
+
+def _method(turn: Mapping[str, Any]) -> str:
+    accepted = next((candidate for candidate in turn["candidates"] or () if candidate["accepted"]), None)
+    if accepted is None:
+        return ORIGINAL
+    return accepted["verified_by"] if accepted["verdict"] == "right" and accepted["verified_by"] else UNVERIFIED
+
+
+def describe_methods(methods: Mapping[str, int]) -> str:
+    """For a person: kept turns: 7 right (5 exact, 2 number), 1 UNVERIFIED, 3 original."""
+    right = {name: n for name, n in sorted(methods.items()) if n and name not in (UNVERIFIED, ORIGINAL)}
+    by = f" ({', '.join(f'{count:,} {bounded(name)}' for name, count in right.items())})" if right else ""
+    text = f"kept turns: {sum(right.values()):,} right{by}, {methods.get(UNVERIFIED, 0):,} {UNVERIFIED}"
+    return text + (f", {methods[ORIGINAL]:,} left as they were" if methods.get(ORIGINAL) else "")

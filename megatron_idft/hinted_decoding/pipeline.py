@@ -36,6 +36,8 @@ from megatron_idft.inference.requests import (
     Tokens,
 )
 
+_SHOWN_ANALYSIS = 2000  # characters of one without a marker
+
 
 class Engine(Protocol):
     """What is needed of inference.engine.DecodeEngine."""
@@ -163,8 +165,8 @@ class Realigner:
         asked = {name: encode(self._tokenizer, text) for name, (_, text) in prompts.items()}
         for name, (turn, text) in prompts.items():
             if turn.analysis is not None:
-                analysis = encode_after(self._tokenizer, text, turn.analysis)
-                self._set_hinted_prompt(turn, asked[name], cut_at_marker(analysis, template, self._tokenizer))
+                ids = encode_after(self._tokenizer, text, turn.analysis)
+                self._set_hinted_prompt(turn, asked[name], self._cut_analysis(turn, ids))
             elif len(asked[name]) >= settings.max_positions:
                 turn.not_hinted = "hinted prompt longer than --seq-length"
             else:
@@ -173,7 +175,14 @@ class Realigner:
         for name, (turn, request) in requests.items():
             ids = done[name].token_ids
             turn.analysis_tokens = len(ids)
-            self._set_hinted_prompt(turn, request.prompt, cut_at_marker(ids, template, self._tokenizer))
+            self._set_hinted_prompt(turn, request.prompt, self._cut_analysis(turn, ids))
+
+    def _cut_analysis(self, turn: Turn, ids: Ids) -> Ids | None:
+        """The analysis through its marker; of one without, the head is kept for the report."""
+        cut = cut_at_marker(ids, self._settings.template, self._tokenizer)
+        if cut is None:
+            turn.failed_analysis = self._tokenizer.decode(ids)[:_SHOWN_ANALYSIS]
+        return cut
 
     def _set_hinted_prompt(self, turn: Turn, *parts: Tokens | None) -> None:
         found = [part for part in parts if part is not None]

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_idft.corpus.estimates import ClusterSums, Estimate
 from megatron_idft.corpus.records import Record
+from megatron_idft.corpus.verification import final_answer
 from megatron_idft.data import ChatTokenizer
 from megatron_idft.errors import InputError
 from megatron_idft.hinted_decoding.prompts import HintTemplate
@@ -35,6 +36,34 @@ def render_prompts(record: Record, tokenizer: ChatTokenizer, template: HintTempl
     parts.append(("original response", tokenizer.decode(turn.prompt.original_ids)))
     parts.append(("reference answer", "none: this turn cannot be verified" if turn.answer is None else turn.answer))
     return "\n\n".join(f"> {title}:\n{text}" for title, text in parts)
+
+
+def describe_unreferenced(records: Sequence[Record], total: int, policy: str) -> str | None:
+    """What --unverified makes of records with a turn that has no reference; None where none is among `records`.
+
+    records: some of the `total`, spread over the corpus.
+    """
+    found = sum(not _all_referenced(record) for record in records)
+    if not found:
+        return None
+    seen = f"{found:,} of {len(records):,} records looked at (of {total:,}) have a turn without a reference answer"
+    fate = {
+        "drop": "they are left out undecoded (--unverified drop; keep takes what nothing verifies)",
+        "original": "those turns stay as they are (--unverified original)",
+        "keep": "for those turns the first finished response is taken, right or wrong (--unverified keep)",
+    }[policy]
+    if policy == "drop" and found == len(records):
+        return (
+            f'> WARNING: {seen}: everything would be dropped. Give the records an "answer", or pass --unverified keep'
+            " to take responses that nothing verifies."
+        )
+    return f"> {seen}: {fate}"
+
+
+def _all_referenced(record: Record) -> bool:
+    texts = [str(message["content"]) for message in record.messages if message["role"] == "assistant"]
+    answered = record.answer not in (None, "")
+    return all(final_answer(text) is not None for text in texts[: len(texts) - answered])
 
 
 class EstimateSums(ClusterSums):

@@ -2,7 +2,8 @@
 
 A template file begins with lines `key: value`, then a line `---`, then Jinja text that becomes one user message:
 
-    marker: # CoT            what the model writes between its analysis and its reply; none: a hint without analysis
+    marker: # CoT            what the model writes between its analysis and its reply, on a line of its own if the
+                             after-marker begins with a line break; none: a hint without analysis
     after-marker: "\\n"       JSON text that follows the marker in the hinted prompt, whether the model wrote it or not
 
 The text sees `conversation` (the messages up to the reply, without the system message: role, content), `question` (the
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -140,14 +142,22 @@ def hint_template(path: str | Path | None = None) -> HintTemplate:
 def cut_at_marker(ids: NDArray[np.int32], template: HintTemplate, tokenizer: ChatTokenizer) -> NDArray[np.int32] | None:
     """The analysis through the token that completes its last marker, and what follows a marker; None without one.
 
+    Where a line break follows the marker, it counts with nothing else on its line but signs of headings, emphasis and
+    lists: a model may repeat the prompt, which speaks of it.
     Tokens of what follows are the model's own where it wrote it.
     """
     assert template.marker is not None
     marker, text = template.marker, tokenizer.decode(ids)
-    count = text.count(marker)
-    if count == 0:
+    # A stop token may stand behind it.
+    line = (
+        (r"^[ \t#*]*(?:[0-9]+[.)][ \t#*]*)?", r"[ \t*:]*(?:<[^\s<>]+>)?$")
+        if template.after_marker.startswith("\n")
+        else ("", "")
+    )
+    alone = list(re.finditer(f"{line[0]}({re.escape(marker)}){line[1]}", text, re.MULTILINE))
+    if not alone:
         return None
-    end = _shortest(ids, tokenizer, marker, count)
+    end = _shortest(ids, tokenizer, marker, text.count(marker, 0, alone[-1].end(1)))
     tail = tokenizer.decode(ids[:end]).rpartition(marker)[2]
     wanted = template.after_marker
     while end < len(ids) and len(tail) < len(wanted) and wanted.startswith(tail):

@@ -45,7 +45,7 @@ class RealignSettings:
     retries: int = 2
     retry_beta_factor: float = 0.5
     after_retries: Literal["drop", "original"] = "drop"
-    unverified: Unverified = "keep"
+    unverified: Unverified = "drop"
 
     @property
     def last_resort(self) -> Literal["drop", "original"]:

@@ -4,16 +4,20 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_idft.corpus.ledger import status_of
+from megatron_idft.hinted_decoding.outcomes import METHOD_COLUMNS, count_methods, describe_methods
 from megatron_idft.hinted_decoding.results import read_outcomes, retry_folders
 
 
 def count_outcomes(folder: Path) -> dict[str, Counter[str]]:
-    """How many records have which "status", how many kept turns which "stage", and the "reason" of the others."""
-    counts: dict[str, Counter[str]] = {"status": Counter(), "stage": Counter(), "reason": Counter()}
-    for row in read_outcomes(folder, ["index", "status", "reason", "turns.list.element.stage"]):
+    """How many records have which "status", how many kept turns which "stage" and "method" (`count_methods`), and the
+    "reason" of the others.
+    """
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "stage", "method", "reason")}
+    for row in read_outcomes(folder, ["index", "status", "reason", *METHOD_COLUMNS]):
         counts["status"][row["status"]] += 1
         if row["status"] == "kept":
             counts["stage"].update(turn["stage"] for turn in row["turns"])
+            counts["method"].update(count_methods(row["turns"]))
         else:
             counts["reason"][f"{row['status']}: {row['reason']}"] += 1
     return counts
@@ -30,5 +34,6 @@ def describe_status(folder: Path) -> str:
     for name, what in (("status", "records"), ("stage", "turns of kept records by stage")):
         found = ", ".join(f"{count:,} {key}" for key, count in counts[name].most_common())
         lines.append(f"{what}: {found or 'none'}")
+    lines.append(describe_methods(counts["method"]))
     lines += [f"  {count:,} {reason}" for reason, count in counts["reason"].most_common(10)]
     return "\n".join(lines)

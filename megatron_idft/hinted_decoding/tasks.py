@@ -51,6 +51,7 @@ class Turn:
     candidates: list[Candidate] = field(default_factory=list)
     hinted_prompt: Ids | None = None
     analysis_tokens: int | None = None
+    failed_analysis: str | None = None
     not_hinted: str | None = None
     stage: str | None = None
     reason: str | None = None
@@ -86,6 +87,7 @@ class Turn:
             "num_prompt_tokens": len(self.prompt.ids),
             "num_hinted_prompt_tokens": None if self.hinted_prompt is None else len(self.hinted_prompt),
             "analysis_tokens": self.analysis_tokens,
+            "analysis_text": self.failed_analysis,
             "original_text": self.original_text,
             "original_num_tokens": len(log_prob),
             **{f"original_{name}": value for name, value in statistics(log_prob, entropy).items()},

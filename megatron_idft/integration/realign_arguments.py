@@ -219,10 +219,11 @@ def _add_judging_arguments(group: Any) -> None:
     group.add_argument(
         "--unverified",
         choices=("drop", "original", "keep"),
-        default="keep",
+        default="drop",
         help="What becomes of a turn without a reference, or for which no response was right and some could not be"
-        " compared: its record is left out; it stays as it was; or the first such response is taken that ended by"
-        " itself and does not betray the hint. Default keep.",
+        " compared. drop: its record is left out, and where there is no reference nothing is decoded for it. original:"
+        " it stays as it was. keep: the first such response is taken that ended by itself and does not betray the hint,"
+        " though it may be wrong. For corpora without final answers pass keep. Default drop.",
     )
     group.add_argument(
         "--verifier-plugin",

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from megatron_idft.hinted_decoding.tasks import RealignInput
 
 
+_LOOKED_AT = 200  # records, spread over the corpus, for what is said of it at the start
+
+
 class RealignInputs:
     """Opened on the leading rank of each replica; the other ranks are told what they need. Called on all ranks.
 
@@ -43,6 +46,15 @@ class RealignInputs:
     def read(self, indices: Sequence[int]) -> list[RealignInput] | None:
         """These records with what is there for them; None on the ranks that do not lead."""
         return None if self._store is None else [self._input(self._store, index) for index in indices]
+
+    def describe_unreferenced(self, policy: str) -> str | None:
+        """What becomes of records without a reference, by some of them. On the leading rank."""
+        from megatron_idft.hinted_decoding.preview import describe_unreferenced
+
+        assert self._store is not None
+        total = len(self._store)
+        some = [self._store[total * i // _LOOKED_AT] for i in range(_LOOKED_AT)] if total > _LOOKED_AT else None
+        return describe_unreferenced(some or [self._store[i] for i in range(total)], total, policy)
 
     def provided_fingerprints(self) -> dict[str, str | None]:
         files = {"rollouts": self._rollouts, "analyses": self._analyses}

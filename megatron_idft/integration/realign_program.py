@@ -215,6 +215,8 @@ class _Job:
             plugin=args.verifier_plugin, workers=args.verify_workers, timeout_seconds=args.verify_timeout
         )
         self.replica.print_once(f"> {verifier.describe()}")
+        if (said := self.inputs.describe_unreferenced(args.unverified)) is not None:
+            self.replica.print_once(said)
         return stack.enter_context(verifier)
 
     def _load(self, template: HintTemplate, verifier: Verifier | None) -> tuple[Realigner, RealignSettings]:

@@ -29,7 +29,12 @@ def test_the_packaged_templates_hold_question_reference_and_answer(template):
     [message] = template.render([QUESTION], SOLUTION, "7")
     text = message["content"]
     assert message["role"] == "user" and QUESTION["content"] in text and SOLUTION in text and "result: 7" in text
-    assert "End with the final result in \\boxed{}." in text and "{{" not in text and "{%" not in text
+    assert (
+        " End with the final result in \\boxed{}." in text
+        and "\n End" not in text
+        and "{{" not in text
+        and "{%" not in text
+    )
     [message] = template.render([QUESTION], "It is 7.", "7")
     assert "\\boxed" not in message["content"] and "in the form in which the reference gives it" in message["content"]
     [message] = template.render([QUESTION], "Hello!", None)
@@ -104,8 +109,10 @@ def test_each_stage_wants_its_own_kind(tmp_path):
             "# Analysis\nThe marker is # CoT here.\n# CoT\nFirst, 3 + 4.",
             "# Analysis\nThe marker is # CoT here.\n# CoT\n",
         ),
-        ("short # CoT", "short # CoT\n"),
-        ("short # CoT: 3 + 4", "short # CoT\n"),
+        ("short\n# CoT", "short\n# CoT\n"),
+        ("short\n## CoT\nThe # CoT line", "short\n## CoT\n"),
+        ("short\n**# CoT:**\n3 + 4", "short\n**# CoT\n"),
+        ("2. # CoT\n3 + 4", "2. # CoT\n"),
         ("# CoT\n\n\nmore", "# CoT\n\n"),  # two line breaks are one token
     ],
 )
@@ -117,13 +124,17 @@ def test_an_analysis_ends_behind_its_last_marker(tokenizer, analysis, kept):
 
 def test_the_models_own_tokens_are_kept(tokenizer):
     """Letter by letter: not what the tokenizer would make of the text."""
-    analysis = "a # CoT\nmore"
+    analysis = "a\n# CoT\nmore"
     ids = np.concatenate([tokenizer.encode_batch([letter], [[]])[0].ids for letter in analysis])
     assert len(ids) == len(analysis) > len(tokenizer.encode_batch([analysis], [[]])[0].ids)
     found = cut_at_marker(ids, analysis_template(), tokenizer)
-    assert found is not None and found.tolist() == ids[: len("a # CoT\n")].tolist()
+    assert found is not None and found.tolist() == ids[: len("a\n# CoT\n")].tolist()
 
 
-def test_without_a_marker_there_is_no_cut(tokenizer):
-    ids = tokenizer.encode_batch(["# Cot and #CoT"], [[]])[0].ids
+@pytest.mark.parametrize(
+    "analysis",
+    ["# Cot and #CoT", '2. A line "# CoT" with nothing else on it, and below it', "short # CoT: 3 + 4", "x # CoT"],
+)
+def test_without_a_marker_on_a_line_of_its_own_there_is_no_cut(tokenizer, analysis):
+    ids = tokenizer.encode_batch([analysis], [[]])[0].ids
     assert cut_at_marker(ids, analysis_template(), tokenizer) is None

@@ -165,7 +165,7 @@ def finished(tmp_path) -> Path:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 def test_merged_files_hold_the_kept_records_in_order(finished, tmp_path, name):
     counts = merge(finished, tmp_path / name)
-    assert counts == {"kept": 3, "dropped": 1, "error": 2}
+    assert counts == {"kept": 3, "dropped": 1, "error": 2, "kept_turns": {"original": 3}}
     records = list(read_records(tmp_path / name))
     assert [record.id for record in records] == ["r0", "r3", "r5"]
     assert [record.messages[1]["content"] for record in records] == ["a0", "a3", "a5"]
@@ -208,7 +208,8 @@ def test_errors_are_replaced_by_what_retries_gave(finished, tmp_path):
     rows = list(read_outcomes(finished))
     assert [row["status"] for row in rows] == ["kept", "dropped", "kept", "kept", "kept", "kept"]
     assert [json.loads(rows[i]["record"])["messages"][1]["content"] for i in (2, 4)] == ["a2 again", "a4 at last"]
-    assert merge(finished, tmp_path / "a.jsonl") == {"kept": 5, "dropped": 1, "error": 0}
+    merged = merge(finished, tmp_path / "a.jsonl")
+    assert {name: merged[name] for name in ("kept", "dropped", "error")} == {"kept": 5, "dropped": 1, "error": 0}
     assert open_retry(finished) is None and len(retry_folders(finished)) == 2
 
 

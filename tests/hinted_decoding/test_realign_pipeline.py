@@ -12,8 +12,9 @@ from megatron_idft.corpus.records import Record
 from megatron_idft.corpus.verification import LeakFilter, Verifier
 from megatron_idft.data import encode_conversation
 from megatron_idft.hinted_decoding.mixing import EntropyMixing
-from megatron_idft.hinted_decoding.outcomes import OUTCOME_SCHEMA
+from megatron_idft.hinted_decoding.outcomes import OUTCOME_SCHEMA, count_methods, describe_methods
 from megatron_idft.hinted_decoding.pipeline import Realigner
+from megatron_idft.hinted_decoding.preview import describe_unreferenced
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.report.report import summarize
 from megatron_idft.hinted_decoding.settings import RealignSettings
@@ -151,7 +152,7 @@ def test_without_analysis_the_template_alone_is_the_hint(tokenizer):
 )
 @pytest.mark.parametrize("fallback", ["drop", "original"])
 def test_rejections_and_fallbacks(tokenizer, hinted, why, fallback):
-    script = {"r/0/rollout/0": WRONG, "r/0/analysis": "x # CoT", "r/0/hinted": hinted}
+    script = {"r/0/rollout/0": WRONG, "r/0/analysis": "x\n# CoT", "r/0/hinted": hinted}
     given = record(token="kept")
     [row], _ = run(tokenizer, script, given, fallback=fallback)
     assert stages(row) == [("rollout", "wrong", False), ("hinted", why, False)]
@@ -214,17 +215,17 @@ def test_what_cannot_be_verified_is_not_decoded_unless_kept(tokenizer, policy, s
 
 
 def test_kept_unverified_is_the_first_that_ended_without_a_leak(tokenizer):
-    [row], _ = run(tokenizer, {"r/0/rollout/0": "Hello world"}, record(None, UNVERIFIABLE))
+    [row], _ = run(tokenizer, {"r/0/rollout/0": "Hello world"}, record(None, UNVERIFIABLE), unverified="keep")
     assert stages(row) == [("rollout", None, True)] and row["turns"][0]["candidates"][0]["verdict"] is None
     script = {"r/0/rollout/0": ("Hello", "length"), "r/0/hinted": LEAK, "r/0/retry/1": "Hello"}
-    [row], _ = run(tokenizer, script, record(None, UNVERIFIABLE), template=HINT, fallback="retry")
+    [row], _ = run(tokenizer, script, record(None, UNVERIFIABLE), template=HINT, fallback="retry", unverified="keep")
     assert [why for _, why, _ in stages(row)] == ["unfinished", "leak", None] and row["status"] == "kept"
 
 
 def test_an_unknown_verdict_follows_the_policy(tokenizer):
     unknown = record({"a list": "no text"})  # what only a plug-in could compare
     script = {"r/0/rollout/0": RIGHT, "r/0/hinted": RIGHT}
-    [row], _ = run(tokenizer, script, unknown, template=HINT)
+    [row], _ = run(tokenizer, script, unknown, template=HINT, unverified="keep")
     # Both could be right; neither is known to be. The first is taken, but only when nothing better has come.
     assert stages(row) == [("rollout", None, True), ("hinted", None, False)]
     assert row["turns"][0]["candidates"][0]["verdict"] == "unknown" and row["turns"][0]["stage"] == "rollout"
@@ -363,9 +364,9 @@ def test_rollouts_and_analyses_from_files(tokenizer):
     ids, _ = encode_conversation(tokenizer, json.loads(row["record"])["messages"])
     assert row["token_ids"] == ids[:-1].tolist()
 
-    given = {"rollouts": {0: [WRONG]}, "analyses": {0: "from a file # CoT and more"}}
+    given = {"rollouts": {0: [WRONG]}, "analyses": {0: "from a file\n# CoT\nand more"}}
     [row], engine = run(tokenizer, {"r/0/hinted": RIGHT}, record(), given=given)
-    assert tokenizer.decode(engine.requests["r/0/hinted"].hinted_prompt).endswith("from a file # CoT\n")
+    assert tokenizer.decode(engine.requests["r/0/hinted"].hinted_prompt).endswith("from a file\n# CoT\n")
     assert row["status"] == "kept" and row["turns"][0]["analysis_tokens"] is None
 
 
@@ -393,7 +394,7 @@ def test_results_do_not_depend_on_what_is_decoded_together(tokenizer):
 
 
 def test_ranks_that_do_not_lead_decide_the_same_from_what_is_shared(tokenizer):
-    script = {"a/0/rollout/0": WRONG, "b/0/rollout/0": RIGHT, "a/0/analysis": "x # CoT", "a/0/hinted": RIGHT}
+    script = {"a/0/rollout/0": WRONG, "b/0/rollout/0": RIGHT, "a/0/analysis": "x\n# CoT", "a/0/hinted": RIGHT}
     records = [RealignInput(0, record(identity="a")), RealignInput(1, record(identity="b"))]
     shared: deque = deque()
 
@@ -422,3 +423,32 @@ def test_a_model_that_gives_nan_is_named(tokenizer):
     realigner = Realigner(engine, tokenizer, settings(), Verifier(), LeakFilter(), {})
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
         realigner.realign([RealignInput(0, record())])
+
+
+def test_by_default_what_is_unknown_is_dropped(tokenizer):
+    [row], _ = run(
+        tokenizer, {"r/0/rollout/0": "The sum? \\boxed{who knows?}", "r/0/hinted": WRONG}, record(), template=HINT
+    )
+    assert row["status"] == "dropped" and not any(accepted for _, _, accepted in stages(row))
+
+
+def test_how_kept_turns_were_verified_is_counted(tokenizer):
+    rows = [
+        run(tokenizer, {"r/0/rollout/0": RIGHT}, record())[0][0],
+        run(tokenizer, {"r/0/rollout/0": "Hello"}, record(None, UNVERIFIABLE), unverified="keep")[0][0],
+        run(tokenizer, {}, record(None, UNVERIFIABLE), unverified="original")[0][0],
+    ]
+    methods = count_methods(turn for row in rows for turn in row["turns"])
+    assert methods == {"exact": 1, "UNVERIFIED": 1, "original": 1}
+    assert describe_methods(methods) == "kept turns: 1 right (1 exact), 1 UNVERIFIED, 1 left as they were"
+    assert json.loads(rows[0]["record"])["realigned"]["turns"][0]["verified_by"] == "exact"
+
+
+def test_what_lacks_references_is_told_at_the_start(tokenizer):
+    without, given = record(None, UNVERIFIABLE), record()
+    assert describe_unreferenced([given], 1, "drop") is None
+    text = describe_unreferenced([without, without], 9, "drop")
+    assert text is not None and "everything would be dropped" in text and "--unverified keep" in text
+    text = describe_unreferenced([without, given], 9, "drop")
+    assert text is not None and "1 of 2 records looked at (of 9)" in text and "WARNING" not in text
+    assert "right or wrong" in str(describe_unreferenced([without], 1, "keep"))

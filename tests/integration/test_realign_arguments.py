@@ -43,14 +43,14 @@ def test_without_flags_it_is_the_authors_hinted_decoding():
     assert found.analysis_sampling == Sampling(0.0) and found.template.marker == "# CoT"
     assert found.repetition == Repetition(30, 5, 100) and found.splitter == "\\boxed{"
     assert not found.stop_on_first_token and found.max_tokens == 4096  # of 8192: the context is shorter
-    assert (found.fallback, found.unverified, found.seed, found.max_positions) == ("drop", "keep", 1234, 4096)
+    assert (found.fallback, found.unverified, found.seed, found.max_positions) == ("drop", "drop", 1234, 4096)
 
 
 def test_flags_reach_the_settings():
     found = settings(
         "--mix fixed --mix-lambda 0 --first-token mixed --entropy-vocab-size 1024 --temperature 1 --top-p 0.8 --top-k 9"
         " --nucleus-after-temperature --repetition-ngram 0 --max-new-tokens 7 --no-analysis --rollout-samples 0"
-        " --fallback retry --retries 3 --retry-beta-factor 2 --after-retries original --unverified drop"
+        " --fallback retry --retries 3 --retry-beta-factor 2 --after-retries original --unverified keep"
         " --stop-on-first-token",
         seed=7,
     )
@@ -58,7 +58,7 @@ def test_flags_reach_the_settings():
     assert found.hinted_sampling == Sampling(1.0, 0.8, 9) and found.repetition is None and found.max_tokens == 7
     assert found.template.marker is None and found.rollout_samples == 0 and found.stop_on_first_token
     assert (found.fallback, found.retries, found.retry_beta_factor, found.last_resort) == ("retry", 3, 2.0, "original")
-    assert (found.unverified, found.seed) == ("drop", 7)
+    assert (found.unverified, found.seed) == ("keep", 7)
 
 
 def test_an_empty_splitter_is_none():
@@ -83,7 +83,7 @@ def test_the_manifest_tells_apart_what_makes_other_responses():
             ("--repetition-ngram 0", {}), ("--repetition-count 9", {}), ("--repetition-every 9", {}),
             ("--stop-on-first-token", {}), ("--fallback original", {}), ("--fallback retry", {}),
             ("--fallback retry --retries 9", {}), ("--fallback retry --retry-beta-factor 9", {}),
-            ("--fallback retry --after-retries original", {}), ("--unverified drop", {}), ("--unverified original", {}),
+            ("--fallback retry --after-retries original", {}), ("--unverified keep", {}), ("--unverified original", {}),
         ]
     ]  # fmt: skip
     assert len(set(described)) == len(described)

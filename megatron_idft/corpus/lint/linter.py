@@ -15,7 +15,6 @@ from megatron_idft.corpus.lint.thresholds import (
     ERRORS_SOURCE,
     FEW,
     FEW_SOURCE,
-    MIN_RECORDS,
     PROMPT_IN_SPAN,
     PROMPT_RUN_SHARE,
     PROMPT_RUN_TOKENS,
@@ -25,6 +24,7 @@ from megatron_idft.corpus.lint.thresholds import (
     SHORT,
     SHORT_TOKENS,
     STANDARD_ERRORS,
+    can_tell,
 )
 from megatron_idft.corpus.summary import CorpusSummary, Row
 
@@ -68,7 +68,7 @@ def lint_null(null: CorpusSummary, temperature: float) -> list[Finding]:
     if mean is None:
         return []
     value = {"phi_mean": mean.as_json(), "records": null.records}
-    judged = null.records >= MIN_RECORDS and mean.se is not None
+    judged = can_tell(null.records, mean)
     if temperature == 1:
         fine = judged and abs(mean.value) <= STANDARD_ERRORS * (mean.se or 0)
         threshold = f"mean phi within {STANDARD_ERRORS:g} standard errors of 0"

@@ -1,5 +1,7 @@
 """The linter's thresholds, each with its source. What is ours says how it was chosen."""
 
+from megatron_idft.corpus.estimates import Estimate
+
 LOGS = (
     "training logs of the authors of DDT and IDFT (arXiv 2602.12222, github.com/zhangmiaosen2000/Towards-On-Policy-SFT)"
 )
@@ -27,6 +29,13 @@ DISTANCE_SOURCE = (
 )
 STANDARD_ERRORS = 4.0  # ours: chosen so that hardly one of ten thousand comparisons is flagged by chance
 MIN_RECORDS = 20  # ours: chosen so that standard errors over records can be trusted; fewer are not compared
+
+
+def can_tell(records: int, estimate: Estimate) -> bool:
+    """Whether so many records are enough for the estimate's standard error, which is over records, to be trusted."""
+    return records >= MIN_RECORDS and estimate.se is not None
+
+
 ERRORS_SOURCE = (
     f"ours: {STANDARD_ERRORS:g} standard errors over at least {MIN_RECORDS} records, chosen so that hardly one of ten"
     " thousand comparisons is flagged by chance"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_idft.corpus.estimates import ClusterSums
-from megatron_idft.corpus.lint.thresholds import MIN_RECORDS, STANDARD_ERRORS
+from megatron_idft.corpus.estimates import ClusterSums, Estimate
+from megatron_idft.corpus.lint.thresholds import STANDARD_ERRORS, can_tell
 
 OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
 
@@ -27,8 +27,8 @@ def judge_null(settings: Mapping[str, Any], rollouts: ClusterSums) -> dict[str, 
     if mean is None:
         return _theory("no rollout was scored")
     check = NOT_CHECKED
-    if rollouts.records >= MIN_RECORDS and mean.se is not None:
-        check = OK if abs(mean.value) <= STANDARD_ERRORS * mean.se else FAILED
+    if can_tell(rollouts.records, mean):
+        check = FAILED if Estimate(abs(mean.value), mean.se).exceeds(0, STANDARD_ERRORS) else OK
     return {
         "own_samples": True,
         "why": "all rollouts, right or wrong, at temperature 1 with nothing cut",

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_idft.corpus.report.document import document, image
 from megatron_idft.corpus.report.findings import estimate
 from megatron_idft.corpus.report.html_text import escaped
+from megatron_idft.hinted_decoding.outcomes import UNVERIFIED, describe_methods
 from megatron_idft.hinted_decoding.report.example_html import EXAMPLE_STYLE, render_examples
 from megatron_idft.hinted_decoding.report.figures import fate_figure, phi_figure, sources_figure
 from megatron_idft.hinted_decoding.report.mixing_figures import lengths_figure, mixing_figure
@@ -53,13 +54,26 @@ def _outcome(data: dict[str, Any]) -> str:
     if not part["records"]["total"]:
         return "<p>No records.</p>"
     reasons = {"dropped": part["reasons"]["dropped"], "error": part["reasons"]["error"]}
-    text = turn_table(part) + names_table("Why records were not kept", reasons)
+    text = turn_table(part) + _kept_turns(part) + names_table("Why records were not kept", reasons)
     if part["responses_not_finite"]:
         text += (
             f"<p>{part['responses_not_finite']:,} responses came without finite scores; they are counted here, but in"
             " no number on φ.</p>"
         )
     return text + names_table("Why turns were not rewritten", {"turns": part["turn_reasons"]})
+
+
+def _kept_turns(part: dict[str, Any]) -> str:
+    methods = part["kept_turns"]
+    if not methods:
+        return ""
+    text = f"<p>{escaped(describe_methods(methods))}.</p>"
+    if methods.get(UNVERIFIED):
+        text += (
+            f"<p><b>Nothing says that the {methods[UNVERIFIED]:,} UNVERIFIED turns are right:</b> they had no"
+            " reference, or could not be compared with it, and were taken because of --unverified keep.</p>"
+        )
+    return text
 
 
 def _stages(data: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from megatron_idft.corpus.estimates import ClusterSums
 from megatron_idft.corpus.report.numbers import token_estimates
 from megatron_idft.corpus.summary import PHI_EDGES, RECORD_EDGES
+from megatron_idft.hinted_decoding.outcomes import count_methods
 from megatron_idft.hinted_decoding.report.counts import Lengths, Names
 from megatron_idft.hinted_decoding.report.mixing import MixingSummary
 from megatron_idft.hinted_decoding.report.outcome import ORIGINAL, STAGES, STATUSES, Outcome, Sums, added, sums_of
@@ -33,6 +34,7 @@ class Part:
         self._reasons = {status: Names() for status in ("dropped", "error")}
         self._turns: Counter[str] = Counter()  # of kept records by stage; dropped: of dropped records
         self._turn_reasons = Names()
+        self._methods: Counter[str] = Counter()  # of the turns of kept records
         self._stages = {stage: StageSummary() for stage in STAGES}
         self._phi = {text: ClusterSums() for text in (*TEXTS, *BY_STAGE)}
         self._turn_phi = {text: _zeros(RECORD_EDGES) for text in TEXTS}
@@ -47,6 +49,8 @@ class Part:
         status = outcome.row["status"]
         self._statuses[status] += 1
         self._not_finite += outcome.not_finite
+        if outcome.kept:
+            self._methods.update(count_methods(turn.row for turn in outcome.turns))
         if status in self._reasons:
             self._reasons[status].add(outcome.row.get("reason"))
         for turn in outcome.turns:
@@ -98,6 +102,7 @@ class Part:
             "reasons": {status: names.as_json() for status, names in self._reasons.items()},
             "turns": {"total": sum(turns.values())} | turns,
             "turn_reasons": self._turn_reasons.as_json(),
+            "kept_turns": dict(self._methods),
             "stages": {stage: summary.as_json() for stage, summary in self._stages.items()},
             "phi": {text: token_estimates(sums) for text, sums in self._phi.items()},
             "paired": self._paired.as_json(),
