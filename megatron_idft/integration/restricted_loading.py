@@ -7,6 +7,7 @@ A `torch_dist` checkpoint holds pickles in two places, and torch's reader unpick
 
 from __future__ import annotations
 
+import collections
 import functools
 import pickle
 import re
@@ -23,6 +24,7 @@ def restrict_checkpoint_reading() -> None:
     variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lifts the limit on them. Idempotent.
     """
     import torch
+    from megatron.core import rerun_state_machine
     from megatron.core.dist_checkpointing import serialization  # noqa: F401  registers Megatron's classes
     from numpy._core.multiarray import _reconstruct
     from torch.distributed.checkpoint import FileSystemReader
@@ -31,8 +33,11 @@ def restrict_checkpoint_reading() -> None:
 
     if hasattr(FileSystemReader.read_metadata, "__wrapped__"):
         return
-    # Random states that were saved with numpy 1.
-    torch.serialization.add_safe_globals([(_reconstruct, "numpy.core.multiarray._reconstruct")])
+    # Random states that were saved with numpy 1, and what a step that was not finite leaves, which Megatron 0.19 saves
+    # and does not register.
+    rerun = [getattr(rerun_state_machine, name) for name in ("Call", "Caller", "QuickStats", "RerunValidationStatus")]
+    numpy_1 = (_reconstruct, "numpy.core.multiarray._reconstruct")
+    torch.serialization.add_safe_globals([numpy_1, collections.defaultdict, *rerun])
     load_bytes = DefaultLoadPlanner.load_bytes
 
     @functools.wraps(FileSystemReader.read_metadata)
