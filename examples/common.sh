@@ -93,6 +93,6 @@ train() {
     shift 2
     if [ -e "$name/done" ]; then return; fi
     logged "$name.log" "$progress" launch "$processes" -m megatron_idft train --cpu --save "$name" --load "$name" \
-        --save-interval 100 --lr-decay-style cosine --clip-grad 1.0 --weight-decay 0.01 --num-workers 0 "$@"
+        --save-interval 100 --lr-decay-style cosine --clip-grad 1.0 --weight-decay 0.01 "$@"
     touch "$name/done"
 }

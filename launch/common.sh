@@ -166,26 +166,71 @@ check_inputs() {
     fi
 }
 
-# start COMMAND…: under --dry-run print environment and command. Else run it; SIGTERM and SIGINT are passed on to it,
-# its end is waited for, and the status is then 143.
+# start COMMAND…: under --dry-run print environment and command. Else run it and wait for its end. Its status is then
+# 143 if SIGTERM stopped it, 130 if Ctrl-C did: the offline tools go on where they were, however they ended.
 start() {
     if [ -n "$dry_run" ]; then
         print_environment
         print_command "$@"
         return 0
     fi
-    local status=0 child='' stopped=''
-    trap 'stopped=yes; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM INT
+    local status=0
+    run_and_pass_signals_on "$@" || status=$?
+    if [ -n "$stopped_by" ]; then status=$([ "$stopped_by" = INT ] && echo 130 || echo 143); fi
+    return "$status"
+}
+
+# start_training COMMAND…: as `start`, but the last line and the status are those that a rank on this node has told
+# (megatron_idft/integration/outcome.py). torchrun's last line is not ours, and its status is 1 whatever happened. 143
+# and 130 come from a rank alone, which has seen that a checkpoint holds all that was trained.
+start_training() {
+    if [ -n "$dry_run" ]; then
+        start "$@"
+        return
+    fi
+    local status=0 told='' folder
+    folder=$(mktemp -d)
+    export MEGATRON_IDFT_OUTCOME=$folder/outcome
+    run_and_pass_signals_on "$@" || status=$?
+    if [ "$status" -ne 0 ] && [ -s "$MEGATRON_IDFT_OUTCOME" ]; then
+        { read -r status && told=$(cat); } <"$MEGATRON_IDFT_OUTCOME"
+    elif [ "$status" -ne 0 ] && [ -n "$stopped_by" ]; then
+        status=1 told="SIG$stopped_by: stopped before training had begun, nothing is lost"
+    elif [ "$status" -ne 0 ]; then
+        if [ "$status" -eq 143 ] || [ "$status" -eq 130 ]; then status=1; fi
+        told="ended with exit code $status, and no process of this node has said why: see the lines above"
+    fi
+    rm -rf "$folder"
+    if [ -n "$told" ]; then echo "$(basename "$0"): $told" >&2; fi
+    return "$status"
+}
+
+# run_and_pass_signals_on COMMAND…: its status; `stopped_by` is the signal that came, TERM, INT or HUP.
+# The command is a process group of its own (set -m), so that Ctrl-C, which a terminal sends to a whole group, reaches
+# torchrun once: a second signal would make it give up. Of the other signals only the first is passed on, as Slurm sends
+# them to every process by itself.
+run_and_pass_signals_on() {
+    local status=0 child=''
+    stopped_by=''
+    trap 'pass_on INT' INT
+    trap 'pass_on TERM' TERM
+    trap 'pass_on HUP' HUP
+    set -m
     "$@" &
     child=$!
+    set +m
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do # a signal ends `wait`, not the command
         status=0
         wait "$child" || status=$?
     done
-    trap - TERM INT
-    if [ -n "$stopped" ]; then return 143; fi
+    trap - INT TERM HUP
     return "$status"
+}
+
+pass_on() {
+    if [ "$1" = INT ] || [ -z "$stopped_by" ]; then kill "-$1" "$child" 2>/dev/null || true; fi
+    stopped_by=${stopped_by:-$1}
 }
 
 print_environment() {
@@ -249,6 +294,6 @@ requeue_if_stopped() {
         echo "not requeued: this was start ${SLURM_RESTART_COUNT:-0} and MAX_REQUEUES is ${MAX_REQUEUES:-100}"
         return 0
     fi
-    echo "stopped by SIGTERM: requeueing job $SLURM_JOB_ID, which will continue from its last checkpoint"
+    echo "stopped by a signal, and saved: requeueing job $SLURM_JOB_ID, which will continue from its last checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
 }

@@ -40,6 +40,6 @@ if [ -n "$dry_run" ]; then
     exec bash "$here/train.sh" --dry-run -- "${flags[@]}"
 fi
 status=0
-srun "${SRUN_ARGS[@]}" bash "$here/train.sh" -- "${flags[@]}" || status=$?
+run_and_pass_signals_on srun "${SRUN_ARGS[@]}" bash "$here/train.sh" -- "${flags[@]}" || status=$?
 requeue_if_stopped "$status"
 exit "$status"

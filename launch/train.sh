@@ -6,7 +6,8 @@
 #
 # --dry-run prints the plan and starts nothing; all other flags go to `megatron-idft train`, after those below, and win.
 # The settings at the top of the script are variables of the environment; ENVIRONMENT.md has a page of the others.
-# Ends with 0 when training is finished, with 143 when SIGTERM or Ctrl-C stopped it and a checkpoint was saved.
+# Ends with 0 when training is finished, also before this start; with 143 when SIGTERM stopped it (Ctrl-C: 130) and a
+# checkpoint holds all that was trained; with another code when something is lost or wrong, which the last line says.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -98,7 +99,6 @@ TRAINING_ARGS=(
     --clip-grad 1.0
     --seed "$SEED"
     --distributed-timeout-minutes "$TIMEOUT_MINUTES"
-    --exit-signal-handler
 )
 if [ -n "$ITERS" ]; then TRAINING_ARGS+=(--train-iters "$ITERS"); else TRAINING_ARGS+=(--train-epochs "$EPOCHS"); fi
 if [ "$DEVICE" = gpu ]; then
@@ -136,6 +136,6 @@ plan "nodes    $NNODES, this is node ${NODE_RANK:-${MASTER_ADDR:-0}}" \
     "begins   with ${HF_MODEL:-$PRETRAINED}; where $SAVE has a checkpoint, goes on from there" \
     "memory   megatron-idft plan --gpus $((NNODES * GPUS_PER_NODE)) --gpus-per-node $GPUS_PER_NODE counts it, given" \
     "         also the flags behind \`train\` below"
-start "$PYTHON" -m torch.distributed.run "${DISTRIBUTED_ARGS[@]}" -m megatron_idft train \
+start_training "$PYTHON" -m torch.distributed.run "${DISTRIBUTED_ARGS[@]}" -m megatron_idft train \
     "${MODEL_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" \
     "${EVAL_AND_LOGGING_ARGS[@]}" "${flags[@]}"

@@ -18,6 +18,7 @@ import traceback
 
 from launch import free_port
 from megatron_idft.integration import cpu
+from megatron_idft.integration.signals import INTERRUPTED, STOPPED, die_with_parent
 
 cpu.enable()
 
@@ -37,6 +38,8 @@ filesystem_async._results_queue = queue.Queue()
 
 
 def run_rank(request: dict, rank: int, port: int) -> int:
+    os.setsid()  # as torchrun does: a signal to this group reaches what the rank forks, and nobody else
+    die_with_parent()
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["nproc"], "LOCAL_WORLD_SIZE": request["nproc"]}
     if not request["alone"]:
         os.environ |= {name: str(value) for name, value in ranks.items()}
@@ -77,7 +80,7 @@ def run(request: dict) -> list[int]:
         pid, status = os.wait()
         running.discard(pid)
         codes[ranks[pid]] = os.waitstatus_to_exitcode(status)
-        if codes[ranks[pid]]:
+        if codes[ranks[pid]] not in (0, STOPPED, INTERRUPTED):  # ranks that are told to stop do so together
             for other in running:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(other, signal.SIGKILL)

@@ -20,7 +20,8 @@ VERBS = {
 }
 
 EXIT_CODES = """Exit codes: 0 done. 1 failed while it worked, or the answer is no (`plan`: no fit; `doctor`: cannot
-start). 2 flags, files or an installation that cannot be used. 143 stopped by SIGTERM. torchrun makes 1 of all but 0.
+start). 2 flags, files or an installation that cannot be used. 143 stopped by SIGTERM or 130 by
+Ctrl-C with nothing lost. torchrun makes 1 of all but 0.
 An error is one message. MEGATRON_IDFT_VERBOSE=1 shows the traceback too, and all that Megatron prints.
 """
 

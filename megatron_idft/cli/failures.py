@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_idft.errors import VERBOSE, UserError, verbose
+from megatron_idft.integration.outcome import tell_script
+from megatron_idft.integration.signals import INTERRUPTED, STOPPED
 
 FAILED, UNUSABLE = 1, 2
 _LONGEST = 4000  # characters of a message: some hold what a file held
@@ -37,7 +39,9 @@ def report(verb: str, error: Exception) -> int:
     """
     failure = explain(error, verb)
     message = _clip(failure.message)
-    text, speaks = f"megatron-idft {verb}: error: {message}", _speaks(message)
+    kind = "" if failure.exit_code in (INTERRUPTED, STOPPED) else "error: "
+    text, speaks = f"megatron-idft {verb}: {kind}{message}", _speaks(message)
+    tell_script(text, failure.exit_code)
     if speaks:
         if failure.keep_traceback:
             text += _kept(verb, error)

@@ -26,6 +26,10 @@ def main(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print_help()
         return 0
+    from megatron_idft.integration import outcome, signals
+
+    outcome.begin()
+    signals.listen()
     from megatron_idft.integration.hf_model import expand
     from megatron_idft.integration.program import train
     from megatron_idft.integration.script import prepare_process

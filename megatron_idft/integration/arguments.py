@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from megatron_idft.loss import resolve_backend
 from megatron_idft.objectives import LambdaSchedule, Objective, resolve_objective
 from megatron_idft.parsing import raise_errors
 
+END_OF_TURN = "end-of-turn"  # a name of tokens for --sft-loss-exempt-tokens
 OBJECTIVES = ("ce", "dft", "idft", "entropy")
 IDFT_DEFAULTS = {
     "idft_beta": 1.0,
@@ -88,12 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool 
     )
     group.add_argument(
         "--sft-loss-exempt-tokens",
-        type=int,
+        type=_token,
         nargs="+",
         default=None,
-        metavar="TOKEN_ID",
-        help="Token ids that always have weight 1, such as the end of turn: models trained with DFT-like objectives"
-        " may otherwise never learn to stop. Default: none.",
+        metavar="TOKEN",
+        help="Tokens that always have weight 1: `end-of-turn`, the text of a special token such as <|im_end|> (in"
+        " `train`), or an id. Models trained with DFT-like objectives may otherwise never learn to stop. Default none.",
     )
     group.add_argument(
         "--sft-loss-backend",
@@ -231,6 +232,37 @@ def _refuse_incompatible(args: argparse.Namespace) -> None:
         )
 
 
+def _token(word: str) -> int | str:
+    try:
+        return int(word)
+    except ValueError:
+        return word
+
+
+def resolve_exempt_tokens(
+    tokens: Sequence[int | str], end_of_turn_ids: Callable[[], Sequence[int]], special_ids: Mapping[str, int]
+) -> list[int]:
+    """The ids of `--sft-loss-exempt-tokens`, in the order given, each once. Raises ArgumentError for unknown names."""
+    ids: list[int] = []
+    for token in tokens:
+        if token == END_OF_TURN:
+            found = list(end_of_turn_ids())
+            if not found:
+                raise ArgumentError(f"--sft-loss-exempt-tokens {END_OF_TURN}: it is not known; pass its token id")
+            ids += found
+        elif isinstance(token, int):
+            ids.append(token)
+        elif token in special_ids:
+            ids.append(special_ids[token])
+        else:
+            known = ", ".join(list(special_ids)[:20])
+            raise ArgumentError(
+                f"--sft-loss-exempt-tokens {token[:80]!r}: pass `{END_OF_TURN}`, a token id"
+                + (f", or the text of a special token ({known})" if known else "")
+            )
+    return list(dict.fromkeys(ids))
+
+
 def build_objective(args: argparse.Namespace, gamma_lambda: float | torch.Tensor = 1.0) -> Objective:
     """The objective that validated `args` describe, with lambda_t taken from `gamma_lambda`."""
     hyperparameters: dict[str, Any] = {}
@@ -244,7 +276,7 @@ def build_objective(args: argparse.Namespace, gamma_lambda: float | torch.Tensor
     return resolve_objective(
         args.sft_loss,
         weight_floor=args.sft_loss_weight_floor,
-        exempt_token_ids=args.sft_loss_exempt_tokens,
+        exempt_token_ids=[token for token in args.sft_loss_exempt_tokens if isinstance(token, int)],  # names: later
         **hyperparameters,
     )
 

@@ -1,7 +1,7 @@
 """How a training run can end early, in one message: what happened, and what to do.
 
 Megatron's own exceptions and exit codes are turned into `TrainingStoppedError`, which the program prints, and which
-torchrun shows in its last lines.
+torchrun and launch/train.sh show in their last lines.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from megatron_idft.errors import UserError
-from megatron_idft.integration.run_checkpoints import RunCheckpoints, from_rank_0, gather, print_on_rank_0
+from megatron_idft.integration import signals
+from megatron_idft.integration.outcome import tell_launcher
+from megatron_idft.integration.run_checkpoints import RunCheckpoints, from_rank_0, gather, print_on_rank_0, reduced
 
-TERMINATED = 143  # 128 + SIGTERM, as a shell would say
 NOT_FINITE = "not_finite.jsonl"  # in --save: the steps that were not finite, for the run that meets one again
 
 
@@ -37,13 +38,14 @@ class TrainingStoppedError(UserError):
 
 
 def add_signal_argument(group: Any) -> None:
-    """Add the flag about SIGTERM to an argument group of Megatron's parser."""
+    """Add the flag about signals to an argument group of Megatron's parser."""
     group.add_argument(
         "--no-exit-signal-handler",
         dest="exit_signal_handler",
         action="store_false",
-        help="Die at once of SIGTERM. Without this flag a run with --save finishes its step, saves a checkpoint and"
-        " ends with exit code 143; torchrun waits --shutdown-timeout seconds for that (30) before it kills.",
+        help="End at once of SIGTERM, Ctrl-C or SIGHUP. Without this flag a run with --save finishes its step, saves a"
+        " checkpoint and ends with exit code 143 (130 after Ctrl-C); torchrun waits --shutdown-timeout seconds for"
+        " that (30) before it kills. A second Ctrl-C ends at once. 143 and 130 always mean that nothing is lost.",
     )
     group.set_defaults(exit_signal_handler=True)
 
@@ -54,9 +56,13 @@ class Endings:
     def __init__(self, checkpoints: RunCheckpoints) -> None:
         self._checkpoints = checkpoints
         self._saving = False
+        self._args: argparse.Namespace | None = None
+        self._trains = False
         self._wants_signal_handler = False
-        self._terminated = False
+        self._stopped_by = 0
         self._all_know = False
+        self._signals = signals.listen()
+        self._signals.ending = self._end_at_once
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -70,29 +76,83 @@ class Endings:
         yield
         self._saving = False
 
+    # ------------------------------------------------------------------------------------------------------- signals
+
     def postpone_signal_handler(self, args: argparse.Namespace) -> None:
-        """Megatron's handler of SIGTERM, which waits for the end of a step, is of use only when there are steps."""
+        """Called when the flags are parsed. Until the first step a signal ends the process at once."""
+        self._args = args
         self._wants_signal_handler = args.exit_signal_handler and args.save is not None
         args.exit_signal_handler = False
+        self._signals.add(args.exit_signal)
 
     def arm_signal_handler(self, args: argparse.Namespace) -> None:
-        """Called before each step: from the first on SIGTERM is kept until the step is done."""
-        if self._wants_signal_handler and not args.exit_signal_handler:
-            from megatron.training import global_vars
+        """Called before each step: from the first on a signal is kept until the step is done."""
+        if self._trains:
+            return
+        self._trains, self._args = True, args  # Megatron's own copy, which it keeps up to date
+        if not self._wants_signal_handler:
+            return
+        from megatron.training import global_vars
 
-            global_vars._set_signal_handler(args.exit_signal)
-            args.exit_signal_handler = True
-            print_on_rank_0(
-                "> SIGTERM from now on: the step is finished, a checkpoint saved, exit code 143"
-                " (--no-exit-signal-handler: end at once)"
-            )
+        global_vars._GLOBAL_SIGNAL_HANDLER = self  # which asks `signals_received` of it
+        args.exit_signal_handler = True
+        self._signals.keep()
+        print_on_rank_0(
+            "> SIGTERM, Ctrl-C or SIGHUP from now on: the step is finished, a checkpoint saved, exit code"
+            f" {signals.STOPPED} ({signals.INTERRUPTED} after Ctrl-C; --no-exit-signal-handler: end at once)"
+        )
 
-    def note_signal(self, args: argparse.Namespace) -> None:
-        """Called on every rank when Megatron has decided to leave the training loop."""
-        from megatron.training import get_signal_handler
+    def signals_received(self) -> list[bool]:
+        """Whether any rank was told to stop: what Megatron asks after each step. One all-reduce of a number."""
+        number = self._signals.received
+        # SIGTERM before the others: the machine is wanted back, whatever a person has asked for besides.
+        weight = {0: 0, signals.INTERRUPTED: 1, signals.STOPPED: 2}[number and signals.exit_code(number)]
+        most = reduced(weight * 256 + number, torch.distributed.ReduceOp.MAX)
+        self._stopped_by = most % 256
+        return [bool(most)]
 
-        if args.exit_signal_handler:
-            self._terminated = any(get_signal_handler().signals_received())
+    def stopped(self) -> bool:
+        """The same at any other moment when all ranks ask."""
+        return self._args is not None and self._args.exit_signal_handler and any(self.signals_received())
+
+    def after_training(self) -> None:
+        """Called on every rank when the last checkpoint is complete: what is still to do, the next start can do."""
+        if self.stopped():
+            raise self._saved_and_stopped()
+        self._signals.end_at_once()
+
+    def _saved_and_stopped(self) -> TrainingStoppedError:
+        self._all_know = True
+        assert self._args is not None
+        return TrainingStoppedError(
+            f"{signals.name_of(self._stopped_by)}: saved at iteration {self._checkpoints.continues_at} in"
+            f" {self._args.save}. Start the same command again to go on",
+            signals.exit_code(self._stopped_by),
+        )
+
+    def _end_at_once(self, number: int, again: bool) -> int:
+        """On the thread of the signals: say what is lost, and with which exit code to end."""
+        args, goes_on = self._args, self._checkpoints.continues_at
+        code = 1
+        if args is not None and self._trains and goes_on is not None and goes_on >= (args.train_iters or 0):
+            code, what = signals.exit_code(number), f"after the last step. The checkpoint of iteration {goes_on} is"
+            what += f" complete in {args.save}; start the same command again for what comes after it"
+        elif self._trains:
+            assert args is not None
+            what = f"{'again, ' if again else ''}in iteration {args.curr_iteration + 1}: ended at once. "
+            what += self._next_start_by_hand(args) + ("; what came after it is lost" if goes_on is not None else "")
+        else:
+            what = "before the first step: nothing is lost. "
+            if goes_on is not None:
+                code = signals.exit_code(number)
+            what += "Nothing was trained yet" if args is None else self._next_start_by_hand(args)
+        message = f"megatron-idft train: {signals.name_of(number)} {what}"
+        tell_launcher(message, code)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            signals.say(message)
+        return code
+
+    # --------------------------------------------------------------------------------------------------------- faults
 
     def check_step(self, args: argparse.Namespace, iteration: int, skipped: Any, gradient_norm: float | None) -> None:
         """Stop before a step that was not finite is saved; `iteration` counts from 1.
@@ -115,11 +175,12 @@ class Endings:
             yield
         except BaseException as error:
             told = self.explain(error, args)
-            _tell_agent(told)
             if told is error:
                 raise
             if self._all_know and _rank() != 0:
-                raise SystemExit(getattr(told, "exit_code", 1)) from error
+                code = getattr(told, "exit_code", 1)
+                tell_launcher(f"megatron-idft train: {told}", code)
+                raise SystemExit(code) from error
             raise told from error
 
     def explain(self, error: BaseException, args: argparse.Namespace) -> BaseException:
@@ -150,13 +211,8 @@ class Endings:
     def _explain_exit(self, error: SystemExit, args: argparse.Namespace) -> BaseException:
         from megatron.core import rerun_state_machine
 
-        if self._terminated:
-            self._all_know = True
-            return TrainingStoppedError(
-                f"SIGTERM: saved at iteration {self._checkpoints.continues_at} in {args.save}. Start the same command"
-                " again to go on",
-                TERMINATED,
-            )
+        if self._stopped_by:
+            return self._saved_and_stopped()
         reproducible = rerun_state_machine.EXIT_CODE_RESUME_TO_DISAMBIGUATE
         if error.code in (reproducible, rerun_state_machine.EXIT_CODE_FAILED_ON_RESULT_VALIDATION):
             machine = rerun_state_machine.get_rerun_state_machine()
@@ -191,27 +247,20 @@ class Endings:
 
     def _next_start(self, args: argparse.Namespace) -> str:
         """Where the next start goes on, and who starts it."""
-        if args.save is None:
-            where = "Without --save nothing is kept: training begins anew"
-        elif self._checkpoints.continues_at is None:
-            where = f"There is no checkpoint in {args.save} yet: training begins anew"
-        else:
-            where = f"Training goes on from iteration {self._checkpoints.continues_at} in {args.save}"
         used, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
         if int(used) < int(most):
-            return f"{where}; torchrun restarts it ({used} of {most} restarts used)"
-        return f"{where} when you start the same command again (torchrun does so by itself with --max-restarts)"
+            return f"{self._where(args)}; torchrun restarts it ({used} of {most} restarts used)"
+        return self._next_start_by_hand(args) + " (torchrun does so by itself with --max-restarts)"
 
+    def _next_start_by_hand(self, args: argparse.Namespace) -> str:
+        return self._where(args) + " when you start the same command again"
 
-def _tell_agent(error: BaseException) -> None:
-    """Give torchrun the message, which its last lines then show."""
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    if isinstance(error, UserError) and os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        try:  # what it records is the exception that is being handled, here the message alone
-            raise error from None
-        except UserError:
-            get_error_handler().record_exception(error)
+    def _where(self, args: argparse.Namespace) -> str:
+        if args.save is None:
+            return "Without --save nothing is kept: training begins anew"
+        if self._checkpoints.continues_at is None:
+            return f"There is no checkpoint in {args.save} yet: training begins anew"
+        return f"Training goes on from iteration {self._checkpoints.continues_at} in {args.save}"
 
 
 def _not_finite(iteration: int, what: str, before: int) -> str:

@@ -146,6 +146,24 @@ def evaluate_before_training(args: argparse.Namespace, given: Mapping[str, Any])
         training.get_moe_metrics_tracker().clear()
 
 
+class EvaluationInterrupted(Exception):
+    """A signal has come in the middle of an evaluation."""
+
+
+def abandon_evaluation(model: Sequence[Any], config: Any) -> None:
+    """What Megatron's `evaluate` would have undone at its end."""
+    from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+    from megatron.training import get_args, get_timers
+    from megatron.training.utils import print_rank_0
+
+    print_rank_0("> the evaluation is left: a signal has come")
+    for chunk in model:
+        chunk.train()
+    get_rerun_state_machine().set_mode(RerunMode(get_args().rerun_mode))
+    config.timers = get_timers()
+    get_timers()("evaluate").stop()
+
+
 def best_checkpoints(args: argparse.Namespace, sets: Sequence[ValidationSet]) -> BestCheckpoints | None:
     """What `--sft-keep-best` asks for; on the rank that knows what evaluations measure, the last one."""
     import torch

@@ -227,6 +227,11 @@ class HuggingFaceExport:
         if self._mode == "final" and iteration is not None and iteration != self._written:
             self._write(args, iteration)
 
+    def complete(self, args: argparse.Namespace, iteration: int) -> None:
+        """Called on every rank when a finished training is started again: write what is not there yet."""
+        if self._mode is not None and not (Path(args.save) / "hf" / f"iter_{iteration:07d}").exists():
+            self._write(args, iteration)
+
     def _write(self, args: argparse.Namespace, iteration: int) -> None:
         from megatron_idft.checkpoint.convert import to_hf
 

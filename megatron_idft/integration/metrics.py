@@ -25,6 +25,11 @@ from megatron_idft.statistics import TokenStatistics
 PHI_MEAN_ALARM = -2.0
 PHI_STD_ALARM = 5.0
 
+# The weight multiplies the gradient: at 0.05 an end of turn teaches a twentieth of what it does under cross-entropy, so
+# that 20 epochs would be needed for one. It is then a token that the model expects less than once in twenty times
+# (DFT) or in five (IDFT at gamma 2), where the text ends. A convention: nobody has published where models fail to stop.
+END_OF_TURN_ALARM = 0.05
+
 PHI_THRESHOLDS = (-1.0, -3.0, -5.0)
 
 # Inner edges; the first and the last bin are open, so the heavy negative tail of phi stays visible.
@@ -271,6 +276,18 @@ def health_warning(scalars: dict[str, float]) -> str | None:
         f" {PHI_STD_ALARM}). A falling loss does not contradict this: the model may be un-learning the tokens that the"
         " objective gives no weight. Check the chat template and the loss mask first; then lower the learning rate,"
         " raise --sft-loss-weight-floor, or use --sft-loss ce"
+    )
+
+
+def stopping_warning(scalars: dict[str, float]) -> str | None:
+    """Whether the model may not learn to end its turns, in words, or None."""
+    weight = scalars.get("sft weight end of turn")
+    if weight is None or weight >= END_OF_TURN_ALARM:
+        return None
+    return (
+        f"the ends of turns have a mean weight of {weight:.2g} (alarm below {END_OF_TURN_ALARM}): they are trained with"
+        f" {weight:.2g} of cross-entropy's gradient, so the model may not learn to stop. Where it does not stop by"
+        " itself already, add --sft-loss-exempt-tokens end-of-turn, which gives them weight 1"
     )
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from megatron_idft.checkpoint.best import BestCheckpoints
 from megatron_idft.integration import endings, flag_checks, hf_model, run_checkpoints, workers
 from megatron_idft.integration.arguments import ArgumentError
-from megatron_idft.integration.data_arguments import NEVER, add_data_arguments, validate_data_arguments
+from megatron_idft.integration.data_arguments import NEVER, add_data_arguments, remarks, validate_data_arguments
 from megatron_idft.integration.evaluation import (
+    EvaluationInterrupted,
     ValidationSet,
+    abandon_evaluation,
     as_only_set,
     best_checkpoints,
     evaluate_before_training,
@@ -48,6 +50,8 @@ class ChatTraining(TrainerIntegration):
         self._best: BestCheckpoints | None = None
         self._export: hf_model.HuggingFaceExport | None = None
         self._last_saved: int | None = None
+        self._evaluated_at: int | None = None
+        self._finished = False
         self.checkpoints = run_checkpoints.RunCheckpoints()
         self.endings = endings.Endings(self.checkpoints)
 
@@ -65,6 +69,7 @@ class ChatTraining(TrainerIntegration):
         self._wrap(training, "checkpoint_and_decide_exit", self._decide_exit)
         self._wrap(dist_checkpointing, "save", self.checkpoints.around_save)
         self._wrap(training, "train", self._train)
+        self._wrap(training.ft_integration, "on_eval_step_start", self._evaluation_step)
         return self
 
     def _parse_args(self, original: Callable, call: inspect.BoundArguments) -> argparse.Namespace:
@@ -85,6 +90,8 @@ class ChatTraining(TrainerIntegration):
 
         args = get_args()
         workers.keep_results_queue(args)
+        for line in remarks(args):
+            run_checkpoints.print_on_rank_0(line)
         self.checkpoints.before_loading(args)
         self._open_data(args)
         assert self._export is not None and self.tokenizer is not None
@@ -111,12 +118,10 @@ class ChatTraining(TrainerIntegration):
                 self._prune()
 
     def _decide_exit(self, original: Callable, call: inspect.BoundArguments) -> bool:
-        from megatron.training import get_args
-
-        leaving = original(*call.args, **call.kwargs)
-        if leaving:
-            self.endings.note_signal(get_args())
-        return leaving
+        if original(*call.args, **call.kwargs):
+            return True
+        # A signal that came while it was saved. Without, nobody would look before the end of another step.
+        return self._last_saved == call.arguments["iteration"] and self.endings.stopped()
 
     def _train_step(self, original: Callable, call: inspect.BoundArguments) -> Any:
         from megatron.training import get_args
@@ -132,7 +137,11 @@ class ChatTraining(TrainerIntegration):
         from megatron.training import get_args
 
         assert self._export is not None
-        self._export.after_training(get_args(), self._last_saved)
+        self.endings.after_training()
+        if self._finished:
+            self._export.complete(get_args(), get_args().iteration)
+        else:
+            self._export.after_training(get_args(), self._last_saved)
 
     def _open_data(self, args: argparse.Namespace) -> None:
         from megatron.training.utils import print_rank_0
@@ -171,8 +180,8 @@ class ChatTraining(TrainerIntegration):
         args.eval_iters = sum(each.iterations for each in self._validation_sets)
         self._source_names = reported_sources(args, self.data.sources)
         self._best = best_checkpoints(args, self._validation_sets)
-        if args.eval_interval is None:  # evaluate once more, after training
-            args.eval_interval = args.train_iters or NEVER
+        if args.eval_interval is None:
+            args.eval_interval = NEVER  # Megatron evaluates after training in any case
 
     def _sources(self) -> tuple[str, ...]:
         return self._source_names
@@ -201,17 +210,33 @@ class ChatTraining(TrainerIntegration):
     def _evaluate_and_print_results(self, original: Callable, call: inspect.BoundArguments) -> None:
         from megatron.training import get_args
 
-        args, iterator = get_args(), call.arguments["data_iterator"]
+        args, iterator, iteration = get_args(), call.arguments["data_iterator"], call.arguments["iteration"]
+        if iteration == self._evaluated_at:
+            return  # after training, what --eval-interval has measured at its last step
         self._measured = {}
         for each in self._validation_sets:
             with as_only_set(args, each):
                 call.arguments["data_iterator"] = [iterator] if each.name else iterator
                 super()._evaluate_and_print_results(original, call)
-            if not self._evaluated:  # --exit-duration-in-mins has passed
+            if not self._evaluated:  # stopped: by a signal, or because --exit-duration-in-mins has passed
                 return
+        self._evaluated_at = iteration
         if self._best is not None:
-            self._best.measure(call.arguments["iteration"], self._measured)
+            self._best.measure(iteration, self._measured)
             self._prune()
+
+    def _evaluation_step(self, original: Callable, call: inspect.BoundArguments) -> None:
+        """Called on all ranks before each step of an evaluation."""
+        if self.endings.stopped():
+            raise EvaluationInterrupted
+        original(*call.args, **call.kwargs)
+
+    def _evaluate(self, original: Callable, call: inspect.BoundArguments) -> Any:
+        try:
+            return super()._evaluate(original, call)
+        except EvaluationInterrupted:
+            abandon_evaluation(call.arguments["model"], call.arguments["config"])
+            return None, None, True  # as if Megatron's time limit had come; the training loop then saves
 
     def _prune(self) -> None:
         assert self._best is not None
@@ -236,6 +261,10 @@ class ChatTraining(TrainerIntegration):
                 " left out. If the data is another on purpose, --finetune starts its epochs at the beginning"
             )
 
+    def _token_ids(self) -> Mapping[str, int]:
+        assert self.tokenizer is not None
+        return self.tokenizer.special_ids
+
     def _corpus_end_of_turn_ids(self) -> Sequence[int]:
         assert self.data is not None
         return self.data.end_of_turn_ids
@@ -248,13 +277,37 @@ class ChatTraining(TrainerIntegration):
         args = get_args()
         # Every launch begins with a whole round, wherever and with whatever batch size the last one stopped.
         args.consumed_valid_samples = 0
+        finished = self._is_finished(args)
         if mpu.get_tensor_model_parallel_rank() != 0:
             return None, None, None  # its batches come by broadcast
+        if finished:
+            args.eval_iters = 0
+            return None, None, None
         assert self.data is not None
         numbers = {name: number for number, name in enumerate(self._source_names)} or None
         train, sets = self.data.datasets(args, num_samples[0], vp_stage, numbers)
         valid = evaluation_rounds(args, self._validation_sets, sets, num_samples[1])
         return train, valid, None
+
+    def _is_finished(self, args: argparse.Namespace) -> bool:
+        """Whether the checkpoint that was loaded is the last one of this training: it has been started again."""
+        from megatron.training.utils import print_rank_0
+
+        samples = args.train_samples or args.train_iters * args.global_batch_size
+        if args.skip_train or (args.iteration < args.train_iters and args.consumed_train_samples < samples):
+            return False
+        if self.checkpoints.continues_at != args.iteration:
+            raise ArgumentError(
+                f"--load {args.load} is at iteration {args.iteration} of {args.train_iters}, so nothing is left to"
+                " train: add --finetune to begin a new training with its weights, or ask for a longer one"
+            )
+        if not self._finished:
+            print_rank_0(
+                f"> training is finished: {args.save} holds iteration {args.iteration} of {args.train_iters}. For more"
+                " pass a longer training with --override-opt_param-scheduler, or another --save"
+            )
+        self._finished = True
+        return True
 
 
 def train() -> None:

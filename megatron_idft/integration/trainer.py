@@ -1,11 +1,12 @@
 """Attach the loss to `megatron.training`, for the programs `train` and `run`.
 
-Megatron's trainer has no callbacks, so seven of its functions are wrapped by name in the modules that call them. Each
+Megatron's trainer has no callbacks, so eight of its functions are wrapped by name in the modules that call them. Each
 is called through its module's global name in megatron-core 0.19, so the wrappers are reached from any script, whether
 it builds its model from a config or from a model_provider:
 
 - `arguments.parse_args`: adds the flags and checks them.
-- `checkpointing.check_checkpoint_args`: compares the loss settings with those of the checkpoint that is continued.
+- `checkpointing.check_checkpoint_args`: compares the settings with those of the checkpoint that is continued.
+- `checkpointing._load_base_checkpoint`: lets --override-opt_param-scheduler change the learning rate.
 - `training.setup_model_and_optimizer`: installs the hook on the finished model.
 - `training.train_step`: opens and commits the step's metrics, moves lambda_t, proves that the hook was called.
 - `training.training_log`: reports at the log interval.
@@ -18,7 +19,7 @@ import argparse
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ import torch
 
 from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
 from megatron_idft.integration import arguments, compatibility, flag_checks
+from megatron_idft.integration.continued_schedule import check_schedule, take_new_rates
 from megatron_idft.integration.hook import LossHook, UnsupportedModelError, install, installed_hooks
-from megatron_idft.integration.metrics import LossMetrics, MetricsReport, health_warning
+from megatron_idft.integration.metrics import LossMetrics, MetricsReport, health_warning, stopping_warning
 from megatron_idft.integration.publishing import print_rank_last, publish_evaluation, publish_training
 from megatron_idft.loss import resolve_backend
 from megatron_idft.objectives import LambdaSchedule, Objective
@@ -55,6 +57,7 @@ class TrainerIntegration:
         self._lambda_value = 1.0
         self._group: torch.distributed.ProcessGroup | None = None
         self._told_unmasked = False
+        self._told_stopping = False
         self._replaced: list[tuple[Any, str, Any]] = []
 
     def attach(self) -> TrainerIntegration:
@@ -64,6 +67,7 @@ class TrainerIntegration:
 
         self._wrap(megatron_arguments, "parse_args", self._parse_args)
         self._wrap(checkpointing, "check_checkpoint_args", self._check_checkpoint_args)
+        self._wrap(checkpointing, "_load_base_checkpoint", self._load_base_checkpoint)
         self._wrap(training, "setup_model_and_optimizer", self._setup_model_and_optimizer)
         self._wrap(training, "train_step", self._train_step)
         self._wrap(training, "training_log", self._training_log)
@@ -107,14 +111,29 @@ class TrainerIntegration:
         return args
 
     def _check_checkpoint_args(self, original: Callable, call: inspect.BoundArguments) -> None:
+        from megatron.training import get_args
+
         original(*call.args, **call.kwargs)
         self._checkpoint_args = call.arguments["checkpoint_args"]
+        check_schedule(get_args(), self._checkpoint_args)
+
+    def _load_base_checkpoint(self, original: Callable, call: inspect.BoundArguments) -> Any:
+        from megatron.training import get_args
+
+        loaded = original(*call.args, **call.kwargs)
+        state = loaded[0]
+        if call.arguments["args"].override_opt_param_scheduler and state and "optimizer" in state and "args" in state:
+            take_new_rates(state["optimizer"], get_args(), state["args"])
+        return loaded
 
     def _setup_model_and_optimizer(self, original: Callable, call: inspect.BoundArguments) -> Any:
         from megatron.training import get_args
 
         result = original(*call.args, **call.kwargs)
         args = get_args()
+        if args.sft_loss is not None:
+            ids = arguments.resolve_exempt_tokens(args.sft_loss_exempt_tokens, self._end_of_turn_ids, self._token_ids())
+            args.sft_loss_exempt_tokens = ids
         self._compare_with_checkpoint(args)
         if args.sft_loss is not None:
             self._install(args, result[0])
@@ -156,6 +175,10 @@ class TrainerIntegration:
     def _sources(self) -> tuple[str, ...]:
         """Names of the sources that metrics are kept for, once Megatron is initialised."""
         return ()
+
+    def _token_ids(self) -> Mapping[str, int]:
+        """The ids of tokens that flags may name, by their text."""
+        return {}
 
     def _compare_with_checkpoint(self, args: argparse.Namespace) -> None:
         """Keep the schedule of the checkpoint that is continued, and say where its loss was another."""
@@ -245,8 +268,11 @@ class TrainerIntegration:
                 " forward_step, as Megatron's pretrain_gpt.py does"
             )
         publish_training(iteration, args.train_iters, report)
-        warning = health_warning(report.scalars)
-        if warning:
+        warnings = [health_warning(report.scalars)]
+        if not self._told_stopping:
+            warnings.append(stopping_warning(report.scalars))
+            self._told_stopping = warnings[-1] is not None
+        for warning in filter(None, warnings):
             print_rank_last(f"WARNING: {warning}")
 
     def _evaluate(self, original: Callable, call: inspect.BoundArguments) -> Any:

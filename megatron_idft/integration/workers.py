@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import ipaddress
 import json
 import multiprocessing
@@ -11,11 +10,12 @@ import os
 import queue
 import signal
 import socket
-import sys
 import time
 from datetime import timedelta
 from multiprocessing.managers import SyncManager
 from typing import Any
+
+from megatron_idft.integration.signals import STOPS, die_with_parent
 
 
 def die_with_agent() -> None:
@@ -24,7 +24,7 @@ def die_with_agent() -> None:
     Otherwise it would live on without anyone to restart it, and its peers would wait for it.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _die_with_parent()
+        die_with_parent()
 
 
 def use_fresh_store() -> None:
@@ -85,18 +85,11 @@ def keep_results_queue(args: argparse.Namespace) -> None:
         filesystem_async._results_queue = queue.Queue()
     elif args.async_strategy == "mcore":
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(_outlive_sigterm)
+        manager.start(_outlive_stops)
         filesystem_async._results_queue = manager.Queue()
 
 
-def _outlive_sigterm() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _die_with_parent()
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        parent, set_death_signal = os.getppid(), 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-        if os.getppid() != parent:  # it was already dead
-            os.kill(os.getpid(), signal.SIGKILL)
+def _outlive_stops() -> None:
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()

@@ -13,7 +13,7 @@ from megatron_idft.integration.script import prepare_process
 
 cases_file, output, *layout = sys.argv[1:]
 COMMON = """
-    --micro-batch-size 2 --global-batch-size 4 --seq-length 48 --train-iters 1 --lr 1e-3 --num-workers 0
+    --micro-batch-size 2 --global-batch-size 4 --seq-length 48 --train-iters 1 --lr 1e-3
     --tokenizer-type NullTokenizer --vocab-size 100 --no-load-optim --no-load-rng --exit-on-missing-checkpoint
 """
 

@@ -59,7 +59,7 @@ def _save_tokenizer(text: Path, folder: Path) -> None:
 def command(corpus: Path, model: str, flags: str) -> list[str]:
     words = (
         f"--sft-data {corpus / 'train.jsonl'} --hf-model {corpus / model} --seq-length 32 --micro-batch-size 2"
-        f" --global-batch-size 8 --lr-decay-style constant --num-workers 0 --log-interval 1 {flags}"
+        f" --global-batch-size 8 --lr-decay-style constant --log-interval 1 {flags}"
     )
     return ["-m", "megatron_idft", "train", *words.split()]
 
@@ -108,6 +108,11 @@ def test_the_same_command_goes_on_and_every_checkpoint_is_written(corpus, tmp_pa
     assert not list((save / "hf").glob(".*")) and len(list((tmp_path / "cache").iterdir())) == 1
     two, six = (tensors(save / "hf" / f"iter_000000{i}") for i in (2, 6))
     assert not torch.equal(two["model.norm.weight"], six["model.norm.weight"])
+    # Finished, and started again for what it did not write: as torchrun does it when the export has failed.
+    (save / "hf" / "iter_0000006").rename(tmp_path / "six")
+    last = forked(command(corpus, "qwen2", f"{flags} --train-iters 6 --save-hf final"))
+    assert f"> training is finished: {save} holds iteration 6 of 6." in last and "sft iteration" not in last
+    assert all(torch.equal(value, six[name]) for name, value in tensors(save / "hf" / "iter_0000006").items())
 
 
 def test_experts_that_learned_nothing_come_out_as_they_went_in(corpus, tmp_path):

@@ -49,7 +49,7 @@ def made(tmp_path_factory) -> Path:
 def start_node(rank: int, log: Path, settings: dict[str, str]) -> subprocess.Popen[bytes]:
     with open(log, "ab") as file:
         return subprocess.Popen(
-            ["bash", ROOT / "launch" / "train.sh", "--num-workers", "0"],
+            ["bash", ROOT / "launch" / "train.sh"],
             env=environment(NNODES="2", MASTER_ADDR="127.0.0.1", NODE_RANK=str(rank), **settings),
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -146,7 +146,7 @@ def test_the_wheels_copies_pass_the_smoke_test(made, tmp_path):
 
     sizes = {"ITERS": "10", "LR": "3e-3", "SEQ_LENGTH": "96"}
     smoke = subprocess.run(
-        ["bash", copies / "examples" / "smoke" / "run.sh", "--num-workers", "0"],
+        ["bash", copies / "examples" / "smoke" / "run.sh"],
         cwd=tmp_path, env=variables | sizes, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert smoke.returncode == 0, smoke.stdout[-TAIL:] + smoke.stderr[-3000:]

@@ -10,8 +10,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -350,16 +352,75 @@ def test_the_plans_of_the_others(tmp_path):
     assert not list(tmp_path.iterdir()), "nothing was started"
 
 
+TORCHRUN = """#!/bin/bash
+if [ "$1" = -c ]; then exit 0; fi
+"""
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "code", "last"),
+    [
+        ('printf "143\\nsaved at 5\\n" >"$MEGATRON_IDFT_OUTCOME"; exit 1', 143, "train.sh: saved at 5"),
+        ('printf "2\\nno file x\\n" >"$MEGATRON_IDFT_OUTCOME"; exit 1', 2, "train.sh: no file x"),
+        ('printf "1\\nfailed before\\n" >"$MEGATRON_IDFT_OUTCOME"; exit 0', 0, "torchrun was here"),
+        (
+            "exit 9",
+            9,
+            "train.sh: ended with exit code 9, and no process of this node has said why: see the lines above",
+        ),
+        ("kill -TERM $$", 1, "train.sh: ended with exit code 1, and no"),
+        (
+            "kill -TERM $PPID; sleep 9 & wait",
+            1,
+            "train.sh: SIGTERM: stopped before training had begun, nothing is lost",
+        ),
+    ],
+)
+def test_train_sh_ends_with_what_a_rank_has_told(tmp_path, torchrun, code, last):
+    python = tmp_path / "python"
+    python.write_text(TORCHRUN + "echo torchrun was here >&2\n" + torchrun)
+    python.chmod(0o755)
+    done = bash(
+        LAUNCH / "train.sh", **SETTINGS | {"PYTHON": str(python), "MODEL": "qwen2.5-7b", "TMPDIR": str(tmp_path)}
+    )
+    assert done.returncode == code and done.stderr.splitlines()[-1].startswith(last), done.stderr
+    assert list(tmp_path.iterdir()) == [python], "nothing is left behind"
+
+
+def test_ctrl_c_in_a_terminal_reaches_torchrun_once(tmp_path):
+    """A terminal sends it to the whole group; a second one would make torchrun give up before anything is saved."""
+    python, log = tmp_path / "python", tmp_path / "log"
+    count = "trap 'echo INT' INT; trap 'exit 1' TERM; echo ready; while :; do sleep 0.1; done"
+    python.write_text(TORCHRUN + count)
+    python.chmod(0o755)
+    with open(log, "wb") as file:
+        script = subprocess.Popen(
+            ["bash", LAUNCH / "train.sh"], stdout=file, stderr=file, start_new_session=True,
+            env=os.environ | SETTINGS | {"PYTHON": str(python), "MODEL": "qwen2.5-7b"},
+        )  # fmt: skip
+    for number, line in ((signal.SIGINT, "ready"), (signal.SIGTERM, "INT")):
+        deadline = time.monotonic() + 30
+        while line not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        time.sleep(0.3)
+        os.killpg(script.pid, number)
+    time.sleep(0.5)
+    assert script.poll() is None, "SIGTERM behind a Ctrl-C is the terminal's or Slurm's echo"
+    os.kill(int(subprocess.check_output(["pgrep", "-P", str(script.pid)])), signal.SIGTERM)
+    assert script.wait(30) == 1 and log.read_text().split().count("INT") == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------- Slurm
 
 STUB = '#!/bin/bash\nprintf "%s\\n" "$(basename "$0") $*" "MASTER=$MASTER_ADDR:$MASTER_PORT $RDZV_ID" >>"$CALLS"\n'
 
 
-def slurm_job(tmp_path: Path, script: str, status: int, state: str = "RUNNING", **variables: str):
+def slurm_job(tmp_path: Path, script: str, status: int | str, state: str = "RUNNING", **variables: str):
     """Run a batch script as slurmd does, out of a spool folder, with stubs; (exit code, calls)."""
     stubs, spool = tmp_path / "bin", tmp_path / "spool"
     for name, rest in {
-        "srun": f"exit {status}",
+        "srun": f"exit {status}" if isinstance(status, int) else status,
         "scontrol": 'if [ "$1" = show ]; then printf "n7\\nn8\\n"; fi',
         "squeue": f"echo {state}",
     }.items():
@@ -409,6 +470,14 @@ def test_what_is_requeued(tmp_path, script, status, state, restarts, requeued):
     code, calls = slurm_job(tmp_path, script, status, state, SLURM_RESTART_COUNT=restarts)
     assert code == status
     assert ("scontrol requeue 4711" in calls) == requeued
+
+
+@pytest.mark.parametrize("script", ["slurm_train.sh", "slurm_array.sh"])
+def test_a_signal_to_the_batch_script_reaches_the_tasks(tmp_path, script):
+    """sbatch --signal=B:TERM: bash alone gets it, which by itself would end and take the job with it."""
+    srun = 'trap "kill %1; exit 143" TERM; sleep 30 >/dev/null 2>&1 & kill -TERM $PPID; wait'
+    code, calls = slurm_job(tmp_path, script, srun)
+    assert code == 143 and "scontrol requeue 4711" in calls
 
 
 def test_the_headers_leave_the_grace_that_the_scripts_take():

@@ -27,14 +27,21 @@ def faulty(statistics) -> torch.Tensor:
     if limit.exists():
         most = int(limit.read_text())
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
-    stop, nan = folder / f"stop-{at}", folder / f"nan-{at}"
-    if stop.exists():
-        (folder / f"stopped-{at}.new").write_text(str(os.getpid()))
-        (folder / f"stopped-{at}.new").rename(folder / f"stopped-{at}")
-        while stop.exists():
-            time.sleep(0.02)
+    wait_at(at)
+    nan = folder / f"nan-{at}"
     if nan.exists():
         if nan.read_text() == "once":
             nan.unlink()
         return weight * torch.nan
     return weight
+
+
+def wait_at(place: str) -> None:
+    """Write `stopped-PLACE` where `stop-PLACE` is ordered, and wait until that is withdrawn."""
+    folder = Path(os.environ["FAULTS"])
+    stop = folder / f"stop-{place}"
+    if stop.exists():
+        (folder / f"stopped-{place}.new").write_text(str(os.getpid()))
+        (folder / f"stopped-{place}.new").rename(folder / f"stopped-{place}")
+        while stop.exists():
+            time.sleep(0.02)

@@ -24,7 +24,7 @@ ITERATIONS = 12
 MODEL = f"""
     --num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48
     --micro-batch-size 2 --global-batch-size 4 --position-embedding-type rope --lr 1e-3 --lr-decay-style constant
-    --hidden-dropout 0.1 --attention-dropout 0.1 --num-workers 0 --log-interval 1 --chat-template chatml --cpu
+    --hidden-dropout 0.1 --attention-dropout 0.1 --log-interval 1 --chat-template chatml --cpu
     --train-iters {ITERATIONS} --save-interval 2 --sft-loss faulty_objective:faulty --distributed-timeout-minutes 2
 """
 # Without it torch 2.15's agents share one store for all rounds, and a new agent waits there in vain.

@@ -204,3 +204,19 @@ def test_differences_from_a_checkpoint_are_named():
     other = validated("--sft-loss ce")
     assert arguments.differences_from_checkpoint(now, other) == ["--sft-loss: ce in the checkpoint, idft now"]
     assert arguments.differences_from_checkpoint(now, argparse.Namespace())[0].startswith("--sft-loss: None")
+
+
+def test_exempt_tokens_are_ids_or_names():
+    def resolve(*tokens: int | str) -> list[int]:
+        return arguments.resolve_exempt_tokens(tokens, lambda: [5, 6], {"<|im_end|>": 6, "<|x|>": 9})
+
+    assert resolve() == [] and resolve(7, "end-of-turn", "<|im_end|>", "<|x|>", 7) == [7, 5, 6, 9]
+    with pytest.raises(
+        arguments.ArgumentError, match=r"end-of-turn`.*text of a special token \(<\|im_end\|>, <\|x\|>\)"
+    ):
+        resolve("eos" * 1000)
+    with pytest.raises(arguments.ArgumentError, match="not known; pass its token id"):
+        arguments.resolve_exempt_tokens(["end-of-turn"], lambda: [], {})
+    args = validated("--sft-loss idft --sft-loss-exempt-tokens end-of-turn 7")
+    assert args.sft_loss_exempt_tokens == ["end-of-turn", 7]
+    assert arguments.build_objective(args).exempt_token_ids == (7,), "names wait for the tokenizer"

@@ -22,7 +22,7 @@ RTOL = 1e-5
 COMMON = """
     --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 --micro-batch-size 2
     --global-batch-size 8 --train-iters 11 --lr 1e-3 --lr-decay-style constant --hidden-dropout 0 --attention-dropout 0
-    --vocab-size 127 --make-vocab-size-divisible-by 64 --num-workers 0 --eval-interval 100 --eval-iters 0
+    --vocab-size 127 --make-vocab-size-divisible-by 64 --eval-interval 100 --eval-iters 0
     --log-interval 1 --tensorboard-log-interval 1 --ckpt-format torch_dist
     --sft-loss idft --idft-lambda-ramp 0.5 --sft-loss-weight-floor 0.01
 """

@@ -15,6 +15,7 @@ from megatron_idft.integration.metrics import (
     LossMetrics,
     format_report,
     health_warning,
+    stopping_warning,
 )
 
 VOCAB = 2000
@@ -241,3 +242,8 @@ def test_the_alarm_rings_for_collapsed_runs_only(mean, std, alarm):
     warning = health_warning({"ddt/phi mean": mean, "ddt/phi std": std})
     assert bool(warning) == alarm
     assert warning is None or "--sft-loss-weight-floor" in warning
+
+
+def test_small_weights_at_the_end_of_turn_are_pointed_out_with_the_flag():
+    assert stopping_warning({"sft weight end of turn": 0.06}) is None and stopping_warning({}) is None
+    assert "--sft-loss-exempt-tokens end-of-turn" in (stopping_warning({"sft weight end of turn": 0.04}) or "")

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 SEQ_LENGTH = 32
 COMMON = f"""
     --hidden-size 32 --num-attention-heads 4 --seq-length {SEQ_LENGTH}
-    --max-position-embeddings {SEQ_LENGTH} --lr 1e-3 --lr-decay-style constant --num-workers 0 --log-interval 1
+    --max-position-embeddings {SEQ_LENGTH} --lr 1e-3 --lr-decay-style constant --log-interval 1
     --hidden-dropout 0 --attention-dropout 0 --chat-template chatml --sft-loss idft
     --make-vocab-size-divisible-by 32
 """

@@ -64,7 +64,7 @@ def folder(tmp_path_factory) -> Path:
     train_tokenizer(folder, lines, vocab_size=70)
     flags = f"{MODEL} --sft-data {folder / 'train.jsonl'} --tokenizer-model {folder / 'tokenizer.model'}"
     flags += f" --train-iters 200 --micro-batch-size 16 --global-batch-size 16 --lr 1e-2 --save {folder / 'model'}"
-    forked(["-m", "megatron_idft", "train", *flags.split(), "--num-workers", "0", "--lr-decay-style", "constant"])
+    forked(["-m", "megatron_idft", "train", *flags.split(), "--lr-decay-style", "constant"])
     return folder
 
 
@@ -137,7 +137,7 @@ def test_statistics_are_those_that_score_gives_for_the_merged_file(folder, reali
 
     # And the trainer reads it, with those ids.
     train = [*words, "--sft-data", str(merged), "--train-iters", "2", "--micro-batch-size", "2", "--lr", "1e-3"]
-    text = forked(["-m", "megatron_idft", "train", *train, "--finetune", "--num-workers", "0", "--log-interval", "1"])
+    text = forked(["-m", "megatron_idft", "train", *train, "--finetune", "--log-interval", "1"])
     assert "iteration        2/" in text
     meta = json.loads(next(tmp_path.glob(".megatron-idft-cache/*/meta.json")).read_text())
     assert meta["counts"]["pretokenized"] == meta["counts"]["kept"] == len(kept)

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 TINY = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16
     --micro-batch-size 2 --global-batch-size 8 --train-iters 3 --lr 1e-2 --lr-decay-style constant --vocab-size 127
-    --num-workers 0 --eval-interval 3 --eval-iters 1 --log-interval 1 --position-embedding-type rope
+    --eval-interval 3 --eval-iters 1 --log-interval 1 --position-embedding-type rope
     --hidden-dropout 0 --attention-dropout 0
 """
 

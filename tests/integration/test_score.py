@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
     train_tokenizer(folder)
     flags = f"{MODEL} --sft-data {folder / 'train.jsonl'} --tokenizer-model {folder / 'tokenizer.model'}"
     flags += f" --train-iters 60 --micro-batch-size 4 --global-batch-size 8 --lr 1e-2 --save {folder / 'model'}"
-    forked(["-m", "megatron_idft", "train", *flags.split(), "--num-workers", "0", "--lr-decay-style", "constant"])
+    forked(["-m", "megatron_idft", "train", *flags.split(), "--lr-decay-style", "constant"])
     return folder
 
 

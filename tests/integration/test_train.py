@@ -15,12 +15,11 @@ import pytest
 from integration.checkpoints import differences, load_checkpoint, load_scalars
 from small_tokenizer import train_tokenizer
 
-from launch import ROOT, forked, torchrun
+from launch import ROOT, forked, forked_codes, torchrun
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48
-    --micro-batch-size 2 --position-embedding-type rope --lr 1e-3 --lr-decay-style constant --num-workers 0
-    --log-interval 1 --chat-template chatml
+    --micro-batch-size 2 --position-embedding-type rope --lr 1e-3 --lr-decay-style constant --chat-template chatml
 """
 
 
@@ -78,7 +77,9 @@ def _counts(corpus: Path) -> list[dict]:
 
 def test_start_shows_the_data_and_the_resolved_loss(corpus, tmp_path):
     output = train(
-        corpus, tmp_path, "--train-iters 1 --global-batch-size 4 --sft-loss entropy --sft-loss-exempt-tokens 5"
+        corpus,
+        tmp_path,
+        "--train-iters 1 --global-batch-size 4 --sft-loss entropy --sft-loss-exempt-tokens end-of-turn <|im_end|> 5",
     )
     sample = output[output.index("first sample") :].splitlines()
     assert re.search(r"⟦\d+\.<\|im_end\|>⟧", "\n".join(sample[1:8])), "answer and end of turn are marked as trained"
@@ -169,6 +170,56 @@ def test_a_forgotten_flag_is_pointed_out(corpus, tmp_path):
     assert "continues a checkpoint that was trained on" not in output
     output = train(corpus, tmp_path, f"{flags} --train-iters 3 --override-opt_param-scheduler --sft-truncation drop")
     assert "WARNING: this run continues a checkpoint that was trained on tokens-" in output
+
+
+def test_another_schedule_than_the_checkpoints_is_explained_and_each_remedy_works(corpus, tmp_path):
+    save = tmp_path / "saved"
+
+    rest = "--global-batch-size 4 --use-distributed-optimizer --sft-loss idft --min-lr 1e-5"
+
+    def run(flags: str, where: Path = save) -> str:
+        return train(corpus, tmp_path, f"{rest} --save {where} {flags}")
+
+    def refused(flags: str) -> str:
+        codes, text = forked_codes(command(corpus, tmp_path, f"{rest} --save {save} {flags}"))
+        assert codes == [2] and "Traceback" not in text, text[-3000:]
+        return text.rstrip().splitlines()[-1]
+
+    def rates() -> dict[int, float]:
+        return load_scalars(tmp_path / "tensorboard")["learning-rate"]
+
+    run("--train-iters 1")
+    told = refused("--train-iters 2 --lr 2e-3 --global-batch-size 6")
+    for change in ("--lr: 0.001 in", "--train-iters: 1 in the checkpoint, 2 now", "--global-batch-size: 4 in"):
+        assert change in told
+    assert "--min-lr" not in told and "--use-checkpoint" not in told, "that would not find the other rate"
+    run("--train-iters 2 --lr 2e-3 --override-opt_param-scheduler")
+    assert rates()[2] == pytest.approx(2e-3)
+    assert "--min-lr: 1e-05 in the checkpoint, 0.0001 now" in refused("--train-iters 2 --lr 2e-3 --min-lr 1e-4")
+
+    told = refused("--train-iters 3 --lr 2e-3")
+    assert f"--load {save} continues" in told and "--train-iters: 2 in the checkpoint, 3 now. Pass" in told
+    assert "or --use-checkpoint-opt_param-scheduler to keep its schedule" in told
+    run("--train-iters 3 --lr 2e-3 --lr-decay-style linear --use-checkpoint-opt_param-scheduler")
+    assert rates()[3] == pytest.approx(2e-3), "as the checkpoint says: constant"
+    assert f"--save with --load {save} --finetune begins" in told
+    output = run(f"--train-iters 1 --lr 3e-3 --load {save} --finetune", tmp_path / "other")
+    assert "successfully loaded checkpoint" in output and rates()[1] == pytest.approx(3e-3)
+
+
+def test_a_finished_training_says_so_and_its_last_step_is_evaluated_once(corpus, tmp_path):
+    flags = (
+        f"--global-batch-size 4 --train-iters 2 --save {tmp_path / 'saved'} --sft-valid-data {corpus / 'valid.jsonl'}"
+    )
+    output = train(corpus, tmp_path, f"{flags} --eval-interval 1 --start-eval-at-iter 1 --lr 0 --sft-loss dft")
+    assert output.count("lm loss value") == 2, "each iteration once, the last one too"
+    assert "WARNING: --lr 0: no weight will change" in output and "WARNING: no --save" not in output
+    for parallel, nproc in (("", 1), ("--tensor-model-parallel-size 2", 2)):
+        output = train(corpus, tmp_path, f"{flags} --lr 0 --sft-loss dft {parallel}", nproc=nproc)
+        assert f"> training is finished: {tmp_path / 'saved'} holds iteration 2 of 2." in output
+        assert "lm loss" not in output
+    with pytest.raises(AssertionError, match="is at iteration 2 of 2, so nothing is left to train: add --finetune"):
+        train(corpus, tmp_path, f"{flags} --lr 0 --load {tmp_path / 'saved'} --save {tmp_path / 'other'}")
 
 
 def test_a_bad_record_stops_the_run_and_is_named(corpus, tmp_path):

@@ -24,7 +24,7 @@ from megatron_idft.integration.evaluation import validate_evaluation_arguments
 SEQ_LENGTH = 32
 FLAGS = f"""
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length {SEQ_LENGTH} --position-embedding-type rope
-    --max-position-embeddings {SEQ_LENGTH} --lr 2e-2 --lr-decay-style constant --num-workers 0 --log-interval 1
+    --max-position-embeddings {SEQ_LENGTH} --lr 2e-2 --lr-decay-style constant --log-interval 1
     --hidden-dropout 0 --attention-dropout 0 --chat-template chatml --sft-loss idft
     --make-vocab-size-divisible-by 32
 """

@@ -15,7 +15,7 @@ from megatron_idft.integration.batches import loss_func
 FLAGS = """
     --num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64
     --micro-batch-size 2 --global-batch-size 4 --position-embedding-type rope --lr 1e-3 --lr-decay-style constant
-    --num-workers 0 --log-interval 1 --chat-template chatml --train-iters 1 --sft-loss idft
+    --log-interval 1 --chat-template chatml --train-iters 1 --sft-loss idft
 """
 
 
