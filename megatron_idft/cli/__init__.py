@@ -20,8 +20,8 @@ VERBS = {
 }
 
 EXIT_CODES = """Exit codes: 0 done. 1 failed while it worked, or the answer is no (`plan`: no fit; `doctor`: cannot
-start). 2 flags, files or an installation that cannot be used. 143 stopped by SIGTERM or 130 by
-Ctrl-C with nothing lost. torchrun makes 1 of all but 0.
+start). 2 flags, files or an installation that cannot be used. 143 stopped by SIGTERM, 130 by
+Ctrl-C; in `train` only where a checkpoint holds all that was trained. torchrun makes 1 of all but 0.
 An error is one message. MEGATRON_IDFT_VERBOSE=1 shows the traceback too, and all that Megatron prints.
 """
 
@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return import_module(f"megatron_idft.cli.{verb}").main(rest)
+    except KeyboardInterrupt:
+        print(f"megatron-idft {verb}: ended by Ctrl-C", file=sys.stderr, flush=True)
+        return 130
     except Exception as error:
         from megatron_idft.cli import failures
 

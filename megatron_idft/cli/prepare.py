@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from megatron_idft.integration import signals
 from megatron_idft.parsing import Parser
 
 
@@ -69,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
             print(sample, end="\n\n")
         return 0
     signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
     prepared = prepare(
         settings,
         tokenizer,
@@ -83,10 +85,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _stop(*_: object) -> NoReturn:
+def _stop(number: int, _: object) -> NoReturn:
     print(
-        "megatron-idft prepare: stopped by SIGTERM; the finished chunks stand, and the same command goes on from there",
+        f"megatron-idft prepare: stopped by {signals.name_of(number)}; the finished chunks stand, and the same command"
+        " goes on from there",
         file=sys.stderr,
         flush=True,
     )
-    raise SystemExit(143)
+    raise SystemExit(signals.exit_code(number))

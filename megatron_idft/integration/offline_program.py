@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_idft.errors import ArgumentError, verbose
 from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
-from megatron_idft.integration import flag_checks, hf_model
+from megatron_idft.integration import flag_checks, hf_model, signals
 from megatron_idft.parsing import raise_errors
 
 if TYPE_CHECKING:
@@ -28,25 +28,26 @@ _MEGATRON_DEFAULTS = {"micro_batch_size": 1, "no_load_optim": True, "no_load_rng
 
 
 class Terminated(SystemExit):
-    """SIGTERM arrived: what was in flight is given back. No Exception, so what handles a record's errors lets it by."""
+    """A signal: what was in flight is given back. No Exception, so what handles a record's errors lets it by."""
 
 
-_terminated = False
+_terminated = 0  # the exit code, once a signal has come
 
 
 def stop_on_sigterm() -> None:
-    """From now on SIGTERM raises Terminated, exit code 143."""
+    """From now on SIGTERM raises Terminated, exit code 143, and Ctrl-C the same, exit code 130."""
     signal.signal(signal.SIGTERM, _raise_terminated)
+    signal.signal(signal.SIGINT, _raise_terminated)
 
 
-def _raise_terminated(*_: object) -> None:
+def _raise_terminated(number: int, _: object) -> None:
     global _terminated
     if not _terminated:
-        program = Path(sys.argv[0]).name
-        text = "stopped by SIGTERM; the finished chunks stand, and the same command goes on from there"
+        program, name = Path(sys.argv[0]).name, signals.name_of(number)
+        text = f"stopped by {name}; the finished chunks stand, and the same command goes on from there"
         print(f"{program}: {text}", file=sys.stderr, flush=True)
-    _terminated = True
-    raise Terminated(143)
+    _terminated = _terminated or signals.exit_code(number)
+    raise Terminated(_terminated)
 
 
 def add_input_arguments(group: Any) -> None:
@@ -223,7 +224,7 @@ def claimed(ledger: Ledger | None, share: Callable[[Any], Any]) -> Iterator[int]
     wait = _FIRST_POLL_SECONDS
     while True:
         if _terminated:  # it was raised where Python drops exceptions, such as in a destructor
-            raise Terminated(143)
+            raise Terminated(_terminated)
         chunk = ledger.claim() if ledger is not None else None
         chunk, finished = share((chunk, ledger is not None and chunk is None and ledger.all_finished()))
         if finished:

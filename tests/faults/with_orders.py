@@ -11,7 +11,7 @@ from megatron_idft.cli import main
 
 
 def waiting(function: Callable, place: Callable[..., str]) -> Callable:
-    """`function`, waiting before it where it is ordered to: at evaluation-STEP-RANK (counted), save-ITERATION-RANK."""
+    """`function`, waiting before it where it is ordered to: at evaluation-STEP-RANK, save-ITERATION-RANK, load-RANK."""
 
     @functools.wraps(function)  # callers are asked for by its parameters' names
     def ordered(*args: Any, **kwargs: Any) -> Any:
@@ -42,4 +42,5 @@ if __name__ == "__main__":
         dist_checkpointing.save,
         lambda state, folder, *_, **__: f"save-{int(str(folder).rsplit('iter_')[-1])}-{os.environ['RANK']}",
     )
+    dist_checkpointing.load = waiting(dist_checkpointing.load, lambda *_, **__: f"load-{os.environ['RANK']}")
     sys.exit(main(sys.argv[2:]))

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 from integration.small_tokenizer import train_tokenizer
 
-from launch import TAIL, forked, forked_codes
+from launch import ROOT, TAIL, forked, forked_codes
 
 MODEL = """
     --num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48
@@ -170,8 +171,8 @@ def test_a_second_ctrl_c_ends_at_once_and_says_what_is_lost(corpus, tmp_path):
     assert "Ctrl-C (SIGINT) again, in iteration 4: ended at once. Training goes on from iteration 2 in" in last
 
 
-def test_before_the_first_step_nothing_is_lost_and_143_needs_a_checkpoint(corpus, tmp_path):
-    """An evaluation is the first thing that a training does; then the same with a checkpoint to go on from."""
+def test_before_the_first_step_nothing_is_lost_but_143_needs_a_checkpoint(corpus, tmp_path):
+    """An evaluation is the first thing that a training does."""
     save = tmp_path / "saved"
     flags = f"--save {save} --sft-valid-data {corpus / 'train.jsonl'}"
 
@@ -193,6 +194,10 @@ def test_a_signal_in_an_evaluation_or_a_save_ends_in_a_checkpoint_of_that_step(c
     assert codes == [143] and last_saved(save) == "2" and "> the evaluation is left: a signal has come" in text
     assert "validation loss at iteration 2" not in text
 
+    # On the way to the next step: no step is lost, and a queue may start it again.
+    codes, text = stopped(corpus, Orders(tmp_path), flags, ["load-0"], group)
+    assert codes == [143] and "before the first step: nothing is lost. Training goes on from iteration 2 in" in text
+
     codes, text = stopped(corpus, Orders(tmp_path), f"{flags} --save-interval 4", ["save-4-0"], group)
     assert codes == [143] and last_saved(save) == "4" and text.count("successfully saved checkpoint") == 1
     assert "holds this training at iteration 2: it continues there" in text
@@ -208,3 +213,40 @@ def test_without_save_a_signal_says_that_nothing_is_kept(corpus, tmp_path):
     codes, text = stopped(corpus, Orders(tmp_path), "", ["2-0"], send_to_groups(signal.SIGINT))
     assert "WARNING: no --save DIR: nothing that this run trains will be kept" in text
     assert codes == [1] and "Without --save nothing is kept: training begins anew" in text.rstrip().splitlines()[-1]
+
+
+def test_every_process_of_a_step_is_told_as_slurm_does_it(corpus, tmp_path):
+    """torchrun, its two ranks (TP 2) and their DataLoader workers; torchrun passes its own signal on besides."""
+    save, orders = tmp_path / "saved", Orders(tmp_path)
+    environment = {"FAULTS": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "faults")])
+    places = ["2-0", "2-1"]
+    for place in places:
+        orders.wait_at(place)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "megatron_idft", *words(corpus, f"--save {save} --tensor-model-parallel-size 2")]
+    with open(tmp_path / "log", "wb") as log:
+        torchrun = subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        ranks = [orders.reached(place) for place in places]
+        everyone = [torchrun.pid, *ranks, *(worker for rank in ranks for worker in children(rank))]
+        assert len(everyone) == 5, "only the first rank of a tensor-parallel group reads data"
+        for pid in everyone:
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.3)
+        orders.go_on()
+        assert torchrun.wait(SECONDS) == 1, "torchrun's own, whatever its ranks say"
+    finally:
+        if torchrun.poll() is None:  # its ranks die with it
+            torchrun.kill()
+            torchrun.wait()
+    text = (tmp_path / "log").read_text()
+    assert last_saved(save) == "2" and "saved at iteration 2 in" in text, text[-TAIL:]
+    assert "killed by signal" not in text and "forcefully exiting" not in text, text[-TAIL:]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in everyone)

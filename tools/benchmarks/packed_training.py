@@ -43,6 +43,7 @@ MIN_SHARE_OF_CEILING = 0.9
 WARM_UP = 3
 # Megatron's line and ours behind it.
 ITERATION = re.compile(r"(?s)iteration +\d+/.*?elapsed time per iteration \(ms\): ([\d.]+).*?trained tokens: (\d+)")
+# No DataLoader workers: they would take the cores that are measured.
 COMMON = """
     --num-attention-heads 4 --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
     --attention-dropout 0 --hidden-dropout 0 --lr 1e-4 --lr-decay-style constant --num-workers 0 --log-interval 1

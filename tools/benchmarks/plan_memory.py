@@ -27,6 +27,7 @@ from typing import Any
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(CHECKOUT), str(Path(__file__).resolve().parent)]
 GOAL = 0.10
+# No DataLoader workers: the memory of a rank is that of its own process.
 SAME = """
     --cpu --seq-length 256 --max-position-embeddings 256 --micro-batch-size 2 --global-batch-size 8
     --lr 1e-3 --lr-decay-style constant --num-workers 0 --log-interval 1 --chat-template chatml --seed 1 --train-iters 3

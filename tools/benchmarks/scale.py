@@ -42,6 +42,7 @@ from toy_tokenizer import train_tokenizer
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SEQ_LENGTH, STEPS = 128, 3
+# No DataLoader workers: what a rank does is counted in its own process.
 FLAGS = f"""
     --cpu --fake-process-group --use-distributed-optimizer --num-layers 2 --hidden-size 64 --num-attention-heads 8
     --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} --position-embedding-type rope --micro-batch-size 1
