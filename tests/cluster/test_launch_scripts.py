@@ -381,7 +381,8 @@ def test_train_sh_ends_with_what_a_rank_has_told(tmp_path, torchrun, code, last)
     python.write_text(TORCHRUN + "echo torchrun was here >&2\n" + torchrun)
     python.chmod(0o755)
     done = bash(
-        LAUNCH / "train.sh", **SETTINGS | {"PYTHON": str(python), "MODEL": "qwen2.5-7b", "TMPDIR": str(tmp_path)}
+        LAUNCH / "train.sh",
+        **SETTINGS | {"PYTHON": str(python), "CHECK_INPUTS": "no", "MODEL": "qwen2.5-7b", "TMPDIR": str(tmp_path)},
     )
     assert done.returncode == code and done.stderr.splitlines()[-1].startswith(last), done.stderr
     assert list(tmp_path.iterdir()) == [python], "nothing is left behind"
@@ -396,7 +397,7 @@ def test_ctrl_c_in_a_terminal_reaches_torchrun_once(tmp_path):
     with open(log, "wb") as file:
         script = subprocess.Popen(
             ["bash", LAUNCH / "train.sh"], stdout=file, stderr=file, start_new_session=True,
-            env=os.environ | SETTINGS | {"PYTHON": str(python), "MODEL": "qwen2.5-7b"},
+            env=os.environ | SETTINGS | {"PYTHON": str(python), "CHECK_INPUTS": "no", "MODEL": "qwen2.5-7b"},
         )  # fmt: skip
     for number, line in ((signal.SIGINT, "ready"), (signal.SIGTERM, "INT")):
         deadline = time.monotonic() + 30
