@@ -46,6 +46,7 @@ class TrainerIntegration:
     def __init__(self, end_of_turn_ids: Callable[[], Sequence[int]] | None = None) -> None:
         self._end_of_turn_ids = end_of_turn_ids or _end_of_document_ids
         self._checkpoint_args: argparse.Namespace | None = None
+        self._loads_release = False
         self._hooks: list[LossHook] = []
         self._metrics: LossMetrics | None = None
         self._evaluation_metrics: LossMetrics | None = None
@@ -115,13 +116,14 @@ class TrainerIntegration:
 
         original(*call.args, **call.kwargs)
         self._checkpoint_args = call.arguments["checkpoint_args"]
-        check_schedule(get_args(), self._checkpoint_args)
+        if not self._loads_release:
+            check_schedule(get_args(), self._checkpoint_args)
 
     def _load_base_checkpoint(self, original: Callable, call: inspect.BoundArguments) -> Any:
         from megatron.training import get_args
 
         loaded = original(*call.args, **call.kwargs)
-        state = loaded[0]
+        state, _, self._loads_release, _ = loaded  # a release has weights alone
         if call.arguments["args"].override_opt_param_scheduler and state and "optimizer" in state and "args" in state:
             take_new_rates(state["optimizer"], get_args(), state["args"])
         return loaded
