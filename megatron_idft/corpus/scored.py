@@ -60,7 +60,8 @@ def finish_scores(output: Path, parts: Sequence[Path], *, per_token: bool) -> st
     log_prob = sum(table["log_prob_sum"].to_pylist()) / tokens
     return (
         f"> {table.num_rows:,} records, {tokens:,} response tokens: phi {phi:+.4f}, log p {log_prob:.4f} per token;"
-        f" {path}"
+        f" {path}\n> next: megatron-idft score report {output}; megatron-idft score select {output} --keep EXPRESSION"
+        " --data FILE … --output FILE.jsonl"
     )
 
 

@@ -50,7 +50,7 @@ class BuildProgress:
         self._seen = 0
         self._bar = tqdm(
             total=total,
-            desc="tokenising",
+            desc="tokenizing",
             unit="B",
             unit_scale=True,
             disable=not enabled,

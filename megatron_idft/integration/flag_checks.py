@@ -131,6 +131,16 @@ def no_checkpoint(flag: str, folder: str) -> str:
     return f"{flag} {folder} holds no checkpoint (no {_TRACKER}): pass the --save folder of a training, or of `convert`"
 
 
+def remarks(args: argparse.Namespace) -> list[str]:
+    """What is allowed in a training and hardly meant."""
+    found = []
+    if not args.skip_train and args.lr == 0:
+        found.append("--lr 0: the model will not change")
+    if not args.skip_train and args.save is None:
+        found.append("no --save DIR: nothing of this training will be kept")
+    return found
+
+
 def check_train(args: argparse.Namespace, *, reads_records: bool) -> None:
     """All checks of `train`, the cheapest to mend first. Raises ArgumentError."""
     check_model(args)
@@ -142,3 +152,6 @@ def check_train(args: argparse.Namespace, *, reads_records: bool) -> None:
         check_files(
             "--sft-valid-data", [path for paths in named_sets(args.sft_valid_data or ()).values() for path in paths]
         )
+    if args.rank == 0:
+        for remark in remarks(args):
+            print(f"WARNING: {remark}", flush=True)

@@ -48,7 +48,7 @@ def add_hf_model_arguments(group: Any) -> None:
         metavar="DIR",
         default=None,
         help="Begin with this Hugging Face folder: its weights are converted once into a cache, and its Megatron flags,"
-        " tokenizer and chat template are taken. Where --load has a checkpoint, training continues there instead.",
+        " tokenizer and chat template are taken. Where --load has a checkpoint, that is taken instead.",
     )
     group.add_argument(
         "--hf-cache",

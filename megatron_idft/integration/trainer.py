@@ -307,6 +307,11 @@ class TrainerIntegration:
             self._measured |= measured
 
 
+def _describe_lambda(schedule: LambdaSchedule) -> str:
+    warmup, ramp = schedule.warmup_iterations, schedule.ramp_iterations
+    return f"lambda 0 for {warmup} iterations, then rising for {ramp}" if warmup or ramp else "lambda 1"
+
+
 def _describe(
     args: argparse.Namespace,
     objective: Objective,
@@ -319,7 +324,7 @@ def _describe(
         settings += [
             f"beta {args.idft_beta:g}",
             f"gamma {args.idft_gamma_min:g} to {args.idft_gamma_max:g}",
-            f"lambda 0 for {schedule.warmup_iterations} iterations, then rising for {schedule.ramp_iterations}",
+            _describe_lambda(schedule),
         ]
     settings += [
         f"weight floor {args.sft_loss_weight_floor:g}",

@@ -1,5 +1,6 @@
 """Typical mistakes over all verbs: the right exit code, one short message that names what is wrong, no traceback."""
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from integration.small_tokenizer import train_tokenizer
 
 from launch import ROOT, forked_codes
+from megatron_idft.integration.flag_checks import remarks
 
 MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 48"
 DATA = "--sft-data {folder}/train.jsonl --tokenizer-model {folder}/tokenizer.model --chat-template chatml"
@@ -184,3 +186,9 @@ def test_without_torchrun_train_score_and_realign_are_one_process(folder):
         words = command.replace("{folder}", str(folder)).split()
         codes, output = forked_codes(["-m", "megatron_idft", *words], alone=True)
         assert codes == [0] and expected in output, output[-3000:]
+
+
+def test_what_is_hardly_meant_is_remarked():
+    args = argparse.Namespace(skip_train=False, lr=0.0, save=None)
+    assert [text.split(":")[0] for text in remarks(args)] == ["--lr 0", "no --save DIR"]
+    assert remarks(argparse.Namespace(skip_train=False, lr=1e-5, save="x")) == []
