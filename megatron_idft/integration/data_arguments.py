@@ -113,15 +113,3 @@ def validate_data_arguments(args: argparse.Namespace) -> None:
     if args.tokenizer_type is None:
         is_sentencepiece = args.tokenizer_model.endswith(".model")
         args.tokenizer_type = "SentencePieceTokenizer" if is_sentencepiece else "HuggingFaceTokenizer"
-
-
-def remarks(args: argparse.Namespace) -> list[str]:
-    """What is worth saying of valid flags before training starts."""
-    lines = []
-    if not args.save and not args.skip_train:
-        lines.append("WARNING: no --save DIR: nothing that this run trains will be kept")
-    if args.lr == 0:
-        lines.append("WARNING: --lr 0: no weight will change")
-    if args.log_interval == 1:
-        lines.append("> --log-interval 1: metrics with every step, the default of `train`")
-    return lines

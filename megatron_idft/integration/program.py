@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_idft.checkpoint.best import BestCheckpoints
 from megatron_idft.integration import endings, flag_checks, hf_model, run_checkpoints, workers
 from megatron_idft.integration.arguments import ArgumentError
-from megatron_idft.integration.data_arguments import NEVER, add_data_arguments, remarks, validate_data_arguments
+from megatron_idft.integration.data_arguments import NEVER, add_data_arguments, validate_data_arguments
 from megatron_idft.integration.evaluation import (
     EvaluationInterrupted,
     ValidationSet,
@@ -90,8 +90,8 @@ class ChatTraining(TrainerIntegration):
 
         args = get_args()
         workers.keep_results_queue(args)
-        for line in remarks(args):
-            run_checkpoints.print_on_rank_0(line)
+        if args.log_interval == 1:
+            run_checkpoints.print_on_rank_0("> --log-interval 1: metrics with every step, the default of `train`")
         self.checkpoints.before_loading(args)
         self._open_data(args)
         assert self._export is not None and self.tokenizer is not None

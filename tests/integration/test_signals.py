@@ -211,7 +211,7 @@ def test_a_signal_in_an_evaluation_or_a_save_ends_in_a_checkpoint_of_that_step(c
 
 def test_without_save_a_signal_says_that_nothing_is_kept(corpus, tmp_path):
     codes, text = stopped(corpus, Orders(tmp_path), "", ["2-0"], send_to_groups(signal.SIGINT))
-    assert "WARNING: no --save DIR: nothing that this run trains will be kept" in text
+    assert "no --save DIR: nothing of this training will be kept" in text
     assert codes == [1] and "Without --save nothing is kept: training begins anew" in text.rstrip().splitlines()[-1]
 
 

@@ -213,7 +213,7 @@ def test_a_finished_training_says_so_and_its_last_step_is_evaluated_once(corpus,
     )
     output = train(corpus, tmp_path, f"{flags} --eval-interval 1 --start-eval-at-iter 1 --lr 0 --sft-loss dft")
     assert output.count("lm loss value") == 2, "each iteration once, the last one too"
-    assert "WARNING: --lr 0: no weight will change" in output and "WARNING: no --save" not in output
+    assert "--lr 0: the model will not change" in output and "no --save DIR" not in output
     for parallel, nproc in (("", 1), ("--tensor-model-parallel-size 2", 2)):
         output = train(corpus, tmp_path, f"{flags} --lr 0 --sft-loss dft {parallel}", nproc=nproc)
         assert f"> training is finished: {tmp_path / 'saved'} holds iteration 2 of 2." in output
