@@ -225,8 +225,9 @@ def test_every_step_resumes_with_every_data_parallel_size():
 
 
 def refused(corpus: Path, folder: Path, data: str, flags: str) -> str:
+    ranks = 2 if "--context-parallel-size 2" in flags else 1
     with pytest.raises(AssertionError) as stopped:
-        train(corpus, folder, data, f"--micro-batch-size 1 --global-batch-size 2 --train-iters 1 {flags}")
+        train(corpus, folder, data, f"--micro-batch-size 1 --global-batch-size 2 --train-iters 1 {flags}", nproc=ranks)
     return str(stopped.value)
 
 
