@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_idft.errors import ArgumentError
+
 USAGE = """usage: megatron-idft plan --gpus N <the flags of `train` or `run`, all of Megatron's and ours>
        megatron-idft plan --gpus N [--gpu h200] [--mfu 0.4] [--json FILE] -- <the same>
 
@@ -23,8 +25,7 @@ def print_help() -> None:
 
 def main(argv: Sequence[str]) -> int:
     if not argv:
-        print(USAGE)
-        return 2
+        raise ArgumentError("pass --gpus N and the flags of the training; `megatron-idft plan --help` lists them")
     if "-h" in argv or "--help" in argv:
         print_help()
         return 0

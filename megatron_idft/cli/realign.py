@@ -1,6 +1,7 @@
 """`realign`: a corpus rewritten into the model's own distribution; what is done with the result needs no model."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,10 @@ def merge(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--partial", action="store_true", help="merge what is finished, though not everything is")
     args = parser.parse_args(argv)
-    print(json.dumps(merge_records(args.folder, args.output, partial=args.partial)))
+    counts = merge_records(args.folder, args.output, partial=args.partial)
+    print(json.dumps(counts))
+    if not counts["kept"]:
+        print(f"no record is kept: {args.output} is empty; `realign report` tells why", file=sys.stderr)
     return 0
 
 

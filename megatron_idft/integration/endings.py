@@ -132,7 +132,7 @@ class Endings:
 
     def _end_at_once(self, number: int, again: bool) -> int:
         """On the thread of the signals: say what is lost, and with which exit code to end."""
-        args, goes_on = self._args, self._checkpoints.continues_at
+        args, goes_on = self._args, self._checkpoints.next_start(self._args)
         code = 1
         if args is not None and self._trains and goes_on is not None and goes_on >= (args.train_iters or 0):
             code, what = signals.exit_code(number), f"after the last step. The checkpoint of iteration {goes_on} is"
@@ -258,9 +258,10 @@ class Endings:
     def _where(self, args: argparse.Namespace) -> str:
         if args.save is None:
             return "Without --save nothing is kept: training begins anew"
-        if self._checkpoints.continues_at is None:
+        goes_on = self._checkpoints.next_start(args)
+        if goes_on is None:
             return f"There is no checkpoint in {args.save} yet: training begins anew"
-        return f"Training goes on from iteration {self._checkpoints.continues_at} in {args.save}"
+        return f"Training goes on from iteration {goes_on} in {args.save}"
 
 
 def _not_finite(iteration: int, what: str, before: int) -> str:

@@ -135,13 +135,18 @@ class ChatTraining(TrainerIntegration):
     def finish(self) -> None:
         """What is left to do on every rank when `pretrain()` has returned."""
         from megatron.training import get_args
+        from megatron.training.utils import print_rank_0
 
         assert self._export is not None
+        args = get_args()
         self.endings.after_training()
         if self._finished:
-            self._export.complete(get_args(), get_args().iteration)
+            self._export.complete(args, args.iteration)
         else:
-            self._export.after_training(get_args(), self._last_saved)
+            self._export.after_training(args, self._last_saved)
+        if args.save is not None and not args.skip_train:
+            next_step = "" if args.save_hf else f". next: megatron-idft convert to-hf {args.save} DIR, for transformers"
+            print_rank_0(f"> finished: {args.save} holds iteration {self.checkpoints.continues_at}{next_step}")
 
     def _open_data(self, args: argparse.Namespace) -> None:
         from megatron.training.utils import print_rank_0

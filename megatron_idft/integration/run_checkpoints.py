@@ -53,8 +53,19 @@ class RunCheckpoints:
     def __init__(self) -> None:
         self.continues_at: int | None = None
         self.size = 0
+        self._looked = False
         self._begun_with: dict[str, Any] = {}
         self._checksums = True
+
+    def next_start(self, args: argparse.Namespace | None) -> int | None:
+        """`continues_at`; before --save has been looked at, what its tracker names."""
+        if self._looked or args is None or args.save is None:
+            return self.continues_at
+        try:
+            tracked = checksums.read_tracker(Path(args.save))
+        except DamagedCheckpointError:  # told when it is looked at
+            return None
+        return tracked if isinstance(tracked, int) else None
 
     # -------------------------------------------------------------------------------------------------------- loading
 
@@ -78,9 +89,10 @@ class RunCheckpoints:
         own = args.load is not None and _same_folder(args.load, home)
         if own and args.ckpt_step:
             self.verify_source(args)
-            self.continues_at = args.ckpt_step
+            self.continues_at, self._looked = args.ckpt_step, True
             return
         found = self._newest_good(home)
+        self._looked = True
         if found is None:
             self.verify_source(args)
             return

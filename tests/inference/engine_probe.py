@@ -99,7 +99,9 @@ def answers(engine, case, vocab_size):
 
 def main() -> None:
     cases, out, *flags = sys.argv[1:]
-    common = f"--seq-length {POSITIONS} --no-load-optim --no-load-rng --tokenizer-type NullTokenizer --vocab-size 100"
+    config = json.loads(Path(flags[flags.index("--hf-model") + 1], "config.json").read_text())
+    common = f"--seq-length {POSITIONS} --no-load-optim --no-load-rng --tokenizer-type NullTokenizer"
+    common += f" --vocab-size {config['vocab_size']}"
     flags += [*common.split(), "--data", "-", "--output", "-"]
     script.prepare_process("engine probe", expand(flags), force_cpu=not torch.cuda.is_available())
     from megatron_idft.inference.engine import DecodeEngine

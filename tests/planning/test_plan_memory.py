@@ -14,7 +14,7 @@ from launch import ROOT, forked
 
 sys.path.append(str(ROOT / "tools" / "benchmarks"))
 from plan_memory import CASES, GOAL, compared, flags_of
-from training_steps import make_data
+from training_steps import make_full_conversations
 
 MEASURED = (
     "TP 2 with sequence parallelism, bf16",
@@ -29,7 +29,7 @@ SHORTER = ["--train-iters", "2", "--global-batch-size", "4"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    make_data(folder, 40)
+    make_full_conversations(folder, 40)
     return folder
 
 

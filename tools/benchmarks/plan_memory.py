@@ -207,12 +207,12 @@ def main() -> int:
     parser.add_argument("--measured", action="store_true", help="compare with what an earlier run left in RESULTS")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    from training_steps import make_data
+    from training_steps import make_full_conversations
 
     data = args.out / "data"
     data.mkdir(parents=True, exist_ok=True)
     if not (data / "tokenizer.model").exists():
-        make_data(data, 40)
+        make_full_conversations(data, 40)
     report: dict[str, Any] = {"goal": GOAL, "cases": {}}
     missed = 0
     print(f"{'case':<60} rank   states MB        peak MB         total MB      errors: states    peak   total")

@@ -131,14 +131,19 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[Pair]]:
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
+def make_full_conversations(folder: Path, sums: int) -> None:
+    """64 conversations of so many sums, and a tokenizer for them."""
+    write_conversations(folder / "train.jsonl", [sums] * 64, random.Random(1))
+    train_tokenizer(folder)
+
+
 def make_data(args: argparse.Namespace) -> None:
     """Conversations that fill a sample, and shorter ones as records and as packs; and a tokenizer for them."""
-    folder, chance = args.data, random.Random(1)
+    folder, chance = args.data, random.Random(2)
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier call: prepare keeps what is there
     folder.mkdir(parents=True)
     full = SUMS[args.device]
-    write_conversations(folder / "train.jsonl", [full] * 64, chance)
-    train_tokenizer(folder)
+    make_full_conversations(folder, full)
     if not args.values:
         return
     lengths = [chance.randint(1, full // 2) for _ in range(CONVERSATIONS)]
