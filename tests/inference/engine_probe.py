@@ -102,7 +102,7 @@ def main() -> None:
     config = json.loads(Path(flags[flags.index("--hf-model") + 1], "config.json").read_text())
     common = f"--seq-length {POSITIONS} --no-load-optim --no-load-rng --tokenizer-type NullTokenizer"
     common += f" --vocab-size {config['vocab_size']}"
-    flags += [*common.split(), "--data", "-", "--output", "-"]
+    flags += [*common.split(), "--data", cases, "--output", "-"]
     script.prepare_process("engine probe", expand(flags), force_cpu=not torch.cuda.is_available())
     from megatron_idft.inference.engine import DecodeEngine
     from megatron_idft.integration import scoring_program

@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 def decode(model, cases, flags=""):
     _, folder = model
     (folder / "cases.json").write_text(json.dumps(cases))
-    words = ["--hf-model", folder / "qwen3", "--hf-cache", folder / "cache", "--tokenizer-model", "-"]
+    words = ["--hf-model", folder / "qwen3", "--hf-cache", folder / "cache", "--tokenizer-model", folder / "qwen3"]
     torchrun([cpu.PROBE, folder / "cases.json", folder / "out.json", *words, *PLAIN.split(), *flags.split()])
     return json.loads((folder / "out.json").read_text())
 
