@@ -63,8 +63,8 @@ def probe(folder, model_folder, layout, cases):
     name = f"{model_folder.name}-{abs(hash((layout, json.dumps(cases))))}"
     (folder / f"{name}.json").write_text(json.dumps(cases))
     out = folder / f"{name}.out.json"
-    words = ["--hf-model", model_folder, "--hf-cache", folder / "cache", "--tokenizer-model", model_folder, *layout.split()]
-    forked([PROBE, folder / f"{name}.json", out, *words], nproc=ranks)
+    words = ["--hf-model", model_folder, "--hf-cache", folder / "cache", "--tokenizer-model", model_folder]
+    forked([PROBE, folder / f"{name}.json", out, *words, *layout.split()], nproc=ranks)
     return json.loads(out.read_text())
 
 
