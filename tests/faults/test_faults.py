@@ -3,9 +3,7 @@
 Whatever happens, the values of every step and the last checkpoint must be those of a run that nothing has happened to.
 """
 
-import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -16,7 +14,7 @@ from pathlib import Path
 import pytest
 from faults.agents import Nodes, wait_for
 from integration.checkpoints import differences, load_checkpoint, load_scalars
-from integration.small_tokenizer import train_tokenizer
+from integration.small_tokenizer import write_additions
 
 from launch import ROOT, forked, torchrun
 
@@ -36,14 +34,7 @@ COMPARED = ("lm loss", "sft loss", "grad-norm", "trained tokens", "learning-rate
 def corpus(tmp_path_factory) -> Path:
     """Additions, a tokenizer, and a checkpoint `base` of two iterations to begin with."""
     folder = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(5)
-    lines = []
-    for _ in range(30):
-        a, b = rng.randrange(50), rng.randrange(50)
-        turns = [{"role": "user", "content": f"{a} + {b}?"}, {"role": "assistant", "content": f"{a + b}."}]
-        lines.append(json.dumps({"messages": turns}))
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    train_tokenizer(folder)
+    write_additions(folder)
     (folder / "base-orders").mkdir()
     run(folder, folder / "base-orders", f"--save {folder / 'base'} --train-iters 2")
     return folder

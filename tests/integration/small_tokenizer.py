@@ -1,5 +1,7 @@
-"""A sentencepiece tokenizer of few pieces, for models that train in seconds."""
+"""A sentencepiece tokenizer of few pieces, and conversations for it, for models that train in seconds."""
 
+import json
+import random
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,3 +27,15 @@ def train_tokenizer(folder: Path, lines: Iterable[str] = SUMS, vocab_size: int =
         minloglevel=2,
     )
     return folder / "tokenizer.model"
+
+
+def write_additions(folder: Path) -> None:
+    """Write FOLDER/train.jsonl, 30 conversations of one turn, and a tokenizer for them."""
+    rng = random.Random(5)
+    lines = []
+    for _ in range(30):
+        a, b = rng.randrange(50), rng.randrange(50)
+        turns = [{"role": "user", "content": f"{a} + {b}?"}, {"role": "assistant", "content": f"{a + b}."}]
+        lines.append(json.dumps({"messages": turns}))
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    train_tokenizer(folder)

@@ -3,9 +3,7 @@
 Ranks have the DataLoader workers that a user has. An objective waits at a step for the test to send its signals.
 """
 
-import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -15,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from integration.small_tokenizer import train_tokenizer
+from integration.small_tokenizer import write_additions
 
 from launch import ROOT, TAIL, forked, forked_codes
 
@@ -30,14 +28,7 @@ SECONDS = 25  # to save and end. torchrun kills after 30; a machine that does no
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(5)
-    lines = []
-    for _ in range(30):
-        a, b = rng.randrange(50), rng.randrange(50)
-        turns = [{"role": "user", "content": f"{a} + {b}?"}, {"role": "assistant", "content": f"{a + b}."}]
-        lines.append(json.dumps({"messages": turns}))
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    train_tokenizer(folder)
+    write_additions(folder)
     return folder
 
 
