@@ -1,6 +1,7 @@
 """`score`: statistics of a corpus under a model; what to do with them afterwards needs no model."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def report(argv: Sequence[str]) -> int:
 
 
 def select(argv: Sequence[str]) -> int:
-    from megatron_idft.corpus.scored import select_records
+    from megatron_idft.corpus.scored import describe_unscored, select_records
 
     parser = Parser(
         "megatron-idft score select",
@@ -62,7 +63,10 @@ def select(argv: Sequence[str]) -> int:
         "--output", type=Path, required=True, metavar="FILE", help="a new .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
     )
     args = parser.parse_args(argv)
-    print(json.dumps(select_records(args.folder, args.keep, args.data, args.output)))
+    counts = select_records(args.folder, args.keep, args.data, args.output)
+    print(json.dumps(counts))
+    if remark := describe_unscored(counts, args.folder):
+        print(f"megatron-idft score select: {remark}", file=sys.stderr)
     return 0
 
 

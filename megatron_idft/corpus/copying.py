@@ -84,6 +84,17 @@ def _lines(file: Path, lines: Lines) -> Iterator[bytes]:
                 yield text if text.endswith(b"\n") else text + b"\n"
 
 
+def record_lines(file: Path) -> Iterator[int]:
+    """The line (or row) of each record of a file, readable or not, from 1."""
+    if file.name.endswith(".parquet"):
+        yield from range(1, pq.read_metadata(file).num_rows + 1)
+        return
+    with open(file, "rb") as raw:
+        for line, text in read_lines(file, raw):
+            if isinstance(text, RecordError) or text.strip():
+                yield line
+
+
 def _rows_as_lines(file: Path, rows: Lines) -> Iterator[bytes]:
     for before, batch in _batches(file):
         if not any(row in rows for row in range(before + 1, before + batch.num_rows + 1)):

@@ -1,13 +1,14 @@
 """A scored corpus: its parts merged into one file in input order, and rows read back from it."""
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_idft.corpus.copying import complete_file, copy_records, suffix_of
+from megatron_idft.corpus.copying import complete_file, copy_records, record_lines, suffix_of
 from megatron_idft.corpus.estimates import ClusterSums
 from megatron_idft.corpus.ledger.manifest import read_manifest
 from megatron_idft.corpus.lint.thresholds import MIN_RECORDS, can_tell
@@ -128,24 +129,42 @@ def _labels(models: Sequence[tuple[str, int, str | None]]) -> list[str]:
 def select_records(folder: Path, expression: str, data: Sequence[str], output: Path) -> dict[str, int]:
     """Copy the records of `data` whose scores fulfil `expression` to a new file, as they were; see `copy_records`.
 
-    Returns {"scored", "kept"}. Raises SelectionError for the expression; InputError where the output exists or has
-    another suffix than record files, or where the scores are not of this data.
+    Returns {"scored", "kept", "unscored"}: rows of the scores, those that were copied, and the records of `data` that
+    have no row, and so are left out. Raises SelectionError for the expression; InputError where the output exists or
+    has another suffix than record files, or where the scores are not of this data.
     """
     suffix = suffix_of(output)
     keep = compile_selection(expression, RECORD_SCHEMA.names)
-    kept: dict[str, set[int]] = {}
-    scored = 0
-    for row in read_scored(folder):
-        scored += 1
-        if keep(row):
-            kept.setdefault(row["file"], set()).add(row["line"])
     files = check_files(data)
+    scored, kept = (defaultdict[str, set[int]](set) for _ in range(2))
+    for row in read_scored(folder):
+        scored[row["file"]].add(row["line"])
+        if keep(row):
+            kept[row["file"]].add(row["line"])
+    if scored and not scored.keys() & set(map(str, files)):
+        first = sorted(scored)[0]
+        raise InputError(
+            f"{folder} has no score of any record of {', '.join(data)}: pass the files that it was scored from, by the"
+            f" same paths, such as {first} ({len(scored)} in all)"
+        )
     wanted = sum(map(len, kept.values()))
     with complete_file(output) as building:
-        written = copy_records([(file, kept.get(str(file), set())) for file in files], building, suffix)
+        written = copy_records([(file, kept[str(file)]) for file in files], building, suffix)
         if written != wanted:
             raise InputError(
                 f"{wanted - written} of {wanted} selected records are not in {', '.join(data)}: pass the files that"
                 f" {folder} was scored from"
             )
-    return {"scored": scored, "kept": written}
+        unscored = sum(line not in scored[str(file)] for file in files for line in record_lines(file))
+    return {"scored": sum(map(len, scored.values())), "kept": written, "unscored": unscored}
+
+
+def describe_unscored(counts: Mapping[str, int], folder: Path) -> str:
+    """What became of the records without a score in a selection, for a person; empty where all have one."""
+    if not counts["unscored"]:
+        return ""
+    return (
+        f"{counts['unscored']:,} records of --data have no score in {folder} and are left out: `score --limit`, chunks"
+        " not finished yet (`megatron-idft score status`), records skipped as bad, dropped as too long or with nothing"
+        " to train leave such"
+    )

@@ -314,8 +314,8 @@ def _at(text: str, node: ast.expr, message: str) -> str:
 
 
 def _marked(text: str, line: int, column: int, message: str) -> str:
-    """The message with the line of the expression and a caret under the column, which counts from 0."""
+    """The line of the expression, a caret under the column, which counts from 0, and last the message."""
     start = max(column - 60, 0)
     excerpt = _lines(text)[line - 1][start : column + 60]
     where = f"line {line}, column {column + 1}" if line > 1 else f"column {column + 1}"
-    return f"selection, {where}: {message}\n  {excerpt}\n  {' ' * (column - start)}^"
+    return f"this selection cannot be used:\n  {excerpt}\n  {' ' * (column - start)}^\nselection, {where}: {message}"

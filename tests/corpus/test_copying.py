@@ -52,7 +52,7 @@ def test_lines_keep_their_bytes(scored, tmp_path):
     zipped.write_bytes(gzip.compress(b"".join(LINES)))
     scored(plain, 4, {1, 4})
     folder = scored(zipped, 4, {1, 2, 3})
-    assert select(folder, tmp_path / "out.jsonl", plain, zipped) == {"scored": 8, "kept": 5}
+    assert select(folder, tmp_path / "out.jsonl", plain, zipped) == {"scored": 8, "kept": 5, "unscored": 0}
     wanted = LINES[0] + LINES[3] + b"\n" + b"".join(LINES[:3])
     assert (tmp_path / "out.jsonl").read_bytes() == wanted
     select(folder, tmp_path / "out.jsonl.gz", plain, zipped)
@@ -122,7 +122,7 @@ def test_a_selection_that_fails_leaves_nothing(scored, tmp_path):
     with pytest.raises(RecordError, match=r"a\.parquet, row 5, raw: cannot be written as JSON: .*bytes.*\.parquet"):
         select(folder, tmp_path / "out.jsonl", tmp_path / "a.parquet")
     for files, output, words in (
-        (["b.jsonl"], "out.jsonl", "1 of 1 selected records are not in"),
+        (["b.jsonl"], "out.jsonl", r"no score of any record of \S+b\.jsonl: .* such as \S+a\.parquet"),
         (["a.parquet", "b.jsonl"], "out.parquet", r"ends in \.jsonl"),
         (["a.parquet", "other.parquet"], "out.parquet", "different columns"),
         (["a.parquet"], "out.csv", "name a file that ends in"),
@@ -143,6 +143,31 @@ def test_the_command_says_what_it_kept(scored, tmp_path, capsys):
     folder = scored(tmp_path / "a.jsonl", 4, {2})
     command = ["score", "select", str(folder), "--keep", "phi_mean > 0", "--data", str(tmp_path / "a.jsonl")]
     assert main([*command, "--output", str(tmp_path / "new" / "out.jsonl")]) == 0
-    assert json.loads(capsys.readouterr().out) == {"scored": 4, "kept": 1}
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"scored": 4, "kept": 1, "unscored": 0} and not said.err
     assert (tmp_path / "new" / "out.jsonl").read_bytes() == LINES[1]
     assert main([*command, "--output", str(tmp_path / "new" / "out.jsonl")]) == 2
+
+
+def test_records_without_a_score_are_told(scored, tmp_path, capsys):
+    """Those behind `score --limit`, those between others, of lines and of Parquet; blank lines are no records."""
+    lines, rows, more = tmp_path / "a.jsonl", tmp_path / "b.parquet", tmp_path / "c.jsonl"
+    lines.write_bytes(LINES[0] + b"\n" + b"no record\n" + LINES[1] + LINES[2])
+    pq.write_table(unusual_table(6), rows)
+    more.write_bytes(LINES[0])
+    scored(lines, 1, {1})
+    folder = scored(rows, 4, set())
+    command = ["score", "select", str(folder), "--keep", "phi_mean > 0", "--output", str(tmp_path / "out.jsonl")]
+    assert main([*command, "--data", *map(str, (lines, rows, more))]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"scored": 5, "kept": 1, "unscored": 3 + 2 + 1}
+    assert "6 records of --data have no score" in said.err and "left out" in said.err
+    assert (tmp_path / "out.jsonl").read_bytes() == LINES[0]
+
+
+def test_a_refused_expression_ends_in_a_line_for_a_person(scored, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(LINES[0])
+    command = ["score", "select", str(scored(tmp_path / "a.jsonl", 1, {1})), "--data", str(tmp_path / "a.jsonl")]
+    assert main([*command, "--output", str(tmp_path / "out.jsonl"), "--keep", "phi_meen > 0"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("selection, column 1: no column 'phi_meen'; did you mean 'phi_mean'?")

@@ -286,8 +286,8 @@ def test_limits_are_limits():
 )
 def test_errors_point_at_the_place(expression, place, marked):
     message = refusal(expression)
-    _, line, caret = message.rsplit("\n", 2)
-    assert message.startswith(f"selection, {place}: ") and line[caret.index("^") :].startswith(marked)
+    _, line, caret, last = message.rsplit("\n", 3)
+    assert last.startswith(f"selection, {place}: ") and line[caret.index("^") :].startswith(marked)
 
 
 def test_unknown_columns_are_answered_with_the_known_ones():
