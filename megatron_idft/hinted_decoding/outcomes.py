@@ -36,12 +36,20 @@ CANDIDATE = pa.struct(
     ]
 )
 
+# Why a stage that was run, or was to be run, gave a turn no text.
+FAILURE = pa.struct(
+    [
+        ("stage", pa.string()),  # as of a candidate
+        ("reason", pa.string()),  # of its candidates' rejections, each once; or why there was none
+    ]
+)
+
 # One assistant turn of the record.
 TURN = pa.struct(
     [
         ("message", pa.int32()),  # its index in `messages`
         ("stage", pa.string()),  # rollout | hinted | retry | original; null where the record was dropped here
-        ("reason", pa.string()),  # why no candidate was accepted; null where one was
+        ("reason", pa.string()),  # why no candidate was accepted, by the last stage; null where one was
         ("num_prompt_tokens", pa.int32()),
         ("num_hinted_prompt_tokens", pa.int32()),  # null where no hinted stream ran
         ("analysis_tokens", pa.int32()),  # written by the model; null: none, or read from a file
@@ -57,6 +65,7 @@ TURN = pa.struct(
         ("original_phi_below_3", pa.int32()),
         ("original_phi_below_5", pa.int32()),
         ("candidates", pa.list_(CANDIDATE)),
+        ("failures", pa.list_(FAILURE)),  # by stage, in order; empty where a candidate was accepted
         # Of the accepted candidate, per token; empty where the turn is the original.
         ("token_ids", pa.list_(pa.int32())),
         ("tokens", pa.list_(pa.string())),
@@ -83,10 +92,23 @@ OUTCOME_SCHEMA = pa.schema(
     ]
 )
 
+STAGE_NAMES = {"rollout": "own response", "hinted": "hinted", "retry": "retry"}  # for a person
 UNVERIFIED, ORIGINAL = "UNVERIFIED", "original"
 _TURNS = "turns.list.element"
 _CANDIDATES = f"{_TURNS}.candidates.list.element"
+FAILURE_COLUMNS = [f"{_TURNS}.failures.list.element.{name}" for name in ("stage", "reason")]
 METHOD_COLUMNS = [f"{_TURNS}.stage"] + [f"{_CANDIDATES}.{name}" for name in ("accepted", "verdict", "verified_by")]
+
+
+def describe_reason(row: Mapping[str, Any]) -> str | None:
+    """Why a record was not kept: what failed in each stage of the turn that it was given up for, else its reason.
+
+    Folders written before there were `failures` have the last stage's reason alone.
+    """
+    turns = row.get("turns") or ()
+    failures = (turns[-1].get("failures") or ()) if turns and row["status"] == "dropped" else ()
+    by_stage = [f"{STAGE_NAMES.get(failure['stage'], failure['stage'])}: {failure['reason']}" for failure in failures]
+    return "; ".join(by_stage) or row.get("reason")
 
 
 def count_methods(turns: Iterable[Mapping[str, Any]]) -> Counter[str]:

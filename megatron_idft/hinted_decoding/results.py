@@ -8,13 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_idft.corpus.ledger import read_manifest, status_of
 from megatron_idft.corpus.ledger.files import put
 from megatron_idft.errors import InputError
-from megatron_idft.hinted_decoding.outcomes import OUTCOME_SCHEMA
 
 RETRIES = "retries"  # its folders 001, 002, … are ledgers of their own, for records that were errors before
 _INDICES = "indices.json"
@@ -23,6 +21,8 @@ _NUMBER = re.compile(r"\d{3,}")
 
 def read_outcomes(folder: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """Rows of OUTCOME_SCHEMA of a finished or unfinished folder. Of a retried record the latest row that is no error.
+
+    A folder that an earlier version wrote lacks the columns that it did not know.
 
     columns: those that are wanted, `index` and `status` among them; None: all.
 
@@ -94,5 +94,4 @@ def _rows(folder: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any
 def _read(part: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(part) as file:
         for batch in file.iter_batches(batch_size=64, columns=columns):
-            table = pa.Table.from_batches([batch])
-            yield from (table.cast(OUTCOME_SCHEMA) if columns is None else table).to_pylist()
+            yield from batch.to_pylist()

@@ -4,22 +4,28 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_idft.corpus.ledger import status_of
-from megatron_idft.hinted_decoding.outcomes import METHOD_COLUMNS, count_methods, describe_methods
+from megatron_idft.hinted_decoding.outcomes import (
+    FAILURE_COLUMNS,
+    METHOD_COLUMNS,
+    count_methods,
+    describe_methods,
+    describe_reason,
+)
 from megatron_idft.hinted_decoding.results import read_outcomes, retry_folders
 
 
 def count_outcomes(folder: Path) -> dict[str, Counter[str]]:
     """How many records have which "status", how many kept turns which "stage" and "method" (`count_methods`), and the
-    "reason" of the others.
+    "reason" of the others (`describe_reason`).
     """
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "stage", "method", "reason")}
-    for row in read_outcomes(folder, ["index", "status", "reason", *METHOD_COLUMNS]):
+    for row in read_outcomes(folder, ["index", "status", "reason", *METHOD_COLUMNS, *FAILURE_COLUMNS]):
         counts["status"][row["status"]] += 1
         if row["status"] == "kept":
             counts["stage"].update(turn["stage"] for turn in row["turns"])
             counts["method"].update(count_methods(row["turns"]))
         else:
-            counts["reason"][f"{row['status']}: {row['reason']}"] += 1
+            counts["reason"][f"{row['status']}: {describe_reason(row)}"] += 1
     return counts
 
 

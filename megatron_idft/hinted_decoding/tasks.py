@@ -66,6 +66,19 @@ class Turn:
         return next((candidate for candidate in self.candidates if candidate.accepted), None)
 
     @property
+    def failures(self) -> list[dict[str, str]]:
+        """Why each stage gave no text, in order; nothing where one did."""
+        if self.accepted is not None:
+            return []
+        found: dict[str, dict[str, None]] = {}  # a dict for a set in order
+        for candidate in self.candidates:
+            if candidate.rejected_because is not None:
+                found.setdefault(candidate.stage, {})[candidate.rejected_because] = None
+        if self.not_hinted is not None:
+            found["hinted"] = {self.not_hinted: None}
+        return [{"stage": stage, "reason": ", ".join(reasons)} for stage, reasons in found.items()]
+
+    @property
     def answer(self) -> str | None:
         """The reference as text for the hint."""
         if self.reference is None or isinstance(self.reference, str):
@@ -92,6 +105,7 @@ class Turn:
             "original_num_tokens": len(log_prob),
             **{f"original_{name}": value for name, value in statistics(log_prob, entropy).items()},
             "candidates": [candidate.row() for candidate in self.candidates],
+            "failures": self.failures,
         }
         if candidate is None:
             return row | {name: [] for name in _PER_TOKEN}

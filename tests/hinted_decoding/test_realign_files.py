@@ -14,9 +14,10 @@ from megatron_idft.corpus.ledger import Ledger
 from megatron_idft.corpus.records import RecordError, read_records
 from megatron_idft.errors import InputError
 from megatron_idft.hinted_decoding.merge import merge
-from megatron_idft.hinted_decoding.outcomes import OUTCOME_SCHEMA
+from megatron_idft.hinted_decoding.outcomes import OUTCOME_SCHEMA, TURN
 from megatron_idft.hinted_decoding.provided import ProvidedTexts
 from megatron_idft.hinted_decoding.record_store import RecordStore, build_store, store_path
+from megatron_idft.hinted_decoding.report.report import summarize
 from megatron_idft.hinted_decoding.results import open_retry, read_outcomes, retry_folders
 from megatron_idft.hinted_decoding.status import describe_status
 from megatron_idft.integration.offline_program import write_part
@@ -139,11 +140,12 @@ def outcome(index: int, status: str = "kept", text: str = "") -> dict:
     row = dict.fromkeys(OUTCOME_SCHEMA.names) | {"index": index, "id": f"r{index}", "file": "f", "line": index + 1}
     made = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"a{index}{text}"}]}
     made |= {"id": f"r{index}", "n": index} | ({"late": {"x": [1.5]}} if index == 5 else {}) | ({"empty": {}})
+    failures = [{"stage": "rollout", "reason": "wrong"}, {"stage": "hinted", "reason": "leak"}]
     return row | {
         "status": status,
         "reason": None if status == "kept" else "why",
         "record": json.dumps(made) if status == "kept" else None,
-        "turns": [dict.fromkeys(("candidates",)) | {"stage": "rollout" if status == "kept" else None}],
+        "turns": [{"candidates": None, "failures": failures, "stage": "rollout" if status == "kept" else None}],
     }
 
 
@@ -213,10 +215,28 @@ def test_errors_are_replaced_by_what_retries_gave(finished, tmp_path):
     assert open_retry(finished) is None and len(retry_folders(finished)) == 2
 
 
+def test_a_folder_of_an_earlier_version_is_read(tmp_path):
+    """Without what the schema did not have then, whatever the release of pyarrow."""
+    new = {"failures", "analysis_text"}
+    turn = pa.struct([field for field in TURN if field.name not in new])
+    schema = OUTCOME_SCHEMA.set(OUTCOME_SCHEMA.get_field_index("turns"), pa.field("turns", pa.list_(turn)))
+    rows = [outcome(0, "dropped"), outcome(1, "dropped")]
+    for row in rows:
+        row["turns"] = [{name: value for name, value in one.items() if name not in new} for one in row["turns"]]
+    with Ledger(tmp_path / "out", {"s": 1}, 1) as ledger:
+        ledger.finish(ledger.claim(), partial(write_part, rows=rows, schema=schema))
+    assert "2 dropped: why" in describe_status(tmp_path / "out")
+    assert merge(tmp_path / "out", tmp_path / "a.jsonl")["dropped"] == 2
+    numbers = summarize(read_outcomes(tmp_path / "out"), {}, "t")["corpus"]
+    assert numbers["reasons"]["dropped"] == [{"name": "why", "count": 2}]
+    assert numbers["failures"] == {"rollout": [], "hinted": [], "retry": []}
+
+
 def test_status_says_what_became_of_the_records(finished):
     text = describe_status(finished)
     assert "3 of 3 chunks finished" in text and "records: 3 kept, 2 error, 1 dropped" in text
     assert "turns of kept records by stage: 3 rollout" in text and "2 error: why" in text
+    assert "1 dropped: own response: wrong; hinted: leak" in text
     open_retry(finished)
     shutil.rmtree(finished / "parts")
     (finished / "parts").mkdir()

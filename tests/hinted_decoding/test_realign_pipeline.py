@@ -12,7 +12,7 @@ from megatron_idft.corpus.records import Record
 from megatron_idft.corpus.verification import LeakFilter, Verifier
 from megatron_idft.data import encode_conversation
 from megatron_idft.hinted_decoding.mixing import EntropyMixing
-from megatron_idft.hinted_decoding.outcomes import OUTCOME_SCHEMA, count_methods, describe_methods
+from megatron_idft.hinted_decoding.outcomes import OUTCOME_SCHEMA, count_methods, describe_methods, describe_reason
 from megatron_idft.hinted_decoding.pipeline import Realigner
 from megatron_idft.hinted_decoding.preview import describe_unreferenced
 from megatron_idft.hinted_decoding.prompts import HintTemplate
@@ -158,6 +158,8 @@ def test_rejections_and_fallbacks(tokenizer, hinted, why, fallback):
     assert stages(row) == [("rollout", "wrong", False), ("hinted", why, False)]
     assert row["turns"][0]["candidates"][1]["leak"] == ("reference answer" if why == "leak" else None)
     assert row["turns"][0]["reason"] == why and row["token_ids"] is None
+    failures = [{"stage": "rollout", "reason": "wrong"}, {"stage": "hinted", "reason": why}]
+    assert row["turns"][0]["failures"] == failures
     if fallback == "drop":
         assert (row["status"], row["reason"], row["record"], row["turns"][0]["stage"]) == ("dropped", why, None, None)
         return
@@ -182,6 +184,7 @@ def test_a_turn_without_a_marker_is_not_hinted(tokenizer):
     assert row["status"] == "kept" and row["turns"][0]["reason"] == "no marker in the analysis"
     [row], _ = run(tokenizer, script, record())
     assert (row["status"], row["reason"]) == ("dropped", "no marker in the analysis")
+    assert describe_reason(row) == "own response: wrong; hinted: no marker in the analysis"
 
 
 def test_retries_change_seed_and_beta_until_one_is_right(tokenizer):
@@ -201,6 +204,21 @@ def test_when_all_retries_fail(tokenizer, after):
     policy = {"template": HINT, "rollout_samples": 0, "fallback": "retry", "retries": 1, "after_retries": after}
     [row], _ = run(tokenizer, script, record(), **policy)
     assert (row["status"], len(row["turns"][0]["candidates"])) == ({"drop": "dropped", "original": "kept"}[after], 2)
+
+
+def test_each_stage_has_its_reasons(tokenizer):
+    script = {"r/0/rollout/0": WRONG, "r/0/rollout/1": (RIGHT, "length"), "r/0/rollout/2": WRONG}
+    script |= {"r/0/hinted": LEAK, "r/0/retry/1": WRONG, "r/0/retry/2": (RIGHT, "repetition")}
+    [row], _ = run(
+        tokenizer, script, record(), template=HINT, rollout_samples=3, fallback="retry", retries=2, after_retries="drop"
+    )
+    assert describe_reason(row) == "own response: wrong, unfinished; hinted: leak; retry: wrong, unfinished"
+    assert row["reason"] == "unfinished"
+    [kept], _ = run(tokenizer, script | {"r/0/hinted": RIGHT}, record(), template=HINT, rollout_samples=3)
+    assert kept["status"] == "kept" and kept["turns"][0]["failures"] == []
+    failures = summarize([row, kept], {}, "t")["corpus"]["failures"]
+    assert failures["rollout"] == [{"name": "wrong, unfinished", "count": 1}]
+    assert failures["hinted"] == [{"name": "leak", "count": 1}]
 
 
 UNVERIFIABLE = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello"}]

@@ -60,7 +60,8 @@ def _outcome(data: dict[str, Any]) -> str:
             f"<p>{part['responses_not_finite']:,} responses came without finite scores; they are counted here, but in"
             " no number on φ.</p>"
         )
-    return text + names_table("Why turns were not rewritten", {"turns": part["turn_reasons"]})
+    text += names_table("Why turns were not rewritten: the last stage", {"turns": part["turn_reasons"]})
+    return text + names_table("… and each stage by itself", part["failures"])
 
 
 def _kept_turns(part: dict[str, Any]) -> str:

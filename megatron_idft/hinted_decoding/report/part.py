@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from megatron_idft.corpus.estimates import ClusterSums
 from megatron_idft.corpus.report.numbers import token_estimates
 from megatron_idft.corpus.summary import PHI_EDGES, RECORD_EDGES
-from megatron_idft.hinted_decoding.outcomes import count_methods
+from megatron_idft.hinted_decoding.outcomes import count_methods, describe_reason
 from megatron_idft.hinted_decoding.report.counts import Lengths, Names
 from megatron_idft.hinted_decoding.report.mixing import MixingSummary
 from megatron_idft.hinted_decoding.report.outcome import ORIGINAL, STAGES, STATUSES, Outcome, Sums, added, sums_of
@@ -34,6 +34,7 @@ class Part:
         self._reasons = {status: Names() for status in ("dropped", "error")}
         self._turns: Counter[str] = Counter()  # of kept records by stage; dropped: of dropped records
         self._turn_reasons = Names()
+        self._failures = {stage: Names() for stage in STAGES}  # of the turns that no stage rewrote
         self._methods: Counter[str] = Counter()  # of the turns of kept records
         self._stages = {stage: StageSummary() for stage in STAGES}
         self._phi = {text: ClusterSums() for text in (*TEXTS, *BY_STAGE)}
@@ -52,11 +53,14 @@ class Part:
         if outcome.kept:
             self._methods.update(count_methods(turn.row for turn in outcome.turns))
         if status in self._reasons:
-            self._reasons[status].add(outcome.row.get("reason"))
+            self._reasons[status].add(describe_reason(outcome.row))
         for turn in outcome.turns:
             self._turns[(turn.stage or "none") if outcome.kept else status] += 1
             if turn.row.get("reason"):
                 self._turn_reasons.add(turn.row["reason"])
+            for failure in turn.row.get("failures") or ():
+                if failure["stage"] in self._failures:
+                    self._failures[failure["stage"]].add(failure["reason"])
         for stage, summary in self._stages.items():
             summary.add(outcome, stage)
         for text, responses in _responses(outcome).items():
@@ -102,6 +106,7 @@ class Part:
             "reasons": {status: names.as_json() for status, names in self._reasons.items()},
             "turns": {"total": sum(turns.values())} | turns,
             "turn_reasons": self._turn_reasons.as_json(),
+            "failures": {stage: names.as_json() for stage, names in self._failures.items()},
             "kept_turns": dict(self._methods),
             "stages": {stage: summary.as_json() for stage, summary in self._stages.items()},
             "phi": {text: token_estimates(sums) for text, sums in self._phi.items()},
