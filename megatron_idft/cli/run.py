@@ -23,7 +23,10 @@ def main(argv: Sequence[str]) -> int:
     if argv[0].startswith("-"):
         print(f"megatron-idft run: expected a script, got {argv[0]}\n\n{USAGE}", file=sys.stderr)
         return 2
+    from megatron_idft.integration.local_flags import given_flags
+    from megatron_idft.integration.own_tokenizer import own_tokenizer_flags
     from megatron_idft.integration.script import run_script
 
-    run_script(argv[0], argv[1:], force_cpu=force_cpu or "--cpu" in argv[1:])
+    flags = [*argv[1:], *own_tokenizer_flags(given_flags(argv[1:]), of_script=True)]
+    run_script(argv[0], flags, force_cpu=force_cpu or "--cpu" in flags)
     return 0

@@ -10,7 +10,7 @@ from megatron_idft.cli.offline import run_verb
 from megatron_idft.parsing import Parser
 
 USAGE = """usage: torchrun … -m megatron_idft score --hf-model DIR --data FILE … --output DIR --seq-length N <flags>
-       torchrun … -m megatron_idft score --load DIR --tokenizer-model PATH --data FILE … --output DIR <model flags>
+       torchrun … -m megatron_idft score --load DIR [--tokenizer-model PATH] --data FILE … --output DIR <model flags>
        megatron-idft score status DIR
        megatron-idft score report DIR … [--output DIR] [--title TEXT]
        megatron-idft score select DIR --keep EXPRESSION --data FILE … --output FILE

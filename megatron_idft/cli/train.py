@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 USAGE = """usage: torchrun … -m megatron_idft train --sft-data FILE … --hf-model DIR [--sft-loss idft] <flags>
-       torchrun … -m megatron_idft train --sft-data FILE … --tokenizer-model PATH --load DIR <model flags> <flags>
+       torchrun … -m megatron_idft train --sft-data FILE … --load DIR [--tokenizer-model PATH] <model flags> <flags>
 
 Fine-tunes a Megatron model on chat records. Every flag of Megatron-LM 0.19 is understood besides those below. Without
 --sft-loss the loss is Megatron's own cross-entropy."""

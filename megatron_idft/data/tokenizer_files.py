@@ -24,13 +24,19 @@ _MERGES_EXPECTED = 5000  # ids; below, a vocabulary may be one of letters
 _SHOWN = 300  # characters of other programs' messages
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a file with a vocabulary lies in the folder, sound or not."""
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    models = {name for name in names if name.endswith((".model", ".tiktoken"))}
+    return bool(models) or any(names.issuperset(vocabulary) for vocabulary in _VOCABULARIES)
+
+
 def check_tokenizer_files(folder: Path) -> None:
     """Raises InputError, naming the file, for a folder in which no tokenizer can be."""
     files = sorted({path for pattern in _PATTERNS for path in folder.glob(pattern)})
     refuse_links_out(folder, [*files, *folder.glob("additional_chat_templates")])
-    names = {path.name for path in files if path.is_file()}
-    models = {name for name in names if name.endswith((".model", ".tiktoken"))}
-    if not models and not any(names.issuperset(vocabulary) for vocabulary in _VOCABULARIES):
+    if not holds_tokenizer(folder):
+        names = {path.name for path in files if path.is_file()}
         there = f"only {', '.join(sorted(names))}" if names else "no file of a tokenizer"
         raise InputError(
             f"{folder}: tokenizer.json is missing; there is {there[:_SHOWN]}. Was the download interrupted? Download "

@@ -7,6 +7,7 @@ import argparse
 from megatron_idft.integration import endings, hf_model, run_checkpoints
 from megatron_idft.integration.arguments import ArgumentError
 from megatron_idft.integration.evaluation import add_evaluation_arguments, validate_evaluation_arguments
+from megatron_idft.integration.own_tokenizer import require_tokenizer, tokenizer_type
 
 NEVER = 10**9  # an interval, in iterations, that no training reaches
 
@@ -77,10 +78,7 @@ def validate_data_arguments(args: argparse.Namespace) -> None:
     """Check the flags of `add_data_arguments` against each other and Megatron's. Raises ArgumentError."""
     if not args.sft_data:
         raise ArgumentError("no training records: pass --sft-data FILE [FILE …]")
-    if args.tokenizer_model is None:
-        raise ArgumentError(
-            "no tokenizer: pass --tokenizer-model with a Hugging Face folder or a sentencepiece .model file"
-        )
+    require_tokenizer(args)
     if args.train_epochs is not None:
         if args.train_iters is not None or args.train_samples is not None:
             raise ArgumentError("--train-epochs and --train-iters or --train-samples are two lengths: pass one of them")
@@ -111,5 +109,4 @@ def validate_data_arguments(args: argparse.Namespace) -> None:
     if args.save and args.save_interval is None:
         args.save_interval = NEVER  # once, after training
     if args.tokenizer_type is None:
-        is_sentencepiece = args.tokenizer_model.endswith(".model")
-        args.tokenizer_type = "SentencePieceTokenizer" if is_sentencepiece else "HuggingFaceTokenizer"
+        args.tokenizer_type = tokenizer_type(args.tokenizer_model)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_idft.checkpoint.config import read_config, read_model, read_vocabulary
 from megatron_idft.errors import UserError
 from megatron_idft.integration.arguments import ArgumentError
+from megatron_idft.integration.local_flags import given_flags
+from megatron_idft.integration.own_tokenizer import own_tokenizer_flags
 from megatron_idft.links import refuse_links_out
 
 if TYPE_CHECKING:
@@ -71,15 +73,17 @@ def add_save_hf_argument(group: Any) -> None:
 
 
 def expand(argv: Sequence[str]) -> list[str]:
-    """`argv` with the flags that `--hf-model` stands for; the same if it is not there. Reads only config.json.
+    """`argv` with the flags that `--hf-model` stands for; without it, with the tokenizer beside the checkpoint, if any.
+
+    Reads only config.json.
 
     Raises:
         ArgumentError: flags beside it that describe another model, or other weights, all of them named.
         ConversionError: a folder or model that cannot be converted.
     """
-    given = _flags(argv)
+    given = given_flags(argv)
     if "--hf-model" not in given:
-        return list(argv)
+        return [*argv, *own_tokenizer_flags(given)]
     from megatron_idft.checkpoint.cache import cached_checkpoint
     from megatron_idft.checkpoint.settings import megatron_settings
 
@@ -137,17 +141,6 @@ def _same(word: str, setting: Setting) -> bool:
         return float(word) == float(wanted)
     except ValueError:
         return word == wanted
-
-
-def _flags(argv: Sequence[str]) -> dict[str, str]:
-    """Every `--flag value` and `--flag=value`; the value is empty for a switch."""
-    found = {}
-    for position, word in enumerate(argv):
-        if word.startswith("--"):
-            flag, _, value = word.partition("=")
-            following = argv[position + 1] if position + 1 < len(argv) else "--"
-            found[flag] = value or ("" if following.startswith("--") else following)
-    return found
 
 
 def convert_before_loading(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_idft.errors import ArgumentError, verbose
 from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
 from megatron_idft.integration import flag_checks, hf_model, signals
+from megatron_idft.integration.own_tokenizer import require_tokenizer, tokenizer_type
 from megatron_idft.parsing import raise_errors
 
 if TYPE_CHECKING:
@@ -135,10 +136,7 @@ def parse(
             "no model: pass a Hugging Face folder as --hf-model DIR, or its checkpoint as --load DIR with the model's"
             " flags as in training"
         )
-    if args.tokenizer_model is None:
-        raise ArgumentError(
-            "no tokenizer: pass --tokenizer-model with a Hugging Face folder or a sentencepiece .model file"
-        )
+    require_tokenizer(args)
     for name in ("limit", "chunk_records", *whole_numbers):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -160,8 +158,7 @@ def parse(
         # Ranks wait for their leader, which may be verifying or writing; torchrun stops them where one dies.
         sys.argv += ["--distributed-timeout-minutes", "1440"]
     if args.tokenizer_type is None:
-        is_sentencepiece = args.tokenizer_model.endswith(".model")
-        sys.argv += ["--tokenizer-type", "SentencePieceTokenizer" if is_sentencepiece else "HuggingFaceTokenizer"]
+        sys.argv += ["--tokenizer-type", tokenizer_type(args.tokenizer_model)]
     if not verbose():  # 800 lines, nearly all of them about training
         megatron_arguments._print_args = lambda title, args: None
     args = megatron_arguments.parse_and_validate_args(provider)

@@ -15,6 +15,7 @@ from megatron_idft.checkpoint import ConversionError, to_hf, to_megatron
 from megatron_idft.checkpoint.cache import cached_checkpoint
 from megatron_idft.integration.arguments import ArgumentError
 from megatron_idft.integration.hf_model import expand
+from megatron_idft.integration.own_tokenizer import own_tokenizer_flags
 
 ROWS = 310  # of the embedding; the tokenizer has fewer tokens, as Qwen's
 
@@ -135,13 +136,14 @@ def test_a_converted_checkpoint_by_its_flags_and_load(corpus, tmp_path):
     model_flags = json.loads((tmp_path / "base" / "conversion.json").read_text())["megatron_flags"]
     flags = (
         f"--train-iters 2 --lr 0 --min-lr 0 --load {tmp_path / 'base'} --save {tmp_path / 'tuned'} --save-hf final"
-        f" --tokenizer-model {corpus / 'qwen3_moe'} --expert-model-parallel-size 2 --sft-loss idft"
+        " --expert-model-parallel-size 2 --sft-loss idft"
         " --moe-token-dispatcher-type alltoall"
     )
     words = [*command(corpus, "qwen3_moe", flags), *model_flags]
     del words[words.index("--hf-model") : words.index("--hf-model") + 2]
     output = forked(words, nproc=2)
     assert f"vocabulary {ROWS} of 384 padded rows" in output
+    assert output.count(f"> --tokenizer-model {tmp_path / 'base' / 'tokenizer'}: the tokenizer kept beside") == 1
     to_hf(tmp_path / "tuned", tmp_path / "by hand", progress=False)
     for exported in (tmp_path / "tuned" / "hf" / "iter_0000002", tmp_path / "by hand"):
         assert_same(corpus / "qwen3_moe", exported)
@@ -191,6 +193,37 @@ def test_what_is_given_stays_and_what_is_missing_is_added(corpus):
     assert "--num-layers" not in piped and piped.count("--hybrid-layer-pattern") == 1
     with pytest.raises(ConversionError, match="has no config"):
         expand(["--hf-model", str(corpus)])
+
+
+@pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
+def test_the_tokenizer_beside_the_checkpoint_is_taken_where_none_is_given(corpus, tmp_path, capsys, flag):
+    beside = tmp_path / "tokenizer"
+    words = [flag, str(tmp_path), "--num-layers", "2"]
+    assert expand(words) == words, "no folder"
+    shutil.copytree(corpus / "qwen2", beside)
+    assert expand(words) == [*words, "--tokenizer-model", str(beside)]
+    told = capsys.readouterr().out
+    assert f"> --tokenizer-model {beside}: the tokenizer kept beside the checkpoint of {flag}" in told
+    given = [*words, "--tokenizer-model=another"]
+    assert expand(given) == given and not capsys.readouterr().out
+    script = own_tokenizer_flags({flag: str(tmp_path)}, of_script=True)
+    assert script == [], "another script's flags stay as they are"
+    asked = {flag: str(tmp_path), "--tokenizer-type": "HuggingFaceTokenizer"}
+    assert own_tokenizer_flags(asked, of_script=True) == ["--tokenizer-model", str(beside)]
+
+
+def test_a_sentencepiece_model_beside_the_checkpoint_is_taken_with_its_template(tmp_path):
+    beside = tmp_path / "tokenizer"
+    beside.mkdir()
+    (beside / "config.json").write_text("{}")
+    words = ["--load", str(tmp_path)]
+    assert expand(words) == words, "no tokenizer in it"
+    (beside / "tok.model").write_bytes(b"model")
+    assert expand(words) == [*words, "--tokenizer-model", str(beside / "tok.model")]
+    (beside / "chat_template.jinja").write_text("{{ messages }}")
+    template = ["--chat-template", str(beside / "chat_template.jinja")]
+    assert expand(words) == [*words, "--tokenizer-model", str(beside / "tok.model"), *template]
+    assert expand([*words, "--chat-template", "chatml"])[4:] == ["--tokenizer-model", str(beside / "tok.model")]
 
 
 def test_the_cache_follows_the_files(corpus, tmp_path):

@@ -38,6 +38,10 @@ MISTAKES: dict[str, tuple] = {
     "half a model": (TRAIN.replace("--hidden-size 32", ""), "no model.*--hidden-size"),
     "no data": (TRAIN.replace("--sft-data {folder}/train.jsonl", ""), "pass --sft-data"),
     "no tokenizer": (TRAIN.replace("--tokenizer-model {folder}/tokenizer.model", ""), "pass --tokenizer-model"),
+    "no tokenizer beside": (
+        f"score {MODEL} --data {{folder}}/train.jsonl --output {{folder}}/out {LENGTH} --load {{folder}}/hf",
+        "pass --tokenizer-model.*left out where --load DIR has one in DIR/tokenizer.*none in {folder}/hf/tokenizer",
+    ),
     "no length": (TRAIN.replace("--train-iters 2", ""), "pass --train-epochs"),
     "two lengths": (f"{TRAIN} --train-epochs 1", "pass one of them"),
     "no template": (TRAIN.replace("--chat-template chatml", ""), "--chat-template"),
