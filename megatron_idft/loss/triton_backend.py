@@ -18,12 +18,14 @@ from torch import Tensor
 
 from megatron_idft.loss import triton_kernels as kernels
 from megatron_idft.loss.autograd import TokenResults, weigh_tokens
-from megatron_idft.loss.interpreter import read_loop_bounds_by_item
+from megatron_idft.loss.interpreter import patch_language_once_per_launch, read_loop_bounds_by_item
 from megatron_idft.loss.shard import VocabShard
 from megatron_idft.objectives import KernelFormula, Objective
 from megatron_idft.statistics import STATE_SIZE, MergedState, extra_state_columns, neutral_shard_state
 
 INTERPRETED = bool(kernels.INTERPRETED)
+if INTERPRETED:
+    patch_language_once_per_launch()
 if INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
     read_loop_bounds_by_item()
 

@@ -31,10 +31,10 @@ PEERS = Path(__file__).parents[2] / ".cache" / "peers"  # made by tests/run.sh
 def test_shards_merged_in_one_process(
     triton_engine: Engine, dtype: torch.dtype, padded: int, vocab: int, shards: int
 ) -> None:
-    logits, labels = make_inputs((5, 4), padded, dtype)
+    logits, labels = make_inputs((3, 2), padded, dtype)
     labels.clamp_(max=vocab - 1)
     logits[..., vocab:] = math.nan
-    upstream = torch.randn(5, 4)
+    upstream = torch.randn(3, 2)
     on_device, placed = triton_engine.place(logits), triton_engine.place(labels)
     width = padded // shards
     parts = [VocabShard(r * width, min(max(vocab - r * width, 0), width), width, None) for r in range(shards)]
@@ -59,11 +59,11 @@ def test_shards_merged_in_one_process(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("floor,exempt", [(0.0, ()), (0.3, ()), (0.0, (3,)), (0.3, (3, 7, 0))])
+@pytest.mark.parametrize("floor,exempt", [(0.0, (3,)), (0.3, (3, 7, 0))])
 def test_the_kernels_formulas_are_the_objectives(
     triton_engine: Engine, objective: str, floor: float, exempt: tuple[int, ...]
 ) -> None:
-    logits, labels = make_inputs((40,), 10)
+    logits, labels = make_inputs((16,), 10)
     in_kernel = resolve_objective(objective, weight_floor=floor, exempt_token_ids=exempt)
     in_torch = Objective("in torch", in_kernel.token_weight.function, weight_floor=floor, exempt_token_ids=exempt)
     torch.testing.assert_close(
@@ -79,7 +79,7 @@ def test_the_kernels_formulas_are_the_objectives(
 def test_every_parameter_of_idft_reaches_the_kernel(
     triton_engine: Engine, parameters: tuple[float, float, float, float], on_device: bool
 ) -> None:
-    logits, labels = make_inputs((40,), 10)
+    logits, labels = make_inputs((16,), 10)
     beta, gamma_min, gamma_max, value = parameters
     gamma_lambda = triton_engine.place(torch.tensor(value)) if on_device else value
     objective = idft(beta, gamma_min, gamma_max, gamma_lambda)
@@ -132,8 +132,8 @@ def test_launches(triton_engine: Engine, layout: str, monkeypatch: pytest.Monkey
 
 
 def test_no_tensor_has_the_size_of_the_logits(triton_engine: Engine) -> None:
-    leaf = triton_engine.place(torch.randn(16, 8, 50).bfloat16()).requires_grad_()
-    logits, labels = as_intermediate(leaf), triton_engine.place(torch.zeros(16, 8).long())
+    leaf = triton_engine.place(torch.randn(4, 3, 90).bfloat16()).requires_grad_()
+    logits, labels = as_intermediate(leaf), triton_engine.place(torch.zeros(4, 3).long())
     with LargestTensor(logits) as largest:
         loss = triton_engine.loss(logits, labels, vocab_size=40, overwrite_logits=True).loss.sum()
         torch.autograd.grad(loss, logits)
@@ -142,9 +142,10 @@ def test_no_tensor_has_the_size_of_the_logits(triton_engine: Engine) -> None:
     assert largest_bytes <= 16 * labels.numel() < logits.nbytes / 4  # the state
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_widest_rows(triton_engine: Engine, dtype: torch.dtype) -> None:
-    logits, labels = make_inputs((3,), 300_000, dtype)
+@pytest.mark.parametrize("dtype,vocab", [(torch.float32, 70_001), (torch.float16, 70_001), (torch.bfloat16, 300_000)])
+def test_the_widest_rows(triton_engine: Engine, dtype: torch.dtype, vocab: int) -> None:
+    logits, labels = make_inputs((2,), vocab, dtype)
+    labels[0] = 70_000
     assert_matches(triton_engine.run(logits, labels), expected_loss(logits, labels, "idft"))
 
 
@@ -159,7 +160,7 @@ def test_offsets_beyond_2_to_the_31(triton_engine: Engine, shape: tuple[int, ...
 
 
 READS = """
-import ctypes, mmap, os, sys
+import ctypes, mmap, os
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from megatron_idft import dft, vocab_parallel_loss
@@ -174,27 +175,26 @@ assert base % 4096 == 0
 logits.normal_()
 logits[1, 7] = -float("inf")  # its target has probability 0, so DFT gives it weight 0
 labels = torch.tensor([5, 7, -100, 6])
-unreadable = int(sys.argv[1])
-if unreadable == 2:
-    protect(2)
+protect(2)
 out = vocab_parallel_loss(logits.requires_grad_(), labels, "dft", backend="triton")
 assert out.weight.gt(0).tolist() == [True, False, False, True]
-if unreadable != 2:
-    protect(unreadable)
-(gradient,) = torch.autograd.grad(out.loss.sum(), logits)
-assert gradient.ne(0).any(-1).tolist() == [True, False, False, True]
-print("survived")
+for unreadable in (0, 1, 3):
+    pid = os.fork()
+    if pid == 0:
+        protect(unreadable)
+        (gradient,) = torch.autograd.grad(out.loss.sum(), logits)
+        assert gradient.ne(0).any(-1).tolist() == [True, False, False, True]
+        os._exit(0)
+    print(unreadable, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
 
 
-@pytest.mark.parametrize("row,survives", [(0, False), (1, True), (2, True), (3, False)])
-def test_rows_without_gradient_are_not_read(row: int, survives: bool) -> None:
+def test_rows_without_gradient_are_not_read() -> None:
     # Row 2 is ignored and unreadable from the start, row 1 has weight 0 and is unreadable in backward. The others are
     # read, which kills the process.
-    child = subprocess.run([sys.executable, "-c", READS, str(row)], capture_output=True, text=True)
-    assert (child.returncode == 0 and "survived" in child.stdout) == survives, child.stderr
-    if not survives:
-        assert child.returncode == -11  # SIGSEGV
+    child = subprocess.run([sys.executable, "-c", READS], capture_output=True, text=True)
+    killed = -11  # SIGSEGV
+    assert child.stdout.split() == ["0", str(killed), "1", "0", "3", str(killed)], child.stderr
 
 
 @interpreted
@@ -284,17 +284,17 @@ def transformer_engine_kernels() -> ModuleType:
 def test_cross_entropy_of_transformer_engine(
     triton_engine: Engine, transformer_engine_kernels: ModuleType, vocab: int, dtype: torch.dtype
 ) -> None:
-    logits, labels = make_inputs((6, 2), vocab, dtype)
+    logits, labels = make_inputs((3, 2), vocab, dtype)
     ours = triton_engine.run(logits, labels, "ce")
     theirs, targets = triton_engine.place(logits.clone()), triton_engine.place(labels)
-    loss, stats = torch.empty_like(targets, dtype=torch.float32), theirs.new_empty(12, 2, dtype=torch.float32)
+    loss, stats = torch.empty_like(targets, dtype=torch.float32), theirs.new_empty(6, 2, dtype=torch.float32)
     count, upstream = torch.zeros_like(targets[0, 0]), torch.ones_like(loss)
     settings = {"label_smoothing": 0.0, "BLOCK_SIZE": 1024}
-    transformer_engine_kernels.cross_entropy_forward_kernel[(12,)](
+    transformer_engine_kernels.cross_entropy_forward_kernel[(6,)](
         theirs, *theirs.stride(), theirs, targets, loss, stats, count, vocab, 2, -100,
         COUNT_NON_IGNORE=False, COPY_INPUT=False, **settings,
     )  # fmt: skip
-    transformer_engine_kernels.cross_entropy_backward_kernel[(12,)](
+    transformer_engine_kernels.cross_entropy_backward_kernel[(6,)](
         theirs, targets, stats, count, upstream, 1, 0, 1, vocab, -100, reduce_loss=False, **settings
     )
     torch.testing.assert_close(ours["loss"], loss.cpu(), rtol=1e-6, atol=1e-6)
@@ -307,7 +307,7 @@ def test_cross_entropy_of_liger(triton_engine: Engine, dtype: torch.dtype, monke
     monkeypatch.syspath_prepend(str(peer("liger_kernel").parent))
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
-    logits, labels = make_inputs((12,), 3001, dtype)
+    logits, labels = make_inputs((6,), 3001, dtype)
     ours = triton_engine.run(logits, labels, "ce")
     leaf = triton_engine.place(logits.clone()).requires_grad_()
     loss = LigerCrossEntropyFunction.apply(

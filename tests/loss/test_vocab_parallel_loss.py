@@ -37,12 +37,19 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 
 
 # V: 2 is the least with a choice, 97 no multiple of anything, 1024 a power of two, 5003 several SIMD strips and a rest.
-@pytest.mark.parametrize("vocab", [2, 97, 1024, 5003])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_values_and_gradient(engine: Engine, objective: str, dtype: torch.dtype, vocab: int) -> None:
-    logits, labels = make_inputs((24,), vocab, dtype)
-    upstream = torch.randn(24, generator=torch.Generator().manual_seed(1))
+VOCABULARIES = [2, 97, 1024, 5003]
+# Every pair of a vocabulary, an objective and a dtype. An interpreted kernel costs by the row: few rows.
+CASES = [
+    (vocab, objective, DTYPES[(i + j) % 3])
+    for i, vocab in enumerate(VOCABULARIES)
+    for j, objective in enumerate(OBJECTIVES)
+]
+
+
+@pytest.mark.parametrize("vocab,objective,dtype", CASES)
+def test_values_and_gradient(engine: Engine, vocab: int, objective: str, dtype: torch.dtype) -> None:
+    logits, labels = make_inputs((9,), vocab, dtype)
+    upstream = torch.randn(9, generator=torch.Generator().manual_seed(1))
     actual = engine.run(logits, labels, objective, upstream=upstream)
     assert actual["grad"].dtype == dtype
     assert_matches(actual, expected_loss(logits, labels, objective, upstream=upstream))
@@ -53,8 +60,8 @@ def test_gradient_is_the_rounded_float64_gradient(engine: Engine, dtype: torch.d
     # One rounding of a value good to ~1e-6 differs from the rounded float64 value only where it lies that close to a
     # tie: 1e-6 of an ulp of 2^-8 (bf16) or 2^-11 (fp16), so in far less than 1 % of the elements. A gradient built from
     # bf16 pieces, or scaled after being stored, differs in a third of them.
-    logits, labels = make_inputs((64,), 2000, dtype)
-    upstream = torch.rand(64) + 0.5
+    logits, labels = make_inputs((12,), 5000, dtype)
+    upstream = torch.rand(12) + 0.5
     exact = expected_loss(logits, labels, "idft", upstream=upstream).grad
     grad = engine.run(logits, labels, "idft", upstream=upstream)["grad"]
     representable = exact.abs() >= torch.finfo(dtype).tiny
@@ -64,7 +71,7 @@ def test_gradient_is_the_rounded_float64_gradient(engine: Engine, dtype: torch.d
 
 @pytest.mark.parametrize("gamma_lambda", [0.0, 0.5, 1.0])
 def test_lambda(engine: Engine, gamma_lambda: float) -> None:
-    logits, labels = make_inputs((24,), 97)
+    logits, labels = make_inputs((9,), 97)
     actual = engine.run(logits, labels, idft(gamma_lambda=torch.tensor(gamma_lambda)))
     assert_matches(actual, expected_loss(logits, labels, "idft", gamma_lambda=gamma_lambda))
     if gamma_lambda == 0.0:
@@ -73,7 +80,7 @@ def test_lambda(engine: Engine, gamma_lambda: float) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_weight_floor_and_exempt_tokens(engine: Engine, objective: str) -> None:
-    logits, labels = make_inputs((48,), 10)
+    logits, labels = make_inputs((20,), 10)
     modified = resolve_objective(objective, weight_floor=0.25, exempt_token_ids=[3, 7])
     assert ((labels == 3) | (labels == 7)).any()
     assert_matches(
@@ -83,20 +90,20 @@ def test_weight_floor_and_exempt_tokens(engine: Engine, objective: str) -> None:
 
 # Megatron's logits are [s, b, V/tp]; each view below is one a caller may hold without owning a contiguous copy.
 VIEWS: dict[str, Callable[[torch.dtype], Tensor]] = {
-    "transposed [s, b, V] -> [b, s, V]": lambda dtype: torch.randn(7, 3, 41, dtype=dtype).transpose(0, 1),
-    "columns of a wider tensor": lambda dtype: torch.randn(5, 4, 64, dtype=dtype)[..., 3:44],
+    "transposed [s, b, V] -> [b, s, V]": lambda dtype: torch.randn(4, 3, 41, dtype=dtype).transpose(0, 1),
+    "columns of a wider tensor": lambda dtype: torch.randn(3, 2, 64, dtype=dtype)[..., 3:44],
     "every other row": lambda dtype: torch.randn(10, 41, dtype=dtype)[::2],
-    "part of the batch": lambda dtype: torch.randn(6, 5, 41, dtype=dtype)[:, 1:3],
-    "vocabulary-major": lambda dtype: torch.randn(41, 9, dtype=dtype).t(),
-    "expanded": lambda dtype: torch.randn(1, 3, 41, dtype=dtype).expand(4, 3, 41),
-    "permuted 3 leading dimensions": lambda dtype: torch.randn(2, 3, 4, 41, dtype=dtype).permute(2, 0, 1, 3),
-    "reversed 4 leading dimensions": lambda dtype: torch.randn(2, 2, 2, 3, 41, dtype=dtype).permute(3, 2, 1, 0, 4),
+    "part of the batch": lambda dtype: torch.randn(3, 5, 41, dtype=dtype)[:, 1:3],
+    "vocabulary-major": lambda dtype: torch.randn(41, 5, dtype=dtype).t(),
+    "expanded": lambda dtype: torch.randn(1, 3, 41, dtype=dtype).expand(2, 3, 41),
+    "permuted 3 leading dimensions": lambda dtype: torch.randn(2, 3, 2, 41, dtype=dtype).permute(2, 0, 1, 3),
+    "reversed 4 leading dimensions": lambda dtype: torch.randn(2, 2, 2, 2, 41, dtype=dtype).permute(3, 2, 1, 0, 4),
     "single row without leading dimensions": lambda dtype: torch.randn(41, dtype=dtype),
 }
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # two sizes of an element
 def test_any_strides(engine: Engine, dtype: torch.dtype, view: str) -> None:
     logits = VIEWS[view](dtype)
     labels = torch.randint(-2, 41, logits.shape[:-1])
@@ -117,10 +124,13 @@ def test_gradient_reaches_the_base_of_a_view(engine: Engine) -> None:
 NEAR_BLOCKS = [blocks * size + extra for size in (512, 1024, 2048, 4096) for blocks in (1, 2) for extra in (-1, 0, 1)]
 
 
-@settings(deadline=None, max_examples=60)
+SHAPES = st.lists(st.integers(1, 3), min_size=0, max_size=4).map(tuple).filter(lambda shape: math.prod(shape) <= 12)
+
+
+@settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_generated_shapes(engine: Engine, data: st.DataObject) -> None:
-    shape = tuple(data.draw(st.lists(st.integers(1, 3), min_size=0, max_size=4), label="shape"))
+    shape = data.draw(SHAPES, label="shape")
     vocab = data.draw(st.one_of(st.integers(1, 70), st.sampled_from(NEAR_BLOCKS)), label="V")
     vocab_size = data.draw(st.integers(1, vocab), label="vocab_size")
     objective = data.draw(st.sampled_from(OBJECTIVES))
@@ -140,7 +150,7 @@ def test_generated_shapes(engine: Engine, data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_ignored_rows_may_hold_anything(engine: Engine, poison: float, dtype: torch.dtype) -> None:
-    logits, labels = make_inputs((8, 4), 50, dtype)
+    logits, labels = make_inputs((3, 2), 50, dtype)
     ignored = labels < 0
     assert ignored.any() and not ignored.all()
     poisoned = torch.where(ignored.unsqueeze(-1), poison, logits)
@@ -149,11 +159,7 @@ def test_ignored_rows_may_hold_anything(engine: Engine, poison: float, dtype: to
     clean = engine.run(logits, labels)
     # NaN upstream at an ignored position: the same poison, arriving from the other side.
     upstream = torch.where(ignored, torch.nan, 1.0)
-    for actual in (
-        engine.run(poisoned, labels),
-        engine.run(one_cell, labels),
-        engine.run(poisoned, labels, upstream=upstream),
-    ):
+    for actual in (engine.run(one_cell, labels), engine.run(poisoned, labels, upstream=upstream)):
         assert_same_bits(actual, clean)
         for name in ("loss", "weight", "log_prob", "entropy", "grad"):
             assert (actual[name][ignored] == 0).all(), name
@@ -212,14 +218,21 @@ def extreme_rows(vocab: int = 40) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("label", [0, 4])  # the likely token, and one that may be hopeless
-@pytest.mark.parametrize("name", [name for name in extreme_rows() if name != "one finite column"])
-def test_extreme_rows(engine: Engine, name: str, label: int, objective: str) -> None:
-    logits = extreme_rows()[name].repeat(2, 1)
-    labels = torch.tensor([label, label])
+def test_extreme_rows(engine: Engine, objective: str) -> None:
+    rows = {name: row for name, row in extreme_rows().items() if name != "one finite column"}
+    logits = torch.stack(list(rows.values())).repeat(2, 1, 1)
+    labels = torch.tensor([[0], [4]]).expand(2, len(rows))  # the likely token, and one that may be hopeless
     actual = engine.run(logits, labels, objective)
     assert all(value.isfinite().all() for value in actual.values())
-    assert_matches(actual, expected_loss(logits, labels, objective))
+    expected = expected_loss(logits, labels, objective)
+    for index, name in enumerate(rows):
+        try:
+            assert_matches(
+                {field: value[:, index] for field, value in actual.items() if value.dim()},
+                Expected(*(value[:, index] for value in expected)),
+            )
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -237,7 +250,7 @@ def test_a_target_of_probability_zero_is_finite(engine: Engine, objective: str) 
 
 def test_padding_columns_count_nowhere(engine: Engine) -> None:
     # 101 true columns padded to 128, as Megatron does, with padding that would dominate every sum.
-    logits, labels = make_inputs((4, 5), 101)
+    logits, labels = make_inputs((2, 4), 101)
     padded = torch.nn.functional.pad(logits, (0, 27), value=50.0)
     padded[..., -1] = math.nan
     actual, plain = engine.run(padded, labels, vocab_size=101), engine.run(logits, labels)
@@ -255,7 +268,7 @@ def test_entropy_weight_uses_the_true_vocabulary(engine: Engine) -> None:
 
 @pytest.mark.parametrize("scale", [0.3, 3.0, 30.0])
 def test_expected_cll_under_the_models_own_distribution_is_zero(engine: Engine, scale: float) -> None:
-    vocab = 300
+    vocab = 45
     logits = (torch.randn(1, vocab) * scale).expand(vocab, vocab)
     out = engine.loss(engine.place(logits), engine.place(torch.arange(vocab)), "ce")
     expectation = (out.log_prob.double().exp() * (out.log_prob.double() + out.entropy.double())).sum()
@@ -263,17 +276,17 @@ def test_expected_cll_under_the_models_own_distribution_is_zero(engine: Engine, 
 
 
 UPSTREAM: dict[str, Callable[[], Tensor]] = {
-    "expanded scalar, as sum() sends it": lambda: torch.tensor(0.125).expand(6, 5),
-    "transposed": lambda: torch.randn(5, 6).t(),
-    "slice": lambda: torch.randn(6, 9)[:, 2:7],
-    "zeros": lambda: torch.zeros(6, 5),
-    "the size of an fp16 loss scale": lambda: torch.rand(6, 5) * 2**16,
+    "expanded scalar, as sum() sends it": lambda: torch.tensor(0.125).expand(3, 2),
+    "transposed": lambda: torch.randn(2, 3).t(),
+    "slice": lambda: torch.randn(3, 9)[:, 2:4],
+    "zeros": lambda: torch.zeros(3, 2),
+    "the size of an fp16 loss scale": lambda: torch.rand(3, 2) * 2**16,
 }
 
 
 @pytest.mark.parametrize("kind", UPSTREAM)
 def test_upstream_gradient_of_any_layout(engine: Engine, kind: str) -> None:
-    logits, labels = make_inputs((6, 5), 33)
+    logits, labels = make_inputs((3, 2), 33)
     upstream = UPSTREAM[kind]()
     actual = engine.run(logits, labels, upstream=upstream)
     assert_matches(actual, expected_loss(logits, labels, "idft", upstream=upstream))
@@ -282,7 +295,7 @@ def test_upstream_gradient_of_any_layout(engine: Engine, kind: str) -> None:
 
 
 def test_labels_of_any_layout(engine: Engine) -> None:
-    logits, labels = make_inputs((6, 5), 33)
+    logits, labels = make_inputs((3, 2), 33)
     assert_same_bits(engine.run(logits, labels.t().contiguous().t()), engine.run(logits, labels))
 
 
@@ -300,14 +313,14 @@ def test_only_the_loss_carries_gradient(engine: Engine) -> None:
 
 
 def test_weight_gets_no_gradient_even_from_a_differentiable_objective(engine: Engine) -> None:
-    logits, labels = make_inputs((24,), 20)
+    logits, labels = make_inputs((9,), 20)
     attached = Objective("attached dft", lambda statistics: statistics.log_prob.exp())
     assert_matches(engine.run(logits, labels, attached), expected_loss(logits, labels, "dft"))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_cross_entropy_values_with_the_gradient_of_the_objective(engine: Engine, objective: str) -> None:
-    logits, labels = make_inputs((24,), 20)
+    logits, labels = make_inputs((9,), 20)
     leaf = engine.place(logits).requires_grad_()
     out = engine.loss(leaf, engine.place(labels), objective, cross_entropy_values=True)
     assert torch.equal(out.loss, 0.0 - out.log_prob)
@@ -315,45 +328,39 @@ def test_cross_entropy_values_with_the_gradient_of_the_objective(engine: Engine,
     assert torch.equal(grad.cpu(), engine.run(logits, labels, objective)["grad"])
 
 
-EXTRA_STATISTICS: dict[str, Callable[[TokenStatistics], Tensor | None]] = {
-    "max_prob": lambda statistics: statistics.max_prob,
-    "sum_squared_prob": lambda statistics: statistics.sum_squared_prob,
-    "argmax": lambda statistics: None if statistics.argmax is None else statistics.argmax / 100,
-}
+EXTRA_STATISTICS = ["max_prob", "sum_squared_prob", "argmax"]
 
 
 @pytest.mark.parametrize(
-    "asked", [[name] for name in EXTRA_STATISTICS] + [["sum_squared_prob", "argmax"], [*EXTRA_STATISTICS]]
+    "asked", [*([name] for name in EXTRA_STATISTICS), ["sum_squared_prob", "argmax"], EXTRA_STATISTICS]
 )
 def test_statistics_that_an_objective_asks_for(engine: Engine, asked: list[str]) -> None:
-    logits, labels = make_inputs((3, 5), 5000)  # several of the kernels' blocks
+    logits, labels = make_inputs((2, 3), 5000)  # several of the kernels' blocks
     logits[0, 0, 1000:] = logits[0, 0].max() + 1  # a tie within and across blocks: the first counts
     logits[1, :, 4999] = 80.0  # padding, which counts nowhere
-    labels[0, 0] = 3  # trained
+    labels[:, 0] = 3  # trained
     labels.clamp_(max=4998)
-    probs = torch.where(labels.unsqueeze(-1) < 0, 0.0, logits[..., :4999].double().softmax(-1))
-    expected = {
-        "max_prob": probs.amax(-1),
-        "sum_squared_prob": probs.square().sum(-1),
-        "argmax": torch.where(labels < 0, -1, probs.argmax(-1)) / 100,
-    }
-    for name, read in EXTRA_STATISTICS.items():
+    probs = logits[..., :4999].double().softmax(-1)
+    expected = {"max_prob": probs.amax(-1), "sum_squared_prob": probs.square().sum(-1), "argmax": probs.argmax(-1)}
+    seen: dict[str, Tensor | None] = {}
 
-        def weight(statistics: TokenStatistics, read: Callable[[TokenStatistics], Tensor | None] = read) -> Tensor:
-            value = read(statistics)
-            return torch.full_like(statistics.log_prob, -7.0) if value is None else value.float()
+    def weight(statistics: TokenStatistics) -> Tensor:
+        seen.update({name: getattr(statistics, name) for name in EXTRA_STATISTICS})
+        return torch.ones_like(statistics.log_prob)
 
-        objective = Objective("probe", weight, extra_statistics=frozenset(asked))
-        actual = engine.run(logits, labels, objective, vocab_size=4999)["weight"]
-        wanted = expected[name].clamp(min=0) if name in asked else torch.where(labels < 0, 0.0, -7.0)
-        torch.testing.assert_close(
-            actual.clamp(min=0) if name in asked else actual, wanted.float(), rtol=1e-5, atol=1e-7
-        )
+    engine.run(logits, labels, Objective("probe", weight, extra_statistics=frozenset(asked)), vocab_size=4999)
+    trained = labels >= 0
+    assert not trained.all()
+    for name, value in seen.items():
+        assert (value is not None) == (name in asked), name
+        if value is not None:
+            wanted = expected[name][trained].to(value.dtype)
+            torch.testing.assert_close(value.cpu()[trained], wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("shards", [2, 4])
 def test_extra_statistics_merge_over_shards(engine: Engine, shards: int) -> None:
-    logits, labels = make_inputs((6, 5), 96)
+    logits, labels = make_inputs((3, 2), 96)
     logits[0, :, 30:60] = logits[0].amax() + 1  # a tie within a shard and across shards: the first counts
     labels[labels < 0] = 0
     backend = import_module(loss._BACKENDS[engine.backend])
@@ -408,7 +415,8 @@ def test_invalid_labels_on_the_cpu_are_an_error(engine: Engine) -> None:
 
 def test_invalid_labels_elsewhere_are_counted_and_ignored(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "_reject_invalid", lambda labels, vocab_size: None)  # as on a GPU
-    logits, labels = torch.randn(2, 70, 9), torch.randint(-1, 9, (2, 70))
+    monkeypatch.setattr(triton_backend, "_MERGE_TOKENS", 32)  # several programs count
+    logits, labels = torch.randn(2, 20, 9), torch.randint(-1, 9, (2, 20))
     labels[1, ::3] = 2**40
     actual = engine.run(logits, labels, vocab_size=7)
     assert actual["invalid_labels"].item() == (labels >= 7).sum() and actual["invalid_labels"].dtype == torch.int64
