@@ -24,6 +24,7 @@ from megatron_idft.statistics import TokenStatistics
 # github.com/zhangmiaosen2000/Towards-On-Policy-SFT); a run with a broken chat template showed -8 and 6.5.
 PHI_MEAN_ALARM = -2.0
 PHI_STD_ALARM = 5.0
+ALARM_INTERVALS = 100  # log intervals from one line about it to the next
 
 # The weight multiplies the gradient: at 0.05 an end of turn teaches a twentieth of what it does under cross-entropy, so
 # that 20 epochs would be needed for one. It is then a token that the model expects less than once in twenty times
@@ -277,6 +278,43 @@ def health_warning(scalars: dict[str, float]) -> str | None:
         " objective gives no weight. Check the chat template and the loss mask first; then lower the learning rate,"
         " raise --sft-loss-weight-floor, or use --sft-loss ce"
     )
+
+
+class PhiAlarm:
+    """What is printed of `health_warning`, which may hold for a whole training.
+
+    One line when it begins and one when it ends; while it lasts, or comes and goes, one in ALARM_INTERVALS. held: the
+    intervals in which it held since it began, or since its last end was told.
+    """
+
+    def __init__(self) -> None:
+        self.held = 0
+        self._told = False  # that it holds
+        self._since_told = ALARM_INTERVALS
+
+    def line(self, scalars: dict[str, float]) -> str | None:
+        """For a person, of one log interval; None where there is nothing new to say."""
+        if "ddt/phi mean" not in scalars:
+            return None
+        warning = health_warning(scalars)
+        self._since_told += 1
+        if warning is None:
+            return self._end(scalars) if self._told else None
+        self.held += 1
+        if self._since_told < ALARM_INTERVALS:
+            return None
+        self._told, self._since_told = True, 0
+        if self.held == 1:
+            return f"WARNING: {warning}"
+        return f"WARNING: phi has run away in {self.held} log intervals by now: {_mean_and_spread(scalars)}"
+
+    def _end(self, scalars: dict[str, float]) -> str:
+        held, self.held, self._told, self._since_told = self.held, 0, False, 0
+        return f"> phi is back within its alarms: {_mean_and_spread(scalars)}; it had run away in {held} log intervals"
+
+
+def _mean_and_spread(scalars: dict[str, float]) -> str:
+    return f"mean {scalars['ddt/phi mean']:.2f}, spread {scalars['ddt/phi std']:.2f}"
 
 
 def stopping_warning(scalars: dict[str, float]) -> str | None:

@@ -29,7 +29,7 @@ from megatron_idft.inference.captured_collectives import leave_graphs_unregister
 from megatron_idft.integration import arguments, compatibility, flag_checks
 from megatron_idft.integration.continued_schedule import check_schedule, take_new_rates
 from megatron_idft.integration.hook import LossHook, UnsupportedModelError, install, installed_hooks
-from megatron_idft.integration.metrics import LossMetrics, MetricsReport, health_warning, stopping_warning
+from megatron_idft.integration.metrics import LossMetrics, MetricsReport, PhiAlarm, stopping_warning
 from megatron_idft.integration.publishing import print_rank_last, publish_evaluation, publish_training
 from megatron_idft.loss import resolve_backend
 from megatron_idft.objectives import LambdaSchedule, Objective
@@ -59,6 +59,7 @@ class TrainerIntegration:
         self._group: torch.distributed.ProcessGroup | None = None
         self._told_unmasked = False
         self._told_stopping = False
+        self._phi_alarm = PhiAlarm()
         self._replaced: list[tuple[Any, str, Any]] = []
 
     def attach(self) -> TrainerIntegration:
@@ -270,11 +271,10 @@ class TrainerIntegration:
                 " forward_step, as Megatron's pretrain_gpt.py does"
             )
         publish_training(iteration, args.train_iters, report)
-        warnings = [health_warning(report.scalars)]
-        if not self._told_stopping:
-            warnings.append(stopping_warning(report.scalars))
-            self._told_stopping = warnings[-1] is not None
-        for warning in filter(None, warnings):
+        if (line := self._phi_alarm.line(report.scalars)) is not None:
+            print_rank_last(line)
+        if not self._told_stopping and (warning := stopping_warning(report.scalars)) is not None:
+            self._told_stopping = True
             print_rank_last(f"WARNING: {warning}")
 
     def _evaluate(self, original: Callable, call: inspect.BoundArguments) -> Any:

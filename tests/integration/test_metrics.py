@@ -13,6 +13,7 @@ from megatron_idft.integration.metrics import (
     PHI_EDGES,
     WEIGHT_EDGES,
     LossMetrics,
+    PhiAlarm,
     format_report,
     health_warning,
     stopping_warning,
@@ -242,6 +243,24 @@ def test_the_alarm_rings_for_collapsed_runs_only(mean, std, alarm):
     warning = health_warning({"ddt/phi mean": mean, "ddt/phi std": std})
     assert bool(warning) == alarm
     assert warning is None or "--sft-loss-weight-floor" in warning
+
+
+def test_a_lasting_alarm_is_told_when_it_begins_now_and_then_and_when_it_ends():
+    away, healthy = {"ddt/phi mean": -3.0, "ddt/phi std": 1.0}, {"ddt/phi mean": -0.1, "ddt/phi std": 1.0}
+
+    def told(intervals):
+        alarm = PhiAlarm()
+        lines = [alarm.line(scalars) for scalars in intervals]
+        return {number: line for number, line in enumerate(lines) if line is not None}
+
+    lasting = told([healthy, *[away] * 250, {}, healthy, healthy, away])
+    assert list(lasting) == [1, 101, 201, 252]
+    assert "--sft-loss-weight-floor" in lasting[1] and "in 101 log intervals by now: mean -3.00" in lasting[101]
+    assert lasting[252] == (
+        "> phi is back within its alarms: mean -0.10, spread 1.00; it had run away in 250 log intervals"
+    )
+    assert len(told([away, healthy] * 300)) < 16, "one that comes and goes"
+    assert told([healthy, {}] * 3) == {}
 
 
 def test_small_weights_at_the_end_of_turn_are_pointed_out_with_the_flag():
