@@ -192,6 +192,11 @@ class KeyValueCache:
         itemsize = torch.empty((), dtype=self.model.dtype).element_size()
         return 2 * len(self.model.attentions) * self.kv_heads * self.head_size * itemsize
 
+    @property
+    def allocated_bytes(self) -> int:
+        """What the slots take now: made for the largest call so far, within `memory_bytes`."""
+        return 0 if self._storage is None else self._storage.numel() * self._storage.element_size()
+
     def banks(self, shapes: Sequence[tuple[int, int]]) -> list[Bank]:
         """Empty banks of (slots, capacity). Those of earlier calls are gone."""
         counts = [slots * capacity for slots, capacity in shapes]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,11 +35,20 @@ class Decoder(Protocol):
 
 
 def decoder_for(
-    model: Sequence[torch.nn.Module], vocab_size: int, *, max_positions: int, max_rows: int, tokens_per_batch: int
+    model: Sequence[torch.nn.Module],
+    vocab_size: int,
+    *,
+    max_positions: int,
+    max_rows: int,
+    tokens_per_batch: int,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[Decoder, str]:
-    """The decode engine where it serves the model and its layout, else RecomputingDecoder; and what to say of it."""
+    """The decode engine where it serves the model and its layout, else RecomputingDecoder; and what to say of it.
+
+    tell: see DecodeEngine.
+    """
     try:
-        engine = DecodeEngine(model, vocab_size, max_positions=max_positions, max_rows=max_rows)
+        engine = DecodeEngine(model, vocab_size, max_positions=max_positions, max_rows=max_rows, tell=tell)
     except UnservedModelError as reason:
         return (
             RecomputingDecoder(model, vocab_size, tokens_per_batch, max_positions),

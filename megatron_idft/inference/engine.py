@@ -9,7 +9,7 @@ same requests, keep their shard of the vocabulary and find the same tokens.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -66,7 +66,8 @@ class DecodeEngine:
         vocab_size: rows of the true vocabulary; others are never drawn and take no part in any statistic.
         max_positions: the context; a response that reaches it in either stream ends there.
         max_rows: responses decoded at once, at most. An eighth more may go on behind their splitter, without the hint.
-        memory_bytes: for keys and values on this rank. None: a share of what is free now, see memory.py.
+        memory_bytes: for keys and values on this rank, at most. None: a share of what is free now, see memory.py.
+        tell: is given a line for a person whenever more memory is allocated for them.
 
     Raises UnservedModelError.
     """
@@ -79,24 +80,27 @@ class DecodeEngine:
         max_positions: int,
         max_rows: int,
         memory_bytes: int | None = None,
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.model = ServedModel(model, max_positions)
         self.vocab_size, self.max_positions, self.max_rows = vocab_size, max_positions, max_rows
         self.cache = KeyValueCache(self.model, memory_for_cache(memory_bytes, self.model.device, self.model.tp_group))
         self._forward = DecodeForward(self.model, self.cache)
+        self._tell = tell
         self._banks: tuple[Bank, ...] = ()  # of the latest call
         self._kept = 0  # tokens that the last cut left: how many candidates the next one begins with
 
     def describe(self) -> str:
-        """Memory and kernels, in one line for a person."""
+        """The budget of memory, and kernels, in one line for a person."""
         cache = self.cache
         attention = "SDPA" if cache.cudnn else "SDPA without cuDNN"
         if cache.flash_attention is not None:  # for one token at a time; prompts go through SDPA
             attention = f"flash-attn and {attention}"
         return (
             f"decode engine: up to {self.max_rows} responses at once, {self.max_positions:,} positions;"
-            f" {cache.memory_bytes / 2**30:.2f} GiB for keys and values on this rank, {cache.bytes_per_token:,} bytes"
-            f" per token; attention by {attention}, CUDA graphs {'on' if self._forward.graphs else 'off'}"
+            f" budget for keys and values on this rank {_size(cache.memory_bytes)}, allocated as needed,"
+            f" {cache.bytes_per_token:,} bytes per token; attention by {attention}, CUDA graphs"
+            f" {'on' if self._forward.graphs else 'off'}"
         )
 
     def close(self) -> None:
@@ -227,7 +231,14 @@ class DecodeEngine:
             spare = (self.cache.memory_bytes // self.cache.bytes_per_token - rows * (plain + hinted)) // plain
             extra = min(rows // 8, len(requests) - rows, spare)
         shapes = [(rows + extra, plain), (min(rows, len(prompts)), hinted)]
+        before = self.cache.allocated_bytes
         first, second = self.cache.banks(shapes)
+        if (allocated := self.cache.allocated_bytes) > before:
+            pairs = f" + {second.slots} x {second.capacity:,} with the hint" if prompts else ""
+            self._tell(
+                f"decode engine: {_size(allocated)} allocated for keys and values on this rank, {first.slots} responses"
+                f" x {first.capacity:,} positions{pairs}, of a budget of {_size(self.cache.memory_bytes)}"
+            )
         return first, second
 
     def _capacity(self, prompt: int, max_tokens: int) -> int:
@@ -384,3 +395,8 @@ def _free(bank: Bank, owners: list[_Sequence], sequence: _Sequence, name: str) -
         owners[slot] = last
         setattr(last, name, slot)
     setattr(sequence, name, None)
+
+
+def _size(count: int) -> str:
+    """Bytes, for a person."""
+    return f"{count / 2**30:.2f} GiB" if count >= 1 << 30 else f"{count / 2**20:.2f} MiB"

@@ -240,6 +240,7 @@ class _Job:
             max_positions=args.seq_length,
             max_rows=args.max_rows or (64 if on_gpu else 32),
             memory_bytes=None if args.kv_memory_gb is None else int(args.kv_memory_gb * 2**30),
+            tell=lambda line: self.replica.print_once(f"> {line}"),
         )
         self.replica.print_once(f"> {engine.describe()}")
         realigner = Realigner(

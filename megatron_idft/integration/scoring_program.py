@@ -161,6 +161,11 @@ def _leads() -> bool:
     )
 
 
+def _print_on_leader(line: str) -> None:
+    if _leads():
+        print(f"> {line}", flush=True)
+
+
 def _from_leader(value: Any) -> Any:
     """The leader's value, on every rank of the launch."""
     import torch
@@ -270,9 +275,9 @@ def _calibrate(
         max_positions=args.seq_length,
         max_rows=_CALIBRATION_ROWS,
         tokens_per_batch=args.tokens_per_batch,
+        tell=_print_on_leader,
     )
-    if _leads():
-        print(f"> {described}", flush=True)
+    _print_on_leader(described)
     samples = sorted({int(index) for index in np.linspace(0, total - 1, min(total, args.calibrate))})
     prompts = [ids[: int(np.flatnonzero(mask)[0])] for ids, mask in (cache[index] for index in samples)]
     with ExitStack() as stack:

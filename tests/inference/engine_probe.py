@@ -110,7 +110,11 @@ def main() -> None:
     args = scoring_program._parse()
     scorer = scoring_program._load_scorer(args)
     vocab_size = args.sft_loss_vocab_size
-    engine = DecodeEngine(scorer.model, vocab_size, max_positions=POSITIONS, max_rows=4, memory_bytes=1 << 28)
+    told: list[str] = []
+    engine = DecodeEngine(
+        scorer.model, vocab_size, max_positions=POSITIONS, max_rows=4, memory_bytes=1 << 28, tell=told.append
+    )
+    told.append(engine.describe())
     results = {name: run(engine, case, vocab_size) for name, case in json.loads(Path(cases).read_text()).items()}
     everywhere: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, results)
@@ -119,7 +123,7 @@ def main() -> None:
     engine.close()
     scorer.score([np.arange(5), np.arange(9)])
     if torch.distributed.get_rank() == 0:
-        Path(out).write_text(json.dumps(results))
+        Path(out).write_text(json.dumps([told, results]))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,11 @@ def next_logits(model):
 
 
 def probe(folder, model_folder, layout, cases):
+    return told_and_found(folder, model_folder, layout, cases)[1]
+
+
+def told_and_found(folder, model_folder, layout, cases):
+    """What the engine says to a person, and what it finds for each case."""
     ranks = 2 if "size 2" in layout else 1
     name = f"{model_folder.name}-{abs(hash((layout, json.dumps(cases))))}"
     (folder / f"{name}.json").write_text(json.dumps(cases))
@@ -354,7 +359,7 @@ def test_memory_bounds_the_rows_and_too_little_of_it_is_an_error(folder, small):
         "stopping": {"stop_ids": [STOP], "max_tokens": 12},
     }
     per_token = 4 * 2 * 2 * 16 * 4  # layers, keys and values, heads, head size, bytes
-    found = probe(
+    [described, first, *more], found = told_and_found(
         folder,
         path,
         "",
@@ -366,6 +371,10 @@ def test_memory_bounds_the_rows_and_too_little_of_it_is_an_error(folder, small):
     )
     assert "use one at a time" in found["interrupted"]  # its keys and values were written over
     assert [got["tokens"] for got in found["two rows"]] == [got["tokens"] for got in found["many rows"]]
+    assert "budget for keys and values on this rank 256.00 MiB, allocated as needed" in described
+    allocated = 2 * 2 * 96 * per_token / 2**20  # a bank each for the plain and the hinted stream, of two slots
+    assert f": {allocated:.2f} MiB allocated for" in first and "2 responses x 96 positions + 2 x 96" in first
+    assert f"{7 * 2 * 96 * per_token / 2**20:.2f} MiB allocated" in more[0] and len(more) == 1
     with pytest.raises(AssertionError, match="raise --kv-memory-gb"):
         probe(folder, path, "", {"none": case | {"memory_bytes": 96 * per_token}})
 
