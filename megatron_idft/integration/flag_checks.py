@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,36 +22,75 @@ def check_files(flag: str, paths: Iterable[str]) -> None:
         raise ArgumentError(f"{flag}: there is no {shown}. Pass paths that this machine sees")
 
 
-def check_ranks(args: argparse.Namespace) -> None:
-    """Raises ArgumentError where the ranks cannot hold the layout."""
-    needed = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    if needed < 1:
+def check_layout(args: argparse.Namespace) -> None:
+    """Raises ArgumentError where the parallel sizes do not divide the model, or the ranks cannot hold the layout.
+
+    The model first: what does not divide it is right with no number of ranks.
+    """
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    sizes = {_flag(name): getattr(args, name) for name in names}
+    if min(sizes.values()) < 1:
         raise ArgumentError("--tensor-model-parallel-size and the other sizes: pass whole numbers from 1")
+    if not args.use_checkpoint_args and args.yaml_cfg is None:  # else the model is not known yet
+        _check_divides(args)
+    needed = math.prod(sizes.values())
     if args.tensor_parallel_num_weight_shards is None and args.world_size % needed:
-        raise ArgumentError(ranks_needed(args.world_size, needed))
+        cuts = {flag: size for flag, size in sizes.items() if size > 1}
+        planned = getattr(args, "gpus", None) is not None
+        raise ArgumentError(ranks_needed(args.world_size, needed, cuts, planned=planned))
+
+
+def _check_divides(args: argparse.Namespace) -> None:
+    tensor, expert = "tensor_model_parallel_size", "expert_model_parallel_size"
+    expert_tensor = "expert_tensor_parallel_size" if args.expert_tensor_parallel_size else tensor
+    experts, pattern = args.num_experts, args.hybrid_layer_pattern or ""
+    dense = "-" in pattern if pattern else not experts
+    # What is divided, its field in config.json, and the size that must divide it.
+    divided = [
+        ("num_attention_heads", "num_attention_heads", "attention heads", tensor),
+        ("ffn_hidden_size", "intermediate_size", "columns of the feed-forward layers", tensor if dense else None),
+        ("moe_ffn_hidden_size", "moe_intermediate_size", "columns of each expert", expert_tensor if experts else None),
+        ("num_experts", "num_experts", "experts", expert),
+        ("padded_vocab_size", "vocab_size, padded", "rows of the vocabulary", tensor),
+    ]
+    for name, field, what, by in divided:
+        number, size = getattr(args, name), 1 if by is None else getattr(args, by)
+        if number and size and number % size:
+            remedy = f"use a divisor of {number}"
+            if name == "padded_vocab_size":
+                remedy = f"pass --padded-vocab-size {-(-number // size) * size}, or another size"
+            raise ArgumentError(
+                f"{_flag(str(by))} {size} does not divide the {number} {what} of the model"
+                f" ({_origin(args, name, field)}): {remedy}"
+            )
+    groups, size = args.num_query_groups, args.tensor_model_parallel_size
+    if groups and args.group_query_attention and groups % size and size % groups:
+        raise ArgumentError(
+            f"--tensor-model-parallel-size {size} does not fit the {groups} query groups of the model"
+            f" ({_origin(args, 'num_query_groups', 'num_key_value_heads')}): use a divisor or multiple of {groups}"
+        )
+
+
+def _origin(args: argparse.Namespace, name: str, field: str) -> str:
+    """Where a number of the model stands: in config.json of --hf-model, with which flags must agree, or in a flag."""
+    model = getattr(args, "hf_model", None)
+    return _flag(name) if model is None else f"{field} of {Path(model) / 'config.json'}"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Raises ArgumentError for a length or layout that does not fit the model that the flags describe."""
+    """Raises ArgumentError for a length that does not fit the model that the flags describe, or for no model."""
     if args.use_checkpoint_args or args.yaml_cfg is not None:
         return  # the model is not known yet
     if args.num_layers is None and args.hybrid_layer_pattern is None and args.encoder_num_layers is None:
         raise ArgumentError(NO_MODEL)
-    heads, groups, tensor = args.num_attention_heads, args.num_query_groups, args.tensor_model_parallel_size
     if args.seq_length is None and args.encoder_seq_length is None:
         raise ArgumentError("the length of a sequence is not known: pass --seq-length N, in tokens")
     if args.seq_length is not None and args.seq_length < 1:
         raise ArgumentError(f"--seq-length {args.seq_length}: pass a whole number from 1")
-    if heads and heads % tensor:
-        raise ArgumentError(
-            f"--tensor-model-parallel-size {tensor} does not divide the {heads} attention heads of the model: use a"
-            f" divisor of {heads}"
-        )
-    if groups and args.group_query_attention and groups % tensor and tensor % groups:
-        raise ArgumentError(
-            f"--tensor-model-parallel-size {tensor} does not fit the {groups} query groups of the model: use a divisor"
-            f" or multiple of {groups}"
-        )
     positions, length = args.max_position_embeddings, args.seq_length
     if positions and length and length > positions:
         raise ArgumentError(

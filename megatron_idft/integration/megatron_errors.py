@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
 
 _MISSING = {
@@ -25,9 +25,15 @@ _MISSING["encoder_seq_length"] = _MISSING["seq_length"]
 _MISSING |= dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads"), NO_MODEL)
 
 
-def ranks_needed(ranks: int, needed: int) -> str:
-    """Why so many ranks cannot hold a model that is cut into `needed` parts, and what to start instead."""
-    parts = f"--tensor-model-parallel-size x --pipeline-model-parallel-size x --context-parallel-size is {needed}"
+def ranks_needed(ranks: int, needed: int, sizes: Mapping[str, int] | None = None, *, planned: bool = False) -> str:
+    """Why so many ranks cannot hold a model that is cut into `needed` parts, and what to start instead.
+
+    sizes: the flags that cut it, where they are known. planned: the ranks are those of `plan --gpus`.
+    """
+    parts = " x ".join(f"{flag} {size}" for flag, size in (sizes or {}).items()) or "the parallel sizes"
+    parts += f": the model is cut into {needed} parts"
+    if planned and ranks % needed:
+        return f"{parts}, which --gpus {ranks} is no multiple of: pass one, or change these flags"
     if ranks < needed:
         started = "one process was started" if ranks == 1 else f"{ranks} ranks were started"
         return (

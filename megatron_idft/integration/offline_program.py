@@ -142,7 +142,7 @@ def parse(
         if value is not None and value < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} {value}: pass a whole number from 1")
     check(args)
-    flag_checks.check_ranks(args)
+    flag_checks.check_layout(args)
     flag_checks.check_model(args)
     flag_checks.check_files("--data", args.data)
     flag_checks.check_files("--tokenizer-model", [args.tokenizer_model])

@@ -247,7 +247,7 @@ def _parse(words: list[str], data_arguments: Any) -> argparse.Namespace:
         call("the data flags", lambda: validate_data_arguments(args))
         prepared_data(args)
     args.world_size = args.gpus
-    flag_checks.check_ranks(args)
+    flag_checks.check_layout(args)
     flag_checks.check_model(args)
     with gpu_answers(args.cpu):
         call("Megatron", lambda: megatron_arguments.validate_args(args, {}))

@@ -107,7 +107,7 @@ class TrainerIntegration:
             args.sft_loss = None
             return args
         arguments.validate_arguments(args)
-        flag_checks.check_ranks(args)
+        flag_checks.check_layout(args)
         if arguments.cuda_graph_flag(args) and torch.cuda.is_available():
             leave_graphs_unregistered(Path(sys.argv[0]).name)
         return args

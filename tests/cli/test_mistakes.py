@@ -52,9 +52,15 @@ MISTAKES: dict[str, tuple] = {
     "too long": (TRAIN.replace(LENGTH, "--seq-length 96"), "--seq-length 96 is more than the 48 positions"),
     "uneven heads": (
         TRAIN.replace("heads 4", "heads 9").replace("size 32", "size 36") + f" {TP2}",
-        "--tensor-model-parallel-size 2 does not divide the 9 attention heads",
-        2,
-        2,
+        "--tensor-model-parallel-size 2 does not divide the 9 attention heads of the model .--num-attention-heads.:",
+    ),  # though there is one rank: with more it would be as wrong
+    "uneven feed-forward layers": (
+        f"{TRAIN} --ffn-hidden-size 33 {TP2}",
+        "--tensor-model-parallel-size 2 does not divide the 33 columns .* .--ffn-hidden-size.:",
+    ),
+    "uneven heads of a folder": (
+        f"score {INPUT} {LENGTH} --hf-model {{folder}}/hf --tensor-model-parallel-size 8",
+        "size 8 does not divide the 4 attention heads of the model .num_attention_heads of {folder}/hf/config.json.:",
     ),
     "hidden size": (TRAIN.replace("heads 4", "heads 5"), "--num-attention-heads does not divide --hidden-size"),
     "uneven layers": (
@@ -63,7 +69,10 @@ MISTAKES: dict[str, tuple] = {
         2,
         2,
     ),
-    "too few ranks": (f"{TRAIN} {TP2}", "one process was started: torchrun --nproc-per-node 2"),
+    "too few ranks": (
+        f"{TRAIN} {TP2}",
+        "error: --tensor-model-parallel-size 2: .* one process was started: torchrun --nproc-per-node 2",
+    ),
     "uneven ranks": (f"{TRAIN} {TP2}", "does not divide the 3 ranks", 2, 3),
     "uneven batch": (
         TRAIN.replace("--global-batch-size 4", "--global-batch-size 3"),
@@ -128,6 +137,7 @@ MISTAKES: dict[str, tuple] = {
         f"plan --gpus 2 {MODEL} {STEPS} {LENGTH} --lr 1 {TP2}".replace("heads 4", "heads 9"),
         "does not divide the 9 attention heads",
     ),
+    "too few GPUs in plan": (f"plan --gpus 3 {MODEL} {STEPS} {LENGTH} --lr 1 {TP2}", "--gpus 3 is no mul"),
     "too long in plan": (f"plan --gpus 1 {MODEL} {STEPS} --seq-length 96 --lr 1", "more than the 48 positions"),
     "uneven batch in plan": (f"plan --gpus 8 {MODEL} {STEPS} {LENGTH} --lr 1", "--global-batch-size 4 .*take 16"),
     # the others
