@@ -11,6 +11,7 @@ from megatron_idft.checkpoint.config_values import (
     NUMBERS,
     ROPE_FACTOR,
     ROPE_THETA,
+    disagreements,
     listed,
     shape_faults,
     shown,
@@ -84,13 +85,26 @@ def read_config(folder: Path) -> dict[str, Any]:
         ConversionError: there is none, or it is not a JSON object.
     """
     path = Path(folder) / "config.json"
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """An object of JSON, which would otherwise silently have the last value of a name that stands there twice."""
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found and found[name] != value:
+                raise ConversionError(
+                    f"{path}: {shown_name(name)} stands there twice, as {shown(found[name])} and as {shown(value)}:"
+                    " remove the wrong one"
+                )
+            found[name] = value
+        return found
+
     try:
         if not path.is_file():
             raise ConversionError(f"{folder} is not a Hugging Face model folder: it has no config.json")
         refuse_links_out(Path(folder), [path])
         if path.stat().st_size > _MOST_BYTES:
             raise ConversionError(f"{path} has {path.stat().st_size:,} bytes: no config.json of a model is that large")
-        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, object_pairs_hook=once)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
@@ -142,7 +156,7 @@ def read_model(config: dict[str, Any], where: str = "config.json") -> ModelShape
             needed.append("num_experts")
     faults = [f"{name} is missing" for name in needed if config.get(name) is None]
     faults += value_faults(config, READ | READ_EXPERTS if family.experts else READ)
-    faults += _refused_fields(config, family)
+    faults += _refused_fields(config, family) + disagreements(config)
     theta, factor = _read_rope(config, faults)
     _refuse(where, kind, faults)
     heads, hidden, layers = config["num_attention_heads"], config["hidden_size"], config["num_hidden_layers"]

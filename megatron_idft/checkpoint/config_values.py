@@ -60,6 +60,14 @@ _KINDS: dict[str, tuple[type, str]] = {
     "rope_scaling": (dict, "an object"),
     "rope_parameters": (dict, "an object"),
 }
+# Places of one quantity, old and new names of it. Where it is given twice, nobody can tell which one is meant.
+_ONE_QUANTITY = (
+    ("rope_theta", "rope_scaling.rope_theta", "rope_parameters.rope_theta"),
+    ("rope_scaling.rope_type", "rope_scaling.type", "rope_parameters.rope_type", "rope_parameters.type"),
+    ("dtype", "torch_dtype"),
+    ("num_experts", "num_local_experts"),
+)
+_ROPES = ("rope_scaling", "rope_parameters")
 # Each has three tensors of its own: the largest published models have some twenty thousand.
 _MOST_EXPERTS = 1 << 17
 
@@ -80,6 +88,41 @@ def value_faults(config: dict[str, Any], names: Iterable[str]) -> list[str]:
                 right = right and all(isinstance(item, str) for item in value)
             faults.append(None if right else f"{name} is {shown(value)}, should be {told}")
     return [fault for fault in faults if fault is not None]
+
+
+def disagreements(config: dict[str, Any]) -> list[str]:
+    """Quantities that stand in two places with two values. A null is as good as leaving the field out."""
+    named = {name for places in _ONE_QUANTITY for name in places}
+    ropes = [rope for name in _ROPES if isinstance(rope := config.get(name), dict)]
+    shared = sorted(ropes[0].keys() & ropes[1].keys()) if len(ropes) == 2 else []
+    further = [tuple(f"{rope}.{name}" for rope in _ROPES) for name in shared if f"{_ROPES[0]}.{name}" not in named]
+    faults = []
+    for places in (*_ONE_QUANTITY, *further):
+        given = [(place, value) for place in places if _plain(value := _at(config, place)) is not None]
+        for place, value in given[1:]:
+            first, other = given[0]
+            if _plain(value) != _plain(other):
+                both = f"{shown_name(first)} is {shown(other)}, but {shown_name(place)} is {shown(value)}"
+                faults.append(f"{both}: they name one thing, so correct or remove the wrong one")
+                break
+    layers, kinds = config.get("num_hidden_layers"), config.get("layer_types")
+    if isinstance(kinds, list) and type(layers) is int and len(kinds) != layers:
+        faults.append(f"num_hidden_layers is {shown(layers)}, but layer_types names {len(kinds)} layers")
+    return faults
+
+
+def _at(config: dict[str, Any], place: str) -> Any:
+    outer, _, inner = place.partition(".")
+    if not inner:
+        return config.get(outer)
+    return found.get(inner) if isinstance(found := config.get(outer), dict) else None
+
+
+def _plain(value: Any) -> tuple[bool, Any] | None:
+    """What is compared of a value; None of one that is left out, or that is no number, name or switch."""
+    if isinstance(value, str):
+        return False, value.removeprefix("torch.")
+    return (isinstance(value, bool), value) if isinstance(value, bool | int | float) else None
 
 
 def shape_faults(*, hidden: int, heads: int, groups: int, head_dim: int | None, layers: int, experts: int) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_idft.checkpoint import ConversionError, UnknownFamilyError, to_hf, to_megatron
-from megatron_idft.checkpoint.config import read_model
+from megatron_idft.checkpoint.config import read_config, read_model
 from megatron_idft.cli.convert import main
 
 
@@ -156,6 +156,48 @@ def test_config_fields_are_refused_by_name(changes, named):
     with pytest.raises(ConversionError) as caught:
         read_model(config(**changes))
     assert named in str(caught.value)
+
+
+_LLAMA3 = {**_SCALING, "rope_type": "llama3"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "first", "second"),
+    [
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta is 10000.0", "500000.0"),
+        ({"rope_theta": 1e4, "rope_scaling": {**_LLAMA3, "rope_theta": 5e5}}, "rope_theta is", "rope_scaling.rope_t"),
+        (
+            {"rope_scaling": _LLAMA3, "rope_parameters": {**_LLAMA3, "factor": 4.0}},
+            "rope_scaling.factor is 8.0",
+            "rope_parameters.factor is 4.0",
+        ),
+        ({"rope_scaling": {**_LLAMA3, "type": "linear"}}, "rope_scaling.rope_type is 'llama3'", "type is 'linear'"),
+        ({"dtype": "float32", "torch_dtype": "torch.bfloat16"}, "dtype is 'float32'", "torch_dtype is 'torch.bf"),
+        ({"model_type": "qwen3_moe", "num_experts": 8, "num_local_experts": 4}, "num_experts is 8", "experts is 4"),
+        ({"layer_types": ["full_attention"] * 3}, "num_hidden_layers is 2", "layer_types names 3 layers"),
+    ],
+)
+def test_what_is_given_twice_must_agree(changes, first, second):
+    with pytest.raises(ConversionError) as caught:
+        read_model(config(**changes), "model/config.json")
+    [line] = [line for line in str(caught.value).splitlines() if first in line]
+    assert second in line and "model/config.json" in str(caught.value)
+
+
+def test_what_is_given_twice_and_agrees_is_read():
+    twice = {"rope_theta": 500000, "rope_scaling": _LLAMA3 | {"type": "llama3"}, "dtype": "bfloat16"}
+    twice |= {"rope_parameters": {**_LLAMA3, "rope_theta": 500000.0}, "torch_dtype": "torch.bfloat16", "head_dim": 32}
+    once = config(rope_theta=500000, rope_scaling=_LLAMA3, head_dim=32)
+    assert read_model(config(**twice)) == read_model(once)
+
+
+def test_a_name_that_stands_twice_in_the_file_is_refused(tmp_path):
+    text = json.dumps(config())
+    (tmp_path / "config.json").write_text(text.replace("{", '{"vocab_size": 100, ', 1))
+    assert read_config(tmp_path) == config()
+    (tmp_path / "config.json").write_text(text.replace("{", '{"vocab_size": 200, ', 1))
+    with pytest.raises(ConversionError, match=r"config\.json: vocab_size stands there twice, as 200 and as 100"):
+        read_config(tmp_path)
 
 
 def test_all_fields_are_named_at_once_and_both_ways_of_writing_rope_are_read():
