@@ -1,14 +1,16 @@
 """Start real processes, failing with the tail of their output.
 
-`torchrun` starts fresh ones under torch.distributed.run, as a user does. `forked` forks them out of a process that has
-imported Megatron already, for the many runs whose subject is not the start.
+`torchrun` starts fresh ones under torch.distributed.run, as a user does. For the many runs whose subject is not the
+start, processes that have imported everything (zygote.py) fork instead: `forked` ranks by themselves, and
+`forking_python` whatever scripts and programs start with it, torchrun and its ranks too.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import functools
 import itertools
-import json
 import os
 import select
 import signal
@@ -16,8 +18,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import forking_client
+
+from megatron_idft.integration.signals import INTERRUPTED, STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL = 12000
@@ -29,13 +36,14 @@ def torchrun(
     cwd: Path | str = ROOT,
     env: Mapping[str, str] | None = None,
     timeout: float = 300,
+    python: str = sys.executable,
 ) -> str:
     """Run `python -m torch.distributed.run --nproc-per-node NPROC ARGS…` and return stdout and stderr together.
 
     `env` is added to this process's environment. Raises AssertionError with the output's tail if the command fails or
     does not end within `timeout` seconds (all its processes are then stopped).
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
     command += [str(arg) for arg in args]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     merged = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **(env or {})}
@@ -77,11 +85,8 @@ def free_port() -> int:
     raise AssertionError
 
 
-_zygote: subprocess.Popen[str] | None = None
-
-
 def forked(args: Sequence[str | Path], nproc: int = 1, timeout: float = 300) -> str:
-    """Like `torchrun`, with ranks forked out of an imported Megatron in CPU mode (zygote.py)."""
+    """Like `torchrun`, with ranks forked out of an imported Megatron in CPU mode, and without an agent."""
     codes, text = forked_codes(args, nproc, timeout)
     assert not any(codes), f"exit codes {codes}: {args}\n{text[-TAIL:]}"
     return text
@@ -90,42 +95,83 @@ def forked(args: Sequence[str | Path], nproc: int = 1, timeout: float = 300) -> 
 def forked_codes(
     args: Sequence[str | Path], nproc: int = 1, timeout: float = 300, alone: bool = False
 ) -> tuple[list[int], str]:
-    """(exit codes of the ranks, their output), whatever they are. alone: one process, without torchrun's variables."""
-    global _zygote
-    if _zygote is None:
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        _zygote = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "zygote.py")],
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join(paths),
-                "PYTHONWARNINGS": "ignore",
-            },
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
-        atexit.register(_stop_zygote)
-    assert _zygote.stdin is not None and _zygote.stdout is not None
-    argv = [str(arg) for arg in args]
-    with tempfile.NamedTemporaryFile("r") as output:
-        request = {"argv": argv, "nproc": nproc, "cwd": str(ROOT), "output": output.name, "alone": alone}
-        _zygote.stdin.write(json.dumps(request) + "\n")
-        _zygote.stdin.flush()
-        ready, _, _ = select.select([_zygote.stdout], [], [], timeout)
-        answer = _zygote.stdout.readline() if ready else ""
-        text = output.read()
-    if not answer:
-        _stop_zygote()
-        raise AssertionError(f"not done after {timeout} s: {argv}\n{text[-TAIL:]}")
-    return json.loads(answer), text
+    """(exit codes of the ranks, their output), whatever they are. alone: one process, without torchrun's variables.
+
+    All ranks are killed when one fails, but for one that was told to stop: they do so together.
+    """
+    server = servers()["megatron"]
+    argv, port = [str(arg) for arg in args], free_port()
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), "PYTHONWARNINGS": "ignore"}
+    with tempfile.NamedTemporaryFile("r") as output, open(output.name, "ab") as file, open(os.devnull) as nothing:
+        streams = (nothing.fileno(), file.fileno(), file.fileno())
+        ranks: dict[socket.socket, int] = {}
+        for rank in range(nproc):
+            own = {} if alone else _variables(rank, nproc, port)
+            ranks[forking_client.ask(server, argv, common | own, str(ROOT), streams, sys.executable)] = rank
+        codes, running, deadline = [0] * nproc, list(ranks), time.monotonic() + timeout
+        while running:
+            ended, _, _ = select.select(running, [], [], max(deadline - time.monotonic(), 0))
+            if not ended:
+                for connection in running:
+                    connection.close()  # kills the rank
+                raise AssertionError(f"not done after {timeout} s: {argv}\n{output.read()[-TAIL:]}")
+            for connection in ended:
+                code = codes[ranks[connection]] = forking_client.status(connection)
+                running.remove(connection)
+                connection.close()
+                if code not in (0, STOPPED, INTERRUPTED):
+                    for other in running:
+                        with contextlib.suppress(OSError):
+                            other.send(bytes([signal.SIGKILL]))
+        return codes, output.read()
 
 
-def _stop_zygote() -> None:
-    global _zygote
-    if _zygote is not None:
-        os.killpg(_zygote.pid, signal.SIGKILL)
-        _zygote.wait()
-        _zygote = None
+def _variables(rank: int, nproc: int, port: int) -> dict[str, str]:
+    """Those of torchrun that Megatron reads."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "GROUP_RANK": 0}
+    return {name: str(value) for name, value in numbers.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+@functools.cache
+def forking_python() -> str:
+    """An executable for PYTHON=…: programs, torchrun and its ranks start in hundredths of a second (forking_client.py).
+
+    What it has not imported for them is this package: they do, but for the verbs with a model, from this checkout.
+    """
+    path = Path(servers()["python"]).with_name("forking-python")
+    interpreted = os.environ.get("TRITON_INTERPRET", "0")
+    called = f"main({sys.executable!r}, {servers()!r}, {str(ROOT)!r}, {interpreted!r})"
+    lines = [f"#!{sys._base_executable} -IS", "import sys", f"sys.path.append({str(ROOT / 'tests')!r})"]  # type: ignore[attr-defined]
+    path.write_text("\n".join([*lines, "import forking_client", f"forking_client.{called}", ""]))
+    path.chmod(0o755)
+    return str(path)
+
+
+@functools.cache
+def servers() -> dict[str, str]:
+    """The sockets of this process's zygotes, by name; they end with it."""
+    folder = tempfile.TemporaryDirectory(prefix="zygote-")
+    sockets = {name: str(Path(folder.name) / name) for name in ("python", "megatron")}
+    zygote = subprocess.Popen(
+        [sys.executable, "-P", str(ROOT / "tests" / "zygote.py"), *sockets.values()],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": _python_path(),
+            "JE_ARROW_MALLOC_CONF": "background_thread:false",  # what forks must have one thread
+        },
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    atexit.register(folder.cleanup)
+    atexit.register(zygote.kill)
+    assert zygote.stdout is not None and zygote.stdout.readline(), "zygote.py has not started"
+    return sockets
+
+
+def _python_path() -> str:
+    return os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -2,19 +2,19 @@
 # A corpus of three sources scored under a model, linted, filtered and trained on; on a CPU, in minutes.
 #   bash examples/score/run.sh [--out FOLDER] [--fresh]
 # A run that was interrupted goes on where it was when started again; --fresh starts over. PYTHON names the interpreter.
-# RECORDS (of each source), STEPS (of the model's training) and TUNE_STEPS (of each fine-tune; 0 ends the run before)
-# change the sizes, PROCESSES those of the model's training.
+# RECORDS (of each source), STEPS and BATCH (of the model's training) and TUNE_STEPS (of each fine-tune; 0 ends the run
+# before) change the sizes, PROCESSES those of the model's training.
 set -euo pipefail
 
 # shellcheck source=examples/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 arguments "$checkout/.cache/score-example" "$@"
-records=${RECORDS:-240} steps=${STEPS:-500} tune_steps=${TUNE_STEPS:-24} processes=${PROCESSES:-2}
+records=${RECORDS:-240} steps=${STEPS:-500} batch=${BATCH:-64} tune_steps=${TUNE_STEPS:-24} processes=${PROCESSES:-2}
 
 scored='s/^> ((own samples|[0-9,]+ records, ).*)/        \1/p'
 training=(--micro-batch-size 16 --lr-warmup-fraction 0.05 --seed 1)
 
-enter_folder "$records $steps $tune_steps"
+enter_folder "$records $steps $batch $tune_steps"
 
 say "1. corpora, a model with random weights, and a short training that gives it a style of its own"
 if [ ! -e blank/model.safetensors ]; then
@@ -23,7 +23,7 @@ if [ ! -e blank/model.safetensors ]; then
         "$python" "$checkout/examples/make_model.py" blank data/train.jsonl data/corpus.jsonl
 fi
 train "$processes" base "${training[@]}" --hf-model blank --sft-loss ce --sft-data data/train.jsonl --seq-length 64 \
-    --train-iters "$steps" --global-batch-size 64 --lr 3e-3 --min-lr 1e-4 --log-interval 100 --save-hf final
+    --train-iters "$steps" --global-batch-size "$batch" --lr 3e-3 --min-lr 1e-4 --log-interval 100 --save-hf final
 if [ ! -e model ]; then # of all that follows
     rm -rf model.partial
     cp -r "$(printf 'base/hf/iter_%07d' "$steps")" model.partial

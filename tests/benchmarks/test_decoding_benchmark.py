@@ -2,15 +2,14 @@
 
 import json
 import subprocess
-import sys
 
-from launch import ROOT
+from launch import ROOT, forking_python
 
 PROGRAM = ROOT / "tools" / "benchmarks" / "decoding.py"
 
 
 def test_every_variant_is_measured(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(PROGRAM)]
+    command = [forking_python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(PROGRAM)]
     done = subprocess.run(
         [*command, "--out", str(tmp_path), "--shape", "smoke"], capture_output=True, text=True, timeout=120
     )

@@ -4,12 +4,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
 
-from launch import ROOT
+from launch import ROOT, forking_python
 
 SCRIPT = ROOT / "tools" / "benchmarks" / "gpu.sh"
 
@@ -17,7 +16,7 @@ SCRIPT = ROOT / "tools" / "benchmarks" / "gpu.sh"
 def run(results: Path, *stages: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(SCRIPT), str(results), *stages],
-        env={**os.environ, "PYTHON": sys.executable, **environment},
+        env={**os.environ, "PYTHON": forking_python(), **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -41,10 +40,10 @@ def test_a_stage_without_time_fails_the_command(tmp_path):
 
 def test_what_was_there_stays_when_everything_is_killed(tmp_path):
     """The machine is taken away in the middle of a stage: neither traps nor a last line of the script run."""
-    results, environment = tmp_path / "results", {"GPU_SH_DRY_RUN": "cpu", "GPU_SH_PACK_SECONDS": "1"}
+    results, environment = tmp_path / "results", {"GPU_SH_DRY_RUN": "cpu", "GPU_SH_PACK_SECONDS": "0.5"}
     process = subprocess.Popen(
         ["bash", str(SCRIPT), str(results), "environment", "sweep"],
-        env={**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path), **environment},
+        env={**os.environ, "PYTHON": forking_python(), "TMPDIR": str(tmp_path), **environment},
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
@@ -52,11 +51,11 @@ def test_what_was_there_stays_when_everything_is_killed(tmp_path):
         deadline = time.monotonic() + 120
         while "environment" not in summary(results):
             assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.2)
+            time.sleep(0.05)
         written = (results / "logs.tar.gz").stat().st_mtime
         while (results / "logs.tar.gz").stat().st_mtime == written:
             assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.2)
+            time.sleep(0.05)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -16,7 +16,8 @@ STATUSES = {"measured", "wrong", "failed", "left out"}
 
 
 def run(folder: Path, *flags: str) -> dict[str, Any]:
-    # What the tests need for themselves must not reach a program that chooses its own mode.
+    # What the tests need for themselves must not reach a program that chooses its own mode; nor may it be forked, with
+    # Triton imported in ours.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(PROGRAM), "--out", str(folder), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=folder)

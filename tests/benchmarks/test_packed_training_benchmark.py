@@ -2,17 +2,16 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 
-from launch import ROOT
+from launch import ROOT, forking_python
 
 PROGRAM = ROOT / "tools" / "benchmarks" / "packed_training.py"
 
 
 def test_padded_and_packed_records_are_measured(tmp_path):
-    command = [sys.executable, str(PROGRAM), "--smoke", "--json", str(tmp_path / "r.json")]
+    command = [forking_python(), str(PROGRAM), "--smoke", "--json", str(tmp_path / "r.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "r.json").read_text())

@@ -2,16 +2,15 @@
 
 import json
 import subprocess
-import sys
 
-from launch import ROOT
+from launch import ROOT, forking_python
 
 PROGRAM = ROOT / "tools" / "benchmarks" / "prepare.py"
 
 
 def test_every_variant_is_measured(tmp_path):
     flags = ["--records", "60", "--workers", "1", "--vocab", "400", "--documents", "3000", "--rounds", "1"]
-    command = [sys.executable, str(PROGRAM), *flags, "--json", str(tmp_path / "r.json")]
+    command = [forking_python(), str(PROGRAM), *flags, "--json", str(tmp_path / "r.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "r.json").read_text())

@@ -3,12 +3,11 @@
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from launch import ROOT, forking_python
+
 PROGRAM = ROOT / "tools" / "benchmarks" / "scale.py"
 
 
@@ -16,7 +15,7 @@ PROGRAM = ROOT / "tools" / "benchmarks" / "scale.py"
 def counted(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("scale")
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(PROGRAM), "--out", str(folder), "--ranks", "16", "512"]
+    command = [forking_python(), str(PROGRAM), "--out", str(folder), "--ranks", "16", "512"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (folder / "scale.png").stat().st_size > 10_000

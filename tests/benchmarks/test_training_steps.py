@@ -2,18 +2,17 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 
-from launch import ROOT
+from launch import ROOT, forking_python
 
 PROGRAM = ROOT / "tools" / "benchmarks" / "training_steps.py"
 
 
 def test_backends_and_the_stock_loss_train_alike(tmp_path):
     flags = ["--cpu", "--iterations", "3", "--losses", "ce", "--backends", "triton"]
-    command = [sys.executable, str(PROGRAM), "--out", str(tmp_path), *flags]
+    command = [forking_python(), str(PROGRAM), "--out", str(tmp_path), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "training_steps.json").read_text())
@@ -45,7 +44,7 @@ def test_a_difference_is_a_miss(monkeypatch: pytest.MonkeyPatch):
 def test_side_by_side_packs_are_their_records_and_a_cut_leaves_a_verdict(tmp_path):
     """The Triton kernels are tested above; here what is compared beside them, and what a cut leaves."""
     flags = ["--cpu", "--iterations", "2", "--values", "--backends", "reference", "--at-once", "2", "--limit"]
-    command = [sys.executable, str(PROGRAM), "--out", str(tmp_path), *flags]
+    command = [forking_python(), str(PROGRAM), "--out", str(tmp_path), *flags]
     done = subprocess.run([*command, "240"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "training_values.json").read_text())

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from launch import ROOT, forking_python
 
 
-def command(*words: str, path: Path = ROOT) -> subprocess.CompletedProcess:
+def command(*words: str, path: Path = ROOT, python: str | None = None) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(ROOT)]), "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_idft", *words], env=environment, capture_output=True, text=True, timeout=120
-    )
+    started = [python or forking_python(), "-m", "megatron_idft", *words]
+    return subprocess.run(started, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +57,7 @@ def test_unusable_arguments_exit_with_2_and_say_what_is_expected(words):
 
 
 def test_train_help_documents_the_flags():
-    done = command("train", "--help")
+    done = command("train", "--help", python=sys.executable)
     assert done.returncode == 0, done.stderr[-2000:]
     for text in ("sft data:", "--sft-truncation", "sft loss:", "--idft-gamma-max", "arXiv 2602.12222"):
         assert text in done.stdout
@@ -121,7 +120,7 @@ def test_a_bug_says_that_it_is_one_and_where_the_traceback_is(tmp_path):
 
 
 def test_of_two_ranks_one_speaks_and_torchrun_shows_what_it_said():
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    words = [forking_python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*words, "megatron_idft", "train", "--sft-los", "idft"],

@@ -7,18 +7,19 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from launch import ROOT
+from launch import ROOT, forking_python
 from megatron_idft.corpus.verification import final_answer
 from megatron_idft.hinted_decoding.results import read_outcomes
 
 EXAMPLES = ROOT / "examples"
 FOLDER = EXAMPLES / "realign"
 SIZES = {"RECORDS": "32", "HELD_OUT": "16", "LARGEST": "19", "STEPS": "150", "BATCH": "16", "TUNE_STEPS": "4"}
-SIZES |= {"MIX_RECORDS": "0", "PROCESSES": "1", "PYTHON": sys.executable}
+SIZES |= {"MIX_RECORDS": "0", "PROCESSES": "1"}
 sys.path += [str(EXAMPLES), str(FOLDER)]
 
 import styles  # noqa: E402
@@ -46,12 +47,20 @@ def test_a_hinted_prompt_holds_question_and_reference():
     assert record["response"] in {styles.own_answer((47, 85), random.Random(seed)) for seed in range(20)}
 
 
+def run_sh(out: Path, **sizes: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **SIZES, "PYTHON": forking_python(), **sizes}
+    command = ["bash", FOLDER / "run.sh", "--out", out]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Real programs, each in a process of its own; without the comparison of mixings."""
     out = tmp_path_factory.mktemp("realign") / "out"
     command = ["bash", FOLDER / "run.sh", "--out", out]
-    done = subprocess.run(command, env={**os.environ, **SIZES}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env={**os.environ, **SIZES, "PYTHON": forking_python()}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
 
@@ -119,5 +128,10 @@ def test_fine_tuning_takes_the_ids_as_they_are_and_the_tables_say_what_was_found
 def test_a_folder_of_other_sizes_is_refused(run):
     out, _ = run
     command = ["bash", FOLDER / "run.sh", "--out", out]
-    other = subprocess.run(command, env={**os.environ, **SIZES, "RECORDS": "31"}, capture_output=True, text=True)
+    other = subprocess.run(
+        command,
+        env={**os.environ, **SIZES, "PYTHON": forking_python(), "RECORDS": "31"},
+        capture_output=True,
+        text=True,
+    )
     assert other.returncode == 1 and "another version or size" in other.stderr

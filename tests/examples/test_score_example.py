@@ -10,7 +10,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from launch import ROOT
+from launch import ROOT, forking_python
 
 FOLDER = ROOT / "examples" / "score"
 sys.path += [str(FOLDER), str(FOLDER.parent)]
@@ -49,7 +49,8 @@ def test_the_broken_source_is_broken_in_three_ways():
 
 def test_run_sh_tells_the_foreign_source_from_the_models_own(tmp_path):
     """Up to the selection, with a model of few training steps: real programs, each in a process of its own."""
-    sizes = {"RECORDS": "24", "STEPS": "40", "TUNE_STEPS": "0", "PROCESSES": "1", "PYTHON": sys.executable}
+    sizes = {"RECORDS": "24", "STEPS": "40", "BATCH": "16", "TUNE_STEPS": "0", "PROCESSES": "1"}
+    sizes |= {"PYTHON": forking_python()}
     command = ["bash", FOLDER / "run.sh", "--out", tmp_path / "out"]
 
     def run(**more: str) -> subprocess.CompletedProcess:
