@@ -12,6 +12,7 @@ from pathlib import Path
 from launch import ROOT, TAIL, free_port
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
+ON_LOOPBACK = ("127.0.0.1", "127.0.0.2")  # a rendezvous numbers nodes by their addresses
 
 
 class Nodes:
@@ -50,15 +51,22 @@ class Nodes:
         return f"{ADDRESSES[0] if self.separate else '127.0.0.1'}:{free_port()}"
 
     def start(
-        self, node: int, rendezvous: str, words: Sequence[str], output: Path, environment: dict, join: int = 60
+        self,
+        node: int,
+        rendezvous: str,
+        words: Sequence[str],
+        output: Path,
+        environment: dict,
+        join: int = 60,
+        python: str = sys.executable,
     ) -> "Agent":
         """`torchrun` for two nodes with one process each; all it prints is appended to `output`.
 
-        join: seconds to wait for the other node.
+        join: seconds to wait for the other node. python: runs the agent and its process.
         """
-        host = ADDRESSES[node] if self.separate else "127.0.0.1"
+        host = (ADDRESSES if self.separate else ON_LOOPBACK)[node]
         command = ["ip", "netns", "exec", self._names[node]] if self.separate else []
-        command += [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+        command += [python, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
         command += ["--rdzv-backend", "c10d", "--rdzv-id", "faults", "--rdzv-endpoint", rendezvous]
         # In a namespace of its own a node cannot tell by its host name that it is the one that hosts the rendezvous.
         command += ["--rdzv-conf", f"join_timeout={join},is_host={int(node == 0)}"]

@@ -8,15 +8,16 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from faults.agents import Nodes, wait_for
+from faults.agents import Agent, Nodes, wait_for
 from integration.checkpoints import differences, load_checkpoint, load_scalars
 from integration.small_tokenizer import write_additions
 
-from launch import ROOT, forked, torchrun
+from launch import ROOT, forked, forking_python, torchrun
 
 ITERATIONS = 12
 MODEL = f"""
@@ -96,33 +97,38 @@ def test_a_run_that_meets_every_fault_is_the_undisturbed_run_to_the_bit(corpus, 
     with Nodes() as nodes:
         print("nodes in separate network namespaces" if nodes.separate else "nodes on the loopback device")
         # A node that never comes: its agent ends while the others train.
-        waiting = nodes.start(0, nodes.rendezvous(), words, lonely, environment(tmp_path), join=10)
+        waiting = nodes.start(0, nodes.rendezvous(), words, lonely, environment(tmp_path), 10, forking_python())
 
-        killed = order(tmp_path, "stop-4-1")
+        lost = order(tmp_path, "stop-4-1")
         order(tmp_path, "nan-6-0", "once")
-        lost = order(tmp_path, "stop-8-1")
+        killed = order(tmp_path, "stop-8-1")
         terminated = order(tmp_path, "stop-9-0")
         rendezvous = nodes.rendezvous()
-        agents = [
-            nodes.start(node, rendezvous, [*restartable, *words], logs[node], environment(tmp_path)) for node in (0, 1)
-        ]
 
-        # A worker is killed; the NaN step that follows ends its run by itself.
+        def start(node: int, python: str) -> Agent:
+            flags = [*restartable, *words]
+            return nodes.start(node, rendezvous, flags, logs[node], environment(tmp_path), python=python)
+
+        # What dies with its agent must be the agent's own child: that agent and its rank are started, not forked.
+        agents = [start(0, forking_python()), start(1, sys.executable)]
+
+        # A whole node is lost: its agent is killed, and its worker with it. Another agent takes its place. The NaN step
+        # that follows ends its run by itself.
         wait_for((tmp_path / "stopped-4-1").exists, "iteration 4", agents)
         assert waiting.wait(30) == 1
         assert "RendezvousTimeoutError" in waiting.text
-        killed.unlink()
-        os.kill(int((tmp_path / "stopped-4-1").read_text()), signal.SIGKILL)
-
-        # A whole node is lost: its agent is killed, and its worker with it. Another agent takes its place.
-        wait_for((tmp_path / "stopped-8-1").exists, "iteration 8", agents)
-        worker = int((tmp_path / "stopped-8-1").read_text())
+        worker = int((tmp_path / "stopped-4-1").read_text())
         assert worker in agents[1].workers()
         lost.unlink()
         agents[1].send(signal.SIGKILL)
         agents[1].process.wait()
         wait_for(lambda: not Path(f"/proc/{worker}").exists(), "the end of the killed agent's worker", agents[:1], 10)
-        agents[1] = nodes.start(1, rendezvous, [*restartable, *words], logs[1], environment(tmp_path))
+        agents[1] = start(1, forking_python())
+
+        # A worker is killed.
+        wait_for((tmp_path / "stopped-8-1").exists, "iteration 8", agents)
+        killed.unlink()
+        os.kill(int((tmp_path / "stopped-8-1").read_text()), signal.SIGKILL)
 
         # The cluster wants the nodes back: SIGTERM to both agents, which pass it on.
         wait_for((tmp_path / "stopped-9-0").exists, "iteration 9", agents)
@@ -197,7 +203,8 @@ def test_a_step_that_is_never_finite_ends_when_the_restarts_are_used_up(corpus, 
     order(tmp_path, "nan-4-1", "always")
     words = command(corpus, tmp_path, f"--save {tmp_path / 'saved'} --rerun-mode disabled")
     with pytest.raises(AssertionError) as failed:
-        torchrun(["--max-restarts", "1", *words], nproc=2, env=environment(tmp_path) | {SHARED_STORE: "0"})
+        variables = environment(tmp_path) | {SHARED_STORE: "0"}
+        torchrun(["--max-restarts", "1", *words], nproc=2, env=variables, python=forking_python())
     text = str(failed.value)
     last = text[text.index("Root Cause") :]
     assert "iteration 4 is not finite: rank 1 on " in last and "found NaN in local grad norm" in last
