@@ -26,10 +26,10 @@ def main(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print_help()
         return 0
-    from megatron_idft.integration import outcome, signals
+    from megatron_idft.integration import early_ending, outcome, signals
 
     outcome.begin()
-    signals.listen()
+    signals.listen(early_ending.before_flags(argv))
     from megatron_idft.integration.hf_model import expand
     from megatron_idft.integration.program import train
     from megatron_idft.integration.script import prepare_process

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from megatron_idft.errors import UserError
-from megatron_idft.integration import signals
+from megatron_idft.integration import early_ending, signals
 from megatron_idft.integration.outcome import tell_launcher
 from megatron_idft.integration.run_checkpoints import RunCheckpoints, from_rank_0, gather, print_on_rank_0, reduced
 
@@ -62,7 +62,6 @@ class Endings:
         self._stopped_by = 0
         self._all_know = False
         self._signals = signals.listen()
-        self._signals.ending = self._end_at_once
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -83,6 +82,7 @@ class Endings:
         self._args = args
         self._wants_signal_handler = args.exit_signal_handler and args.save is not None
         args.exit_signal_handler = False
+        self._signals.ending = self._end_at_once
         self._signals.add(args.exit_signal)
 
     def arm_signal_handler(self, args: argparse.Namespace) -> None:
@@ -132,25 +132,18 @@ class Endings:
 
     def _end_at_once(self, number: int, again: bool) -> int:
         """On the thread of the signals: say what is lost, and with which exit code to end."""
+        assert self._args is not None
         args, goes_on = self._args, self._checkpoints.next_start(self._args)
+        if not self._trains:
+            return early_ending.end_before_first_step(number, args.save, goes_on)
         code = 1
-        if args is not None and self._trains and goes_on is not None and goes_on >= (args.train_iters or 0):
+        if goes_on is not None and goes_on >= (args.train_iters or 0):
             code, what = signals.exit_code(number), f"after the last step. The checkpoint of iteration {goes_on} is"
             what += f" complete in {args.save}; start the same command again for what comes after it"
-        elif self._trains:
-            assert args is not None
+        else:
             what = f"{'again, ' if again else ''}in iteration {args.curr_iteration + 1}: ended at once. "
             what += self._next_start_by_hand(args) + ("; what came after it is lost" if goes_on is not None else "")
-        else:
-            what = "before the first step: nothing is lost. "
-            if goes_on is not None:
-                code = signals.exit_code(number)
-            what += "Nothing was trained yet" if args is None else self._next_start_by_hand(args)
-        message = f"megatron-idft train: {signals.name_of(number)} {what}"
-        tell_launcher(message, code)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            signals.say(message)
-        return code
+        return early_ending.end_with(f"{signals.name_of(number)} {what}", code)
 
     # --------------------------------------------------------------------------------------------------------- faults
 
@@ -256,12 +249,7 @@ class Endings:
         return self._where(args) + " when you start the same command again"
 
     def _where(self, args: argparse.Namespace) -> str:
-        if args.save is None:
-            return "Without --save nothing is kept: training begins anew"
-        goes_on = self._checkpoints.next_start(args)
-        if goes_on is None:
-            return f"There is no checkpoint in {args.save} yet: training begins anew"
-        return f"Training goes on from iteration {goes_on} in {args.save}"
+        return early_ending.next_start(args.save, self._checkpoints.next_start(args))
 
 
 def _not_finite(iteration: int, what: str, before: int) -> str:

@@ -30,6 +30,7 @@ from megatron_idft.checkpoint.checksums import DamagedCheckpointError, Record, i
 from megatron_idft.checkpoint.torch_dist import check_pickles
 from megatron_idft.errors import UserError
 from megatron_idft.integration.arguments import ArgumentError
+from megatron_idft.integration.early_ending import tracked_iteration
 
 
 def add_checksum_argument(group: Any) -> None:
@@ -61,11 +62,7 @@ class RunCheckpoints:
         """`continues_at`; before --save has been looked at, what its tracker names."""
         if self._looked or args is None or args.save is None:
             return self.continues_at
-        try:
-            tracked = checksums.read_tracker(Path(args.save))
-        except DamagedCheckpointError:  # told when it is looked at
-            return None
-        return tracked if isinstance(tracked, int) else None
+        return tracked_iteration(args.save)
 
     # -------------------------------------------------------------------------------------------------------- loading
 

@@ -46,9 +46,9 @@ class StopSignals:
             on a thread of its own, and the process then ends at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ending: Callable[[int, bool], int]) -> None:
         self.received = 0
-        self.ending: Callable[[int, bool], int] = _end_without_a_word
+        self.ending = ending
         self._since = 0.0
         self._kept = False
         self._numbers: set[int] = set()
@@ -125,11 +125,11 @@ class StopSignals:
 _signals: StopSignals | None = None
 
 
-def listen() -> StopSignals:
-    """The signals of this process; the first call, on the main thread, begins to take them."""
+def listen(ending: Callable[[int, bool], int] | None = None) -> StopSignals:
+    """The signals of this process; the first call, on the main thread, begins to take them, with this ending."""
     global _signals
     if _signals is None:
-        _signals = StopSignals()
+        _signals = StopSignals(ending or _end_without_a_word)
     return _signals
 
 

@@ -177,6 +177,52 @@ def test_before_the_first_step_nothing_is_lost_but_143_needs_a_checkpoint(corpus
     assert "SIGTERM before the first step: nothing is lost. There is no checkpoint in" in last
 
 
+@pytest.mark.parametrize(
+    ("number", "tracker", "code", "said"),
+    [
+        (
+            signal.SIGTERM,
+            "12",
+            143,
+            "SIGTERM before the first step: nothing is lost. Training goes on from iteration",
+        ),
+        (signal.SIGINT, "12", 130, "Ctrl-C (SIGINT) before the first step: nothing is lost. Training goes on"),
+        (signal.SIGTERM, None, 1, "nothing is lost. There is no checkpoint in"),
+        (signal.SIGTERM, "garbage", 1, "nothing is lost. There is no checkpoint in"),
+    ],
+)
+def test_a_signal_before_the_flags_are_parsed_ends_as_one_before_the_first_step(
+    corpus, tmp_path, number, tracker, code, said
+):
+    """While torch is imported: as soon as the process takes signals, and without waiting for anything."""
+    if tracker is not None:
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
+    command = [sys.executable, "-m", "megatron_idft", *words(corpus, f"--save={tmp_path}")]
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    training = subprocess.Popen(
+        command, cwd=ROOT, env=alone | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        while not takes(training.pid, number):
+            assert training.poll() is None
+            time.sleep(0.002)
+        training.send_signal(number)
+        out, err = (text.decode() for text in training.communicate(timeout=SECONDS))
+    finally:
+        training.kill()
+    assert training.returncode == code and not out, (out, err)
+    [line] = err.splitlines()
+    assert line.startswith("megatron-idft train: ") and said in line
+    assert line.endswith("when you start the same command again")
+
+
+def takes(pid: int, number: int) -> bool:
+    """Whether the process has a handler for the last of the signals, SIGHUP, and for this one."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+    return all(caught >> (each - 1) & 1 for each in (signal.SIGHUP, number))
+
+
 def test_a_signal_in_an_evaluation_or_a_save_ends_in_a_checkpoint_of_that_step(corpus, tmp_path):
     save = tmp_path / "saved"
     flags = f"--save {save} --sft-valid-data {corpus / 'train.jsonl'} --start-eval-at-iter 1 --eval-interval 2"
