@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool 
         type=int,
         default=None,
         help="Rows of the true vocabulary; columns above are Megatron's padding and are left out of every sum."
-        " Default: the tokenizer's size.",
+        " Default: that of the config.json kept beside the checkpoint, else the tokenizer's size.",
     )
     group.add_argument(
         "--cpu",

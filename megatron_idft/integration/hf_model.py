@@ -242,7 +242,7 @@ def _huggingface_folder(args: argparse.Namespace) -> Path | None:
     """The folder with the config.json of the model that is trained, if it is known."""
     from megatron_idft.checkpoint.folders import COMPANIONS
 
-    if args.hf_model is not None:
+    if getattr(args, "hf_model", None) is not None:  # a script under `run` has no such flag
         return Path(args.hf_model)
     places = [Path(place) / COMPANIONS for place in (args.load, args.pretrained_checkpoint) if place]
     return next((place for place in places if (place / "config.json").is_file()), None)

@@ -80,8 +80,6 @@ class ChatTraining(TrainerIntegration):
         flag_checks.check_train(args, reads_records=self._prepared is None)
         self._export = hf_model.HuggingFaceExport(args)
         self.endings.postpone_signal_handler(args)
-        if args.sft_loss is not None and args.sft_loss_vocab_size is None:
-            args.sft_loss_vocab_size = hf_model.recorded_vocab_size(args)
         return args
 
     def _setup_model_and_optimizer(self, original: Callable, call: inspect.BoundArguments) -> Any:

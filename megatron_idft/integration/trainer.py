@@ -26,11 +26,12 @@ from typing import Any
 import torch
 
 from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
-from megatron_idft.integration import arguments, compatibility, flag_checks
+from megatron_idft.integration import arguments, compatibility, flag_checks, hf_model
 from megatron_idft.integration.continued_schedule import check_schedule, take_new_rates
 from megatron_idft.integration.hook import LossHook, UnsupportedModelError, install, installed_hooks
 from megatron_idft.integration.metrics import LossMetrics, MetricsReport, PhiAlarm, stopping_warning
 from megatron_idft.integration.publishing import print_rank_last, publish_evaluation, publish_training
+from megatron_idft.integration.script_data import check_script_data
 from megatron_idft.loss import resolve_backend
 from megatron_idft.objectives import LambdaSchedule, Objective
 
@@ -108,6 +109,10 @@ class TrainerIntegration:
             return args
         arguments.validate_arguments(args)
         flag_checks.check_layout(args)
+        if args.sft_loss is not None and args.sft_loss_vocab_size is None:
+            args.sft_loss_vocab_size = hf_model.recorded_vocab_size(args)
+        if args.sft_loss is not None and args.rank == 0:
+            check_script_data(args)
         if arguments.cuda_graph_flag(args) and torch.cuda.is_available():
             leave_graphs_unregistered(Path(sys.argv[0]).name)
         return args
