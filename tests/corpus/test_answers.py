@@ -144,6 +144,37 @@ def test_decimals_are_read_exactly(value, exponent):
     assert number(rf"{value:f} \times 10^{{{exponent}}}") == scaled
 
 
+def in_words(value: int, glue: str) -> str:
+    """glue: in front of the last number below a hundred, " and " or " "."""
+    ones = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+    ones = [*ones.split(), "seventeen", "eighteen", "nineteen"]
+    if value < 20:
+        return ones[value]
+    if value < 100:
+        tens = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"][value // 10 - 2]
+        return f"{tens}-{ones[value % 10]}" if value % 10 else tens
+    scale, name = next(pair for pair in ((10**6, "million"), (1000, "thousand"), (100, "hundred")) if value >= pair[0])
+    rest = value % scale
+    behind = (glue if rest < 100 else " ") + in_words(rest, glue) if rest else ""
+    return f"{in_words(value // scale, glue)} {name}{behind}"
+
+
+@given(st.integers(0, 2500) | st.integers(0, 10**9 - 1), st.sampled_from([" and ", " "]))
+def test_words_are_the_number_that_they_say(value, glue):
+    assert number(in_words(value, glue)) == value
+    assert number(f"Minus {in_words(value, glue).replace('-', ' ')}") == -value
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["and", "a", "hundred", "one two", "nineteen ninety", "one hundred hundred", "ten and one", "one, two",
+     "five thousand six thousand", "twenty-eleven", "one million and", "zero five", "one thousandfive", "the first one",
+     "one of them", "three or four", "twenty ten", "seven hundred thousand million", "minus", "twenty " * 57],
+)  # fmt: skip
+def test_other_words_are_no_number(text):
+    assert number(text) is None
+
+
 @given(rationals, rationals)
 def test_same_number_is_equality_of_fractions(a, b):
     assert same_number(str(a), str(b)) == (a == b)

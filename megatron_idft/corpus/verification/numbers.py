@@ -18,15 +18,31 @@ _NUMBER = re.compile(
     rf"|(?P<decimal>{_DECIMAL})(?:[eE](?P<e>[-+]?[0-9]+))?)"
 )
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_ONES, _TENS = (
+    {word: value for value, word in zip(values, words.split(), strict=True)}
+    for values, words in (
+        (range(1, 20), "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+            " sixteen seventeen eighteen nineteen"),
+        (range(20, 100, 10), "twenty thirty forty fifty sixty seventy eighty ninety"),
+    )
+)  # fmt: skip
+_BELOW_10 = "|".join(list(_ONES)[:9])
+_BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})(?:[- ](?:{_BELOW_10}))?|{'|'.join(_ONES)})"
+_BELOW_1000 = rf"(?:(?:{_BELOW_10}|a)[- ]hundred(?:(?: and)? {_BELOW_100})?|{_BELOW_100})"
+_MILLIONS, _THOUSANDS = (f"(?:{_BELOW_1000}|a) {scale}" for scale in ("million", "thousand"))
+_REST = f"(?:(?: and)? {_BELOW_1000})?"
+_IN_WORDS = re.compile(
+    rf"(?:(?:minus|negative) )?(?:zero|{_MILLIONS}(?: {_THOUSANDS})?{_REST}|{_THOUSANDS}{_REST}|{_BELOW_1000})"
+)
 _SCALED = re.compile(rf"(.+?) ?({'|'.join(_SCALES)})")
 
 
 def number(text: str) -> Fraction | None:
     r"""The exact value of a number, or None.
 
-    Integers, decimals, 1e-3, 3 \times 10^{8}, a/b, \frac{a}{b}, mixed numbers (1 1/2, 1\frac{1}{2}: three halves), and
-    "5 million". 50% is 50: `same_number` treats per cents. None, too, for numbers of more than `MAX_NUMBER` characters
-    or beyond 10^±`MAX_EXPONENT`.
+    Integers, decimals, 1e-3, 3 \times 10^{8}, a/b, \frac{a}{b}, mixed numbers (1 1/2, 1\frac{1}{2}: three halves),
+    "5 million", and whole numbers below 10^9 in English words, "minus twenty-one". 50% is 50: `same_number` treats per
+    cents. None, too, for numbers of more than `MAX_NUMBER` characters or beyond 10^±`MAX_EXPONENT`.
     """
     return None if len(text) > 4 * MAX_NUMBER else _value(normalised(text).removesuffix("%"))
 
@@ -35,10 +51,23 @@ def _value(text: str) -> Fraction | None:
     """Of a normalised text without a per cent sign."""
     if len(text) > MAX_NUMBER:
         return None
+    if _IN_WORDS.fullmatch(text):
+        return _of_words(text)
     scaled = _SCALED.fullmatch(text)
     found = _NUMBER.fullmatch(scaled[1] if scaled else text)
     value = None if found is None else _exact(found)
     return value * _SCALES[scaled[2]] if scaled and value is not None else value
+
+
+def _of_words(text: str) -> Fraction:
+    total = group = 0
+    for word in re.split("[- ]", text):
+        group += _ONES.get(word, 0) + _TENS.get(word, 0)
+        if word == "hundred":
+            group = 100 * max(group, 1)  # "a hundred"
+        elif word in ("thousand", "million"):
+            total, group = total + max(group, 1) * _SCALES[word], 0
+    return Fraction(-(total + group) if text.startswith(("minus", "negative")) else total + group)
 
 
 def _exact(found: re.Match[str]) -> Fraction | None:
