@@ -243,9 +243,9 @@ def execute(argv: list[str]) -> None:
     else:
         sys.argv = list(words)
         sys.path.insert(0, os.path.dirname(os.path.realpath(words[0])))
-        main.__dict__["__file__"] = words[0]
-        with open(words[0], "rb") as file:
-            code = compile(file.read(), words[0], "exec")
+        path = main.__dict__["__file__"] = os.path.abspath(words[0])
+        with open(path, "rb") as file:
+            code = compile(file.read(), path, "exec")
         exec(code, main.__dict__)
 
 
