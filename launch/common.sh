@@ -181,7 +181,7 @@ start() {
 }
 
 # start_training COMMAND…: as `start`, but the last line and the status are those that a rank on this node has told
-# (megatron_idft/integration/outcome.py). torchrun's last line is not ours, and its status is 1 whatever happened. 143
+# (megatron_idft/integration/platform/outcome.py). torchrun's last line is not ours, and its status is 1 whatever happened. 143
 # and 130 come from a rank alone, which has seen that a checkpoint holds all that was trained.
 start_training() {
     if [ -n "$dry_run" ]; then

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from megatron_idft.integration.hook import install, uninstall
+    from megatron_idft.integration.loss.hook import install, uninstall
     from megatron_idft.loss import LossOutput, vocab_parallel_loss
     from megatron_idft.objectives import Objective, ce, dft, entropy, idft, resolve_objective
     from megatron_idft.statistics import TokenStatistics, centered_log_likelihood
@@ -24,9 +24,9 @@ _HOME = {
     "dft": "megatron_idft.objectives",
     "entropy": "megatron_idft.objectives",
     "idft": "megatron_idft.objectives",
-    "install": "megatron_idft.integration.hook",
+    "install": "megatron_idft.integration.loss.hook",
     "resolve_objective": "megatron_idft.objectives",
-    "uninstall": "megatron_idft.integration.hook",
+    "uninstall": "megatron_idft.integration.loss.hook",
     "vocab_parallel_loss": "megatron_idft.loss",
 }
 

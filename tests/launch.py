@@ -24,7 +24,7 @@ from pathlib import Path
 
 import forking_client
 
-from megatron_idft.integration.signals import INTERRUPTED, STOPPED
+from megatron_idft.integration.platform.signals import INTERRUPTED, STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL = 12000

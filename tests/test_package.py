@@ -40,7 +40,7 @@ def members():
 before = members()
 import megatron_idft
 names = [getattr(megatron_idft, name) for name in megatron_idft.__all__]
-import megatron_idft.integration.trainer, megatron_idft.integration.program
+import megatron_idft.integration.loss.trainer, megatron_idft.integration.training.program
 after = members()
 print(json.dumps([str(key) for key in before if after.get(key) != before[key]]))
 """

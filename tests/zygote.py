@@ -49,8 +49,8 @@ OTHERS = """
 MEGATRON = """
     megatron.core.models.gpt.gpt_model megatron.core.models.hybrid.hybrid_model megatron.core.tokenizers.text
     megatron.training.training
-    megatron_idft.integration.program megatron_idft.integration.scoring_program
-    megatron_idft.integration.realign_program
+    megatron_idft.integration.training.program megatron_idft.integration.offline.score
+    megatron_idft.integration.offline.realign
 """
 
 
@@ -60,7 +60,7 @@ def import_all(names: str) -> None:
 
 
 def import_megatron() -> None:
-    from megatron_idft.integration import cpu
+    from megatron_idft.integration.platform import cpu
 
     cpu.enable()
     import_all(MEGATRON)

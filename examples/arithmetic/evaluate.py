@@ -18,7 +18,7 @@ import torch
 from problems import stated_answer
 
 from megatron_idft.corpus.records import Record, read_records
-from megatron_idft.data import encode_conversation
+from megatron_idft.data.chat.conversations import encode_conversation
 from megatron_idft.integration.script import prepare_process
 
 MAX_NEW_TOKENS = 56
@@ -145,7 +145,7 @@ def statistics(model: Any, tokenizer: Any, records: Sequence[Record]) -> dict[st
 
 def main() -> None:
     args, model = start()
-    from megatron_idft.data import load_tokenizer
+    from megatron_idft.data.chat.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer_model, chat_template=args.chat_template)
     records = {path: list(read_records(path)) for path in {*args.decode, *args.score}}

@@ -7,7 +7,7 @@ from typing import Any
 
 from additions import OPENINGS, Sum, foreign_answer, in_words
 
-from megatron_idft.corpus.verification import final_answer
+from megatron_idft.corpus.verification.answers import final_answer
 from megatron_idft.hinted_decoding.prompts import hint_template
 
 HINT = Path(__file__).with_name("hint.txt")  # the template that `realign` shows the reference with

@@ -32,7 +32,8 @@ def transformers_loss(model_folder: Path, records: Path, seq_length: int, device
     from transformers import AutoModelForCausalLM
 
     from megatron_idft.corpus.records import read_records
-    from megatron_idft.data import encode_conversation, load_tokenizer
+    from megatron_idft.data.chat.conversations import encode_conversation
+    from megatron_idft.data.chat.tokenizer import load_tokenizer
 
     place = "cuda" if device == "gpu" else "cpu"
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto").to(place).eval()

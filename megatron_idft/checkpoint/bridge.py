@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_idft.checkpoint.config import ConversionError, UnknownFamilyError
 from megatron_idft.checkpoint.safetensors_files import SafetensorsFolder
+from megatron_idft.errors import ConversionError, UnknownFamilyError
 
 
 def _auto_bridge(because: UnknownFamilyError) -> Any:

@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_idft.checkpoint.config import ConversionError, ModelShape
+from megatron_idft.checkpoint.config import ModelShape
 from megatron_idft.checkpoint.config_values import listed
 from megatron_idft.checkpoint.families import HEAD
+from megatron_idft.checkpoint.model_flags import ModelClass
 from megatron_idft.checkpoint.safetensors_header import SERVED, StoredTensor
-from megatron_idft.checkpoint.settings import ModelClass
 from megatron_idft.checkpoint.tensors import Piece
+from megatron_idft.errors import ConversionError
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ where it is, the save was complete. Megatron and other readers ignore it. The ch
 truncation and every short burst of flipped bits, is not meant against anybody's intent, and runs at the disk's speed
 (5.6 GB/s on one core of the machine this was written on, where hashlib.blake2b runs at 1.3 GB/s).
 
-Nothing here knows Megatron or torch; integration/run_checkpoints.py spreads the work over ranks.
+Nothing here knows Megatron or torch; integration/training/checkpoints.py spreads the work over ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_idft.errors import InputError
+from megatron_idft.errors import DamagedCheckpointError
 
 RECORD = "checksums.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -28,10 +28,6 @@ _VERSION = 1
 _CHUNK = 16 << 20
 _THREADS = 4  # per process: reading overlaps with summing, which releases the interpreter's lock
 _WRITTEN_BY = re.compile(r"__(\d+)_\d+\.distcp$")
-
-
-class DamagedCheckpointError(InputError):
-    """A checkpoint whose files are not those that were saved; the message names them and the remedy."""
 
 
 @dataclass(frozen=True)

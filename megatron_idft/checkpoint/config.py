@@ -19,20 +19,12 @@ from megatron_idft.checkpoint.config_values import (
     value_faults,
 )
 from megatron_idft.checkpoint.families import FAMILIES, NEUTRAL, READ, READ_EXPERTS, REQUIRED, Family
-from megatron_idft.errors import InputError
+from megatron_idft.errors import ConversionError, InputError, UnknownFamilyError
 from megatron_idft.links import refuse_links_out
 
 # What megatron/core/models/common/embeddings/rotary_pos_embedding.py (_apply_scaling) has written out.
 _LLAMA3_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 _MOST_BYTES = 4 << 20  # of config.json: those of published models have a few thousand
-
-
-class ConversionError(InputError):
-    """A model or checkpoint that cannot be converted as it is; the message names everything found and the remedy."""
-
-
-class UnknownFamilyError(ConversionError):
-    """config.json names a model_type without a table in `families.py`."""
 
 
 @dataclass(frozen=True)

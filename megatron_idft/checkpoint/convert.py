@@ -17,10 +17,9 @@ import torch
 
 from megatron_idft.checkpoint import checksums
 from megatron_idft.checkpoint.checks import check_checkpoint, check_source, check_tied, checked_model_class
-from megatron_idft.checkpoint.config import ConversionError, ModelShape, read_config, read_model
+from megatron_idft.checkpoint.config import ModelShape, read_config, read_model
 from megatron_idft.checkpoint.folders import COMPANIONS, copy_companions, find_companions, new_folder
-from megatron_idft.checkpoint.safetensors_files import DTYPES, SHARD_BYTES, SafetensorsFolder, SafetensorsWriter
-from megatron_idft.checkpoint.settings import (
+from megatron_idft.checkpoint.model_flags import (
     ModelClass,
     checkpoint_args,
     differences,
@@ -28,8 +27,10 @@ from megatron_idft.checkpoint.settings import (
     padded_vocabulary,
     write_flags_file,
 )
+from megatron_idft.checkpoint.safetensors_files import DTYPES, SHARD_BYTES, SafetensorsFolder, SafetensorsWriter
 from megatron_idft.checkpoint.tensors import Part, cut, extra_states, join, pieces
 from megatron_idft.checkpoint.torch_dist import TRACKER, TorchDistCheckpoint, TorchDistWriter, find_iteration
+from megatron_idft.errors import ConversionError
 
 RECORD = "conversion.json"
 _EMPTY_STATE = torch.empty(0, dtype=torch.uint8)  # Transformer Engine's sign that there is no FP8 state

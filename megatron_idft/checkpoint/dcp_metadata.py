@@ -29,13 +29,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_idft.checkpoint.config_values import shown_name
-from megatron_idft.errors import InputError
+from megatron_idft.errors import UnsafeCheckpointError
 
 NAME = ".metadata"
-
-
-class UnsafeCheckpointError(InputError):
-    """A checkpoint that names code or files which no writer of checkpoints names; the message says which."""
 
 
 def _member(owner: Any, name: Any) -> Any:

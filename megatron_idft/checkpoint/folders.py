@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_idft.build_folders import building_in
-from megatron_idft.checkpoint.config import ConversionError
+from megatron_idft.errors import ConversionError
 from megatron_idft.links import refuse_links_out
 
 COMPANIONS = "tokenizer"  # the folder of config.json and the tokenizer's files, inside a Megatron checkpoint

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_idft.checkpoint.checks import check_source
-from megatron_idft.checkpoint.config import ConversionError, ModelShape, read_config, read_model
+from megatron_idft.checkpoint.config import ModelShape, read_config, read_model
 from megatron_idft.checkpoint.safetensors_header import read_folder
 from megatron_idft.checkpoint.tensors import pieces
-from megatron_idft.errors import ArgumentError
+from megatron_idft.errors import ArgumentError, ConversionError
 
 _RECORDS = ("--data", "--sft-data", "--sft-valid-data")
 _FOLDERS = ("--tokenizer-model", "--pretrained-checkpoint")

@@ -17,8 +17,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from megatron_idft.checkpoint.config import ConversionError
 from megatron_idft.checkpoint.safetensors_header import INDEX, SINGLE, read_folder
+from megatron_idft.errors import ConversionError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_idft.checkpoint.config import ConversionError
 from megatron_idft.checkpoint.config_values import shown_name
+from megatron_idft.errors import ConversionError
 from megatron_idft.links import refuse_links_out
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_idft.checkpoint.config import ModelShape
 from megatron_idft.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD, Layout, Rule
-from megatron_idft.checkpoint.settings import ModelClass, padded_vocabulary
+from megatron_idft.checkpoint.model_flags import ModelClass, padded_vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor

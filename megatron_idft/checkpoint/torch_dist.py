@@ -37,17 +37,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_idft.checkpoint.checksums import (
-    RECORD,
-    TRACKER,
-    DamagedCheckpointError,
-    iteration_folder,
-    problems,
-    read_record,
-    read_tracker,
-)
-from megatron_idft.checkpoint.config import ConversionError
+from megatron_idft.checkpoint.checksums import RECORD, TRACKER, iteration_folder, problems, read_record, read_tracker
 from megatron_idft.checkpoint.dcp_metadata import NAME, read_metadata
+from megatron_idft.errors import ConversionError, DamagedCheckpointError
 
 _COMMON = "common_state/shard_0_1"
 _FILE_BYTES = 4 << 30  # a file is closed when it has grown beyond this

@@ -52,7 +52,9 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(list(argv))
     import torch
 
-    from megatron_idft.checkpoint import UnknownFamilyError, bridge, to_hf, to_megatron
+    from megatron_idft.checkpoint import bridge
+    from megatron_idft.checkpoint.convert import to_hf, to_megatron
+    from megatron_idft.errors import UnknownFamilyError
 
     if args.direction == "to-megatron":
         try:

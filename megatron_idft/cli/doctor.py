@@ -12,6 +12,6 @@ def main(argv: Sequence[str]) -> int:
     if argv:
         print(USAGE)
         return 0 if list(argv) in (["-h"], ["--help"]) else 2
-    from megatron_idft.integration.environment import examine, print_report
+    from megatron_idft.integration.platform.doctor import examine, print_report
 
     return 0 if print_report(examine()) else 1

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_idft.errors import VERBOSE, UserError, verbose
-from megatron_idft.integration.outcome import tell_script
-from megatron_idft.integration.signals import INTERRUPTED, STOPPED
+from megatron_idft.integration.platform.outcome import tell_script
+from megatron_idft.integration.platform.signals import INTERRUPTED, STOPPED
 
 FAILED, UNUSABLE = 1, 2
 _LONGEST = 4000  # characters of a message: some hold what a file held
@@ -65,7 +65,7 @@ def explain(error: Exception, verb: str) -> Failure:
             FAILED,
             keep_traceback=True,
         )
-    from megatron_idft.integration.megatron_errors import translate  # imports nothing of Megatron
+    from megatron_idft.integration.platform.megatron_errors import translate  # imports nothing of Megatron
 
     translated = translate(error)
     if translated is not None:
@@ -79,7 +79,7 @@ def explain(error: Exception, verb: str) -> Failure:
 
 
 def _missing_package(error: ModuleNotFoundError, verb: str) -> str | None:
-    from megatron_idft.integration.environment import install_line
+    from megatron_idft.integration.platform.doctor import install_line
 
     name = (error.name or "").partition(".")[0]
     install = install_line(name)

@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import megatron_idft
-from megatron_idft.errors import UserError
+from megatron_idft.errors import InitError
 from megatron_idft.parsing import Parser
 
 # What is copied out of a checkout; setup.py puts the same into the wheel, as the folder `scripts` of the package.
 FOLDERS = ("launch", "examples/smoke", "examples/numinamath")
 CHECKOUT_ONLY = ("quickstart.sh", "python.sh", "__pycache__")
-
-
-class InitError(UserError):
-    """Nothing was copied; the message says why and what to do."""
 
 
 def main(argv: Sequence[str]) -> int:

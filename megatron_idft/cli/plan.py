@@ -16,7 +16,7 @@ Needs neither torchrun nor a GPU and opens no data. Exit code 0: it fits; 1: it 
 
 
 def print_help() -> None:
-    from megatron_idft.integration.plan_arguments import add_plan_arguments
+    from megatron_idft.integration.plan.arguments import add_plan_arguments
 
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, description=None)
     print(USAGE + "\n\n" + add_plan_arguments(parser).format_help())
@@ -29,9 +29,9 @@ def main(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print_help()
         return 0
-    from megatron_idft.integration.plan_arguments import plan_from_flags
+    from megatron_idft.integration.plan.arguments import plan_from_flags
     from megatron_idft.planning.plan import as_json
-    from megatron_idft.planning.report import format_plan
+    from megatron_idft.planning.text import format_plan
 
     plan, target = plan_from_flags(argv)
     print(format_plan(plan))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_idft.integration import signals
+from megatron_idft.integration.platform import signals
 from megatron_idft.parsing import Parser
 
 
@@ -48,10 +48,10 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(list(argv))
     # Before transformers is imported: the processes below keep all processors busy.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from megatron_idft.data.chat.tokenizer import load_tokenizer
+    from megatron_idft.data.packed.pack_settings import PrepareSettings
     from megatron_idft.data.packed.prepare import prepare
     from megatron_idft.data.packed.preview import show_packs, show_records
-    from megatron_idft.data.packed.settings import PrepareSettings
-    from megatron_idft.data.tokenizer import load_tokenizer
 
     settings = PrepareSettings(
         tuple(args.data),

@@ -22,7 +22,7 @@ Every flag of Megatron-LM 0.19 that describes a model or a layout is understood 
 
 
 def status(argv: Sequence[str]) -> int:
-    from megatron_idft.hinted_decoding.status import describe_status
+    from megatron_idft.hinted_decoding.output.status import describe_status
 
     parser = Parser(
         "megatron-idft realign status", description="Chunks, launches, the time left, and what became of the records."
@@ -33,7 +33,7 @@ def status(argv: Sequence[str]) -> int:
 
 
 def merge(argv: Sequence[str]) -> int:
-    from megatron_idft.hinted_decoding.merge import merge as merge_records
+    from megatron_idft.hinted_decoding.output.merge import merge as merge_records
 
     parser = Parser(
         "megatron-idft realign merge", description="The kept records in one file, in the order of the input."
@@ -52,8 +52,8 @@ def merge(argv: Sequence[str]) -> int:
 
 
 def report(argv: Sequence[str]) -> int:
-    from megatron_idft.hinted_decoding.report import write_report
-    from megatron_idft.hinted_decoding.results import read_outcomes, read_settings
+    from megatron_idft.hinted_decoding.output.results import read_outcomes, read_settings
+    from megatron_idft.hinted_decoding.report.builder import write_report
 
     parser = Parser(
         "megatron-idft realign report", description="One page and one JSON: what was kept, and phi before and after."
@@ -69,8 +69,8 @@ def report(argv: Sequence[str]) -> int:
 
 
 def _program() -> Any:
-    from megatron_idft.integration.realign_arguments import add_realign_arguments
-    from megatron_idft.integration.realign_program import realign
+    from megatron_idft.integration.offline.realign import realign
+    from megatron_idft.integration.offline.realign_arguments import add_realign_arguments
 
     return add_realign_arguments, realign
 

@@ -23,8 +23,8 @@ def main(argv: Sequence[str]) -> int:
     if argv[0].startswith("-"):
         print(f"megatron-idft run: expected a script, got {argv[0]}\n\n{USAGE}", file=sys.stderr)
         return 2
-    from megatron_idft.integration.local_flags import given_flags
-    from megatron_idft.integration.own_tokenizer import own_tokenizer_flags
+    from megatron_idft.integration.platform.local_flags import given_flags
+    from megatron_idft.integration.platform.own_tokenizer import own_tokenizer_flags
     from megatron_idft.integration.script import run_script
 
     flags = [*argv[1:], *own_tokenizer_flags(given_flags(argv[1:]), of_script=True)]

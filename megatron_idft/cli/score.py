@@ -21,7 +21,7 @@ Every flag of Megatron-LM 0.19 that describes a model or a layout is understood 
 
 
 def status(argv: Sequence[str]) -> int:
-    from megatron_idft.corpus.ledger import status_of
+    from megatron_idft.corpus.ledger.ledger import status_of
 
     parser = Parser("megatron-idft score status", description="Chunks, launches and the time left.")
     parser.add_argument("folder", type=Path, help="the --output of score")
@@ -30,7 +30,7 @@ def status(argv: Sequence[str]) -> int:
 
 
 def report(argv: Sequence[str]) -> int:
-    from megatron_idft.corpus.scored import report_on
+    from megatron_idft.corpus.scores.folder import report_on
 
     parser = Parser(
         "megatron-idft score report", description="One page and one JSON on scored corpora, with the linter's findings."
@@ -45,7 +45,7 @@ def report(argv: Sequence[str]) -> int:
 
 
 def select(argv: Sequence[str]) -> int:
-    from megatron_idft.corpus.scored import describe_unscored, select_records
+    from megatron_idft.corpus.scores.folder import describe_unscored, select_records
 
     parser = Parser(
         "megatron-idft score select",
@@ -71,7 +71,7 @@ def select(argv: Sequence[str]) -> int:
 
 
 def _program() -> Any:
-    from megatron_idft.integration.scoring_program import add_score_arguments, score
+    from megatron_idft.integration.offline.score import add_score_arguments, score
 
     return add_score_arguments, score
 

@@ -12,8 +12,8 @@ Fine-tunes a Megatron model on chat records. Every flag of Megatron-LM 0.19 is u
 
 def print_help() -> None:
     """Our flags alone: argparse cannot print Megatron 0.19's, one of whose help texts has a stray percent sign."""
-    from megatron_idft.integration.arguments import add_arguments
-    from megatron_idft.integration.data_arguments import add_data_arguments
+    from megatron_idft.integration.loss.arguments import add_arguments
+    from megatron_idft.integration.training.arguments import add_data_arguments
 
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, description=None)
     print(USAGE + "\n\n" + add_arguments(add_data_arguments(parser)).format_help())
@@ -26,13 +26,13 @@ def main(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print_help()
         return 0
-    from megatron_idft.integration import early_ending, outcome, signals
+    from megatron_idft.integration.platform import early_ending, outcome, signals
 
     outcome.begin()
     signals.listen(early_ending.before_flags(argv))
-    from megatron_idft.integration.hf_model import expand
-    from megatron_idft.integration.program import train
+    from megatron_idft.integration.platform.hf_model import expand
     from megatron_idft.integration.script import prepare_process
+    from megatron_idft.integration.training.program import train
 
     prepare_process("megatron-idft train", expand(argv), force_cpu="--cpu" in argv)
     train()

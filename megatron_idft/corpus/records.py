@@ -20,15 +20,13 @@ from typing import IO, Any, Self
 
 from megatron_idft.corpus.conversation_keys import conversation, refuse_unserved
 from megatron_idft.corpus.messages import MAX_DEPTH, ROLES, Message, checked_tools, kind, too_deep
-from megatron_idft.errors import InputError, UserError
+from megatron_idft.errors import RAW_EXCERPT, InputError, RecordError
 
 __all__ = ["ROLES", "ErrorLog", "Message", "OnBytes", "OnError", "Record", "RecordError", "read_records"]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 MAX_LINE_BYTES = 64 << 20  # one line may not exhaust the memory: a file without newlines is a fault, not a record
 PARQUET_BATCH_ROWS = 256
-RAW_EXCERPT = 500  # characters of a bad record kept in the errors file
-_LONGEST_MESSAGE, _LONGEST_FIELD = 1000, 200  # characters: what is wrong with a record may quote the record
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # escaped, alone or one of a pair
 
 
@@ -54,24 +52,6 @@ class Record:
     def source_name(self) -> str:
         """Its source, else the name of its file."""
         return Path(self.file).name if self.source is None else self.source
-
-
-class RecordError(UserError, ValueError):
-    """A record that cannot be used: which file, line (row in Parquet), field, and why."""
-
-    def __init__(self, file: str, line: int, field: str, message: str, raw: str = ""):
-        self.file, self.line, self.raw = file, line, raw[:RAW_EXCERPT]
-        self.field, self.message = _shortened(field, _LONGEST_FIELD), _shortened(message, _LONGEST_MESSAGE)
-        at = f", {self.field}" if field else ""
-        super().__init__(f"{file}, {'row' if file.endswith('.parquet') else 'line'} {line}{at}: {self.message}")
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:  # the default would call __init__ with the text alone
-        return type(self), (self.file, self.line, self.field, self.message, self.raw)
-
-
-def _shortened(text: str, longest: int) -> str:
-    """Without its middle where it is too long: the remedy stands at its end."""
-    return text if len(text) <= longest else f"{text[: longest // 2]} … {text[3 - longest // 2 :]}"
 
 
 OnError = Callable[[RecordError], None]

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_idft.data.tokenizer import ChatTokenizer
+from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import InputError
 
 if TYPE_CHECKING:
     from megatron_idft.corpus.records import Record
-    from megatron_idft.data.packed import PackedStore
+    from megatron_idft.data.packed.store import PackedStore
     from megatron_idft.data.token_cache import TokenCache
 
 _BATCH = 1 << 24  # ids looked at together

@@ -32,30 +32,25 @@ from numpy.typing import NDArray
 
 from megatron_idft.build_folders import building_in
 from megatron_idft.corpus.ledger.files import sync
-from megatron_idft.corpus.records import ErrorLog, Record, RecordError, read_records
+from megatron_idft.corpus.records import ErrorLog, Record, read_records
 from megatron_idft.data.building import BuildProgress, WeightsFile
-from megatron_idft.data.conversations import (
+from megatron_idft.data.chat.conversations import (
     EncodedConversation,
     RenderedConversation,
     render_conversation,
     tokenize,
 )
-from megatron_idft.data.pretokenized import PretokenizedReader
+from megatron_idft.data.chat.pretokenized import PretokenizedReader
+from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.data.record_index import RecordIndexWriter, read_record_index
-from megatron_idft.data.template import ConversationError, TemplateError
 from megatron_idft.data.token_counts import Counts, report_counts
-from megatron_idft.data.tokenizer import ChatTokenizer
-from megatron_idft.errors import UserError
+from megatron_idft.errors import CacheError, ConversationError, RecordError, TemplateError
 
 FORMAT = 6  # raise it whenever the same corpus would give other bytes
 Truncation = Literal["truncate", "drop", "error"]
 BadRecords = Literal["stop", "skip"]
 _BATCH_RECORDS, _BATCH_CHARACTERS = 512, 1 << 21  # what is held in memory between reader and tokenizer
 _SAMPLE_BYTES = 1 << 20
-
-
-class CacheError(UserError, RuntimeError):
-    """There is no usable token cache: it was not built, it is damaged, or nothing is left to train on."""
 
 
 @dataclass(slots=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_idft.corpus.estimates import ClusterSums, Estimate
 from megatron_idft.corpus.records import Record
-from megatron_idft.corpus.verification import final_answer
-from megatron_idft.data import ChatTokenizer
+from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate
+from megatron_idft.corpus.verification.answers import final_answer
+from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import InputError
 from megatron_idft.hinted_decoding.prompts import HintTemplate
-from megatron_idft.hinted_decoding.tasks import RealignInput, RecordTask
+from megatron_idft.hinted_decoding.stages.tasks import RealignInput, RecordTask
 
 
 def render_prompts(record: Record, tokenizer: ChatTokenizer, template: HintTemplate, max_positions: int) -> str:

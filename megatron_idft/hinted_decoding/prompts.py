@@ -31,9 +31,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from megatron_idft.corpus.records import Message
-from megatron_idft.data import ChatTokenizer
+from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import InputError
-from megatron_idft.hinted_decoding.conversation import encode_after
+from megatron_idft.hinted_decoding.stages.conversation import encode_after
 
 _HEADER = ("marker", "after-marker")
 _VARIABLES = {"conversation", "question", "solution", "answer", "boxed"}

@@ -7,14 +7,10 @@ NCCL_GRAPH_REGISTER=0 leaves them unregistered. It is read when the first commun
 
 import os
 
-from megatron_idft.errors import UserError
+from megatron_idft.errors import GraphRegistrationError
 
 _VARIABLE = "NCCL_GRAPH_REGISTER"
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch 2.9 renamed it and reads both
-
-
-class GraphRegistrationError(UserError, RuntimeError):
-    """The environment lets captured collectives read unmapped memory; the message names the variables."""
 
 
 def leave_graphs_unregistered(program: str) -> None:

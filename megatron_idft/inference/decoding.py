@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_idft.errors import UnservedModelError
 from megatron_idft.inference.draws import sample, uniform
 from megatron_idft.inference.engine import DecodeEngine
 from megatron_idft.inference.requests import Tokens
-from megatron_idft.inference.served import UnservedModelError
 
 
 class Decoder(Protocol):

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_idft.errors import InputError, UserError
+from megatron_idft.errors import InputError, NonFiniteLogitsError, UserError
 from megatron_idft.inference.cache import Bank, KeyValueCache
 from megatron_idft.inference.draws import draw
 from megatron_idft.inference.memory import memory_for_cache
@@ -24,7 +24,6 @@ from megatron_idft.inference.requests import (
     Completion,
     DecodeSettings,
     FinishReason,
-    NonFiniteLogitsError,
     Repetition,
     Request,
     Sampling,

@@ -10,13 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_idft.errors import UserError
-
-
-class NonFiniteLogitsError(UserError, FloatingPointError):
-    """The model's logits have no distribution: NaN or infinite."""
-
-
 Tokens = NDArray[np.integer]
 FinishReason = Literal["eos", "length", "context", "repetition"]
 

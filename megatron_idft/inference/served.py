@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_idft.errors import UserError
+from megatron_idft.errors import UnservedModelError
 
 _ATTENTION, _MLP, _MOE = "*", "-", "E"  # of megatron/core/models/hybrid/hybrid_layer_allocation.py
-
-
-class UnservedModelError(UserError, RuntimeError):
-    """The model or layout cannot be decoded from; the message names each reason and its remedy."""
 
 
 class ServedModel:

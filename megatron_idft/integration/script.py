@@ -7,7 +7,7 @@ import sys
 import types
 from collections.abc import Sequence
 
-from megatron_idft.integration import launch
+from megatron_idft.integration.platform import launch
 
 
 def prepare_process(program: str, argv: Sequence[str], force_cpu: bool) -> None:
@@ -24,7 +24,7 @@ def prepare_process(program: str, argv: Sequence[str], force_cpu: bool) -> None:
     alone = launch.be_one_process(program)
     import torch
 
-    from megatron_idft.integration import compatibility
+    from megatron_idft.integration.platform import compatibility
 
     # Before anything of megatron is imported: a mixture would fail later, and elsewhere.
     origin = compatibility.check_megatron_origin()
@@ -33,16 +33,16 @@ def prepare_process(program: str, argv: Sequence[str], force_cpu: bool) -> None:
         if alone:
             print("> one process, on one GPU where there is one; torchrun starts more", flush=True)
     if force_cpu or not torch.cuda.is_available():
-        from megatron_idft.integration import cpu
+        from megatron_idft.integration.platform import cpu
 
         cpu.enable()
         sys.argv[1:] = cpu.add_flags(sys.argv[1:], os.path.basename(program))
     else:
-        from megatron_idft.integration.gpu_libraries import find_gpu_libraries
-        from megatron_idft.integration.local_flags import add_local_flags
+        from megatron_idft.integration.platform.gpu_libraries import find_gpu_libraries
+        from megatron_idft.integration.platform.local_flags import add_local_flags
 
         sys.argv[1:] = add_local_flags(sys.argv[1:], os.path.basename(program), find_gpu_libraries())
-    from megatron_idft.integration import local_layers
+    from megatron_idft.integration.platform import local_layers
 
     local_layers.install()
     compatibility.repair_compile_helpers()
@@ -70,7 +70,7 @@ def run_script(path: str, argv: Sequence[str], force_cpu: bool = False) -> None:
     sys.modules["__main__"] = main
     prepare_process(path, argv, force_cpu)
 
-    from megatron_idft.integration.trainer import TrainerIntegration
+    from megatron_idft.integration.loss.trainer import TrainerIntegration
 
     TrainerIntegration().attach()
     with open(path, "rb") as file:

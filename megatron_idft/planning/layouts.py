@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+from megatron_idft.errors import PlanError
 from megatron_idft.planning.memory import plan_memory, worst
-from megatron_idft.planning.shape import PlanError, Recompute, Training
+from megatron_idft.planning.shape import Recompute, Training
 from megatron_idft.planning.throughput import Machine, bubble
 
 FULL = 0.9  # share of the memory less the reserve from which a layout is marked, and comes after the others

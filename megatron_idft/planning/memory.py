@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from megatron_idft.errors import PlanError
 from megatron_idft.planning.activations import INPUT, Kept, Sizes, kept_by
 from megatron_idft.planning.head import Head, head
 from megatron_idft.planning.parameters import Count, check_divisions, matrix_before_output, stage_count
-from megatron_idft.planning.shape import Layer, PlanError, Sublayer, Training, sublayers, total
+from megatron_idft.planning.shape import Layer, Sublayer, Training, sublayers, total
 
 Costs = dict[Sublayer, Kept]
 _FP32 = 4

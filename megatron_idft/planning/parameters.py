@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from megatron_idft.planning.shape import Layer, Layout, Model, PlanError, Sublayer, sublayers
+from megatron_idft.errors import PlanError
+from megatron_idft.planning.shape import Layer, Layout, Model, Sublayer, sublayers
 
 
 @dataclass(frozen=True)

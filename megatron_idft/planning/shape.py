@@ -6,14 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_idft.errors import InputError
+from megatron_idft.errors import PlanError
 
 Sublayer = Literal["attention", "mlp", "moe"]
 Layer = tuple[Sublayer, ...]
-
-
-class PlanError(InputError):
-    """A training that cannot be started, or whose memory nobody has derived; the message names the remedy."""
 
 
 @dataclass(frozen=True)

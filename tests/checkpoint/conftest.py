@@ -8,7 +8,7 @@ import models
 import pytest
 import torch
 
-from megatron_idft.checkpoint import to_megatron
+from megatron_idft.checkpoint.convert import to_megatron
 
 
 @dataclass

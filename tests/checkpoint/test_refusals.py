@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_idft.checkpoint import ConversionError, UnknownFamilyError, to_hf, to_megatron
 from megatron_idft.checkpoint.config import read_config, read_model
+from megatron_idft.checkpoint.convert import to_hf, to_megatron
 from megatron_idft.cli.convert import main
+from megatron_idft.errors import ConversionError, UnknownFamilyError
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 
 from launch import ROOT
-from megatron_idft.checkpoint import to_hf, to_megatron
 from megatron_idft.checkpoint.config import read_config, read_model
+from megatron_idft.checkpoint.convert import to_hf, to_megatron
+from megatron_idft.checkpoint.model_flags import megatron_settings
 from megatron_idft.checkpoint.safetensors_files import SafetensorsWriter
-from megatron_idft.checkpoint.settings import megatron_settings
 from megatron_idft.checkpoint.tensors import pieces
 from megatron_idft.checkpoint.torch_dist import TorchDistCheckpoint
 
@@ -120,7 +120,7 @@ def test_megatrons_parser_makes_of_the_flags_what_the_checkpoint_records(convert
 def test_a_duplicate_of_a_tied_matrix_is_taken_if_it_is_one(tmp_path):
     from safetensors.torch import save_file
 
-    from megatron_idft.checkpoint import ConversionError
+    from megatron_idft.errors import ConversionError
 
     models.save("llama-tied", tmp_path / "hf")
     stored = tensors(tmp_path / "hf")

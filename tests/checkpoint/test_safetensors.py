@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_idft.checkpoint import ConversionError, to_megatron
 from megatron_idft.checkpoint.cache import cached_checkpoint
+from megatron_idft.checkpoint.convert import to_megatron
 from megatron_idft.checkpoint.safetensors_header import read_folder, read_header
-from megatron_idft.errors import InputError
+from megatron_idft.errors import ConversionError, InputError
 
 A, B = "model.a", "model.b"
 INDEX = "model.safetensors.index.json"

@@ -11,7 +11,7 @@ from checkpoint.test_training import ROWS, corpus  # noqa: F401  (a fixture)
 from checkpoint.test_unpickling import Call
 
 from launch import forked, forked_codes
-from megatron_idft.checkpoint import to_megatron
+from megatron_idft.checkpoint.convert import to_megatron
 
 
 # transformers multiplies grouped experts in fp32 at most.

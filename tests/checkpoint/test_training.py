@@ -11,11 +11,11 @@ import torch
 from checkpoint.test_round_trip import assert_same, tensors
 
 from launch import ROOT, forked
-from megatron_idft.checkpoint import ConversionError, to_hf, to_megatron
 from megatron_idft.checkpoint.cache import cached_checkpoint
-from megatron_idft.integration.arguments import ArgumentError
-from megatron_idft.integration.hf_model import expand
-from megatron_idft.integration.own_tokenizer import own_tokenizer_flags
+from megatron_idft.checkpoint.convert import to_hf, to_megatron
+from megatron_idft.errors import ArgumentError, ConversionError
+from megatron_idft.integration.platform.hf_model import expand
+from megatron_idft.integration.platform.own_tokenizer import own_tokenizer_flags
 
 ROWS = 310  # of the embedding; the tokenizer has fewer tokens, as Qwen's
 

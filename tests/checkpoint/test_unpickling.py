@@ -14,11 +14,11 @@ from torch.distributed.checkpoint import planner
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_idft.checkpoint import to_hf
-from megatron_idft.checkpoint.checksums import RECORD, DamagedCheckpointError
-from megatron_idft.checkpoint.dcp_metadata import UnsafeCheckpointError, read_metadata
+from megatron_idft.checkpoint.checksums import RECORD
+from megatron_idft.checkpoint.convert import to_hf
+from megatron_idft.checkpoint.dcp_metadata import read_metadata
 from megatron_idft.checkpoint.torch_dist import TorchDistWriter
-from megatron_idft.errors import UserError
+from megatron_idft.errors import DamagedCheckpointError, UnsafeCheckpointError, UserError
 
 
 class Call:
@@ -139,7 +139,7 @@ def test_megatrons_own_reader_runs_nothing(checkpoint, tmp_path, monkeypatch):
     from torch.distributed.checkpoint import CheckpointException, FileSystemReader
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-    from megatron_idft.integration.restricted_loading import restrict_checkpoint_reading
+    from megatron_idft.integration.platform.restricted_loading import restrict_checkpoint_reading
 
     for owner, name in ((FileSystemReader, "read_metadata"), (DefaultLoadPlanner, "load_bytes")):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # given back after the test

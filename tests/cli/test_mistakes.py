@@ -9,7 +9,7 @@ import pytest
 from integration.small_tokenizer import train_tokenizer
 
 from launch import ROOT, forked_codes
-from megatron_idft.integration.flag_checks import remarks
+from megatron_idft.integration.platform.flag_checks import remarks
 
 MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 48"
 DATA = "--sft-data {folder}/train.jsonl --tokenizer-model {folder}/tokenizer.model --chat-template chatml"

@@ -22,8 +22,8 @@ from cluster.public_configs import CONFIGS
 
 from launch import ROOT
 from megatron_idft.checkpoint.config import read_model
+from megatron_idft.checkpoint.model_flags import megatron_settings
 from megatron_idft.checkpoint.safetensors_files import SafetensorsWriter
-from megatron_idft.checkpoint.settings import megatron_settings
 from megatron_idft.checkpoint.tensors import pieces
 
 LAUNCH = ROOT / "launch"
@@ -127,7 +127,7 @@ def environment_reads(source: str) -> set[str]:
                 names.add(key.value)
             elif isinstance(key, ast.JoinedStr):
                 names.add(ast.unparse(key))
-    computed = "f'TORCHELASTIC_{name}'"  # integration/endings.py
+    computed = "f'TORCHELASTIC_{name}'"  # integration/training/stops.py
     if computed in names:
         names = names - {computed} | {"TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"}
     return names

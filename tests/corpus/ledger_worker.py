@@ -17,7 +17,9 @@ import threading
 import time
 from pathlib import Path
 
-from megatron_idft.corpus.ledger import Ledger, SettingsMismatch, leases
+from megatron_idft.corpus.ledger import leases
+from megatron_idft.corpus.ledger.ledger import Ledger
+from megatron_idft.errors import SettingsMismatch
 
 SETTINGS = {"model": "tiny"}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idft.corpus.verification import Verifier
+from megatron_idft.corpus.verification.verifier import Verifier
 
 FOLDER = Path(__file__).parent / "verdicts"
 

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_idft.corpus.verification import DEFAULT_LEAK_PHRASES, LeakFilter, final_answer, same_number, same_text
-from megatron_idft.corpus.verification.numbers import number
+from megatron_idft.corpus.verification.answers import final_answer
+from megatron_idft.corpus.verification.leaks import DEFAULT_LEAK_PHRASES, LeakFilter
+from megatron_idft.corpus.verification.numbers import number, same_number
+from megatron_idft.corpus.verification.texts import same_text
 from megatron_idft.errors import InputError
 
 

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_idft.corpus.records import RecordError, read_records
+from megatron_idft.corpus.records import read_records
+from megatron_idft.errors import RecordError
 
 PAIR = {"prompt": "q", "response": "r"}
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]

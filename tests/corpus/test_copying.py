@@ -10,10 +10,9 @@ import pytest
 from scored_rows import row_of
 
 from megatron_idft.cli import main
-from megatron_idft.corpus.records import RecordError
-from megatron_idft.corpus.scored import select_records
-from megatron_idft.corpus.scoring import TOKEN_SCHEMA
-from megatron_idft.errors import InputError
+from megatron_idft.corpus.scores.folder import select_records
+from megatron_idft.corpus.scores.rows import TOKEN_SCHEMA
+from megatron_idft.errors import InputError, RecordError
 
 # Odd on purpose: blanks, an escape, a number as id, nulls, keys in another order, a lone surrogate in a column.
 LINES = [

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idft.corpus.ledger import Ledger, LedgerError, SettingsMismatch, status_of
 from megatron_idft.corpus.ledger.leases import Owner
-from megatron_idft.errors import UserError
+from megatron_idft.corpus.ledger.ledger import Ledger, status_of
+from megatron_idft.errors import LedgerError, SettingsMismatch, UserError
 
 SETTINGS = {"model": "tiny"}
 WORKER = Path(__file__).with_name("ledger_worker.py")

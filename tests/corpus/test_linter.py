@@ -11,7 +11,7 @@ from scored_rows import END_ID, row_of, sampled_rows, without_lists
 
 from megatron_idft.corpus.lint import thresholds as lint_thresholds
 from megatron_idft.corpus.lint.linter import ROW_TESTS, lint, lint_null
-from megatron_idft.corpus.summary import EXAMPLES, CorpusSummary
+from megatron_idft.corpus.scores.summary import EXAMPLES, CorpusSummary
 
 ROOT = Path(__file__).parents[2]
 
@@ -297,7 +297,7 @@ def test_every_finding_explains_itself():
 
 
 def test_alarms_are_those_of_training():
-    tree = ast.parse((ROOT / "megatron_idft/integration/metrics.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "megatron_idft/integration/loss/metrics.py").read_text(encoding="utf-8"))
     values = {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in tree.body

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_idft.corpus.messages import trained_weight
-from megatron_idft.corpus.records import RecordError, read_records
+from megatron_idft.corpus.records import read_records
+from megatron_idft.errors import RecordError
 
 FUNCTION = {"name": "add", "arguments": {"a": 3, "b": [4, None]}}
 CALL = {"type": "function", "id": "c1", "function": FUNCTION}

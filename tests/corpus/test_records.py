@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_idft.corpus import records as module
-from megatron_idft.corpus.records import ErrorLog, Record, RecordError, read_records
+from megatron_idft.corpus.records import ErrorLog, Record, read_records
+from megatron_idft.errors import RecordError
 
 GOOD = {"messages": [{"role": "user", "content": "你好 😀"}, {"role": "assistant", "content": "hé\u2028llo"}]}
 

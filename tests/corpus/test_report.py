@@ -14,9 +14,9 @@ from page_checks import CHROMIUM, browse, check_page
 from scored_rows import END_ID, VOCABULARY, row_of, sampled_rows, without_lists
 
 from megatron_idft.corpus.display import MAX_SHOWN_TOKENS
-from megatron_idft.corpus.report import ReportBuilder
+from megatron_idft.corpus.report.builder import ReportBuilder
 from megatron_idft.corpus.report.html_text import escaped, number, token_text
-from megatron_idft.corpus.summary import CURVE_SAMPLE, MIN_TOKENS_TO_RANK, CorpusSummary
+from megatron_idft.corpus.scores.summary import CURVE_SAMPLE, MIN_TOKENS_TO_RANK, CorpusSummary
 from megatron_idft.errors import InputError
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_idft.corpus.selection import MAX_DEPTH, MAX_LENGTH, SelectionError, compile_selection
-from megatron_idft.errors import UserError
+from megatron_idft.corpus.scores.selection import MAX_DEPTH, MAX_LENGTH, compile_selection
+from megatron_idft.errors import SelectionError, UserError
 
 COLUMNS = ["id", "phi_mean", "num_tokens", "source", "truncated"]
 NUMBERS, TEXTS = ["x", "y"], ["s", "t"]

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idft.corpus.verification import Verdict, Verification, Verifier
-from megatron_idft.corpus.verification.pool import WorkerError
-from megatron_idft.errors import InputError, UserError
+from megatron_idft.corpus.verification.verifier import Verdict, Verification, Verifier
+from megatron_idft.errors import InputError, UserError, WorkerError
 
 RIGHT, WRONG, UNKNOWN = Verdict.RIGHT, Verdict.WRONG, Verdict.UNKNOWN
 PLUGIN = "verification_plugin:choose"

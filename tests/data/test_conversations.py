@@ -11,14 +11,10 @@ from tiny_tokenizers import byte_level
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_idft.data import (
-    ConversationError,
-    TemplateError,
-    encode_conversation,
-    load_tokenizer,
-    render_sample,
-)
-from megatron_idft.data.conversations import render_conversation, tokenize
+from megatron_idft.data.chat.conversations import encode_conversation, render_conversation, tokenize
+from megatron_idft.data.chat.show import render_sample
+from megatron_idft.data.chat.tokenizer import load_tokenizer
+from megatron_idft.errors import ConversationError, TemplateError
 
 CONTENTS = [
     "What is 3 + 4?",

@@ -8,15 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from megatron_idft.data import (
-    ChatDataset,
-    RepeatedRounds,
-    ShuffledEpochs,
-    build_token_cache,
-    encode_conversation,
-    load_tokenizer,
-)
-from megatron_idft.data.dataset import shuffled
+from megatron_idft.data.chat.conversations import encode_conversation
+from megatron_idft.data.chat.tokenizer import load_tokenizer
+from megatron_idft.data.dataset import ChatDataset, RepeatedRounds, ShuffledEpochs, shuffled
+from megatron_idft.data.token_cache import build_token_cache
 
 CONVERSATIONS = [
     [{"role": role, "content": f"{text} {i}"} for role, text in (("user", "hello"), ("assistant", "world")) * turns]

@@ -5,10 +5,10 @@ import time
 import pytest
 from chat_templates import CHATML
 
-from megatron_idft.data import template_trial
-from megatron_idft.data.template import ChatTemplate, EndlessTemplateError, TemplateError
-from megatron_idft.data.tokenizer import load_tokenizer
-from megatron_idft.errors import UserError
+from megatron_idft.data.chat import template_trial
+from megatron_idft.data.chat.template import ChatTemplate
+from megatron_idft.data.chat.tokenizer import load_tokenizer
+from megatron_idft.errors import EndlessTemplateError, TemplateError, UserError
 
 LOOPS = (
     "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}X{% endfor %}" + "{% endfor %}" * 2
@@ -76,7 +76,7 @@ def test_what_does_not_compile_is_refused(sentencepiece_model, tmp_path, name):
 
 
 def test_a_template_that_runs_wild_later_meets_a_limit(monkeypatch):
-    monkeypatch.setattr("megatron_idft.data.template.MAX_LOOP_STEPS", 100_000)
+    monkeypatch.setattr("megatron_idft.data.chat.template.MAX_LOOP_STEPS", 100_000)
     template = ChatTemplate("{% if messages | length > 5 %}" + LOOPS.replace("X", "{% set x = 1 %}") + "{% endif %}")
     messages = [{"role": "user", "content": "x"}] * 5
     for _ in range(3):

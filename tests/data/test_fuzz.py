@@ -18,15 +18,16 @@ from fuzzing import json_case, parquet_table
 
 from megatron_idft.corpus.json_text import json_text
 from megatron_idft.corpus.parquet_values import read_rows
-from megatron_idft.corpus.records import RecordError
-from megatron_idft.corpus.scored import select_records
-from megatron_idft.corpus.scoring import RECORD_SCHEMA
-from megatron_idft.data import load_tokenizer
-from megatron_idft.data.packed import PrepareSettings, prepare
+from megatron_idft.corpus.scores.folder import select_records
+from megatron_idft.corpus.scores.rows import RECORD_SCHEMA
+from megatron_idft.data.chat.tokenizer import load_tokenizer
+from megatron_idft.data.packed import prepare
 from megatron_idft.data.packed.blocks import read_blocks
 from megatron_idft.data.packed.encoding import BlockEncoder
+from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.token_cache import build_token_cache
-from megatron_idft.hinted_decoding.record_store import RecordStore, build_store
+from megatron_idft.errors import RecordError
+from megatron_idft.hinted_decoding.input.record_store import RecordStore, build_store
 
 RECORDS, SEED = int(os.environ.get("FUZZ_RECORDS", "2000")), os.environ.get("FUZZ_SEED", "0")
 LENGTH = 1 << 14

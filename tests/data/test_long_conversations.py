@@ -3,8 +3,10 @@
 import pytest
 from chat_templates import CHATML, ENDS_IN_THE_NEXT_MESSAGE, FAMILIES, QWEN3, REFUSED
 
-from megatron_idft.data import ConversationError, TemplateError, load_tokenizer, long_conversations
-from megatron_idft.data.conversations import render_conversation
+from megatron_idft.data.chat import long_conversations
+from megatron_idft.data.chat.conversations import render_conversation
+from megatron_idft.data.chat.tokenizer import load_tokenizer
+from megatron_idft.errors import ConversationError, TemplateError
 
 ANSWERS = [
     "",

@@ -5,9 +5,9 @@ from chat_templates import CHATML, LLAMA3, MARKED, MARKED_WITH_HEADER, QWEN3_MAR
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_idft.data import TemplateError, load_tokenizer
-from megatron_idft.data.conversations import render_conversation
-from megatron_idft.data.template import ConversationError
+from megatron_idft.data.chat.conversations import render_conversation
+from megatron_idft.data.chat.tokenizer import load_tokenizer
+from megatron_idft.errors import ConversationError, TemplateError
 
 # A header of no special token, in the block.
 WORDS = (

@@ -8,11 +8,12 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from megatron_idft.corpus.records import read_records
-from megatron_idft.data import build_token_cache, load_tokenizer
+from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.model_rows import require_rows, require_rows_of_records
-from megatron_idft.data.packed import PackedStore
+from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.prepare import prepare
-from megatron_idft.data.packed.settings import PrepareSettings
+from megatron_idft.data.packed.store import PackedStore
+from megatron_idft.data.token_cache import build_token_cache
 from megatron_idft.errors import InputError
 
 

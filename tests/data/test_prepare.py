@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from prepared_files import corpus, files, write
 
-from megatron_idft.corpus.ledger import SettingsMismatch
-from megatron_idft.corpus.records import RecordError
-from megatron_idft.data import encode_conversation, load_tokenizer
-from megatron_idft.data.packed import PackedStore, PrepareSettings, prepare
-from megatron_idft.errors import InputError
+from megatron_idft.data.chat.conversations import encode_conversation
+from megatron_idft.data.chat.tokenizer import load_tokenizer
+from megatron_idft.data.packed import prepare
+from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.data.packed.store import PackedStore
+from megatron_idft.errors import InputError, RecordError, SettingsMismatch
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +65,7 @@ def expected(tokenizer, rows, limit, name="a.jsonl"):
 
 @pytest.fixture(scope="module")
 def huggingface(huggingface_folder):
-    from megatron_idft.data import BUILTIN_TEMPLATES
+    from megatron_idft.data.chat.template import BUILTIN_TEMPLATES
 
     return lambda kind: load_tokenizer(huggingface_folder(kind, BUILTIN_TEMPLATES["chatml"], eos_token="<|im_end|>"))
 

@@ -12,8 +12,10 @@ import psutil
 import pytest
 from prepared_files import corpus, files, write
 
-from megatron_idft.data import load_tokenizer
-from megatron_idft.data.packed import PrepareError, PrepareSettings, prepare
+from megatron_idft.data.chat.tokenizer import load_tokenizer
+from megatron_idft.data.packed import prepare
+from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.errors import PrepareError
 
 ROOT = Path(__file__).parents[2]
 

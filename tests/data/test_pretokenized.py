@@ -7,9 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 from chat_templates import CHATML
 
-from megatron_idft.corpus.records import RecordError, read_records
-from megatron_idft.data import build_token_cache, encode_conversation, load_tokenizer, open_token_cache, token_cache
+from megatron_idft.corpus.records import read_records
+from megatron_idft.data import token_cache
+from megatron_idft.data.chat.conversations import encode_conversation
+from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.dataset import IGNORED_LABEL, ChatDataset
+from megatron_idft.data.token_cache import build_token_cache, open_token_cache
+from megatron_idft.errors import RecordError
 
 
 @pytest.fixture(scope="module")

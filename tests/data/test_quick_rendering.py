@@ -7,10 +7,11 @@ import tool_templates
 from chat_templates import ENDS_IN_THE_NEXT_MESSAGE, FAMILIES, QWEN3, QWEN3_MARKED, REFUSED
 
 from megatron_idft.corpus.records import Record
-from megatron_idft.data import ConversationError, TemplateError, load_tokenizer
-from megatron_idft.data.conversations import render_conversation
+from megatron_idft.data.chat.conversations import render_conversation
+from megatron_idft.data.chat.template import ChatTemplate
+from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.packed.rendering import _PROVEN_IN_FULL, Renderer
-from megatron_idft.data.template import ChatTemplate
+from megatron_idft.errors import ConversationError, TemplateError
 
 TEMPLATES = {name: template for name, (template, _, _) in FAMILIES.items()}
 TEMPLATES |= {f"refused: {name}": template for name, (template, *_) in REFUSED.items()}

@@ -17,17 +17,11 @@ import pytest
 from chat_templates import REFUSED
 from tool_templates import QWEN25
 
-from megatron_idft.corpus.records import RecordError
-from megatron_idft.data import (
-    CacheError,
-    ChatDataset,
-    TemplateError,
-    TokenCache,
-    build_token_cache,
-    encode_conversation,
-    load_tokenizer,
-    open_token_cache,
-)
+from megatron_idft.data.chat.conversations import encode_conversation
+from megatron_idft.data.chat.tokenizer import load_tokenizer
+from megatron_idft.data.dataset import ChatDataset
+from megatron_idft.data.token_cache import TokenCache, build_token_cache, open_token_cache
+from megatron_idft.errors import CacheError, RecordError, TemplateError
 
 ROOT = Path(__file__).parents[2]
 

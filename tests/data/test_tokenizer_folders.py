@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_idft.checkpoint.folders import copy_companions
-from megatron_idft.data import load_tokenizer
+from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.errors import InputError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 7031645\n"

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tiny_tokenizers import byte_level
 from transformers import PreTrainedTokenizerFast
 
-from megatron_idft.data import ConversationError, TemplateError, encode_conversation, load_tokenizer
-from megatron_idft.data.conversations import render_conversation, tokenize
+from megatron_idft.data.chat.conversations import encode_conversation, render_conversation, tokenize
+from megatron_idft.data.chat.tokenizer import load_tokenizer
+from megatron_idft.errors import ConversationError, TemplateError
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "The sky.", "parameters": {}}}]
 CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": {"city": "Paris"}}}

@@ -9,7 +9,9 @@ import pytest
 from tiny_tokenizers import KINDS
 from tokenizers import AddedToken, normalizers
 
-from megatron_idft.data import BUILTIN_TEMPLATES, encode_conversation, load_tokenizer
+from megatron_idft.data.chat.conversations import encode_conversation
+from megatron_idft.data.chat.template import BUILTIN_TEMPLATES
+from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.packed.worker_tokenizer import describe_tokenizer, rebuild_tokenizer
 
 PIECES = [

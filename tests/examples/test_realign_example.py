@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from launch import ROOT, forking_python
-from megatron_idft.corpus.verification import final_answer
-from megatron_idft.hinted_decoding.results import read_outcomes
+from megatron_idft.corpus.verification.answers import final_answer
+from megatron_idft.hinted_decoding.output.results import read_outcomes
 
 EXAMPLES = ROOT / "examples"
 FOLDER = EXAMPLES / "realign"

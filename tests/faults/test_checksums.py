@@ -7,7 +7,8 @@ import random
 import pytest
 
 from megatron_idft.checkpoint import checksums
-from megatron_idft.checkpoint.checksums import DamagedCheckpointError, FileEntry, Record
+from megatron_idft.checkpoint.checksums import FileEntry, Record
+from megatron_idft.errors import DamagedCheckpointError
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from megatron_idft.data import ChatTokenizer, load_tokenizer
+from megatron_idft.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_idft.inference.requests import Completion, DecodeSettings, Request
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "data"))

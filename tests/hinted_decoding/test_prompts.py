@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scripted import make_tokenizer
 
-from megatron_idft.corpus.verification import LeakFilter
+from megatron_idft.corpus.verification.leaks import LeakFilter
 from megatron_idft.errors import InputError
 from megatron_idft.hinted_decoding.prompts import HintTemplate, analysis_template, cut_at_marker, hint_template
 

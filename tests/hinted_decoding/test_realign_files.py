@@ -10,17 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_idft.corpus.ledger import Ledger
-from megatron_idft.corpus.records import RecordError, read_records
-from megatron_idft.errors import InputError
-from megatron_idft.hinted_decoding.merge import merge
-from megatron_idft.hinted_decoding.outcomes import OUTCOME_SCHEMA, TURN
-from megatron_idft.hinted_decoding.provided import ProvidedTexts
-from megatron_idft.hinted_decoding.record_store import RecordStore, build_store, store_path
-from megatron_idft.hinted_decoding.report.report import summarize
-from megatron_idft.hinted_decoding.results import open_retry, read_outcomes, retry_folders
-from megatron_idft.hinted_decoding.status import describe_status
-from megatron_idft.integration.offline_program import write_part
+from megatron_idft.corpus.ledger.ledger import Ledger
+from megatron_idft.corpus.records import read_records
+from megatron_idft.errors import InputError, RecordError
+from megatron_idft.hinted_decoding.input.provided import ProvidedTexts
+from megatron_idft.hinted_decoding.input.record_store import RecordStore, build_store, store_path
+from megatron_idft.hinted_decoding.output.merge import merge
+from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA, TURN
+from megatron_idft.hinted_decoding.output.results import open_retry, read_outcomes, retry_folders
+from megatron_idft.hinted_decoding.output.status import describe_status
+from megatron_idft.hinted_decoding.report.builder import summarize
+from megatron_idft.integration.offline.program import write_part
 
 
 def lines(count: int) -> list[dict]:

@@ -9,16 +9,22 @@ import pytest
 from scripted import LLAMA3, MISTRAL, QWEN3_MARKED, ScriptedEngine, make_tokenizer, score_ids
 
 from megatron_idft.corpus.records import Record
-from megatron_idft.corpus.verification import LeakFilter, Verifier
-from megatron_idft.data import encode_conversation
+from megatron_idft.corpus.verification.leaks import LeakFilter
+from megatron_idft.corpus.verification.verifier import Verifier
+from megatron_idft.data.chat.conversations import encode_conversation
 from megatron_idft.hinted_decoding.mixing import EntropyMixing
-from megatron_idft.hinted_decoding.outcomes import OUTCOME_SCHEMA, count_methods, describe_methods, describe_reason
-from megatron_idft.hinted_decoding.pipeline import Realigner
+from megatron_idft.hinted_decoding.output.outcomes import (
+    OUTCOME_SCHEMA,
+    count_methods,
+    describe_methods,
+    describe_reason,
+)
 from megatron_idft.hinted_decoding.preview import describe_unreferenced
 from megatron_idft.hinted_decoding.prompts import HintTemplate
-from megatron_idft.hinted_decoding.report.report import summarize
+from megatron_idft.hinted_decoding.report.builder import summarize
 from megatron_idft.hinted_decoding.settings import RealignSettings
-from megatron_idft.hinted_decoding.tasks import RealignInput
+from megatron_idft.hinted_decoding.stages.pipeline import Realigner
+from megatron_idft.hinted_decoding.stages.tasks import RealignInput
 
 ANALYSIS = HintTemplate("a", 'marker: # CoT\nafter-marker: "\\n"\n---\n{{ question }} {{ solution }} # CoT')
 HINT = HintTemplate("h", "---\n{{ question }} {{ solution }} {{ answer }}")

@@ -14,10 +14,9 @@ from page_checks import CHROMIUM, browse, check_page
 
 from megatron_idft.corpus.report.html_text import number
 from megatron_idft.errors import InputError
-from megatron_idft.hinted_decoding.outcomes import OUTCOME_SCHEMA
-from megatron_idft.hinted_decoding.report import write_report
+from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA
+from megatron_idft.hinted_decoding.report.builder import summarize, write_report
 from megatron_idft.hinted_decoding.report.counts import MAX_NAMES, Lengths
-from megatron_idft.hinted_decoding.report.report import summarize
 
 PLAIN = {"samples": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 SETTINGS = {

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megatron_idft.integration import script
-from megatron_idft.integration.hf_model import expand
+from megatron_idft.integration.platform.hf_model import expand
 
 POSITIONS = 96
 
@@ -105,7 +105,7 @@ def main() -> None:
     flags += [*common.split(), "--data", cases, "--output", "-"]
     script.prepare_process("engine probe", expand(flags), force_cpu=not torch.cuda.is_available())
     from megatron_idft.inference.engine import DecodeEngine
-    from megatron_idft.integration import scoring_program
+    from megatron_idft.integration.offline import score as scoring_program
 
     args = scoring_program._parse()
     scorer = scoring_program._load_scorer(args)

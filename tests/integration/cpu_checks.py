@@ -7,7 +7,7 @@ import threading
 import torch
 
 from megatron_idft.errors import UserError
-from megatron_idft.integration import cpu
+from megatron_idft.integration.platform import cpu
 
 cpu.enable()
 compiled = torch.compile

@@ -49,7 +49,7 @@ def reached(*_, **__):
 
 def run(verb, words):
     if verb == "doctor":
-        from megatron_idft.integration import environment
+        from megatron_idft.integration.platform import doctor as environment
 
         for finding in environment.examine():
             print(f"{finding.name}: {finding.detail}")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_idft.integration import cpu
+from megatron_idft.integration.platform import cpu
 
 cpu.enable(trainer=False)
 
@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_idft import install, uninstall  # noqa: E402
-from megatron_idft.integration.metrics import LossMetrics  # noqa: E402
+from megatron_idft.integration.loss.metrics import LossMetrics  # noqa: E402
 
 VOCAB, PADDED, SEQ, BATCH = 50, 64, 12, 3
 

@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-from megatron_idft.integration import cpu
+from megatron_idft.integration.platform import cpu
 
 cpu.enable()
 script = sys.argv[1]

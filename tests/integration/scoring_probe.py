@@ -35,7 +35,7 @@ def expected(model: torch.nn.Module, vocab_size: int) -> list[np.ndarray]:
 def main() -> None:
     out, *flags = sys.argv[1:]
     script.prepare_process("megatron-idft score", flags, force_cpu=True)
-    from megatron_idft.integration import scoring_program
+    from megatron_idft.integration.offline import score as scoring_program
 
     args = scoring_program._parse()
     scorer = scoring_program._load_scorer(args)

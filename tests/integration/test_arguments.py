@@ -6,9 +6,9 @@ import pytest
 import torch
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_idft.integration import arguments
-from megatron_idft.integration.data_arguments import add_data_arguments, validate_data_arguments
-from megatron_idft.integration.plan_arguments import add_plan_arguments
+from megatron_idft.integration.loss import arguments
+from megatron_idft.integration.plan.arguments import add_plan_arguments
+from megatron_idft.integration.training.arguments import add_data_arguments, validate_data_arguments
 from megatron_idft.loss import triton_backend
 
 LOSS_FLAGS = [

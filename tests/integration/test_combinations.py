@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import ROOT
-from megatron_idft.integration.combinations import conflicts
+from megatron_idft.integration.platform.combinations import conflicts
 
 
 def place(folder: Path, name: str, version: str, *requirements: str) -> None:

@@ -69,7 +69,7 @@ def test_no_megatron_is_said_plainly():
 REPAIR = """
 import sys
 from megatron.core.datasets import utils
-from megatron_idft.integration.compatibility import repair_compile_helpers
+from megatron_idft.integration.platform.compatibility import repair_compile_helpers
 
 upstream = utils.compile_helpers
 repair_compile_helpers()

@@ -16,7 +16,7 @@ import torch
 from integration.checkpoints import differences, load_checkpoint
 
 from launch import ROOT, forked
-from megatron_idft.integration import cpu
+from megatron_idft.integration.platform import cpu
 
 HERE = Path(__file__).parent
 FLAGS = (

@@ -11,9 +11,10 @@ import pytest
 from small_tokenizer import train_tokenizer
 
 from launch import ROOT
+from megatron_idft.errors import BrokenLibraryError, MissingLibraryError
 from megatron_idft.inference import captured_collectives
-from megatron_idft.integration.gpu_libraries import BrokenLibraryError, GPULibraries, find_gpu_libraries
-from megatron_idft.integration.local_flags import MissingLibraryError, add_local_flags
+from megatron_idft.integration.platform.gpu_libraries import GPULibraries, find_gpu_libraries
+from megatron_idft.integration.platform.local_flags import add_local_flags
 
 HERE = Path(__file__).parent
 MODEL = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64
@@ -159,7 +160,7 @@ def test_flags_that_need_transformer_engine_are_refused_without_it(words):
 
 
 def test_transformer_engine_is_there_only_if_it_imports(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_idft.integration.gpu_libraries.installed", lambda name: "2.20.2")
+    monkeypatch.setattr("megatron_idft.integration.platform.gpu_libraries.installed", lambda name: "2.20.2")
     package = tmp_path / "transformer_engine"
     (package / "pytorch").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path)

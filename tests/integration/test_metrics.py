@@ -8,7 +8,7 @@ import torch
 from distributed import run_ranks
 
 from megatron_idft import idft, vocab_parallel_loss
-from megatron_idft.integration.metrics import (
+from megatron_idft.integration.loss.metrics import (
     GAMMA_EDGES,
     PHI_EDGES,
     WEIGHT_EDGES,

@@ -7,8 +7,8 @@ import torch
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_idft.integration.arguments import ArgumentError
-from megatron_idft.integration.packed_batches import (
+from megatron_idft.errors import ArgumentError
+from megatron_idft.integration.training.packed_batches import (
     check_attention,
     cumulative_lengths,
     document_mask,

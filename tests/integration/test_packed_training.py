@@ -15,8 +15,10 @@ from integration.checkpoints import differences, load_checkpoint, load_scalars
 from small_tokenizer import train_tokenizer
 
 from launch import forked
-from megatron_idft.data import load_tokenizer
-from megatron_idft.data.packed import PackedStore, PrepareSettings, prepare
+from megatron_idft.data.chat.tokenizer import load_tokenizer
+from megatron_idft.data.packed import prepare
+from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.data.packed.store import PackedStore
 
 HERE = Path(__file__).parent
 SEQ_LENGTH = 32

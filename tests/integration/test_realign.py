@@ -15,10 +15,12 @@ import pytest
 from small_tokenizer import train_tokenizer
 
 from launch import ROOT, forked, free_port
-from megatron_idft.corpus.ledger import read_manifest, status_of
-from megatron_idft.data import encode_conversation, load_tokenizer
-from megatron_idft.hinted_decoding.merge import merge
-from megatron_idft.hinted_decoding.results import read_outcomes, retry_folders
+from megatron_idft.corpus.ledger.ledger import status_of
+from megatron_idft.corpus.ledger.manifest import read_manifest
+from megatron_idft.data.chat.conversations import encode_conversation
+from megatron_idft.data.chat.tokenizer import load_tokenizer
+from megatron_idft.hinted_decoding.output.merge import merge
+from megatron_idft.hinted_decoding.output.results import read_outcomes, retry_folders
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 96 --max-position-embeddings 96

@@ -7,8 +7,12 @@ import pytest
 from megatron_idft.errors import UserError
 from megatron_idft.hinted_decoding.mixing import EntropyMixing
 from megatron_idft.inference.requests import Repetition, Sampling
-from megatron_idft.integration.realign_arguments import add_realign_arguments
-from megatron_idft.integration.realign_settings import check_realign_arguments, resolve_settings, resolve_template
+from megatron_idft.integration.offline.realign_arguments import add_realign_arguments
+from megatron_idft.integration.offline.realign_settings import (
+    check_realign_arguments,
+    resolve_settings,
+    resolve_template,
+)
 
 # Megatron's own, with its defaults.
 LAYOUT = {

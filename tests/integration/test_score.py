@@ -15,8 +15,8 @@ import pytest
 from small_tokenizer import train_tokenizer
 
 from launch import ROOT, forked, free_port
-from megatron_idft.corpus.ledger import status_of
-from megatron_idft.corpus.scored import read_own_samples
+from megatron_idft.corpus.ledger.ledger import status_of
+from megatron_idft.corpus.scores.folder import read_own_samples
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_idft.errors import InputError
-from megatron_idft.integration.hf_model import recorded_vocab_size
-from megatron_idft.integration.script_data import check_script_data
+from megatron_idft.integration.platform.hf_model import recorded_vocab_size
+from megatron_idft.integration.platform.script_data import check_script_data
 
 ROWS = 100
 

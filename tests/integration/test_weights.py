@@ -10,7 +10,7 @@ from integration.checkpoints import load_scalars
 from small_tokenizer import train_tokenizer
 
 from launch import forked
-from megatron_idft.integration.batches import loss_func
+from megatron_idft.integration.training.batches import loss_func
 
 FLAGS = """
     --num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64

@@ -8,7 +8,7 @@ from megatron_idft.cli.train import main
 def plant() -> None:
     from megatron.training import get_args
 
-    from megatron_idft.integration import packed_batches
+    from megatron_idft.integration.training import packed_batches
 
     honest = packed_batches.get_batch
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_idft import resolve_objective, vocab_parallel_loss
-from megatron_idft.integration.hook import LossHook
+from megatron_idft.integration.loss.hook import LossHook
 from tests.loss.engines import Engine
 from tests.loss.intermediate import as_intermediate
 

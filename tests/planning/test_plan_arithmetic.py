@@ -4,22 +4,14 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_idft.errors import PlanError
 from megatron_idft.planning.activations import kept_by
 from megatron_idft.planning.head import head
 from megatron_idft.planning.layouts import fitting_layouts
 from megatron_idft.planning.memory import forward_passes, plan_memory, worst
 from megatron_idft.planning.parameters import model_count, stage_count
-from megatron_idft.planning.report import _duration
-from megatron_idft.planning.shape import (
-    Batch,
-    Implementation,
-    Layout,
-    Model,
-    PlanError,
-    Precision,
-    Recompute,
-    Training,
-)
+from megatron_idft.planning.shape import Batch, Implementation, Layout, Model, Precision, Recompute, Training
+from megatron_idft.planning.text import _duration
 from megatron_idft.planning.throughput import Machine, checkpoint_bytes
 
 S, B, H, HEADS = 2048, 2, 1024, 16

@@ -3,7 +3,7 @@
     python tools/benchmarks/hook_overhead.py --out RESULTS [--smoke]
 
 4096 tokens over 152064 columns in bf16, as one micro-batch of Qwen2.5-7B; --smoke: a few on the CPU, where times mean
-nothing. The calls are those of the hook (megatron_idft/integration/hook.py): the loss with cross-entropy values, in
+nothing. The calls are those of the hook (integration/loss/hook.py): the loss with cross-entropy values, in
 place; then `LossMetrics.add`, which is plain torch. Host time is what Python takes to queue the work while the device
 sleeps, launches are what torch's profiler counts. What the host takes matters only where it has nothing queued ahead.
 
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout needs
 from measure import OutputLayer
 
 from megatron_idft import idft, vocab_parallel_loss
-from megatron_idft.integration.metrics import LossMetrics
+from megatron_idft.integration.loss.metrics import LossMetrics
 
 STEP_FLOPS_PER_TOKEN = 6 * 7.6e9
 PEAK_FLOPS, SHARE_OF_PEAK = 989e12, 0.4  # dense bf16 of an H100 or H200

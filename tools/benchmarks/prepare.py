@@ -50,8 +50,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout needs no installation
 
-from megatron_idft.data.packed import PrepareSettings, best_fit_decreasing, prepare
-from megatron_idft.data.packed.packing import efficiency, first_fit
+from megatron_idft.data.packed import prepare
+from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.data.packed.packing import best_fit_decreasing, efficiency, first_fit
 
 MIN_SHARE_OF_RAW, MIN_EFFICIENCY = 0.9, 0.97
 ROLES = ("user", "assistant")
@@ -81,7 +82,7 @@ def save_tokenizer(texts: list[str], vocab: int, folder: Path) -> None:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from megatron_idft.data import BUILTIN_TEMPLATES
+    from megatron_idft.data.chat.template import BUILTIN_TEMPLATES
 
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(SPLIT), "isolated")
@@ -179,7 +180,7 @@ def measure(
     folder: Path, rows: list[dict[str, Any]], tokenizer: Any, checkout: Path | None, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Every variant over these records, in turns."""
-    from megatron_idft.data.conversations import render_conversation
+    from megatron_idft.data.chat.conversations import render_conversation
 
     (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     rendered = [render_conversation(tokenizer, row["messages"]).text for row in rows]
@@ -244,7 +245,7 @@ def main() -> None:
     options = parse_arguments()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each process
     os.environ["RAYON_NUM_THREADS"] = "1"
-    from megatron_idft.data import load_tokenizer
+    from megatron_idft.data.chat.tokenizer import load_tokenizer
 
     checkout = Path(os.environ["MEGATRON_LM"]) if os.environ.get("MEGATRON_LM") else None
     result: dict[str, Any] = {"benchmark": "prepare", **surroundings(checkout)}

@@ -64,8 +64,9 @@ RANKS = (1, 8, 16, 64, 256, 1024)
 
 def make_data(folder: Path) -> None:
     """Packs of two sources, and a tokenizer for them."""
-    from megatron_idft.data import load_tokenizer
-    from megatron_idft.data.packed import PrepareSettings, prepare
+    from megatron_idft.data.chat.tokenizer import load_tokenizer
+    from megatron_idft.data.packed import prepare
+    from megatron_idft.data.packed.pack_settings import PrepareSettings
 
     train_tokenizer(folder)
     chance = random.Random(1)
@@ -133,12 +134,12 @@ def count_rank(folder: Path, ranks: int, out: Path) -> None:
                 whole = sum(tensor.numel() * tensor.element_size() for tensor in tensors[: group.size()])
             collectives[phase[0], *owner(), name.split(".")[1].strip("_"), group.size(), whole] += 1
 
-    from megatron_idft.integration import cpu
+    from megatron_idft.integration.platform import cpu
 
     cpu.enable()
     from megatron.training import training
 
-    from megatron_idft.data.packed_dataset import PackedDataset
+    from megatron_idft.data.packed.dataset import PackedDataset
 
     read: Counter[tuple[str, str]] = Counter()
     honest_item, honest_step = PackedDataset.__getitem__, training.train_step

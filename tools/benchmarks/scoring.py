@@ -70,8 +70,8 @@ def save_model(options: argparse.Namespace, folder: Path) -> Any:
 
 def load_scorer(options: argparse.Namespace, folder: Path) -> Any:
     """The scorer of `score --hf-model`, set up by the program itself."""
-    from megatron_idft.integration import scoring_program
-    from megatron_idft.integration.hf_model import expand
+    from megatron_idft.integration.offline import score as scoring_program
+    from megatron_idft.integration.platform.hf_model import expand
     from megatron_idft.integration.script import prepare_process
 
     flags = f"--hf-model {folder} --tokenizer-model unused.model --data unused --output unused"
@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def score(scorer: Any, sequences: list[np.ndarray], masks: list[np.ndarray]) -> None:
-    from megatron_idft.corpus.scoring import scored_record
+    from megatron_idft.corpus.scores.rows import scored_record
 
     for ids, mask, (log_prob, entropy) in zip(sequences, masks, scorer.score(sequences), strict=True):
         scored_record(ids, mask, log_prob, entropy, decode=lambda ids: "", end_of_turn_ids=[0], special_ids=[0])

@@ -37,7 +37,7 @@ def compile_tests() -> int:
     import pytest
     from hypothesis import HealthCheck, Phase, settings
 
-    from megatron_idft.integration import cpu
+    from megatron_idft.integration.platform import cpu
 
     cpu.enable(trainer=False)
     settings.register_profile(

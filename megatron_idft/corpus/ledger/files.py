@@ -7,15 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_idft.errors import UserError
+from megatron_idft.errors import LedgerError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
-
-
-class LedgerError(UserError, RuntimeError):
-    """The folder cannot be used: not writable, full, damaged, or it belongs to another job."""
 
 
 def part_name(chunk: int, suffix: str) -> str:

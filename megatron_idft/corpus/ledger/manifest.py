@@ -8,26 +8,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_idft.corpus.ledger.files import LedgerError, put, sync
+from megatron_idft.corpus.ledger.files import put, sync
+from megatron_idft.errors import ABSENT, LedgerError, SettingsMismatch
 
 FORMAT = 1  # raise it whenever older launches could not share a folder with newer ones
 _PACKAGES = ("megatron-idft", "megatron-core", "torch", "transformers", "numpy", "pyarrow")  # for information only
-_ABSENT = "(absent)"
-
-
-class SettingsMismatch(LedgerError):
-    """The folder belongs to a job with other settings. `differences`: key -> (value in the folder, value now)."""
-
-    def __init__(self, folder: Path, differences: dict[str, tuple[Any, Any]]):
-        self.folder, self.differences = folder, differences
-        rows = [f"  {key}: {_show(old)} in the folder, {_show(new)} now" for key, (old, new) in differences.items()]
-        super().__init__(
-            f"{folder} was begun with other settings:\n" + "\n".join(rows) + "\nName another output folder for these "
-            "settings, or go on with those of the folder."
-        )
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:  # the default would call __init__ with the text alone
-        return type(self), (self.folder, self.differences)
 
 
 def agree(folder: Path, unfinished: Path, token: str, job: dict[str, Any]) -> None:
@@ -81,15 +66,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _differences(old: Any, new: Any, at: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{at}.{key}" if at else key)
+            yield from _differences(old.get(key, ABSENT), new.get(key, ABSENT), f"{at}.{key}" if at else key)
     # Compared as text: NaN equals itself, and true is not 1.
     elif json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
         yield at, (old, new)
-
-
-def _show(value: Any) -> str:
-    text = value if value == _ABSENT else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 200 else text[:200] + "…"
 
 
 def _versions() -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_idft.corpus.estimates import ClusterSums, Estimate
 from megatron_idft.corpus.lint.finding import LOOK, NOT_CHECKED, OK, PROBLEM, Finding, said
 from megatron_idft.corpus.lint.thresholds import (
     ALARM_SOURCE,
@@ -25,7 +24,8 @@ from megatron_idft.corpus.lint.thresholds import (
     STANDARD_ERRORS,
     STD_RATIO,
 )
-from megatron_idft.corpus.summary import FIRST_TOKENS, CorpusSummary
+from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate
+from megatron_idft.corpus.scores.summary import FIRST_TOKENS, CorpusSummary
 
 
 def check_template(corpus: CorpusSummary, null: CorpusSummary | None) -> Iterator[Finding]:

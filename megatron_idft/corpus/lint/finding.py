@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megatron_idft.corpus.estimates import Estimate
+from megatron_idft.corpus.scores.estimates import Estimate
 
 OK, LOOK, PROBLEM, NOT_CHECKED = "ok", "look", "problem", "not checked"
 

@@ -26,7 +26,7 @@ from megatron_idft.corpus.lint.thresholds import (
     STANDARD_ERRORS,
     can_tell,
 )
-from megatron_idft.corpus.summary import CorpusSummary, Row
+from megatron_idft.corpus.scores.summary import CorpusSummary, Row
 
 
 def _prompt_in_span(row: Row) -> bool:

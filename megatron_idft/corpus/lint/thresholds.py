@@ -1,12 +1,12 @@
 """The linter's thresholds, each with its source. What is ours says how it was chosen."""
 
-from megatron_idft.corpus.estimates import Estimate
+from megatron_idft.corpus.scores.estimates import Estimate
 
 LOGS = (
     "training logs of the authors of DDT and IDFT (arXiv 2602.12222, github.com/zhangmiaosen2000/Towards-On-Policy-SFT)"
 )
 
-# The same alarms as in training (integration/metrics.py).
+# The same alarms as in training (integration/loss/metrics.py).
 PHI_MEAN_ALARM, PHI_STD_ALARM = -2.0, 5.0
 ALARM_SOURCE = (
     f"{LOGS}: healthy runs began at a mean of -0.25 to +0.11 and a spread of 0.3 to 1.7; a run with a broken chat"

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_idft.corpus.estimates import ClusterSums, Estimate
+from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate
 
 _MEANS = {
     "phi_mean": "phi",

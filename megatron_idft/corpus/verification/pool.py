@@ -13,14 +13,10 @@ from contextlib import suppress
 from multiprocessing.connection import Pipe, wait
 from typing import Any
 
-from megatron_idft.errors import UserError
+from megatron_idft.errors import WorkerError
 
 START_SECONDS = 180.0  # sympy from a slow network file system
 WORKER = "megatron_idft.corpus.verification.worker"
-
-
-class WorkerError(UserError):
-    """A verifying process that cannot be started."""
 
 
 class _Worker:

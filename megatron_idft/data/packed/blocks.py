@@ -15,15 +15,14 @@ import pyarrow.parquet as pq
 
 from megatron_idft.corpus.records import (
     PARQUET_BATCH_ROWS,
-    RAW_EXCERPT,
     Record,
-    RecordError,
     check_files,
     parquet_batch_rows,
     parse_line,
     read_lines,
     to_record,
 )
+from megatron_idft.errors import RAW_EXCERPT, RecordError
 
 
 @dataclass(slots=True)

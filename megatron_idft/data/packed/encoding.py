@@ -6,19 +6,19 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megatron_idft.corpus.records import Record, RecordError
-from megatron_idft.data.conversations import (
+from megatron_idft.corpus.records import Record
+from megatron_idft.data.chat.conversations import (
     EncodedConversation,
     RenderedConversation,
     tokenize,
 )
+from megatron_idft.data.chat.pretokenized import PretokenizedReader
+from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.data.packed.blocks import Block, parse_block
 from megatron_idft.data.packed.chunks import Chunk, ChunkInfo
+from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.rendering import Renderer
-from megatron_idft.data.packed.settings import PrepareSettings
-from megatron_idft.data.pretokenized import PretokenizedReader
-from megatron_idft.data.template import ConversationError, TemplateError
-from megatron_idft.data.tokenizer import ChatTokenizer
+from megatron_idft.errors import ConversationError, RecordError, TemplateError
 
 # What is held between parser and tokenizer. Small batches stay in the processor's caches.
 _BATCH_RECORDS, _BATCH_CHARACTERS = 128, 1 << 18

@@ -21,18 +21,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_idft.corpus.ledger import SettingsMismatch
 from megatron_idft.corpus.ledger.files import plain_errors
 from megatron_idft.corpus.ledger.manifest import agree
-from megatron_idft.data.packed import report
+from megatron_idft.data.chat.tokenizer import ChatTokenizer
+from megatron_idft.data.packed import summary
 from megatron_idft.data.packed.assembly import Assembly, positions
 from megatron_idft.data.packed.blocks import Block, read_blocks
 from megatron_idft.data.packed.chunks import ChunkInfo, is_finished, read_info
-from megatron_idft.data.packed.settings import PrepareSettings
+from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.store import FORMAT, PackedStore, companion
-from megatron_idft.data.packed.workers import PrepareError, Task, WorkerPool, write_setup
-from megatron_idft.data.tokenizer import ChatTokenizer
-from megatron_idft.errors import InputError
+from megatron_idft.data.packed.workers import Task, WorkerPool, write_setup
+from megatron_idft.errors import InputError, PrepareError, SettingsMismatch
 
 
 @dataclass(slots=True)
@@ -139,16 +138,16 @@ class _Run:
 
     def pack(self, infos: list[ChunkInfo], tokenizer: ChatTokenizer, fingerprint: str) -> Prepared:
         """Write the packs of all chunks."""
-        counts = report.total(infos)
+        counts = summary.total(infos)
         if not counts.kept:
-            empty = report.numbers(infos, positions(_no_lengths(), 1), 0, self._settings.seq_length)
+            empty = summary.numbers(infos, positions(_no_lengths(), 1), 0, self._settings.seq_length)
             raise InputError(
                 "no record is left to train on: pass a longer --seq-length, or records with trained turns\n"
-                + report.text(empty, str(self._prefix))
+                + summary.text(empty, str(self._prefix))
             )
         assembly = Assembly(self._folder, infos, self._settings)
         sizes = positions(assembly.lengths, self._settings.pad_multiple)
-        numbers = report.numbers(infos, sizes, len(assembly.packs), self._settings.seq_length)
+        numbers = summary.numbers(infos, sizes, len(assembly.packs), self._settings.seq_length)
         assembly.write_index()
         assembly.write_origins()
         with self._bar("packing", " tokens", assembly.tokens) as bar:
@@ -178,7 +177,7 @@ class _Run:
             "sources": assembly.sources,
             "files": list(self._settings.paths),
         }
-        text = report.text(numbers, str(self._prefix))
+        text = summary.text(numbers, str(self._prefix))
         others = {".report.json": _json(numbers), ".report.txt": (text + "\n").encode()}
         if counts.bad:
             lines = [json.dumps(error, ensure_ascii=False) for info in infos for error in info.errors]

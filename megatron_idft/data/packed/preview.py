@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-from megatron_idft.corpus.records import RecordError
-from megatron_idft.data.inspect import render_sample
+from megatron_idft.data.chat.show import render_sample
+from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.data.packed.blocks import read_blocks
 from megatron_idft.data.packed.encoding import BlockEncoder
-from megatron_idft.data.packed.settings import PrepareSettings
+from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.store import PackedStore
-from megatron_idft.data.tokenizer import ChatTokenizer
+from megatron_idft.errors import RecordError
 
 
 def show_packs(store: PackedStore, tokenizer: ChatTokenizer, count: int) -> Iterator[str]:

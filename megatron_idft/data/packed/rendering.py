@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from megatron_idft.corpus.messages import Message
 from megatron_idft.corpus.records import Record
-from megatron_idft.data.conversations import RenderedConversation, render_conversation
-from megatron_idft.data.template import ConversationError, TemplateError
-from megatron_idft.data.tokenizer import ChatTokenizer
+from megatron_idft.data.chat.conversations import RenderedConversation, render_conversation
+from megatron_idft.data.chat.tokenizer import ChatTokenizer
+from megatron_idft.errors import ConversationError, TemplateError
 
 _PROVEN_IN_FULL = 8  # of each structure
 

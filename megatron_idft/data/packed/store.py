@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idft.data.tokenizer import ChatTokenizer
+from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import InputError
 
 FORMAT = 1  # raise it whenever older readers could not read what is written

@@ -13,14 +13,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from megatron_idft.corpus.records import RecordError
 from megatron_idft.data.packed.assembly import place_documents
 from megatron_idft.data.packed.blocks import Block
 from megatron_idft.data.packed.chunks import write_chunk
 from megatron_idft.data.packed.encoding import BlockEncoder
-from megatron_idft.data.packed.settings import PrepareSettings
+from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.worker_tokenizer import rebuild_tokenizer
-from megatron_idft.data.template import TemplateError
+from megatron_idft.errors import RecordError, TemplateError
 
 
 class _Encoder:

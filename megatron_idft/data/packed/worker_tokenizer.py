@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idft.data.template import ChatTemplate
-from megatron_idft.data.tokenizer import (
+from megatron_idft.data.chat.template import ChatTemplate
+from megatron_idft.data.chat.tokenizer import (
     ChatTokenizer,
     Encoding,
     HuggingFaceChatTokenizer,

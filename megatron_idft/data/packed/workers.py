@@ -13,18 +13,12 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_idft.corpus.records import RecordError
-from megatron_idft.data.packed.settings import PrepareSettings
+from megatron_idft.data.chat.tokenizer import ChatTokenizer
+from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.worker_tokenizer import describe_tokenizer
-from megatron_idft.data.template import TemplateError
-from megatron_idft.data.tokenizer import ChatTokenizer
-from megatron_idft.errors import UserError
+from megatron_idft.errors import PrepareError, RecordError, TemplateError
 
 WORKER = "megatron_idft.data.packed.worker"
-
-
-class PrepareError(UserError, RuntimeError):
-    """`prepare` cannot go on: a process died, the disk is full. What is finished is kept."""
 
 
 def write_setup(path: Path, tokenizer: ChatTokenizer, settings: PrepareSettings, folder: Path) -> None:

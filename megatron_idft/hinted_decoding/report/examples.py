@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from megatron_idft.corpus.display import bounded
-from megatron_idft.corpus.record_table import hash64
-from megatron_idft.corpus.summary import MIN_TOKENS_TO_RANK, Extremes
+from megatron_idft.corpus.scores.record_table import hash64
+from megatron_idft.corpus.scores.summary import MIN_TOKENS_TO_RANK, Extremes
 from megatron_idft.hinted_decoding.report.outcome import Outcome, Turn
 
 EXAMPLES = 4  # of each kind

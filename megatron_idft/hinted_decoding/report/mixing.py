@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_idft.hinted_decoding.report.along import DECILES, POSITIONS, MeansAlong, deciles, positions
 from megatron_idft.hinted_decoding.report.outcome import Outcome
+from megatron_idft.hinted_decoding.report.positions import DECILES, POSITIONS, MeansAlong, deciles, positions
 
 LAMBDA_BINS = 20  # between 0 and 1; tokens at exactly 0 and at exactly 1 have bins of their own
 NAMES = ("mix_weight", "entropy", "hinted_entropy", "phi")

@@ -7,12 +7,12 @@ from typing import Any
 from megatron_idft.corpus.report.document import document, image
 from megatron_idft.corpus.report.findings import estimate
 from megatron_idft.corpus.report.html_text import escaped
-from megatron_idft.hinted_decoding.outcomes import UNVERIFIED, describe_methods
+from megatron_idft.hinted_decoding.output.outcomes import UNVERIFIED, describe_methods
 from megatron_idft.hinted_decoding.report.example_html import EXAMPLE_STYLE, render_examples
 from megatron_idft.hinted_decoding.report.figures import fate_figure, phi_figure, sources_figure
 from megatron_idft.hinted_decoding.report.mixing_figures import lengths_figure, mixing_figure
-from megatron_idft.hinted_decoding.report.null import FAILED, NOT_CHECKED
 from megatron_idft.hinted_decoding.report.outcome import STAGES
+from megatron_idft.hinted_decoding.report.own_samples import FAILED, NOT_CHECKED
 from megatron_idft.hinted_decoding.report.tables import (
     lengths_table,
     mixing_table,

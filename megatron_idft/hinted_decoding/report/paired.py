@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_idft.corpus.estimates import ClusterSums, Estimate
 from megatron_idft.corpus.report.numbers import estimate_json
+from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate
 from megatron_idft.hinted_decoding.report.outcome import SUMS, Sums
 
 _MEANS = ("phi", "log_prob", "entropy", "below_1", "below_3", "below_5")

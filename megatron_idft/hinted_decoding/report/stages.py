@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_idft.corpus.estimates import ClusterSums
 from megatron_idft.corpus.report.numbers import estimate_json
+from megatron_idft.corpus.scores.estimates import ClusterSums
 from megatron_idft.hinted_decoding.report.counts import Lengths, Names
 from megatron_idft.hinted_decoding.report.outcome import VERDICTS, Outcome, Row
 

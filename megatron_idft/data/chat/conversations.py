@@ -1,0 +1,164 @@
+"""Conversation -> token ids and loss mask, with the mask proven from the chat template.
+
+Trained is what the assistant says in each of its turns, content, reasoning and tool calls as the template writes them,
+and the special token that ends the turn; nothing else, neither what inference writes for the model (the generation
+prompt) nor a newline that the template writes behind that token. The conversation is rendered once and tokenised once,
+as inference would see it; the assistant's characters in it are found and proven by spans.py.
+
+Templates that edit earlier turns (Qwen3's drops their reasoning) are rendered once as a whole: an earlier turn is
+trained as it stands there, its reasoning left out. To train every turn with its reasoning, write one record for each,
+and train the last turn only.
+
+A token counts as trained if it begins inside a span. So a token that straddles the beginning of a span, such as a blank
+of the header merged with the first word of the answer, is not trained; these are counted.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_idft.corpus.messages import trained_weight
+from megatron_idft.corpus.records import Message
+from megatron_idft.data.chat.mask_proof import Tools, prove_spans
+from megatron_idft.data.chat.tokenizer import ChatTokenizer
+from megatron_idft.data.chat.turn_ends import Span
+from megatron_idft.errors import ConversationError, TemplateError
+
+# They change what the model should say, and are not rendered here: training without them would be silently wrong.
+_UNSERVED = {
+    "function_call": "write it as tool_calls",
+    "reasoning": "call it reasoning_content",
+    "thinking": "call it reasoning_content",
+    "refusal": "write what it says as content",
+    "function_calls": "write them as tool_calls",
+    **dict.fromkeys(("functions", "tools"), "give the record tools"),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text is served"),
+}
+
+
+@dataclass(slots=True)
+class RenderedConversation:
+    """text: the whole conversation. spans: the trained characters, one span for each trained assistant turn, in order.
+
+    weights: of the spans' tokens in the loss; an assistant turn of weight 0 has no span.
+    spells_special: some message's content spells a special token, which will be read as that token.
+    unwritten: something that a message says does not occur in the text, or what a trained one says not in its span,
+        letter by letter but for blanks around it: the template leaves it out or rewrites it.
+    """
+
+    text: str
+    spans: list[Span]
+    spells_special: bool = False
+    unwritten: bool = False
+    weights: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class EncodedConversation:
+    """ids: int32 [n]. mask: uint8 [n], 1 where the token is trained. end_ids: the tokens that end assistant turns.
+
+    straddles: the number of spans whose first character lies inside a token that begins before the span.
+    pretokenized: ids and mask came with the record, see pretokenized.py.
+    weights: float32 [n], of the tokens in the loss, > 0 where the mask is 1 and else 0; None: the mask itself.
+    """
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.uint8]
+    end_ids: set[int]
+    straddles: int
+    pretokenized: bool = False
+    weights: NDArray[np.float32] | None = None
+
+
+def encode_conversation(
+    tokenizer: ChatTokenizer, messages: list[Message], *, tools: Tools = None, last_turn_only: bool = False
+) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """Token ids int32 [n] and loss mask uint8 [n] of one conversation, neither truncated nor padded.
+
+    Arguments and errors as in `render_conversation`.
+    """
+    rendered = render_conversation(tokenizer, messages, tools=tools, last_turn_only=last_turn_only)
+    [encoded] = tokenize(tokenizer, [rendered])
+    return encoded.ids, encoded.mask
+
+
+def render_conversation(
+    tokenizer: ChatTokenizer, messages: list[Message], *, tools: Tools = None, last_turn_only: bool = False
+) -> RenderedConversation:
+    """The text of a conversation and its trained spans.
+
+    messages, tools: as a `Record` holds them. last_turn_only: no assistant turn is trained but the last.
+
+    Raises ConversationError when the conversation is at fault, TemplateError when the template does not prove the mask
+    of an ordinary conversation of these roles either.
+    """
+    for i, message in enumerate(messages):
+        for key, remedy in _UNSERVED.items():
+            if message.get(key) not in (None, [], ""):
+                raise ConversationError(f"messages[{i}].{key} is not served: {remedy}, or remove it")
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [i for i in (turns[-1:] if last_turn_only else turns) if trained_weight(messages[i])]
+    try:
+        proven = prove_spans(tokenizer, messages, tools, turns)
+    except TemplateError as error:
+        if _proves_ordinary(tokenizer, messages, turns):
+            raise ConversationError(str(error)) from error
+        raise
+    try:
+        proven.text.encode()
+    except UnicodeEncodeError:  # in some key of a message that only this template writes
+        raise ConversationError("holds a lone surrogate, which no tokenizer can read") from None
+    trained = {i: proven.text[start:end] for i, (start, end) in zip(turns, proven.spans, strict=True)}
+    written = all(_is_written(message, trained.get(i, proven.text)) for i, message in enumerate(messages))
+    said = [str(message.get(key, "")) for message in messages for key in ("content", "reasoning_content")]
+    return RenderedConversation(
+        proven.text,
+        proven.spans,
+        spells_special=any(tokenizer.special_pattern.search(text) for text in said),
+        unwritten=proven.edited or not written,
+        weights=[trained_weight(messages[i]) for i in turns],
+    )
+
+
+def tokenize(tokenizer: ChatTokenizer, conversations: Sequence[RenderedConversation]) -> list[EncodedConversation]:
+    """Tokenise whole conversations and carry their spans over to the tokens. Raises TemplateError."""
+    special = set(tokenizer.special_ids.values())
+    cuts = [[cut for span in item.spans for cut in span] for item in conversations]
+    encoded = []
+    for item, encoding in zip(
+        conversations, tokenizer.encode_batch([item.text for item in conversations], cuts), strict=True
+    ):
+        mask = np.zeros(len(encoding.ids), dtype=np.uint8)
+        weights = np.zeros(len(encoding.ids), dtype=np.float32) if set(item.weights) - {1.0} else None
+        end_ids = set()
+        for k, (start, end) in enumerate(item.spans):
+            first, last = encoding.first[2 * k], encoding.first[2 * k + 1]
+            if first == last or int(encoding.ids[last - 1]) not in special:
+                ending = item.text[max(start, end - 40) : end]
+                raise TemplateError(f"the tokenizer does not read the end of turn {ending!r} as a special token")
+            mask[first:last] = 1
+            if weights is not None:
+                weights[first:last] = item.weights[k]
+            end_ids.add(int(encoding.ids[last - 1]))
+        encoded.append(EncodedConversation(encoding.ids, mask, end_ids, sum(encoding.straddled[::2]), weights=weights))
+    return encoded
+
+
+def _proves_ordinary(tokenizer: ChatTokenizer, messages: list[Message], turns: list[int]) -> bool:
+    """Whether the template proves a conversation of the same roles in which plain words are said."""
+    try:
+        prove_spans(tokenizer, [{"role": message["role"], "content": "hello"} for message in messages], None, turns)
+    except (ConversationError, TemplateError):
+        return False
+    return True
+
+
+def _is_written(message: Message, text: str) -> bool:
+    """Whether a message's content stands in the text; some templates write tool results as JSON."""
+    content = str(message["content"]).strip()
+    if content in text:
+        return True
+    return message["role"] == "tool" and json.dumps(content, ensure_ascii=False)[1:-1] in text

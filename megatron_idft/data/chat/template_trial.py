@@ -1,0 +1,106 @@
+"""A chat template tried in a process that can be killed, before it is compiled and rendered in this one.
+
+Templates are programs of other people. One that never ends, or writes without end, would hold a training for ever: some
+do so while they are compiled, where constants are folded. Here each is compiled, and renders short conversations, under
+a limit of time and memory. Templates that behave well here and run wild on other conversations meet the limits of
+`ChatTemplate`.
+"""
+
+import datetime
+import json
+import threading
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from megatron_idft.corpus.messages import Message
+from megatron_idft.corpus.verification.pool import WorkerPool
+from megatron_idft.data.chat.template import ChatTemplate
+from megatron_idft.errors import EndlessTemplateError, TemplateError
+
+SECONDS, MEMORY_MB = 20.0, 2048
+_IDLE_SECONDS = 10.0  # until the process ends; another template may follow
+_CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+_TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}]
+_TURNS: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+_CONVERSATIONS: list[tuple[list[Message], list[dict[str, Any]] | None]] = [
+    (_TURNS[:1], None),
+    ([{"role": "system", "content": "system"}, *_TURNS * 3], None),
+    (
+        [
+            _TURNS[0],
+            {"role": "assistant", "content": "", "reasoning_content": "thought", "tool_calls": [_CALL]},
+            {"role": "tool", "content": "1", "name": "add"},
+            _TURNS[1],
+        ],
+        _TOOLS,
+    ),
+]
+
+
+def try_template(source: str, variables: Mapping[str, Any], date: datetime.date | None) -> None:
+    """Raises TemplateError where the template does not end. What else may be wrong with it is not looked at here."""
+    settings = {"variables": dict(variables), "date": None if date is None else date.isoformat()}
+    reason = _trial(source, json.dumps(settings, default=str))
+    if reason is not None:
+        raise TemplateError(
+            f"the chat template does not end on a short conversation: {reason} (limits: {SECONDS:g} s, {MEMORY_MB} MB)."
+            " Look for endless loops and huge texts in it, or give another one with --chat-template FILE"
+        )
+
+
+def render_all(source: str, settings: str) -> bool:
+    """In the process that may be killed: compile the template and render with it. True, if that ends at all."""
+    values = json.loads(settings)
+    date = None if values["date"] is None else datetime.date.fromisoformat(values["date"])
+    try:
+        template = ChatTemplate(source, values["variables"], date)
+    except TemplateError:
+        return True
+    for messages, tools in _CONVERSATIONS:
+        for prompt in (False, True):
+            try:
+                template.render(messages, tools=tools, add_generation_prompt=prompt)
+            except EndlessTemplateError:
+                raise
+            except ValueError as error:  # it rejects this conversation, or fails
+                if isinstance(error.__cause__, MemoryError):
+                    raise MemoryError from None
+    return True
+
+
+class _Trials:
+    """One process for all templates, ended when none has come for a while."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pool: WorkerPool | None = None
+        self._timer: threading.Timer | None = None
+
+    def run(self, task: list[str]) -> dict[str, Any]:
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._pool is None:
+                plugin = f"{__name__}:{render_all.__name__}"
+                self._pool = WorkerPool(plugin=plugin, workers=1, timeout_seconds=SECONDS, memory_mb=MEMORY_MB)
+            [result] = self._pool.run([task])
+            self._timer = threading.Timer(_IDLE_SECONDS, self._close)
+            self._timer.daemon = True
+            self._timer.start()
+            return result
+
+    def _close(self) -> None:
+        with self._lock:
+            if self._pool is not None and self._timer is threading.current_thread():
+                self._pool.close()
+                self._pool = None
+
+
+_TRIALS = _Trials()
+
+
+@lru_cache(maxsize=256)
+def _trial(source: str, settings: str) -> str | None:
+    result = _TRIALS.run([source, settings])
+    return None if result["verdict"] == "right" else str(result.get("reason"))

@@ -1,0 +1,98 @@
+"""Rows of a realigned corpus, read back from its folder: in input order, errors replaced by what a retry gave."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from megatron_idft.corpus.ledger.files import put
+from megatron_idft.corpus.ledger.ledger import status_of
+from megatron_idft.corpus.ledger.manifest import read_manifest
+from megatron_idft.errors import InputError
+
+RETRIES = "retries"  # its folders 001, 002, … are ledgers of their own, for records that were errors before
+_INDICES = "indices.json"
+_NUMBER = re.compile(r"\d{3,}")
+
+
+def read_outcomes(folder: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of OUTCOME_SCHEMA of a finished or unfinished folder. Of a retried record the latest row that is no error.
+
+    A folder that an earlier version wrote lacks the columns that it did not know.
+
+    columns: those that are wanted, `index` and `status` among them; None: all.
+
+    Raises InputError where nothing is realigned, LedgerError where the folder is no job's.
+    """
+    parts = sorted((folder / "parts").glob("chunk-*.parquet"))
+    if not parts:
+        raise InputError(f"{folder}: no realigned records there; it should be the --output folder of `realign`")
+    retried = {
+        row["index"]: row
+        for retry in retry_folders(folder)
+        for row in _rows(retry, columns)
+        if row["status"] != "error"
+    }
+    for part in parts:
+        for row in _read(part, columns):
+            yield retried.get(row["index"], row) if row["status"] == "error" else row
+
+
+def retry_folders(folder: Path) -> list[Path]:
+    """The ledgers of retries, the oldest first."""
+    place = folder / RETRIES
+    if not place.is_dir():
+        return []
+    found = [path for path in place.iterdir() if _NUMBER.fullmatch(path.name) and (path / "manifest.json").exists()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def open_retry(folder: Path) -> tuple[Path, list[int]] | None:
+    """The ledger in which errors are tried again, and the indices of its records; None where there is no error left.
+
+    That is the last one that was begun, if it is not finished. Launches that open one at the same time get the same.
+
+    Raises InputError while the folder itself is not finished.
+    """
+    state = status_of(folder)
+    if state.finished < state.num_chunks:
+        raise InputError(
+            f"{folder}: {state.num_chunks - state.finished} chunks are not finished; errors are tried again when all"
+            " others are done: run the same command without --retry-errors first"
+        )
+    begun = retry_folders(folder)
+    if begun:
+        last = status_of(begun[-1])
+        if last.finished < last.num_chunks:
+            return begun[-1], json.loads((begun[-1] / _INDICES).read_text())
+    errors = [row["index"] for row in read_outcomes(folder, ["index", "status"]) if row["status"] == "error"]
+    if not errors:
+        return None
+    retry = folder / RETRIES / f"{1 + (int(begun[-1].name) if begun else 0):03d}"
+    retry.mkdir(parents=True, exist_ok=True)
+    temporary = retry / f".{_INDICES}.{id(errors)}"
+    temporary.write_text(json.dumps(errors))
+    put(temporary, retry / _INDICES)
+    temporary.unlink(missing_ok=True)
+    return retry, json.loads((retry / _INDICES).read_text())
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the job was begun with."""
+    return dict(read_manifest(folder)["settings"])
+
+
+def _rows(folder: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    for part in sorted((folder / "parts").glob("chunk-*.parquet")):
+        yield from _read(part, columns)
+
+
+def _read(part: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    with pq.ParquetFile(part) as file:
+        for batch in file.iter_batches(batch_size=64, columns=columns):
+            yield from batch.to_pylist()

@@ -1,0 +1,45 @@
+"""How far a realignment is, and what has become of the records so far."""
+
+from collections import Counter
+from pathlib import Path
+
+from megatron_idft.corpus.ledger.ledger import status_of
+from megatron_idft.hinted_decoding.output.outcomes import (
+    FAILURE_COLUMNS,
+    METHOD_COLUMNS,
+    count_methods,
+    describe_methods,
+    describe_reason,
+)
+from megatron_idft.hinted_decoding.output.results import read_outcomes, retry_folders
+
+
+def count_outcomes(folder: Path) -> dict[str, Counter[str]]:
+    """How many records have which "status", how many kept turns which "stage" and "method" (`count_methods`), and the
+    "reason" of the others (`describe_reason`).
+    """
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "stage", "method", "reason")}
+    for row in read_outcomes(folder, ["index", "status", "reason", *METHOD_COLUMNS, *FAILURE_COLUMNS]):
+        counts["status"][row["status"]] += 1
+        if row["status"] == "kept":
+            counts["stage"].update(turn["stage"] for turn in row["turns"])
+            counts["method"].update(count_methods(row["turns"]))
+        else:
+            counts["reason"][f"{row['status']}: {describe_reason(row)}"] += 1
+    return counts
+
+
+def describe_status(folder: Path) -> str:
+    """Chunks, launches, time left, and what has become of the records so far, for a person."""
+    lines = [status_of(folder).format()]
+    for retry in retry_folders(folder):
+        lines.append(f"retry of errors in {retry}:\n{status_of(retry).format()}")
+    if not list((folder / "parts").glob("chunk-*.parquet")):
+        return "\n".join(lines)
+    counts = count_outcomes(folder)
+    for name, what in (("status", "records"), ("stage", "turns of kept records by stage")):
+        found = ", ".join(f"{count:,} {key}" for key, count in counts[name].most_common())
+        lines.append(f"{what}: {found or 'none'}")
+    lines.append(describe_methods(counts["method"]))
+    lines += [f"  {count:,} {reason}" for reason, count in counts["reason"].most_common(10)]
+    return "\n".join(lines)

@@ -1,0 +1,242 @@
+"""A record on its way through the stages, turn by turn, and the row that it becomes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_idft.corpus.records import Record
+from megatron_idft.corpus.verification.answers import final_answer
+from megatron_idft.data.chat.tokenizer import ChatTokenizer
+from megatron_idft.errors import InputError, UserError
+from megatron_idft.hinted_decoding.stages.candidates import Candidate, Ids, statistics
+from megatron_idft.hinted_decoding.stages.conversation import RunningConversation, TurnPrompt
+
+_NONE = np.zeros(0, dtype=np.float32)
+_PER_TOKEN = ("token_ids", "tokens", "mix_weight", "phi", "entropy", "hinted_entropy")
+
+
+@dataclass(frozen=True, slots=True)
+class RealignInput:
+    """A record and what other engines made for it, by assistant turn; turn None: the record has only one."""
+
+    index: int
+    record: Record
+    rollouts: Mapping[int | None, Sequence[str]] = field(default_factory=dict)
+    analyses: Mapping[int | None, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Turn:
+    """One assistant turn. number: among the assistant's turns, from 0. reference: what verification compares with.
+
+    not_hinted: why no hinted stream can run. stage: how it was settled, "original" or the accepted candidate's; None:
+    not yet, or dropped.
+    """
+
+    record: Record
+    number: int
+    prompt: TurnPrompt
+    history: list[dict[str, Any]]
+    original_text: str
+    reference: Any
+    rollouts: Sequence[str]
+    analysis: str | None
+    original: tuple[NDArray[np.float32], NDArray[np.float32]] = (_NONE, _NONE)  # log_prob, entropy
+    candidates: list[Candidate] = field(default_factory=list)
+    hinted_prompt: Ids | None = None
+    analysis_tokens: int | None = None
+    failed_analysis: str | None = None
+    not_hinted: str | None = None
+    stage: str | None = None
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Names its random draws: of record and turn, whatever it is decoded together with."""
+        return f"{self.record.id}/{self.number}"
+
+    @property
+    def accepted(self) -> Candidate | None:
+        return next((candidate for candidate in self.candidates if candidate.accepted), None)
+
+    @property
+    def failures(self) -> list[dict[str, str]]:
+        """Why each stage gave no text, in order; nothing where one did."""
+        if self.accepted is not None:
+            return []
+        found: dict[str, dict[str, None]] = {}  # a dict for a set in order
+        for candidate in self.candidates:
+            if candidate.rejected_because is not None:
+                found.setdefault(candidate.stage, {})[candidate.rejected_because] = None
+        if self.not_hinted is not None:
+            found["hinted"] = {self.not_hinted: None}
+        return [{"stage": stage, "reason": ", ".join(reasons)} for stage, reasons in found.items()]
+
+    @property
+    def answer(self) -> str | None:
+        """The reference as text for the hint."""
+        if self.reference is None or isinstance(self.reference, str):
+            return self.reference
+        return json.dumps(self.reference, ensure_ascii=False, default=str)
+
+    @property
+    def question(self) -> str:
+        return "\n".join(str(message["content"]) for message in self.history)
+
+    def row(self, decode: Callable[[Ids], str]) -> dict[str, Any]:
+        """As TURN of outcomes.py."""
+        log_prob, entropy = self.original
+        candidate = self.accepted
+        row: dict[str, Any] = {
+            "message": self.prompt.message,
+            "stage": self.stage,
+            "reason": self.reason,
+            "num_prompt_tokens": len(self.prompt.ids),
+            "num_hinted_prompt_tokens": None if self.hinted_prompt is None else len(self.hinted_prompt),
+            "analysis_tokens": self.analysis_tokens,
+            "analysis_text": self.failed_analysis,
+            "original_text": self.original_text,
+            "original_num_tokens": len(log_prob),
+            **{f"original_{name}": value for name, value in statistics(log_prob, entropy).items()},
+            "candidates": [candidate.row() for candidate in self.candidates],
+            "failures": self.failures,
+        }
+        if candidate is None:
+            return row | {name: [] for name in _PER_TOKEN}
+        ids = candidate.token_ids
+        return row | {
+            "token_ids": ids,
+            "tokens": [decode(ids[i : i + 1]) for i in range(len(ids))],
+            "mix_weight": candidate.mix_weight,
+            "phi": candidate.phi,
+            "entropy": candidate.entropy,
+            "hinted_entropy": candidate.hinted_entropy,
+        }
+
+
+class RecordTask:
+    """One record: its conversation, its turns so far, and whether it is still in progress."""
+
+    def __init__(self, given: RealignInput, tokenizer: ChatTokenizer, max_positions: int):
+        self.given, self.record = given, given.record
+        self._tokenizer, self._max_positions = tokenizer, max_positions
+        self.turns: list[Turn] = []
+        self.error: str | None = None
+        self.dropped: str | None = None
+        self._conversation = self._guarded(self._open)
+        if self._conversation is not None:
+            self._guarded(self._check_given)
+
+    @property
+    def in_progress(self) -> bool:
+        return self.error is None and self.dropped is None and self._conversation is not None
+
+    @property
+    def num_turns(self) -> int:
+        return 0 if self._conversation is None else len(self._conversation.turns)
+
+    def begin(self, number: int) -> Turn | None:
+        """The next turn, unless the record has no further one or is out."""
+        if not self.in_progress or number >= self.num_turns:
+            return None
+        return self._guarded(lambda: self._begin(number))
+
+    def settle(self, turn: Turn) -> None:
+        """Go on behind a turn for which a stage was chosen, or give the record up where there is none."""
+        conversation, candidate = self._conversation, turn.accepted
+        assert conversation is not None
+        if turn.stage is None:
+            self.dropped = turn.reason
+        elif candidate is None:
+            conversation.accept(turn.prompt.original_ids, None)
+        else:
+            conversation.accept(candidate.response_ids, candidate.text)
+
+    def fail(self, reason: str) -> None:
+        self.error = reason
+
+    def row(self, provenance: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
+        """As OUTCOME_SCHEMA of outcomes.py. provenance: of the job. fingerprint: of tokenizer and chat template."""
+        record, conversation = self.record, self._conversation
+        kept = self.in_progress
+        row: dict[str, Any] = {
+            "index": self.given.index,
+            **{name: getattr(record, name) for name in ("id", "file", "line", "source")},
+            "status": "kept" if kept else "error" if self.error is not None else "dropped",
+            "reason": self.error if self.error is not None else self.dropped,
+            "record": None,
+            "token_ids": None,
+            "loss_mask": None,
+            "turns": [turn.row(self._tokenizer.decode) for turn in self.turns],
+        }
+        if not kept or conversation is None:
+            return row
+        written: dict[str, Any] = {"messages": conversation.messages, "id": record.id}
+        written |= {} if record.answer is None else {"answer": record.answer}
+        written |= {} if record.source is None else {"source": record.source}
+        written |= record.extra
+        if any(turn.accepted is not None for turn in self.turns):
+            row["token_ids"], row["loss_mask"] = conversation.ids, conversation.mask
+            written["token_ids"], written["loss_mask"] = conversation.ids.tolist(), conversation.mask.tolist()
+            written["tokenizer_fingerprint"] = fingerprint
+        turns = [{"stage": turn.stage} if turn.accepted is None else turn.accepted.provenance() for turn in self.turns]
+        written["realigned"] = {**provenance, "turns": turns}
+        return row | {"record": json.dumps(written, ensure_ascii=False)}
+
+    def _open(self) -> RunningConversation:
+        if self.record.tools:
+            raise InputError("records with tools are not realigned yet: leave them out of --data")
+        return RunningConversation(self._tokenizer, self.record.messages)
+
+    def _begin(self, number: int) -> Turn:
+        assert self._conversation is not None
+        prompt = self._conversation.begin(number)
+        if len(prompt.ids) >= self._max_positions:
+            raise InputError(
+                f"messages[{prompt.message}]: its prompt of {len(prompt.ids)} tokens leaves no room for a response in a"
+                f" context of {self._max_positions}: shorten it, or raise --seq-length"
+            )
+        text = str(self.record.messages[prompt.message]["content"])
+        reference = final_answer(text)
+        if number == self.num_turns - 1 and self.record.answer not in (None, ""):
+            reference = self.record.answer
+        rollouts, analyses = self.given.rollouts, self.given.analyses
+        turn = Turn(
+            record=self.record,
+            number=number,
+            prompt=prompt,
+            history=self._conversation.messages[: prompt.message],
+            original_text=text,
+            reference=reference,
+            rollouts=rollouts.get(number) or rollouts.get(None) or (),
+            analysis=analyses.get(number, analyses.get(None)),
+        )
+        self.turns.append(turn)
+        return turn
+
+    def _check_given(self) -> None:
+        for kind, given in (("rollouts", self.given.rollouts), ("analyses", self.given.analyses)):
+            for turn in given:
+                if turn is None and self.num_turns > 1:
+                    raise InputError(
+                        f"--{kind} names no turn for this record, which has {self.num_turns} turns of the assistant:"
+                        ' add "turn", counted from 0'
+                    )
+                if turn is not None and not 0 <= turn < self.num_turns:
+                    raise InputError(
+                        f"--{kind} has turn {turn} of this record, whose turns are 0 to {self.num_turns - 1}"
+                    )
+
+    def _guarded[T](self, work: Callable[[], T]) -> T | None:
+        """`work()`, or None where the record is at fault, which is then noted: one record stops no other."""
+        try:
+            return work()
+        except UserError as error:
+            self.error = str(error)
+            return None

@@ -1,0 +1,271 @@
+"""Replace the language-model loss of a Megatron model, explicitly and reversibly.
+
+The one place that is touched is the model instance's `compute_language_model_loss(labels, logits)`
+(megatron/core/models/common/language_module/language_module.py), whose signature is the same in megatron-core 0.17 to
+0.19 and which GPTModel and HybridModel call under every parallel layout. Nothing is patched at import and no class or
+module is changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_idft.errors import UnsupportedModelError
+from megatron_idft.integration.loss.metrics import LossMetrics
+from megatron_idft.loss import vocab_parallel_loss
+from megatron_idft.objectives import Objective, ce, resolve_objective
+
+_ATTRIBUTE = "_megatron_idft_hook"
+IGNORED_LABEL = -100
+
+
+class LossHook:
+    """Stands in for one model's `compute_language_model_loss`.
+
+    In training it returns cross-entropy *values* with the *gradient* of the objective, so `lm loss`, NaN checks and
+    spike checks of any `loss_func` stay plain cross-entropy. In evaluation it returns plain cross-entropy. Both are
+    taken over the true vocabulary: Megatron's padding columns take no part.
+
+    Args:
+        model: a Megatron language model with an output layer (GPTModel, HybridModel and their kin).
+        objective: the objective whose gradient is trained.
+        vocab_size: rows of the true vocabulary; None counts every column of the padded one.
+        backend: `auto`, `reference` or `triton`, as in `vocab_parallel_loss`.
+        metrics: where per-token statistics are summed in training; None keeps none.
+        evaluation_metrics: the same for evaluation.
+
+    Attributes:
+        calls: training micro-batches so far.
+        token_sources: the next micro-batch's sources, for metrics that keep them apart: the number of each token's,
+            int64, of a shape that broadcasts to the labels' [b, s]. Whoever calls the model may set it before.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        objective: Objective,
+        vocab_size: int | None,
+        backend: str,
+        metrics: LossMetrics | None,
+        evaluation_metrics: LossMetrics | None = None,
+    ) -> None:
+        self.model = model  # Any: megatron-core's models declare no types for what is used here
+        self.objective = objective
+        self.vocab_size = vocab_size
+        self.backend = backend
+        self.metrics = metrics
+        self.evaluation_metrics = evaluation_metrics
+        self.calls = 0
+        self.token_sources: Tensor | None = None
+        self._original: Callable[[Tensor, Tensor], Tensor] = model.compute_language_model_loss
+        self._signature = inspect.signature(model.forward)
+        # (labels, loss_mask) of forward passes whose loss has not been asked for yet. More than one only under
+        # schedule plans, which start the next micro-batch before they finish the last.
+        self._pending: list[tuple[Tensor, Tensor | None]] = []
+        self._undo: list[Callable[[], None]] = []
+
+    def attach(self) -> None:
+        model = self.model
+        model.compute_language_model_loss = self
+        before = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        after = model.register_forward_hook(self._after_forward)
+        self._undo = [lambda: model.__dict__.pop("compute_language_model_loss"), before.remove, after.remove]
+        if hasattr(model, "build_schedule_plan"):  # --overlap-moe-expert-parallel-comm bypasses forward
+            plan = model.build_schedule_plan
+            plan_signature = inspect.signature(plan)
+
+            def build_schedule_plan(*args: Any, **kwargs: Any) -> Any:
+                self._capture(plan_signature, args, kwargs)
+                return plan(*args, **kwargs)
+
+            model.build_schedule_plan = build_schedule_plan
+            self._undo.append(lambda: model.__dict__.pop("build_schedule_plan"))
+
+    def detach(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo = []
+
+    def _capture(self, signature: inspect.Signature, args: tuple, kwargs: dict) -> None:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        if given.get("output_processor") is not None:
+            raise UnsupportedModelError(
+                "this forward pass was given an output_processor, which computes its own loss: pass none, or uninstall"
+                " the megatron-idft loss"
+            )
+        labels = given.get("labels")
+        if labels is not None:
+            self._pending.append((labels, given.get("loss_mask")))
+
+    def _before_forward(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        # A pass that died half-way (out of memory, a rerun) must not leave its labels behind.
+        self._pending.clear()
+        self._capture(self._signature, args, kwargs)
+
+    def _after_forward(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        if self._pending:
+            self._pending.clear()
+            raise UnsupportedModelError(
+                f"{type(module).__name__}.forward was given labels but never asked compute_language_model_loss for"
+                " their loss, so the objective would not be trained. Use a model class that calls it (GPTModel,"
+                " HybridModel) or train without --sft-loss"
+            )
+
+    def __call__(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """The loss of one micro-batch.
+
+        Args:
+            labels: [b, s] int64, the tensor that `forward` received; a copy of it marks an auxiliary head.
+            logits: [s, b, V/tp], this rank's shard of the padded vocabulary; bf16, fp16 or fp32.
+
+        Returns:
+            [b, s] fp32. Collectives: one all-gather over the tensor-parallel group, none in the backward pass.
+        """
+        for index, (main_labels, loss_mask) in enumerate(self._pending):
+            if labels is main_labels:
+                del self._pending[index]
+                return self._main_head_loss(labels, loss_mask, logits)
+        if not self._pending:
+            raise UnsupportedModelError(
+                "compute_language_model_loss was called outside the model's forward pass: the loss mask is not known"
+                " there. Uninstall the megatron-idft loss before calling it directly"
+            )
+        # Multi-token prediction passes rolled copies of the labels: its heads stay plain cross-entropy.
+        return self._original(labels, logits)
+
+    def _main_head_loss(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:
+        self._require_shard(logits)
+        if loss_mask is not None:
+            loss_mask = loss_mask.reshape(labels.shape)
+            labels = torch.where(loss_mask > 0, labels, IGNORED_LABEL)
+        labels = labels.transpose(0, 1)  # the labels are turned, never the logits: those are thousands of times larger
+        training = self.model.training
+        # The output layer's backward reads its input and weight, never its output; but a hook may have kept that.
+        overwrite = training and not logits.is_leaf and not self.model.output_layer._forward_hooks
+        out = vocab_parallel_loss(
+            logits,
+            labels,
+            objective=self.objective if training else ce(),
+            tp_group=self.model.pg_collection.tp,
+            vocab_size=self.vocab_size,
+            backend=self.backend,
+            overwrite_logits=overwrite,
+            cross_entropy_values=True,
+        )
+        self.calls += training
+        metrics = self.metrics if training else self.evaluation_metrics
+        if metrics is not None:
+            mask, sources = (
+                None if tensor is None else tensor.expand(labels.T.shape).transpose(0, 1)
+                for tensor in (loss_mask, self.token_sources)
+            )
+            metrics.add(self.objective if training else ce(), labels, out, mask, sources)
+        return out.loss.transpose(0, 1).contiguous()
+
+    def _require_shard(self, logits: Tensor) -> None:
+        shard_width = self.model.output_layer.output_size_per_partition
+        if logits.shape[-1] != shard_width:
+            raise UnsupportedModelError(
+                f"the output layer returned {logits.shape[-1]} columns where this rank's vocabulary shard has"
+                f" {shard_width}: gathered logits (parallel_output=False or runtime_gather_output=True) would add"
+                " log(tensor parallel size) to the loss. Build the model with parallel_output=True"
+            )
+
+
+def install[Models](
+    models: Models,
+    objective: str | Objective = "idft",
+    *,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+    metrics: LossMetrics | None = None,
+    evaluation_metrics: LossMetrics | None = None,
+) -> Models:
+    """Train `models` with `objective` instead of plain cross-entropy.
+
+    Works on a model or on the list of its (virtual) pipeline chunks, wrapped (DDP, Float16Module) or not, and returns
+    what it was given, so `functools.partial(install, objective="idft")` is a pre-wrap hook of Megatron-Bridge and of
+    `megatron.training.models`. Chunks without an output layer need nothing and stay as they are. Installing again
+    replaces the settings; it never stacks.
+
+    Args:
+        models: a Megatron language model or a sequence of its chunks.
+        objective: a name (`ce`, `dft`, `idft`, `entropy`), `module:function`, or an `Objective`.
+        vocab_size: rows of the true vocabulary; None counts every column of the padded one.
+        backend: `auto`, `reference` or `triton`.
+        metrics: a `LossMetrics` to sum per-token statistics of training into.
+        evaluation_metrics: another for evaluation, where the loss is plain cross-entropy.
+
+    Raises:
+        UnsupportedModelError: the model's loss cannot be reached, or something else already owns it.
+    """
+    resolved = resolve_objective(objective)
+    found = False
+    for model in language_models(models):
+        found = True
+        uninstall(model)
+        if getattr(model, "post_process", True):
+            _refuse_unsupported(model)
+            for each in filter(None, (metrics, evaluation_metrics)):
+                each.vocab_size = vocab_size or model.vocab_size
+            hook = LossHook(model, resolved, vocab_size, backend, metrics, evaluation_metrics)
+            hook.attach()
+            setattr(model, _ATTRIBUTE, hook)
+    if not found:
+        raise UnsupportedModelError(
+            "no Megatron language model (megatron.core's LanguageModule) was found in what install() was given: pass a"
+            " GPTModel, a HybridModel or the list of model chunks that Megatron's training setup returns"
+        )
+    return models
+
+
+def uninstall[Models](models: Models) -> Models:
+    """Give `models` their own loss back. A model that has no hook is left alone; returns what it was given."""
+    for model in language_models(models):
+        hook = model.__dict__.pop(_ATTRIBUTE, None)
+        if hook is not None:
+            hook.detach()
+    return models
+
+
+def installed_hooks(models: Any) -> list[LossHook]:
+    """The hooks that sit on `models`: one per chunk with an output layer."""
+    return [model.__dict__[_ATTRIBUTE] for model in language_models(models) if _ATTRIBUTE in model.__dict__]
+
+
+def language_models(models: Any) -> Iterator[Any]:
+    """The Megatron language models in a model, a wrapper of one, or a sequence of chunks."""
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    chunks = models if isinstance(models, Sequence) else [models]
+    for chunk in chunks:
+        yield from (module for module in chunk.modules() if isinstance(module, LanguageModule))
+
+
+def _refuse_unsupported(model: Any) -> None:
+    name = type(model).__name__
+    if "labels" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(
+            f"{name}.forward takes no `labels`, so its loss mask cannot be found. Causal language models (GPTModel,"
+            " HybridModel) are served"
+        )
+    if "compute_language_model_loss" in model.__dict__:
+        raise UnsupportedModelError(
+            f"another component already replaced {name}.compute_language_model_loss (logits saving does). Remove it,"
+            " or train without --sft-loss"
+        )
+    if getattr(model.config, "cross_entropy_loss_fusion", False):
+        raise UnsupportedModelError(
+            "cross_entropy_loss_fusion is on: the stock fused kernel and this loss cannot both own the logits. Drop"
+            " --cross-entropy-loss-fusion; the megatron-idft loss never materialises the softmax either"
+        )
+    if getattr(model, "fp16_lm_cross_entropy", False):
+        raise UnsupportedModelError(
+            "fp16_lm_cross_entropy is on, but this loss sums in fp32 whatever the logits' dtype. Drop"
+            " --fp16-lm-cross-entropy"
+        )

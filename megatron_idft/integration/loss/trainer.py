@@ -1,0 +1,396 @@
+"""Attach the loss to `megatron.training`, for the programs `train` and `run`.
+
+Megatron's trainer has no callbacks, so eight of its functions are wrapped by name in the modules that call them. Each
+is called through its module's global name in megatron-core 0.19, so the wrappers are reached from any script, whether
+it builds its model from a config or from a model_provider:
+
+- `arguments.parse_args`: adds the flags and checks them.
+- `checkpointing.check_checkpoint_args`: compares the settings with those of the checkpoint that is continued.
+- `checkpointing._load_base_checkpoint`: lets --override-opt_param-scheduler change the learning rate.
+- `training.setup_model_and_optimizer`: installs the hook on the finished model.
+- `training.train_step`: opens and commits the step's metrics, moves lambda_t, proves that the hook was called.
+- `training.training_log`: reports at the log interval.
+- `training.evaluate`, `training.evaluate_and_print_results`: report each validation set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_idft.errors import UnsupportedModelError
+from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
+from megatron_idft.integration.loss import arguments
+from megatron_idft.integration.loss.hook import LossHook, install, installed_hooks
+from megatron_idft.integration.loss.metrics import LossMetrics, MetricsReport, PhiAlarm, stopping_warning
+from megatron_idft.integration.loss.publishing import print_rank_last, publish_evaluation, publish_training
+from megatron_idft.integration.platform import compatibility, flag_checks, hf_model
+from megatron_idft.integration.platform.continued_schedule import check_schedule, take_new_rates
+from megatron_idft.integration.platform.script_data import check_script_data
+from megatron_idft.loss import resolve_backend
+from megatron_idft.objectives import LambdaSchedule, Objective
+
+
+class TrainerIntegration:
+    """One training run's loss: parsed flags, the hook on the model, metrics and schedule.
+
+    Args:
+        end_of_turn_ids: gives the token ids whose mean weight is reported as `sft weight end of turn`, once Megatron
+            is initialised; None takes the end-of-document id of Megatron's tokenizer.
+    """
+
+    def __init__(self, end_of_turn_ids: Callable[[], Sequence[int]] | None = None) -> None:
+        self._end_of_turn_ids = end_of_turn_ids or _end_of_document_ids
+        self._checkpoint_args: argparse.Namespace | None = None
+        self._loads_release = False
+        self._hooks: list[LossHook] = []
+        self._metrics: LossMetrics | None = None
+        self._evaluation_metrics: LossMetrics | None = None
+        # Of the validation sets of one evaluation, in order; and what the last evaluation measured, by metric key.
+        self._evaluated: list[tuple[MetricsReport | None, dict[str, torch.Tensor]]] = []
+        self._measured: dict[str, float] = {}
+        self._schedule: LambdaSchedule | None = None
+        self._gamma_lambda: torch.Tensor | None = None
+        self._lambda_value = 1.0
+        self._group: torch.distributed.ProcessGroup | None = None
+        self._told_unmasked = False
+        self._told_stopping = False
+        self._phi_alarm = PhiAlarm()
+        self._replaced: list[tuple[Any, str, Any]] = []
+
+    def attach(self) -> TrainerIntegration:
+        """Wrap the trainer's functions. Undone by `detach`."""
+        from megatron.training import arguments as megatron_arguments
+        from megatron.training import checkpointing, training
+
+        self._wrap(megatron_arguments, "parse_args", self._parse_args)
+        self._wrap(checkpointing, "check_checkpoint_args", self._check_checkpoint_args)
+        self._wrap(checkpointing, "_load_base_checkpoint", self._load_base_checkpoint)
+        self._wrap(training, "setup_model_and_optimizer", self._setup_model_and_optimizer)
+        self._wrap(training, "train_step", self._train_step)
+        self._wrap(training, "training_log", self._training_log)
+        self._wrap(training, "evaluate", self._evaluate)
+        self._wrap(training, "evaluate_and_print_results", self._evaluate_and_print_results)
+        return self
+
+    def detach(self) -> None:
+        """Give the trainer its own functions back."""
+        for module, name, original in reversed(self._replaced):
+            setattr(module, name, original)
+        self._replaced = []
+
+    def _wrap(self, module: Any, name: str, wrapper: Callable) -> None:
+        original = getattr(module, name)
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, signature.bind(*args, **kwargs))
+
+        self._replaced.append((module, name, original))
+        setattr(module, name, replacement)
+
+    def _parse_args(self, original: Callable, call: inspect.BoundArguments) -> argparse.Namespace:
+        compatibility.check_megatron_origin()  # once more: by now the script has imported what it uses
+        # Megatron's own default stays for runs that keep Megatron's own loss.
+        wants_loss = any(word == "--sft-loss" or word.startswith("--sft-loss=") for word in sys.argv[1:])
+        call.arguments["extra_args_provider"] = arguments.compose_providers(
+            call.arguments.get("extra_args_provider"), per_token_loss_default=wants_loss
+        )
+        args = original(*call.args, **call.kwargs)
+        if not hasattr(args, "sft_loss"):
+            arguments.refuse_yaml(wants_loss)
+            args.sft_loss = None
+            return args
+        arguments.validate_arguments(args)
+        flag_checks.check_layout(args)
+        if args.sft_loss is not None and args.sft_loss_vocab_size is None:
+            args.sft_loss_vocab_size = hf_model.recorded_vocab_size(args)
+        if args.sft_loss is not None and args.rank == 0:
+            check_script_data(args)
+        if arguments.cuda_graph_flag(args) and torch.cuda.is_available():
+            leave_graphs_unregistered(Path(sys.argv[0]).name)
+        return args
+
+    def _check_checkpoint_args(self, original: Callable, call: inspect.BoundArguments) -> None:
+        from megatron.training import get_args
+
+        original(*call.args, **call.kwargs)
+        self._checkpoint_args = call.arguments["checkpoint_args"]
+        if not self._loads_release:
+            check_schedule(get_args(), self._checkpoint_args)
+
+    def _load_base_checkpoint(self, original: Callable, call: inspect.BoundArguments) -> Any:
+        from megatron.training import get_args
+
+        loaded = original(*call.args, **call.kwargs)
+        state, _, self._loads_release, _ = loaded  # a release has weights alone
+        if call.arguments["args"].override_opt_param_scheduler and state and "optimizer" in state and "args" in state:
+            take_new_rates(state["optimizer"], get_args(), state["args"])
+        return loaded
+
+    def _setup_model_and_optimizer(self, original: Callable, call: inspect.BoundArguments) -> Any:
+        from megatron.training import get_args
+
+        result = original(*call.args, **call.kwargs)
+        args = get_args()
+        if args.sft_loss is not None:
+            ids = arguments.resolve_exempt_tokens(args.sft_loss_exempt_tokens, self._end_of_turn_ids, self._token_ids())
+            args.sft_loss_exempt_tokens = ids
+        self._compare_with_checkpoint(args)
+        if args.sft_loss is not None:
+            self._install(args, result[0])
+        return result
+
+    def _install(self, args: argparse.Namespace, model: list[torch.nn.Module]) -> None:
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.utils import get_attr_wrapped_model
+        from megatron.training.utils import print_rank_0
+
+        # args.train_iters is known only now when training is counted in samples.
+        self._schedule = arguments.resolve_schedule(args)
+        device = next(model[0].parameters()).device
+        self._gamma_lambda = torch.ones((), dtype=torch.float32, device=device)
+        objective = arguments.build_objective(args, self._gamma_lambda)
+        args.sft_loss_vocab_size = true_vocab_size(args)
+        end_of_turn_ids = tuple(sorted(set(self._end_of_turn_ids())))
+        self._metrics = LossMetrics(
+            device=device,
+            end_of_turn_ids=end_of_turn_ids,
+            gamma_limits=(args.idft_gamma_min, args.idft_gamma_max) if args.sft_loss == "idft" else None,
+            sources=self._sources(),
+        )
+        self._evaluation_metrics = LossMetrics(device=device, sources=self._sources())
+        install(
+            model,
+            objective,
+            vocab_size=args.sft_loss_vocab_size,
+            backend=args.sft_loss_backend,
+            metrics=self._metrics,
+            evaluation_metrics=self._evaluation_metrics,
+        )
+        self._hooks = installed_hooks(model)
+        groups = get_attr_wrapped_model(model[0], "pg_collection") or ProcessGroupCollection.use_mpu_process_groups()
+        # Ranks that share a token split its vocabulary; every other rank of the last stage holds other tokens.
+        self._group = getattr(groups, "dp_cp_gtp_remat", None) or groups.dp_cp
+        print_rank_0(_describe(args, objective, device, self._schedule, end_of_turn_ids))
+
+    def _sources(self) -> tuple[str, ...]:
+        """Names of the sources that metrics are kept for, once Megatron is initialised."""
+        return ()
+
+    def _token_ids(self) -> Mapping[str, int]:
+        """The ids of tokens that flags may name, by their text."""
+        return {}
+
+    def _compare_with_checkpoint(self, args: argparse.Namespace) -> None:
+        """Keep the schedule of the checkpoint that is continued, and say where its loss was another."""
+        from megatron.training.utils import print_rank_0
+
+        before = self._checkpoint_args
+        if before is None:
+            return
+        # Iterations, not shares, are what the checkpoint's weights have seen: they stay when --train-iters changes.
+        if (
+            getattr(before, "idft_lambda_warmup_iters", None) is not None
+            and before.idft_lambda_warmup == args.idft_lambda_warmup
+            and before.idft_lambda_ramp == args.idft_lambda_ramp
+        ):
+            args.idft_lambda_warmup_iters = before.idft_lambda_warmup_iters
+            args.idft_lambda_ramp_iters = before.idft_lambda_ramp_iters
+        recorded = argparse.Namespace(**vars(before))
+        if args.sft_loss_vocab_size is None:  # resolved later; compare only what was asked for
+            recorded.sft_loss_vocab_size = None
+        differences = arguments.differences_from_checkpoint(args, recorded)
+        if differences:
+            print_rank_0(
+                "WARNING: this run continues a checkpoint with another loss: " + "; ".join(differences) + ". If that"
+                " is meant, nothing needs doing; otherwise pass the checkpoint's settings"
+            )
+
+    def _train_step(self, original: Callable, call: inspect.BoundArguments) -> Any:
+        if self._metrics is None:
+            return original(*call.args, **call.kwargs)
+        assert self._schedule is not None and self._gamma_lambda is not None
+        call.apply_defaults()
+        iteration = call.arguments["iteration"]
+        self._lambda_value = self._schedule.value(iteration)
+        self._gamma_lambda.fill_(self._lambda_value)
+        forward_backward = call.arguments["forward_backward_func"]
+        metrics = self._metrics
+
+        @functools.wraps(forward_backward)
+        def fresh_forward_backward(*args: Any, **kwargs: Any) -> Any:
+            metrics.begin_step()  # the rerun machine may come here more than once per step
+            return forward_backward(*args, **kwargs)
+
+        call.arguments["forward_backward_func"] = fresh_forward_backward
+        call.arguments["forward_step_func"] = _require_token_count(call.arguments["forward_step_func"])
+        result = original(*call.args, **call.kwargs)
+        for hook in self._hooks:
+            if not hook.calls:
+                raise UnsupportedModelError(
+                    "a training step passed without the --sft-loss hook being called: the model computes its loss"
+                    " somewhere else, so --sft-loss would have no effect. Use a script whose model is called with"
+                    " labels, as Megatron's pretrain_gpt.py does, or train without --sft-loss"
+                )
+        metrics.commit_step()
+        return result
+
+    def _training_log(self, original: Callable, call: inspect.BoundArguments) -> Any:
+        from megatron.training import get_args
+
+        result = original(*call.args, **call.kwargs)
+        iteration, args = call.arguments["iteration"], get_args()
+        if self._hooks and iteration % args.log_interval == 0:
+            assert self._metrics is not None
+            report = self._metrics.report(self._group, self._lambda_value)
+            self._refuse_bad_interval(args, report)
+            self._publish(args, iteration, report)
+        return result
+
+    def _refuse_bad_interval(self, args: argparse.Namespace, report: MetricsReport) -> None:
+        if not report.micro_batches:
+            raise UnsupportedModelError(
+                "no micro-batch of this log interval went through the --sft-loss hook, so it had no effect. Train"
+                " without --sft-loss, or report the model and flags"
+            )
+        if report.invalid_labels:
+            raise arguments.ArgumentError(
+                f"{report.invalid_labels} labels of this log interval are at or above the vocabulary size"
+                f" {args.sft_loss_vocab_size}. The data was made with another tokenizer, or --sft-loss-vocab-size is"
+                " too small: make the data again, or correct the flag"
+            )
+
+    def _publish(self, args: argparse.Namespace, iteration: int, report: MetricsReport) -> None:
+        if report.unmasked_micro_batches and not self._told_unmasked:
+            self._told_unmasked = True
+            print_rank_last(
+                "WARNING: the model is called without a loss_mask, so padding and prompts cannot be told from trained"
+                " text: the loss is trained, but there are no sft metrics. Pass loss_mask=... to the model in"
+                " forward_step, as Megatron's pretrain_gpt.py does"
+            )
+        publish_training(iteration, args.train_iters, report)
+        if (line := self._phi_alarm.line(report.scalars)) is not None:
+            print_rank_last(line)
+        if not self._told_stopping and (warning := stopping_warning(report.scalars)) is not None:
+            self._told_stopping = True
+            print_rank_last(f"WARNING: {warning}")
+
+    def _evaluate(self, original: Callable, call: inspect.BoundArguments) -> Any:
+        """One validation set. What it measured waits in `_evaluated` for `_evaluate_and_print_results`."""
+        metrics = self._evaluation_metrics
+        if metrics is not None:
+            metrics.begin_step()
+        losses, other, out_of_time = original(*call.args, **call.kwargs)
+        report = None
+        if metrics is not None and self._hooks:
+            metrics.commit_step()
+            report = metrics.report(self._group, 1.0)
+        if not out_of_time:
+            self._evaluated.append((report, losses))
+        return losses, other, out_of_time
+
+    def _evaluate_and_print_results(self, original: Callable, call: inspect.BoundArguments) -> None:
+        from megatron.training import get_args
+
+        args = get_args()
+        self._evaluated = []
+        original(*call.args, **call.kwargs)
+        for index, (report, losses) in enumerate(self._evaluated):
+            # As Megatron names the set.
+            name = args.validation_set_names[index] if args.validation_set_names else index
+            suffix = f"-{name}" if args.multiple_validation_sets else ""
+            measured = {f"{key} validation{suffix}": value.item() for key, value in losses.items()}
+            if report is not None and report.lm_loss is not None:
+                measured |= publish_evaluation(call.arguments["iteration"], suffix, report)
+            self._measured |= measured
+
+
+def _describe_lambda(schedule: LambdaSchedule) -> str:
+    warmup, ramp = schedule.warmup_iterations, schedule.ramp_iterations
+    return f"lambda 0 for {warmup} iterations, then rising for {ramp}" if warmup or ramp else "lambda 1"
+
+
+def _describe(
+    args: argparse.Namespace,
+    objective: Objective,
+    device: torch.device,
+    schedule: LambdaSchedule,
+    end_of_turn_ids: Sequence[int],
+) -> str:
+    settings = [f"objective {objective.name}"]
+    if args.sft_loss == "idft":
+        settings += [
+            f"beta {args.idft_beta:g}",
+            f"gamma {args.idft_gamma_min:g} to {args.idft_gamma_max:g}",
+            _describe_lambda(schedule),
+        ]
+    settings += [
+        f"weight floor {args.sft_loss_weight_floor:g}",
+        f"exempt tokens {args.sft_loss_exempt_tokens or 'none'}",
+        f"end of turn {list(end_of_turn_ids) or 'unknown'}",
+        f"vocabulary {args.sft_loss_vocab_size} of {args.padded_vocab_size} padded rows",
+        f"backend {resolve_backend(args.sft_loss_backend, device)}",
+        f"calculate-per-token-loss {'on' if args.calculate_per_token_loss else 'off'}",
+    ]
+    return "> sft loss: " + ", ".join(settings)
+
+
+def true_vocab_size(args: argparse.Namespace) -> int:
+    from megatron.training import get_tokenizer
+
+    size = args.sft_loss_vocab_size
+    if size is None:
+        size = getattr(get_tokenizer(), "vocab_size", None)
+    if size is None or not 0 < size <= args.padded_vocab_size:
+        told = "is not known from the tokenizer" if size is None else f"{size} is not within the model's"
+        raise arguments.ArgumentError(
+            f"the true vocabulary size {told}{'' if size is None else f' {args.padded_vocab_size} output rows'}, so"
+            " padding columns cannot be told from tokens. Pass it as --sft-loss-vocab-size"
+        )
+    return int(size)
+
+
+def _end_of_document_ids() -> list[int]:
+    from megatron.training import get_tokenizer
+    from megatron.training.utils import print_rank_0
+
+    try:
+        end = get_tokenizer().eod
+    except (AttributeError, NotImplementedError, TypeError):  # which of them depends on the tokenizer's class
+        end = None
+    if end is None:
+        print_rank_0("> the tokenizer names no end-of-document token: `sft weight end of turn` is left out")
+        return []
+    return [int(end)]
+
+
+def _require_token_count(forward_step: Callable) -> Callable:
+    """`forward_step`, refusing loss functions that do not return their number of tokens."""
+
+    @functools.wraps(forward_step)
+    def checked_forward_step(*args: Any, **kwargs: Any) -> Any:
+        output, loss_func = forward_step(*args, **kwargs)
+
+        @functools.wraps(loss_func)
+        def checked_loss_func(*loss_args: Any, **loss_kwargs: Any) -> Any:
+            result = loss_func(*loss_args, **loss_kwargs)
+            if len(result) != 3:
+                raise UnsupportedModelError(
+                    "the script's loss_func returns (loss, metrics) without a token count, so the loss cannot be"
+                    " normalised by trained tokens. Return (sum of losses, number of tokens as int tensor, metrics), as"
+                    " Megatron's pretrain_gpt.py does"
+                )
+            return result
+
+        return output, checked_loss_func
+
+    return checked_forward_step

@@ -1,0 +1,309 @@
+"""The realigning program: a Megatron checkpoint and records in, records in the model's own distribution out.
+
+Every data-parallel replica works as a launch of its own: the first of its tensor-parallel ranks takes chunks of records
+from a ledger in the output folder (corpus/ledger) and shares them within its tensor-parallel group; nothing is
+exchanged with other replicas or launches. Of the output, `megatron-idft realign merge` makes one file to train on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_idft.errors import ArgumentError, InputError
+from megatron_idft.integration.offline import program
+from megatron_idft.integration.offline.realign_arguments import add_realign_arguments
+from megatron_idft.integration.offline.realign_inputs import RealignInputs
+from megatron_idft.integration.offline.realign_settings import (
+    WHOLE_NUMBERS_FROM_1,
+    check_realign_arguments,
+    resolve_settings,
+    resolve_template,
+)
+from megatron_idft.integration.offline.replica import Replica
+
+if TYPE_CHECKING:
+    from megatron_idft.corpus.verification.verifier import Verifier
+    from megatron_idft.data.chat.tokenizer import ChatTokenizer
+    from megatron_idft.hinted_decoding.prompts import HintTemplate
+    from megatron_idft.hinted_decoding.settings import RealignSettings
+    from megatron_idft.hinted_decoding.stages.pipeline import Realigner
+
+_ESTIMATED_RECORDS = 200
+
+
+def realign() -> None:
+    """Realign as `sys.argv` says. `prepare_process` must have run."""
+    program.stop_on_sigterm()
+    args = program.parse(add_realign_arguments, WHOLE_NUMBERS_FROM_1, check_realign_arguments)
+    from megatron_idft.corpus.records import read_records
+    from megatron_idft.data.chat.tokenizer import load_tokenizer
+    from megatron_idft.data.model_rows import require_rows_of_records
+
+    tokenizer = load_tokenizer(
+        args.tokenizer_model,
+        chat_template=args.chat_template,
+        trust_remote_code=args.trust_remote_code,
+        template_date=args.template_date,
+    )
+    on_error = None if args.bad_records == "stop" else lambda error: None
+    require_rows_of_records(read_records(args.data, on_error=on_error), tokenizer, args.sft_loss_vocab_size)
+    template = resolve_template(args)
+    if args.dry_run:
+        _show_first(args, tokenizer, template)
+        return
+    with ExitStack() as stack:
+        job = _Job(args, tokenizer, template, stack)
+        if args.estimate:
+            job.estimate()
+        else:
+            job.run()
+
+
+def _show_first(args: argparse.Namespace, tokenizer: ChatTokenizer, template: HintTemplate) -> None:
+    from megatron.training.utils import print_rank_0
+
+    from megatron_idft.corpus.records import read_records
+    from megatron_idft.hinted_decoding.preview import render_prompts
+
+    on_error = None if args.bad_records == "stop" else lambda error: None
+    record = next(iter(read_records(args.data, on_error=on_error)), None)
+    if record is None:
+        raise ArgumentError(f"{', '.join(args.data)}: no record in there")
+    print_rank_0(render_prompts(record, tokenizer, template, args.seq_length))
+
+
+class _Job:
+    """Everything that the chunks need, opened from the flags; what must be closed goes to `stack`."""
+
+    def __init__(
+        self, args: argparse.Namespace, tokenizer: ChatTokenizer, template: HintTemplate, stack: ExitStack
+    ) -> None:
+        from megatron_idft.corpus.verification.leaks import LeakFilter
+
+        self.args, self.tokenizer = args, tokenizer
+        self.replica = Replica.here()
+        self.leaks = LeakFilter() if args.leak_phrases is None else LeakFilter.from_file(args.leak_phrases)
+        self.inputs = RealignInputs(args, self.replica, stack)
+        verifier = self._open_verifier(stack)
+        self.realigner, self.settings = self._load(template, verifier)
+
+    def run(self) -> None:
+        """Realign every chunk that is left, and say what came out."""
+        import torch
+
+        from megatron_idft.corpus.ledger.ledger import Ledger
+        from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA
+
+        args = self.args
+        opened = self._folder()
+        if opened is None:
+            self.replica.print_once("> no record ended as an error: there is nothing to try again")
+            return
+        folder, indices = opened
+        chunks = -(-len(indices) // args.chunk_records)
+        with ExitStack() as stack:
+            ledger = None
+            if self.replica.leads:
+                agreed = self._agreed(indices)
+                ledger = stack.enter_context(Ledger(folder, agreed, chunks, lease_seconds=args.lease_seconds))
+            progress = stack.enter_context(_Progress(chunks, shown=ledger is not None and self.replica.number == 0))
+            for chunk in program.claimed(ledger, self.replica.share):
+                begin = chunk * args.chunk_records
+                rows = self._realign(indices[begin : begin + args.chunk_records])
+                if ledger is not None:
+                    write = functools.partial(program.write_part, rows=rows, schema=OUTCOME_SCHEMA)
+                    ledger.finish(chunk, write)
+                    progress.update(len(ledger.parts()), rows)
+        torch.distributed.barrier()
+        self.replica.print_once(_summary(Path(args.output)))
+
+    def estimate(self) -> None:
+        """Realign some records; each replica takes its share of them."""
+        import numpy as np
+        import torch
+
+        from megatron_idft.hinted_decoding.preview import describe_estimate, summary_row
+
+        total, replica = self.inputs.total(), self.replica
+        spread = sorted({int(i) for i in np.linspace(0, total - 1, min(total, _ESTIMATED_RECORDS))})
+        start = time.monotonic()
+        rows = self._realign(spread[replica.number :: replica.count])
+        found = {"seconds": time.monotonic() - start, "rows": [summary_row(row) for row in rows]}
+        # By the store: no collective's timeout limits by how much the replicas' times may differ.
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if replica.leads:
+            store.set(f"megatron-idft/estimate/{replica.number}", json.dumps(found))
+        keys = [f"megatron-idft/estimate/{number}" for number in range(replica.count)]
+        store.wait(keys, timedelta(days=7))
+        parts = [json.loads(store.get(key)) for key in keys]
+        seconds = max(part["seconds"] for part in parts)
+        self.replica.print_once(
+            describe_estimate([row for part in parts for row in part["rows"]], seconds, total, replica.count)
+        )
+
+    def _realign(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows of these records. All ranks of the replica call it together."""
+        return self.realigner.realign(self.replica.share(self.inputs.read(indices)))
+
+    def _folder(self) -> tuple[Path, Sequence[int]] | None:
+        """The folder of the ledger, and the indices of its records; None where there is nothing to do."""
+        import torch
+
+        from megatron_idft.hinted_decoding.output.results import open_retry, read_settings
+
+        output = Path(self.args.output)
+        if not self.args.retry_errors:
+            return output, range(self.inputs.total())
+        opened: list[Any] = [None]
+        if torch.distributed.get_rank() == 0:  # once for all replicas: what is left changes while they work
+            begun = read_settings(output)
+            if begun["data_fingerprint"] != self.inputs.fingerprint:
+                raise InputError(f"--data and --limit are not those that {output} was begun with: pass those")
+            if begun["tokenizer"] != self.tokenizer.fingerprint():
+                raise InputError(
+                    f"tokenizer and chat template are not those that {output} was begun with, and records with the ids"
+                    " of both could not be trained together: pass those, or realign all to another folder"
+                )
+            opened = [open_retry(output)]
+        torch.distributed.broadcast_object_list(opened, 0)
+        return opened[0]
+
+    def _agreed(self, indices: Sequence[int]) -> dict[str, Any]:
+        """What must agree between launches on one output folder."""
+        from importlib.metadata import PackageNotFoundError, version
+
+        args = self.args
+        try:
+            math_verify: str | None = version("math-verify")
+        except PackageNotFoundError:
+            math_verify = None
+        return {
+            **program.model_settings(args),
+            "data": [Path(path).name for path in args.data],
+            "data_fingerprint": self.inputs.fingerprint,
+            "records": len(indices),
+            "chunk_records": args.chunk_records,
+            "tokenizer": self.tokenizer.fingerprint(),
+            **self.settings.describe(),
+            "verifier": {
+                "plugin": args.verifier_plugin,
+                "math_verify": None if args.verifier_plugin else math_verify,
+                "timeout_seconds": args.verify_timeout,
+            },
+            "leak_phrases": hashlib.sha256("\n".join(self.leaks.phrases).encode()).hexdigest(),
+            "files": self.inputs.provided_fingerprints(),
+        }
+
+    def _open_verifier(self, stack: ExitStack) -> Verifier | None:
+        from megatron_idft.corpus.verification.verifier import Verifier
+
+        if not self.replica.leads:
+            return None
+        args = self.args
+        verifier = Verifier(
+            plugin=args.verifier_plugin, workers=args.verify_workers, timeout_seconds=args.verify_timeout
+        )
+        self.replica.print_once(f"> {verifier.describe()}")
+        if (said := self.inputs.describe_unreferenced(args.unverified)) is not None:
+            self.replica.print_once(said)
+        return stack.enter_context(verifier)
+
+    def _load(self, template: HintTemplate, verifier: Verifier | None) -> tuple[Realigner, RealignSettings]:
+        import torch
+
+        from megatron_idft.hinted_decoding.stages.pipeline import Realigner
+        from megatron_idft.inference.engine import DecodeEngine
+
+        args = self.args
+        model = program.load_model(args)
+        if self.tokenizer.vocab_size > args.padded_vocab_size:
+            raise ArgumentError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens but the model {args.padded_vocab_size} rows:"
+                " pass the tokenizer that the model was trained with as --tokenizer-model"
+            )
+        settings = resolve_settings(args, template, args.sft_loss_vocab_size)
+        on_gpu = next(model[0].parameters()).is_cuda and torch.cuda.is_available()
+        engine = DecodeEngine(
+            model,
+            min(args.sft_loss_vocab_size, self.tokenizer.vocab_size),  # some models have rows that no token uses
+            max_positions=args.seq_length,
+            max_rows=args.max_rows or (64 if on_gpu else 32),
+            memory_bytes=None if args.kv_memory_gb is None else int(args.kv_memory_gb * 2**30),
+            tell=lambda line: self.replica.print_once(f"> {line}"),
+        )
+        self.replica.print_once(f"> {engine.describe()}")
+        realigner = Realigner(
+            engine,
+            self.tokenizer,
+            settings,
+            verifier,
+            self.leaks,
+            _provenance(args),
+            share=self.replica.share,
+            leads=self.replica.leads,
+        )
+        return realigner, settings
+
+
+class _Progress:
+    """A bar of chunks, with the tokens per second of this replica and the share of its records that is kept."""
+
+    def __init__(self, chunks: int, shown: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=chunks, desc="realigning", unit="chunk", disable=not shown, file=sys.stderr)
+        self._start, self._tokens, self._kept, self._records = time.monotonic(), 0, 0, 0
+
+    def update(self, finished: int, rows: Sequence[dict[str, Any]]) -> None:
+        turns = [turn for row in rows for turn in row["turns"]]
+        self._tokens += sum(turn["analysis_tokens"] or 0 for turn in turns)
+        self._tokens += sum(candidate["num_tokens"] for turn in turns for candidate in turn["candidates"])
+        self._kept += sum(row["status"] == "kept" for row in rows)
+        self._records += len(rows)
+        self._bar.n = finished
+        rate = self._tokens / max(time.monotonic() - self._start, 1e-9)
+        kept = self._kept / max(self._records, 1)
+        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s and {kept:.0%} kept here", refresh=False)
+        self._bar.refresh()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _provenance(args: argparse.Namespace) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    from megatron_idft import __version__
+
+    name = args.hf_model or args.load or args.pretrained_checkpoint
+    return {
+        "model": Path(name).resolve().name,
+        "iteration": args.iteration,
+        "versions": {
+            "megatron_idft": __version__,
+            "megatron-core": version("megatron-core"),
+            "torch": version("torch"),
+        },
+    }
+
+
+def _summary(output: Path) -> str:
+    from megatron_idft.hinted_decoding.output.status import describe_status
+
+    return (
+        "\n".join(f"> {line}" for line in describe_status(output).splitlines())
+        + f"\n> next: megatron-idft realign merge {output} --output FILE.jsonl; megatron-idft realign report {output}"
+    )

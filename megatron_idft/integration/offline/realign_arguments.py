@@ -1,0 +1,243 @@
+"""The flags of `realign`, documented where they are declared; realign_settings.py checks and resolves them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from megatron_idft.hinted_decoding.mixing import MIXING_MODES
+from megatron_idft.integration.offline import program
+
+
+def add_realign_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of realigning to Megatron's parser."""
+    group = parser.add_argument_group(title="realign")
+    program.add_input_arguments(group)
+    program.add_work_arguments(group, chunk_records=256)
+    _add_program_arguments(group)
+    _add_rollout_arguments(parser.add_argument_group(title="realign: own responses"))
+    _add_analysis_arguments(parser.add_argument_group(title="realign: analysis of the reference"))
+    _add_hinted_arguments(parser.add_argument_group(title="realign: hinted decoding"))
+    _add_judging_arguments(parser.add_argument_group(title="realign: what is accepted"))
+    return parser
+
+
+def _add_program_arguments(group: Any) -> None:
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Show the first record's plain, analysis and hinted prompts as they are rendered, and stop. No model.",
+    )
+    group.add_argument(
+        "--estimate",
+        action="store_true",
+        help="Realign 200 records spread over the corpus, keep nothing, and print the hours, the kept share and the"
+        " mean of phi before and after to expect.",
+    )
+    group.add_argument(
+        "--retry-errors",
+        action="store_true",
+        help="Try only those records of a finished output again that ended as errors. Other settings are allowed.",
+    )
+    group.add_argument(
+        "--max-rows",
+        type=int,
+        default=None,
+        help="Responses that are decoded at once on each replica, at most. Default 64 on a GPU, 32 on a CPU.",
+    )
+    group.add_argument(
+        "--kv-memory-gb",
+        type=float,
+        default=None,
+        help="GiB for keys and values on each rank. Default: a share of what is free when the model is loaded.",
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=8192,
+        help="Longest response in tokens; --seq-length, the context, limits prompt and response together. Default 8192,"
+        " as in the authors' code.",
+    )
+
+
+def _add_rollout_arguments(group: Any) -> None:
+    group.add_argument(
+        "--rollout-samples",
+        type=int,
+        default=1,
+        metavar="K",
+        help="Responses that the model writes to each prompt without any hint; the first right one is taken. 0: none,"
+        " every turn goes to hinted decoding. Default 1.",
+    )
+    group.add_argument(
+        "--rollout-temperature",
+        type=float,
+        default=1.0,
+        help="Sampling temperature of own responses; 1 is the model's own distribution. Default 1.",
+    )
+    group.add_argument("--rollout-top-p", type=float, default=1.0, help="Nucleus of own responses. Default 1: all.")
+    group.add_argument("--rollout-top-k", type=int, default=0, help="Top-k of own responses. Default 0: all.")
+    group.add_argument(
+        "--rollouts",
+        metavar="FILE",
+        default=None,
+        help='Own responses written elsewhere, JSONL by record id: {"id", "responses": […]} or {"id", "response"}, with'
+        ' "turn" (from 0) where a record has several. Records without a line are sampled here, if K is not 0.',
+    )
+
+
+def _add_analysis_arguments(group: Any) -> None:
+    group.add_argument(
+        "--no-analysis",
+        action="store_true",
+        help="Hint by the question and the reference alone. Default: the model first analyses the reference.",
+    )
+    group.add_argument(
+        "--analysis-prompt",
+        metavar="FILE",
+        default=None,
+        help="Template of the analysis instead of hinted_decoding/templates/analysis.txt, whose form it must have.",
+    )
+    group.add_argument(
+        "--hint-prompt",
+        metavar="FILE",
+        default=None,
+        help="With --no-analysis: template of the hint instead of hinted_decoding/templates/hint.txt.",
+    )
+    group.add_argument(
+        "--analysis-max-tokens",
+        type=int,
+        default=2048,
+        help="Longest analysis; it holds a reply as well, which is cut off at the marker. Default 2048.",
+    )
+    group.add_argument(
+        "--analysis-temperature", type=float, default=0.0, help="Sampling temperature of the analysis. Default 0."
+    )
+    group.add_argument(
+        "--analyses",
+        metavar="FILE",
+        default=None,
+        help='Analyses written elsewhere, JSONL by record id: {"id", "analysis"}, with "turn" as in --rollouts. Records'
+        " without a line are analysed here.",
+    )
+
+
+def _add_hinted_arguments(group: Any) -> None:
+    group.add_argument(
+        "--mix",
+        choices=MIXING_MODES,
+        default="linear",
+        help="lambda, the share of the plain stream, from Hn = H / ln(vocabulary) of the hinted stream. linear:"
+        " clamp(beta Hn, 0, 1), the paper's. sigmoid: sigma(beta (Hn - 0.5)). piecewise: 0 up to Hn 0.3, 1 from 0.7."
+        " fixed: --mix-lambda. Default linear.",
+    )
+    group.add_argument(
+        "--mix-beta", type=float, default=3.0, help="beta of linear and sigmoid. Default 3, as in the authors' README."
+    )
+    group.add_argument(
+        "--mix-lambda",
+        type=float,
+        default=None,
+        help="With --mix fixed: 0 is self-distillation from the hinted stream, 1 plain sampling (with --first-token"
+        " mixed).",
+    )
+    group.add_argument(
+        "--first-token",
+        choices=("hinted", "mixed"),
+        default="hinted",
+        help="The first token comes from the hinted stream alone, or is mixed like all others. Default hinted.",
+    )
+    group.add_argument(
+        "--entropy-vocab-size",
+        type=int,
+        default=None,
+        help="The vocabulary of Hn. Default: the true one. The authors take the padded rows of config.vocab_size.",
+    )
+    group.add_argument("--temperature", type=float, default=0.3, help="Of the mixed distribution. Default 0.3.")
+    group.add_argument("--top-p", type=float, default=0.95, help="Nucleus of the mixed distribution. Default 0.95.")
+    group.add_argument("--top-k", type=int, default=0, help="Top-k of the mixed distribution. Default 0: all.")
+    order = group.add_mutually_exclusive_group()
+    order.add_argument(
+        "--nucleus-before-temperature",
+        dest="nucleus_before_temperature",
+        action="store_true",
+        default=True,
+        help="Cut by top-p and top-k at temperature 1, then temper, as the authors do. Default.",
+    )
+    order.add_argument(
+        "--nucleus-after-temperature",
+        dest="nucleus_before_temperature",
+        action="store_false",
+        help="Temper first, then cut, as Megatron and vLLM do.",
+    )
+    group.add_argument(
+        "--splitter",
+        default="\\boxed{",
+        help="Text from which on the plain stream goes on alone, so that the answer follows from the reasoning and is"
+        " not copied. '': none. Default '\\boxed{'.",
+    )
+    group.add_argument(
+        "--repetition-ngram",
+        type=int,
+        default=30,
+        help="A response ends where an n-gram of so many tokens stands too often. 0: not looked for. Default 30.",
+    )
+    group.add_argument("--repetition-count", type=int, default=5, help="How often is too often. Default 5.")
+    group.add_argument(
+        "--repetition-every", type=int, default=100, help="Looked for every so many tokens. Default 100."
+    )
+    group.add_argument(
+        "--stop-on-first-token",
+        action="store_true",
+        help="Let hinted decoding end with its very first token too. Default: that is not looked at, as in the paper's"
+        " code.",
+    )
+
+
+def _add_judging_arguments(group: Any) -> None:
+    group.add_argument(
+        "--fallback",
+        choices=("drop", "original", "retry"),
+        default="drop",
+        help="What becomes of a record for a turn of which nothing is accepted: left out; kept with that turn as it"
+        " was; or hinted decoding is tried again. Default drop.",
+    )
+    group.add_argument("--retries", type=int, default=2, help="With --fallback retry: how often. Default 2.")
+    group.add_argument(
+        "--retry-beta-factor",
+        type=float,
+        default=0.5,
+        help="Each retry multiplies --mix-beta by this once more, and draws anew. Below 1: closer to the hint each"
+        " time. Default 0.5.",
+    )
+    group.add_argument(
+        "--after-retries",
+        choices=("drop", "original"),
+        default="drop",
+        help="What becomes of a record whose retries fail too. Default drop.",
+    )
+    group.add_argument(
+        "--unverified",
+        choices=("drop", "original", "keep"),
+        default="drop",
+        help="What becomes of a turn without a reference, or for which no response was right and some could not be"
+        " compared. drop: its record is left out, and where there is no reference nothing is decoded for it. original:"
+        " it stays as it was. keep: the first such response is taken that ended by itself and does not betray the hint,"
+        " though it may be wrong. For corpora without final answers pass keep. Default drop.",
+    )
+    group.add_argument(
+        "--verifier-plugin",
+        metavar="MODULE:FUNCTION",
+        default=None,
+        help="Judge responses by function(response, reference) -> bool or None, instead of comparing final answers.",
+    )
+    group.add_argument("--verify-workers", type=int, default=2, help="Processes that compare. Default 2.")
+    group.add_argument(
+        "--verify-timeout", type=float, default=10.0, help="Seconds for one comparison, then unknown. Default 10."
+    )
+    group.add_argument(
+        "--leak-phrases",
+        metavar="FILE",
+        default=None,
+        help="Phrases that betray a hint, one per line, instead of those in corpus/verification/leaks.py.",
+    )

@@ -1,0 +1,105 @@
+"""What `realign` reads: the records by index, and what other engines wrote for them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_idft.integration.offline.replica import Replica
+
+if TYPE_CHECKING:
+    from megatron_idft.hinted_decoding.input.provided import Kind, ProvidedTexts
+    from megatron_idft.hinted_decoding.input.record_store import RecordStore
+    from megatron_idft.hinted_decoding.stages.tasks import RealignInput
+
+
+_LOOKED_AT = 200  # records, spread over the corpus, for what is said of it at the start
+
+
+class RealignInputs:
+    """Opened on the leading rank of each replica; the other ranks are told what they need. Called on all ranks.
+
+    Raises RecordError and InputError naming file and line.
+    """
+
+    def __init__(self, args: argparse.Namespace, replica: Replica, stack: ExitStack) -> None:
+        self._args, self._replica = args, replica
+        self._store = self._open_store(stack)
+        self._rollouts = self._open_provided("rollouts", args.rollouts)
+        self._analyses = self._open_provided("analyses", args.analyses)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the records' content. On the leading rank."""
+        assert self._store is not None
+        return self._store.fingerprint
+
+    def total(self) -> int:
+        """How many records there are, on every rank."""
+        return int(self._replica.share(None if self._store is None else len(self._store)))
+
+    def read(self, indices: Sequence[int]) -> list[RealignInput] | None:
+        """These records with what is there for them; None on the ranks that do not lead."""
+        return None if self._store is None else [self._input(self._store, index) for index in indices]
+
+    def describe_unreferenced(self, policy: str) -> str | None:
+        """What becomes of records without a reference, by some of them. On the leading rank."""
+        from megatron_idft.hinted_decoding.preview import describe_unreferenced
+
+        assert self._store is not None
+        total = len(self._store)
+        some = [self._store[total * i // _LOOKED_AT] for i in range(_LOOKED_AT)] if total > _LOOKED_AT else None
+        return describe_unreferenced(some or [self._store[i] for i in range(total)], total, policy)
+
+    def provided_fingerprints(self) -> dict[str, str | None]:
+        files = {"rollouts": self._rollouts, "analyses": self._analyses}
+        return {name: None if file is None else file.fingerprint for name, file in files.items()}
+
+    def _input(self, store: RecordStore, index: int) -> RealignInput:
+        from megatron_idft.hinted_decoding.stages.tasks import RealignInput
+
+        record = store[index]
+        rollouts = {} if self._rollouts is None else self._rollouts.get(record.id)
+        analyses = {} if self._analyses is None else self._analyses.get(record.id)
+        return RealignInput(index, record, rollouts, analyses)
+
+    def _open_store(self, stack: ExitStack) -> RecordStore | None:
+        """The records, on the leading rank; an estimate leaves nothing behind."""
+        from tqdm import tqdm
+
+        from megatron_idft.hinted_decoding.input.record_store import RecordStore, build_store, store_path
+        from megatron_idft.integration.platform.ranks import build_once
+
+        args = self._args
+        source = (args.data, args.limit, args.bad_records)
+        if args.estimate:
+            if not self._replica.leads:
+                return None
+            path = store_path(Path(stack.enter_context(tempfile.TemporaryDirectory())), *source)
+            build_store(path, *source)
+            return RecordStore(path)
+        path = store_path(Path(args.output), *source)
+
+        def build(progress: bool) -> None:
+            size = sum(Path(file).stat().st_size for file in args.data)
+            with tqdm(
+                total=size, desc="reading records", unit="B", unit_scale=True, disable=not progress, file=sys.stderr
+            ) as bar:
+                build_store(path, *source, on_bytes=bar.update)
+
+        build_once("records", build)
+        return RecordStore(path) if self._replica.leads else None
+
+    def _open_provided(self, kind: Kind, path: str | None) -> ProvidedTexts | None:
+        from megatron_idft.hinted_decoding.input.provided import ProvidedTexts
+
+        if path is None or self._store is None:
+            return None
+        file = ProvidedTexts(path, kind, None if self._args.limit else self._store.ids())
+        self._replica.print_once(f"> --{kind} {path}: for {len(file):,} of {len(self._store):,} records")
+        return file

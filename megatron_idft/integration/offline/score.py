@@ -1,0 +1,337 @@
+"""The scoring program: a Megatron checkpoint and records in, per-record statistics under the model out.
+
+Launches need not know of each other. Each takes chunks of records from a ledger in the output folder (corpus/ledger.py)
+and writes one Parquet part per chunk; whoever finds all chunks finished merges them and writes the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_idft.errors import ArgumentError
+from megatron_idft.integration.offline import program
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from megatron_idft.data.chat.tokenizer import ChatTokenizer
+    from megatron_idft.data.token_cache import TokenCache
+    from megatron_idft.integration.offline.scorer import ModelScorer
+
+_CALIBRATION_ROWS = 64  # own answers decoded at once
+
+
+def add_score_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of scoring to Megatron's parser."""
+    group = parser.add_argument_group(title="score")
+    program.add_input_arguments(group)
+    group.add_argument(
+        "--per-token",
+        action="store_true",
+        help="Keep log_prob, entropy and phi of every response token in scores.parquet. The parts have them anyway.",
+    )
+    program.add_work_arguments(group, chunk_records=512)
+    group.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        default=16384,
+        help="Padded tokens in one forward pass. Records of like length go together. Default 16384.",
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="Read the records, show the first with its scored spans, and stop."
+    )
+    group.add_argument(
+        "--estimate",
+        action="store_true",
+        help="Score 200 records spread over the corpus, and print the time and the statistics to expect.",
+    )
+    group.add_argument(
+        "--calibrate",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Have the model answer N prompts of the corpus itself, at temperatures 1 and 0.3, and score the answers:"
+        " the null that the report compares with. phi is 0 on average at temperature 1, by definition.",
+    )
+    group.add_argument(
+        "--calibrate-max-tokens", type=int, default=256, help="Longest of these answers, in tokens. Default 256."
+    )
+    group.add_argument(
+        "--truncation",
+        choices=("truncate", "drop", "error"),
+        default="truncate",
+        help="What to do with a conversation longer than --seq-length: cut its end, leave it out, or stop.",
+    )
+    group.add_argument(
+        "--sft-last-turn-only",
+        action="store_true",
+        help="Score the last assistant turn of each conversation only, as training with this flag trains it only.",
+    )
+    group.add_argument(
+        "--token-cache",
+        metavar="DIR",
+        default=None,
+        help="Where the tokenized records are kept. Default: `.megatron-idft-cache` beside the first file.",
+    )
+    group.add_argument(
+        "--sft-loss-backend",
+        choices=("auto", "reference", "triton"),
+        default="auto",
+        help="Implementation of the statistics, as in training. Default auto.",
+    )
+    return parser
+
+
+def score() -> None:
+    """Score as `sys.argv` says. `prepare_process` must have run."""
+    program.stop_on_sigterm()
+    args = _parse()
+    from megatron.training.utils import print_rank_0
+
+    tokenizer, cache = _open_data(args)
+    if args.dry_run:
+        from megatron_idft.data.chat.show import render_sample
+
+        print_rank_0("> first record, scored spans in brackets:\n" + render_sample(*cache[0], tokenizer))
+        return
+    scorer = _load_scorer(args)
+    total = min(len(cache), args.limit or len(cache))
+    if args.estimate:
+        _estimate(args, scorer, tokenizer, cache, total)
+        return
+    _score_chunks(args, scorer, tokenizer, cache, total)
+    if args.calibrate is not None:
+        _calibrate(args, scorer, tokenizer, cache, total)
+
+
+def _parse() -> argparse.Namespace:
+    return program.parse(add_score_arguments, ("tokens_per_batch", "calibrate", "calibrate_max_tokens"))
+
+
+def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenCache]:
+    from megatron.training.utils import print_rank_0
+
+    from megatron_idft.data.chat.tokenizer import load_tokenizer
+    from megatron_idft.data.model_rows import require_rows
+    from megatron_idft.data.token_cache import open_token_cache
+    from megatron_idft.integration.training.record_data import build_shared_token_cache
+
+    tokenizer = load_tokenizer(
+        args.tokenizer_model,
+        chat_template=args.chat_template,
+        trust_remote_code=args.trust_remote_code,
+        template_date=args.template_date,
+    )
+    settings = {
+        "tokenizer": tokenizer,
+        "seq_length": args.seq_length,
+        "cache_dir": args.token_cache or str(Path(args.data[0]).resolve().parent / ".megatron-idft-cache"),
+        "truncation": args.truncation,
+        "on_bad_record": args.bad_records,
+        "last_turn_only": args.sft_last_turn_only,
+    }
+    build_shared_token_cache("--data", args.data, settings)
+    cache = open_token_cache(args.data, **settings)
+    require_rows(cache, tokenizer, args.sft_loss_vocab_size)
+    print_rank_0(cache.report())
+    return tokenizer, cache
+
+
+def _load_scorer(args: argparse.Namespace) -> ModelScorer:
+    from megatron_idft.integration.offline.scorer import ModelScorer
+
+    model = program.load_model(args)
+    return ModelScorer(model, args.sft_loss_vocab_size, args.tokens_per_batch, args.sft_loss_backend)
+
+
+def _leads() -> bool:
+    """Whether this rank is the one of its launch that receives the statistics, keeps the ledger and writes."""
+    from megatron.core import mpu
+
+    return (
+        mpu.is_pipeline_last_stage(ignore_virtual=True)
+        and mpu.get_tensor_model_parallel_rank() == 0
+        and mpu.get_data_parallel_rank() == 0
+    )
+
+
+def _print_on_leader(line: str) -> None:
+    if _leads():
+        print(f"> {line}", flush=True)
+
+
+def _from_leader(value: Any) -> Any:
+    """The leader's value, on every rank of the launch."""
+    import torch
+
+    leaders: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(leaders, (_leads(), value))
+    return next(value for leads, value in leaders if leads)
+
+
+def _rows(
+    scorer: ModelScorer, tokenizer: ChatTokenizer, cache: TokenCache, samples: Sequence[int]
+) -> list[dict[str, Any]] | None:
+    """Scored rows of these samples on the leading rank, None elsewhere."""
+    return _score_sequences(scorer, tokenizer, cache, samples, [cache[index] for index in samples])
+
+
+def _score_sequences(
+    scorer: ModelScorer,
+    tokenizer: ChatTokenizer,
+    cache: TokenCache,
+    samples: Sequence[int],
+    sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.uint8]]],
+) -> list[dict[str, Any]] | None:
+    """The same for (token ids, mask) that belong to these samples."""
+    from megatron_idft.corpus.scores.rows import scored_record
+
+    statistics = scorer.score([ids for ids, _ in sequences])
+    if statistics is None or not _leads():
+        return None
+    rows = []
+    for index, (ids, mask), (log_prob, entropy), record in zip(
+        samples, sequences, statistics, cache.records(samples), strict=True
+    ):
+        try:
+            row = scored_record(
+                ids,
+                mask,
+                log_prob,
+                entropy,
+                decode=tokenizer.decode,
+                end_of_turn_ids=cache.end_of_turn_ids,
+                special_ids=tokenizer.special_ids.values(),
+            )
+        except FloatingPointError as error:
+            raise ArgumentError(f"{record['file']}, line {record['line']}: {error}") from error
+        rows.append({"index": index, **record, **row})
+    return rows
+
+
+def _score_chunks(
+    args: argparse.Namespace, scorer: ModelScorer, tokenizer: ChatTokenizer, cache: TokenCache, total: int
+) -> None:
+    from tqdm import tqdm
+
+    from megatron_idft.corpus.ledger.ledger import Ledger
+    from megatron_idft.corpus.scores.folder import finish_scores
+    from megatron_idft.corpus.scores.rows import TOKEN_SCHEMA
+
+    chunks = -(-total // args.chunk_records)
+    with ExitStack() as stack:
+        ledger = None
+        if _leads():
+            settings = _settings(args, cache, total)
+            ledger = stack.enter_context(Ledger(args.output, settings, chunks, lease_seconds=args.lease_seconds))
+        bar = tqdm(total=chunks, desc="scoring", unit="chunk", disable=ledger is None, file=sys.stderr, mininterval=1.0)
+        stack.callback(bar.close)
+        tokens = 0
+        for chunk in program.claimed(ledger, _from_leader):
+            samples = range(chunk * args.chunk_records, min((chunk + 1) * args.chunk_records, total))
+            rows = _rows(scorer, tokenizer, cache, samples)
+            if ledger is None or rows is None:
+                continue
+            ledger.finish(chunk, functools.partial(program.write_part, rows=rows, schema=TOKEN_SCHEMA))
+            tokens += sum(len(cache[index][0]) for index in samples)
+            bar.n = len(ledger.parts())
+            bar.set_postfix_str(f"{tokens / bar.format_dict['elapsed']:,.0f} tokens/s in this launch", refresh=False)
+            bar.refresh()
+        bar.close()
+        if ledger is not None:
+            print(finish_scores(Path(args.output), ledger.parts(), per_token=args.per_token), flush=True)
+
+
+def _settings(args: argparse.Namespace, cache: TokenCache, total: int) -> dict[str, Any]:
+    """What must agree between launches on one output folder."""
+    return program.model_settings(args) | {
+        "data": [Path(path).name for path in args.data],
+        "tokens": cache.path.name,  # the fingerprint of records, tokenizer, template and length
+        "records": total,
+        "chunk_records": args.chunk_records,
+    }
+
+
+def _calibrate(
+    args: argparse.Namespace, scorer: ModelScorer, tokenizer: ChatTokenizer, cache: TokenCache, total: int
+) -> None:
+    """Own answers to prompts spread over the corpus, scored like records: a ledger with one part per temperature."""
+    import numpy as np
+
+    from megatron_idft.corpus.ledger.ledger import Ledger
+    from megatron_idft.corpus.scores.folder import OWN_SAMPLE_TEMPERATURES, OWN_SAMPLES, describe_own_samples
+    from megatron_idft.corpus.scores.rows import TOKEN_SCHEMA
+    from megatron_idft.inference.decoding import decoder_for
+
+    decoder, described = decoder_for(
+        scorer.model,
+        args.sft_loss_vocab_size,
+        max_positions=args.seq_length,
+        max_rows=_CALIBRATION_ROWS,
+        tokens_per_batch=args.tokens_per_batch,
+        tell=_print_on_leader,
+    )
+    _print_on_leader(described)
+    samples = sorted({int(index) for index in np.linspace(0, total - 1, min(total, args.calibrate))})
+    prompts = [ids[: int(np.flatnonzero(mask)[0])] for ids, mask in (cache[index] for index in samples)]
+    with ExitStack() as stack:
+        ledger = None
+        if _leads():
+            settings = _settings(args, cache, total) | {
+                "answers": len(samples),
+                "max_tokens": args.calibrate_max_tokens,
+                "seed": args.seed,
+                "temperatures": list(OWN_SAMPLE_TEMPERATURES),
+            }
+            folder, count = Path(args.output) / OWN_SAMPLES, len(OWN_SAMPLE_TEMPERATURES)
+            ledger = stack.enter_context(Ledger(folder, settings, count, lease_seconds=args.lease_seconds))
+        for chunk in program.claimed(ledger, _from_leader):
+            answers = decoder.generate(
+                prompts,
+                [str(index) for index in samples],
+                max_tokens=args.calibrate_max_tokens,
+                temperature=OWN_SAMPLE_TEMPERATURES[chunk],
+                seed=args.seed,
+                stop_ids={*cache.end_of_turn_ids, tokenizer.eos_id},
+            )
+            answered = [(i, p, a) for i, p, a in zip(samples, prompts, answers, strict=True) if len(a)]
+            sequences = [
+                (np.concatenate([p, a]).astype(np.int32), np.repeat([0, 1], [len(p), len(a)]).astype(np.uint8))
+                for _, p, a in answered
+            ]
+            rows = _score_sequences(scorer, tokenizer, cache, [index for index, _, _ in answered], sequences)
+            if ledger is not None and rows is not None:
+                ledger.finish(chunk, functools.partial(program.write_part, rows=rows, schema=TOKEN_SCHEMA))
+    if ledger is not None:
+        print(describe_own_samples(Path(args.output)), flush=True)
+
+
+def _estimate(
+    args: argparse.Namespace, scorer: ModelScorer, tokenizer: ChatTokenizer, cache: TokenCache, total: int
+) -> None:
+    import numpy as np
+
+    samples = sorted({int(index) for index in np.linspace(0, total - 1, min(total, 200))})
+    _rows(scorer, tokenizer, cache, samples[:1])  # compiles and allocates
+    start = time.monotonic()
+    rows = _rows(scorer, tokenizer, cache, samples)
+    elapsed = time.monotonic() - start
+    if rows is None:
+        return
+    tokens = sum(len(cache[index][0]) for index in samples)
+    all_tokens = int(cache.lengths()[:total].sum())
+    phi = np.array([row["phi_mean"] for row in rows])
+    print(
+        f"> {len(rows)} records, {tokens:,} tokens in {elapsed:.1f} s: {tokens / elapsed:,.0f} tokens/s\n"
+        f"> {total:,} records, {all_tokens:,} tokens: about {all_tokens / tokens * elapsed / 3600:.2f} hours\n"
+        f"> mean of phi over records {phi.mean():+.4f} ± {phi.std() / max(len(phi), 1) ** 0.5:.4f} (standard error)",
+        flush=True,
+    )
