@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_idft.checkpoint.checksums import iteration_folder, read_tracker, write_atomically
+from megatron_idft.checkpoint.checksums import iteration_folder, read_tracker
 from megatron_idft.errors import InputError
+from megatron_idft.files import write_atomically
 
 STATE = "best_checkpoints.json"
 

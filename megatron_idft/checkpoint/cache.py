@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from megatron_idft.checkpoint.model_flags import ModelClass
-from megatron_idft.data.token_cache import describe_source
 from megatron_idft.errors import ConversionError
+from megatron_idft.files import describe_source
 from megatron_idft.links import leads_out
 
 FORMAT = 2  # raise it whenever the same folder would give another checkpoint

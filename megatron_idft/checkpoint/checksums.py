@@ -11,7 +11,6 @@ Nothing here knows Megatron or torch; integration/training/checkpoints.py spread
 from __future__ import annotations
 
 import json
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_idft.errors import DamagedCheckpointError
+from megatron_idft.files import write_atomically
 
 RECORD = "checksums.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -225,21 +225,3 @@ def _crc32(path: Path) -> int:
 def _in_threads[T](work: Callable[[str], T], names: Sequence[str]) -> list[T]:
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(work, names))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old one or the new one, also after the machine has died."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

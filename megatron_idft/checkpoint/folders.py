@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_idft.build_folders import building_in
 from megatron_idft.errors import ConversionError
+from megatron_idft.files import building_in
 from megatron_idft.links import refuse_links_out
 
 COMPANIONS = "tokenizer"  # the folder of config.json and the tokenizer's files, inside a Megatron checkpoint

@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_idft.checkpoint.checksums import RECORD, TRACKER, iteration_folder, problems, read_record, read_tracker
 from megatron_idft.checkpoint.dcp_metadata import NAME, read_metadata
 from megatron_idft.errors import ConversionError, DamagedCheckpointError
+from megatron_idft.files import synced_file
 
 _COMMON = "common_state/shard_0_1"
 _FILE_BYTES = 4 << 30  # a file is closed when it has grown beyond this
@@ -106,10 +107,8 @@ class TorchDistWriter:
         if kind is not None:
             return
         metadata = Metadata(self._entries, storage_data=self._storage)
-        with open(self._folder / ".metadata", "wb") as file:
+        with synced_file(self._folder / ".metadata", "wb") as file:
             pickle.dump(metadata, file)
-            file.flush()
-            os.fsync(file.fileno())
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self._folder / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
 

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_idft.corpus.json_text import UnwritableError, json_text
-from megatron_idft.corpus.ledger.files import sync
 from megatron_idft.corpus.records import PARQUET_BATCH_ROWS, SUFFIXES, parquet_batch_rows, read_lines
 from megatron_idft.errors import InputError, RecordError
+from megatron_idft.files import sync
 
 _GROUP = 16  # batches in a row group
 Lines = Collection[int]  # of a file, or rows of a Parquet file, from 1

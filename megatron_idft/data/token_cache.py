@@ -30,8 +30,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idft.build_folders import building_in
-from megatron_idft.corpus.ledger.files import sync
 from megatron_idft.corpus.records import ErrorLog, Record, read_records
 from megatron_idft.data.building import BuildProgress, WeightsFile
 from megatron_idft.data.chat.conversations import (
@@ -45,12 +43,12 @@ from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.data.record_index import RecordIndexWriter, read_record_index
 from megatron_idft.data.token_counts import Counts, report_counts
 from megatron_idft.errors import CacheError, ConversationError, RecordError, TemplateError
+from megatron_idft.files import building, describe_source, sync, synced_file
 
 FORMAT = 6  # raise it whenever the same corpus would give other bytes
 Truncation = Literal["truncate", "drop", "error"]
 BadRecords = Literal["stop", "skip"]
 _BATCH_RECORDS, _BATCH_CHARACTERS = 512, 1 << 21  # what is held in memory between reader and tokenizer
-_SAMPLE_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
@@ -82,21 +80,6 @@ class _Settings:
             "on_bad_record": self.on_bad_record,
             "last_turn_only": self.last_turn_only,
         }
-
-
-def describe_source(path: Path) -> dict[str, Any]:
-    """What identifies a source file without reading it whole, at every launch, on every rank.
-
-    An edit changes the size or the modification time; the hash of head and tail catches files that were swapped or
-    copied with their times. A file that is merely touched is tokenised again, which costs time but never correctness.
-    """
-    stat = path.stat()
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        digest.update(file.read(_SAMPLE_BYTES))
-        file.seek(max(0, stat.st_size - _SAMPLE_BYTES))
-        digest.update(file.read(_SAMPLE_BYTES))
-    return {"name": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sample": digest.hexdigest()}
 
 
 class TokenCache:
@@ -231,15 +214,8 @@ def build_token_cache(
     final = Path(cache_dir) / _folder(described)
     if final.exists():
         return TokenCache(final)
-    with building_in(final.parent) as building:
-        _build(building, settings, described, progress)
-        try:
-            building.rename(final)
-        except OSError:  # another builder was faster: its bytes are the same
-            if not final.exists():
-                raise
-        else:
-            sync(final.parent)
+    with building(final) as folder:
+        _build(folder, settings, described, progress)
     return TokenCache(final)
 
 
@@ -310,8 +286,7 @@ def _build(folder: Path, settings: _Settings, described: dict[str, Any], progres
             file.flush()
             os.fsync(file.fileno())
         weights.complete(counts.tokens)
-    with open(folder / "records.parquet", "rb") as written:
-        os.fsync(written.fileno())
+    sync(folder / "records.parquet")
     if not counts.kept:
         raise CacheError(
             "no record is left to train on: pass a longer --seq-length, or records with trained turns\n"
@@ -326,10 +301,8 @@ def _build(folder: Path, settings: _Settings, described: dict[str, Any], progres
         "largest_id": largest_id,
         "counts": asdict(counts),
     }
-    with open(folder / "meta.json", "w", encoding="utf-8") as text:
+    with synced_file(folder / "meta.json") as text:
         json.dump(meta, text, indent=1, ensure_ascii=False)
-        text.flush()
-        os.fsync(text.fileno())
 
 
 def _encode(

@@ -17,6 +17,7 @@ import pytest
 from chat_templates import REFUSED
 from tool_templates import QWEN25
 
+from megatron_idft import files
 from megatron_idft.data.chat.conversations import encode_conversation
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.dataset import ChatDataset
@@ -247,9 +248,8 @@ def test_an_edit_that_keeps_size_and_time_is_seen_in_head_and_tail(build, tmp_pa
 
 
 def test_an_edit_in_the_middle_is_seen_by_its_time(build, tmp_path, monkeypatch):
-    from megatron_idft.data import token_cache
 
-    monkeypatch.setattr(token_cache, "_SAMPLE_BYTES", 8)
+    monkeypatch.setattr(files, "_SAMPLE_BYTES", 8)
     file = write(tmp_path / "a.jsonl", record("question 1"))
     first, times = build(file), file.stat()
     file.write_bytes(file.read_bytes().replace(b"question 1", b"question 2"))

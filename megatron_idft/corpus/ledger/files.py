@@ -11,7 +11,6 @@ from megatron_idft.errors import LedgerError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
-_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
 
 
 def part_name(chunk: int, suffix: str) -> str:
@@ -23,31 +22,6 @@ def finished_parts(folder: Path, suffix: str) -> dict[int, Path]:
     name = re.compile(r"chunk-(\d{6,})" + re.escape(suffix))
     found = {int(match[1]): folder / entry for entry in os.listdir(folder) if (match := name.fullmatch(entry))}
     return dict(sorted(found.items()))
-
-
-def put(temporary: Path, final: Path) -> bool:
-    """Give a complete file its final name, once: False if that name is taken already."""
-    try:
-        os.link(temporary, final)
-    except FileExistsError:
-        # NFS repeats a request whose answer was lost: the name may be taken by this very file.
-        return temporary.exists() and final.samefile(temporary)
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-        # This file system can only rename, which replaces. Two launches at once would replace like with like.
-        if final.exists():
-            return False
-        temporary.rename(final)
-    return True
-
-
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

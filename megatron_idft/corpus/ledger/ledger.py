@@ -31,11 +31,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megatron_idft.corpus.ledger.files import finished_parts, part_name, plain_errors, put, sync
+from megatron_idft.corpus.ledger.files import finished_parts, part_name, plain_errors
 from megatron_idft.corpus.ledger.leases import Leases, Owner
 from megatron_idft.corpus.ledger.manifest import FORMAT, agree, read_manifest
 from megatron_idft.corpus.ledger.status import Status, measure
 from megatron_idft.errors import LedgerError, SettingsMismatch
+from megatron_idft.files import put, sync
 
 __all__ = ["Ledger", "LedgerError", "SettingsMismatch", "Status", "status_of"]
 

@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_idft.corpus.ledger.files import put, sync
 from megatron_idft.errors import ABSENT, LedgerError, SettingsMismatch
+from megatron_idft.files import put, sync
 
 FORMAT = 1  # raise it whenever older launches could not share a folder with newer ones
 _PACKAGES = ("megatron-idft", "megatron-core", "torch", "transformers", "numpy", "pyarrow")  # for information only

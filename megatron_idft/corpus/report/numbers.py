@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate
+from megatron_idft.files import write_atomically
 
 _MEANS = {
     "phi_mean": "phi",
@@ -37,8 +37,6 @@ def save_report(folder: Path, html: str, data: dict[str, Any]) -> tuple[Path, Pa
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, indent=1)
     page, numbers = folder / "report.html", folder / "report.json"
-    for path, content in ((page, html), (numbers, text + "\n")):
-        building = path.with_name(f".{path.name}.{os.getpid()}")
-        building.write_text(content, encoding="utf-8")
-        building.replace(path)
+    write_atomically(page, html)
+    write_atomically(numbers, text + "\n")
     return page, numbers

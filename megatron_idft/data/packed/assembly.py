@@ -10,12 +10,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idft.corpus.ledger.files import sync
 from megatron_idft.data.packed.chunks import ChunkInfo, read_chunk, read_info, read_lengths, read_origins
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.packing import Packs, best_fit_decreasing
 from megatron_idft.data.packed.store import companion, write_index
 from megatron_idft.data.packed.workers import Task, WorkerPool
+from megatron_idft.files import sync
 
 _PLACES, _TOKENS = "places.bin", ".bin"
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idft.corpus.ledger.files import part_name, sync
+from megatron_idft.corpus.ledger.files import part_name
 from megatron_idft.data.token_counts import Counts
+from megatron_idft.files import sync, synced_file
 
 
 @dataclass(slots=True)
@@ -67,16 +68,12 @@ def write_chunk(folder: Path, chunk: Chunk) -> None:
         chunk.sources.astype("<i4", copy=False),
         chunk.loss.astype("<f4" if chunk.info.weighted else "u1", copy=False),
     )
-    with open(temporary, "wb") as file:
+    with synced_file(temporary, "wb") as file:
         for array in arrays:
             file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
-        file.flush()
-        os.fsync(file.fileno())
     temporary.rename(folder / part_name(chunk.info.index, ".bin"))
-    with open(temporary, "w", encoding="utf-8") as text:
+    with synced_file(temporary) as text:
         json.dump(asdict(chunk.info), text, ensure_ascii=False)
-        text.flush()
-        os.fsync(text.fileno())
     temporary.rename(folder / part_name(chunk.info.index, ".json"))
     sync(folder)
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_idft.data.token_cache import BadRecords, Truncation, describe_source
+from megatron_idft.data.token_cache import BadRecords, Truncation
 from megatron_idft.errors import InputError
+from megatron_idft.files import describe_source
 
 CHUNK_FORMAT = 3  # raise it whenever the same corpus would give other bytes
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -16,10 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_idft.corpus.json_text import UnwritableError, json_text
-from megatron_idft.corpus.ledger.files import sync
 from megatron_idft.corpus.records import ErrorLog, Record, read_records
-from megatron_idft.data.token_cache import describe_source
 from megatron_idft.errors import InputError, RecordError
+from megatron_idft.files import building, describe_source, sync
 
 _SCHEMA = pa.schema([("id", pa.string()), ("record", pa.string())])  # record: its fields as JSON
 _GROUP = 256  # records that are read at once
@@ -78,26 +74,16 @@ def build_store(
     """
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    building.mkdir()
-    try:
+    with building(path) as folder:
         with ExitStack() as stack:
             on_error = None
             if bad_records == "skip":
-                on_error = stack.enter_context(ErrorLog(building / "errors.jsonl"))
+                on_error = stack.enter_context(ErrorLog(folder / "errors.jsonl"))
             rows = _rows(data, on_error, on_bytes)
-            fingerprint = _write(building / "records.parquet", rows if limit is None else islice(rows, limit), data)
-        (building / "meta.json").write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
-        for file in building.iterdir():
+            fingerprint = _write(folder / "records.parquet", rows if limit is None else islice(rows, limit), data)
+        (folder / "meta.json").write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
+        for file in folder.iterdir():
             sync(file)
-        try:
-            building.rename(path)
-        except OSError:  # another builder was faster
-            if not path.exists():
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _write(path: Path, rows: Iterator[tuple[str, str]], data: Sequence[str]) -> str:

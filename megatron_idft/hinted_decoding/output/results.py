@@ -10,10 +10,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from megatron_idft.corpus.ledger.files import put
 from megatron_idft.corpus.ledger.ledger import status_of
 from megatron_idft.corpus.ledger.manifest import read_manifest
 from megatron_idft.errors import InputError
+from megatron_idft.files import put
 
 RETRIES = "retries"  # its folders 001, 002, … are ledgers of their own, for records that were errors before
 _INDICES = "indices.json"

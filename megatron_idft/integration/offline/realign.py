@@ -157,15 +157,14 @@ class _Job:
 
     def _folder(self) -> tuple[Path, Sequence[int]] | None:
         """The folder of the ledger, and the indices of its records; None where there is nothing to do."""
-        import torch
-
         from megatron_idft.hinted_decoding.output.results import open_retry, read_settings
+        from megatron_idft.integration.platform.ranks import from_rank_0
 
         output = Path(self.args.output)
         if not self.args.retry_errors:
             return output, range(self.inputs.total())
-        opened: list[Any] = [None]
-        if torch.distributed.get_rank() == 0:  # once for all replicas: what is left changes while they work
+
+        def open_errors() -> tuple[Path, Sequence[int]] | None:
             begun = read_settings(output)
             if begun["data_fingerprint"] != self.inputs.fingerprint:
                 raise InputError(f"--data and --limit are not those that {output} was begun with: pass those")
@@ -174,9 +173,9 @@ class _Job:
                     f"tokenizer and chat template are not those that {output} was begun with, and records with the ids"
                     " of both could not be trained together: pass those, or realign all to another folder"
                 )
-            opened = [open_retry(output)]
-        torch.distributed.broadcast_object_list(opened, 0)
-        return opened[0]
+            return open_retry(output)
+
+        return from_rank_0(open_errors)  # once for all replicas: what is left changes while they work
 
     def _agreed(self, indices: Sequence[int]) -> dict[str, Any]:
         """What must agree between launches on one output folder."""

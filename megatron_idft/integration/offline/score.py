@@ -170,11 +170,9 @@ def _print_on_leader(line: str) -> None:
 
 def _from_leader(value: Any) -> Any:
     """The leader's value, on every rank of the launch."""
-    import torch
+    from megatron_idft.integration.platform.ranks import gather
 
-    leaders: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(leaders, (_leads(), value))
-    return next(value for leads, value in leaders if leads)
+    return next(value for leads, value in gather((_leads(), value)) if leads)
 
 
 def _rows(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_idft.checkpoint.config import read_config, read_model, read_vocabulary
-from megatron_idft.errors import ArgumentError, UserError
+from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.platform.local_flags import given_flags
 from megatron_idft.integration.platform.own_tokenizer import own_tokenizer_flags
 from megatron_idft.links import refuse_links_out
@@ -226,6 +225,7 @@ class HuggingFaceExport:
 
     def _write(self, args: argparse.Namespace, iteration: int) -> None:
         from megatron_idft.checkpoint.convert import to_hf
+        from megatron_idft.integration.platform.ranks import on_rank_0
 
         target = Path(args.save) / "hf" / f"iter_{iteration:07d}"
 
@@ -233,7 +233,7 @@ class HuggingFaceExport:
             to_hf(args.save, target, iteration=iteration, replace=True, verify=False)  # just saved and summed
             print(f"> saved {target} for transformers", flush=True)
 
-        _on_rank_0(f"save-hf/{iteration}", convert)
+        on_rank_0(f"save-hf/{iteration}", convert)
         self._written = iteration
 
 
@@ -251,28 +251,3 @@ def recorded_vocab_size(args: argparse.Namespace) -> int | None:
     """The true vocabulary of the model that is loaded, where a config.json lies beside its checkpoint."""
     folder = _huggingface_folder(args)
     return None if folder is None else read_vocabulary(folder)
-
-
-def _on_rank_0(name: str, work: Callable[[], None]) -> None:
-    """Do `work` on rank 0 while the others wait on the store: no collective's timeout limits how long it may take.
-
-    Raises:
-        whatever `work` raises on rank 0; UserError on the others.
-    """
-    import torch
-
-    store = torch.distributed.distributed_c10d._get_default_store()
-    key = f"megatron-idft/{name}"
-    if torch.distributed.get_rank() == 0:
-        try:
-            work()
-        except BaseException as error:
-            store.set(key, f"failed: {error}")
-            raise
-        store.set(key, "done")
-    else:
-        store.wait([key], timedelta(days=7))
-        outcome = store.get(key).decode()
-        if outcome != "done":
-            raise UserError(f"rank 0 {outcome}")
-    torch.distributed.barrier()  # rank 0 may serve the store: it must not leave before all have read it

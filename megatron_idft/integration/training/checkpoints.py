@@ -28,8 +28,9 @@ import torch
 from megatron_idft.checkpoint import checksums
 from megatron_idft.checkpoint.checksums import Record, iteration_folder
 from megatron_idft.checkpoint.torch_dist import check_pickles
-from megatron_idft.errors import ArgumentError, DamagedCheckpointError, UserError
+from megatron_idft.errors import ArgumentError, DamagedCheckpointError
 from megatron_idft.integration.platform.early_ending import tracked_iteration
+from megatron_idft.integration.platform.ranks import from_rank_0, gather, print_on_rank_0, reduced
 
 
 def add_checksum_argument(group: Any) -> None:
@@ -323,39 +324,3 @@ def _same_folder(a: str | Path, b: str | Path) -> bool:
 
 def _amount(record: Record) -> str:
     return f"{len(record.files)} files, {record.size / 1e9:.3f} GB"
-
-
-def print_on_rank_0(text: str) -> None:
-    if torch.distributed.get_rank() == 0:
-        print(text, flush=True)
-
-
-def reduced(value: int, operation: Any) -> int:
-    """One all-reduce of a number over all ranks."""
-    total = torch.tensor(value, dtype=torch.int64, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(total, operation)
-    return int(total)
-
-
-def gather(value: Any) -> list[Any]:
-    """The value of every rank, on every rank."""
-    every: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, value)
-    return every
-
-
-def from_rank_0(work: Callable[[], Any]) -> Any:
-    """What `work` gives on rank 0, on every rank; its error ends every rank, and rank 0 says it."""
-    outcome: list[Any] = [None, None]
-    failed: BaseException | None = None
-    if torch.distributed.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except Exception as error:
-            failed, outcome[1] = error, str(error)
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    if failed is not None:
-        raise failed
-    if outcome[1] is not None:
-        raise UserError(f"rank 0: {outcome[1]}")
-    return outcome[0]

@@ -14,6 +14,7 @@ from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.loss.publishing import print_rank_last
 from megatron_idft.integration.loss.trainer import TrainerIntegration
 from megatron_idft.integration.platform import flag_checks, hf_model
+from megatron_idft.integration.platform.ranks import print_on_rank_0
 from megatron_idft.integration.platform.restricted_loading import restrict_checkpoint_reading
 from megatron_idft.integration.training import checkpoints, elastic, stops
 from megatron_idft.integration.training.arguments import NEVER, add_data_arguments, validate_data_arguments
@@ -90,7 +91,7 @@ class ChatTraining(TrainerIntegration):
         args = get_args()
         elastic.keep_results_queue(args)
         if args.log_interval == 1:
-            checkpoints.print_on_rank_0("> --log-interval 1: metrics with every step, the default of `train`")
+            print_on_rank_0("> --log-interval 1: metrics with every step, the default of `train`")
         self.checkpoints.before_loading(args)
         self._open_data(args)
         assert self._export is not None and self.tokenizer is not None

@@ -24,7 +24,8 @@ import torch
 from megatron_idft.errors import TrainingStoppedError, UserError
 from megatron_idft.integration.platform import early_ending, signals
 from megatron_idft.integration.platform.outcome import tell_launcher
-from megatron_idft.integration.training.checkpoints import RunCheckpoints, from_rank_0, gather, print_on_rank_0, reduced
+from megatron_idft.integration.platform.ranks import from_rank_0, gather, print_on_rank_0, reduced
+from megatron_idft.integration.training.checkpoints import RunCheckpoints
 
 NOT_FINITE = "not_finite.jsonl"  # in --save: the steps that were not finite, for the run that meets one again
 

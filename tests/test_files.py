@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idft.build_folders import building_in, remove_dead_builds
+from megatron_idft.files import building_in, remove_dead_builds
 
 HOLD = """
 import sys
 from pathlib import Path
-from megatron_idft.build_folders import building_in
+from megatron_idft.files import building_in
 with building_in(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("done")
     print(folder, flush=True)
