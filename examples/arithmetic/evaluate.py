@@ -19,7 +19,7 @@ from problems import stated_answer
 
 from megatron_idft.corpus.records import Record, read_records
 from megatron_idft.data.chat.conversations import encode_conversation
-from megatron_idft.integration.script import prepare_process
+from megatron_idft.integration.platform.start import prepare_process
 
 MAX_NEW_TOKENS = 56
 

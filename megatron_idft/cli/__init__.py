@@ -1,4 +1,7 @@
-"""The verbs: parse, call, exit code. No arithmetic lives here."""
+"""The verbs: parse, call, exit code. No arithmetic lives here.
+
+May import every room. Begin with main below; each verb is a file, failures.py says how a verb fails.
+"""
 
 import sys
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ def run_verb(verb: str, argv: Sequence[str], usage: str, without_model: Mapping[
         print(usage + "\n\n" + add_arguments(parser).format_help())
         return 0
     from megatron_idft.integration.platform.hf_model import expand
-    from megatron_idft.integration.script import prepare_process
+    from megatron_idft.integration.platform.start import prepare_process
 
     prepare_process(f"megatron-idft {verb}", expand(argv), force_cpu="--cpu" in argv)
     run()

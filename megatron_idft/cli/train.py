@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     outcome.begin()
     signals.listen(early_ending.before_flags(argv))
     from megatron_idft.integration.platform.hf_model import expand
-    from megatron_idft.integration.script import prepare_process
+    from megatron_idft.integration.platform.start import prepare_process
     from megatron_idft.integration.training.program import train
 
     prepare_process("megatron-idft train", expand(argv), force_cpu="--cpu" in argv)

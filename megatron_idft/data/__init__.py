@@ -1,1 +1,4 @@
-"""Conversations -> tokens and loss masks -> datasets. No Megatron here, and torch only for the datasets."""
+"""Conversations to tokens and loss masks (chat/), to packs of whole documents (packed/), to datasets.
+
+May import corpus, and torch for datasets; nothing of Megatron. Begin with chat/conversations.py.
+"""

@@ -1,4 +1,7 @@
-"""The vocabulary-parallel token loss. One module per backend; `vocab_parallel_loss` is the only entry."""
+"""The vocabulary-parallel token loss. One module per backend; `vocab_parallel_loss` is the only entry.
+
+May import statistics, objectives and torch. Begin with `vocab_parallel_loss` below, then autograd.py.
+"""
 
 import functools
 import importlib.util

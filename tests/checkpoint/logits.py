@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_idft.integration.script import prepare_process
+from megatron_idft.integration.platform.start import prepare_process
 
 cases_file, output, *layout = sys.argv[1:]
 COMMON = """

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_idft.integration import script
+from megatron_idft.integration.platform import start
 from megatron_idft.integration.platform.hf_model import expand
 
 POSITIONS = 96
@@ -103,7 +103,7 @@ def main() -> None:
     common = f"--seq-length {POSITIONS} --no-load-optim --no-load-rng --tokenizer-type NullTokenizer"
     common += f" --vocab-size {config['vocab_size']}"
     flags += [*common.split(), "--data", cases, "--output", "-"]
-    script.prepare_process("engine probe", expand(flags), force_cpu=not torch.cuda.is_available())
+    start.prepare_process("engine probe", expand(flags), force_cpu=not torch.cuda.is_available())
     from megatron_idft.inference.engine import DecodeEngine
     from megatron_idft.integration.offline import score as scoring_program
 

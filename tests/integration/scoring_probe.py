@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import torch
 
-from megatron_idft.integration import script
+from megatron_idft.integration.platform import start
 
 VOCAB = 61  # of the tokenizer that test_score.py trains
 
@@ -34,7 +34,7 @@ def expected(model: torch.nn.Module, vocab_size: int) -> list[np.ndarray]:
 
 def main() -> None:
     out, *flags = sys.argv[1:]
-    script.prepare_process("megatron-idft score", flags, force_cpu=True)
+    start.prepare_process("megatron-idft score", flags, force_cpu=True)
     from megatron_idft.integration.offline import score as scoring_program
 
     args = scoring_program._parse()

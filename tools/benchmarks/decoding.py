@@ -106,7 +106,7 @@ def build_megatron(shape: dict[str, Any], on_gpu: bool) -> Any:
     """
     if on_gpu:
         flags += "--bf16 --transformer-impl local --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion"
-    from megatron_idft.integration.script import prepare_process
+    from megatron_idft.integration.platform.start import prepare_process
 
     prepare_process("decoding benchmark", flags.split(), force_cpu=not on_gpu)
     from megatron.core.process_groups_config import ProcessGroupCollection

@@ -193,7 +193,7 @@ def watch(folder: Path) -> None:
 def main() -> None:
     folder, argv = Path(sys.argv[1]), sys.argv[2:]
     from megatron_idft.integration.platform.hf_model import expand
-    from megatron_idft.integration.script import prepare_process
+    from megatron_idft.integration.platform.start import prepare_process
     from megatron_idft.integration.training.program import ChatTraining, train
 
     prepare_process("memory_probe", expand(argv), force_cpu=True)

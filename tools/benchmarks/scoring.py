@@ -72,7 +72,7 @@ def load_scorer(options: argparse.Namespace, folder: Path) -> Any:
     """The scorer of `score --hf-model`, set up by the program itself."""
     from megatron_idft.integration.offline import score as scoring_program
     from megatron_idft.integration.platform.hf_model import expand
-    from megatron_idft.integration.script import prepare_process
+    from megatron_idft.integration.platform.start import prepare_process
 
     flags = f"--hf-model {folder} --tokenizer-model unused.model --data unused --output unused"
     flags += f" --seq-length {options.longest} --tokens-per-batch {options.tokens_per_batch}"

@@ -1,1 +1,4 @@
-"""Which chunks of a job are done, shared by independent launches through one folder."""
+"""Which chunks of a job are done, shared by independent launches through one folder.
+
+May import nothing else of this package but errors and files. Begin with ledger.py.
+"""

@@ -1,1 +1,4 @@
-"""The report on a realigned corpus: a page for a person, and the same numbers as JSON."""
+"""The report on a realigned corpus: a page for a person, and the same numbers as JSON.
+
+May import corpus and hinted_decoding/output. Begin with builder.py, then page.py.
+"""
