@@ -138,7 +138,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict  # what to_hf imports
-from megatron_idft.checkpoint import to_hf, to_megatron
+from megatron_idft.checkpoint.convert import to_hf, to_megatron
 
 def status(field):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))

@@ -231,7 +231,7 @@ def test_a_fork_leaves_the_workers_to_its_parent():
 
 PROGRAM = """
 import sys
-from megatron_idft.corpus.verification import Verifier
+from megatron_idft.corpus.verification.verifier import Verifier
 assert not {"torch", "megatron", "numpy", "sympy"} & set(sys.modules)
 verifier = Verifier(plugin="verification_plugin:choose", workers=1)
 print(verifier.verify([("same", "same")])[0].verdict)

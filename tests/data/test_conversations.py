@@ -396,7 +396,10 @@ def test_importing_the_data_package_needs_neither_torch_nor_transformers(sentenc
     records = tmp_path / "a.jsonl"
     records.write_text(json.dumps({"prompt": "question", "response": "answer"}))
     code = (
-        "import sys; from megatron_idft.data import load_tokenizer, build_token_cache, render_sample\n"
+        "import sys\n"
+        "from megatron_idft.data.chat.show import render_sample\n"
+        "from megatron_idft.data.chat.tokenizer import load_tokenizer\n"
+        "from megatron_idft.data.token_cache import build_token_cache\n"
         "model, records, folder = sys.argv[1:]\n"
         "tokenizer = load_tokenizer(model, 'chatml')\n"
         "cache = build_token_cache([records], tokenizer=tokenizer, seq_length=64, cache_dir=folder)\n"

@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[2]
 
 PREPARE = """
 import sys
-from megatron_idft.data import load_tokenizer
-from megatron_idft.data.packed import PrepareSettings, prepare
+from megatron_idft.data.chat.tokenizer import load_tokenizer
+from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.data.packed.prepare import prepare
 model, records, output, seq_length = sys.argv[1:]
 settings = PrepareSettings((records,), int(seq_length), chunk_bytes=20_000)
 done = prepare(settings, load_tokenizer(model, "chatml"), output, workers=2, progress=False)

@@ -294,7 +294,8 @@ def test_wrong_settings_are_told(build, tmp_path, options, words):
 
 BUILD = """
 import sys
-from megatron_idft.data import build_token_cache, load_tokenizer
+from megatron_idft.data.chat.tokenizer import load_tokenizer
+from megatron_idft.data.token_cache import build_token_cache
 model, records, cache = sys.argv[1:]
 tokenizer = load_tokenizer(model, "chatml")
 print(build_token_cache([records], tokenizer=tokenizer, seq_length=256, cache_dir=cache).counts.kept)

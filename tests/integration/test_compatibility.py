@@ -9,7 +9,7 @@ from launch import ROOT
 
 CHECK = """
 import sys
-from megatron_idft.integration import compatibility
+from megatron_idft.integration.platform import compatibility
 sys.path[:0] = {first!r}
 {before}
 print(compatibility.check_megatron_origin().describe())

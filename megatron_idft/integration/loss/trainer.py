@@ -1,16 +1,8 @@
 """Attach the loss to `megatron.training`, for the programs `train` and `run`.
 
-Megatron's trainer has no callbacks, so eight of its functions are wrapped by name in the modules that call them. Each
-is called through its module's global name in megatron-core 0.19, so the wrappers are reached from any script, whether
-it builds its model from a config or from a model_provider:
-
-- `arguments.parse_args`: adds the flags and checks them.
-- `checkpointing.check_checkpoint_args`: compares the settings with those of the checkpoint that is continued.
-- `checkpointing._load_base_checkpoint`: lets --override-opt_param-scheduler change the learning rate.
-- `training.setup_model_and_optimizer`: installs the hook on the finished model.
-- `training.train_step`: opens and commits the step's metrics, moves lambda_t, proves that the hook was called.
-- `training.training_log`: reports at the log interval.
-- `training.evaluate`, `training.evaluate_and_print_results`: report each validation set.
+Megatron's trainer has no callbacks in 0.19, so eight of its functions are wrapped by name in the modules that call them
+(platform/upstream.py lists them with their reasons). Each is called through its module's global name, so the wrappers
+are reached from any script, whether it builds its model from a config or from a model_provider.
 """
 
 from __future__ import annotations
@@ -21,7 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -31,7 +23,7 @@ from megatron_idft.integration.loss import arguments
 from megatron_idft.integration.loss.hook import LossHook, install, installed_hooks
 from megatron_idft.integration.loss.metrics import LossMetrics, MetricsReport, PhiAlarm, stopping_warning
 from megatron_idft.integration.loss.publishing import print_rank_last, publish_evaluation, publish_training
-from megatron_idft.integration.platform import compatibility, flag_checks, hf_model
+from megatron_idft.integration.platform import compatibility, flag_checks, hf_model, upstream
 from megatron_idft.integration.platform.continued_schedule import check_schedule, take_new_rates
 from megatron_idft.integration.platform.script_data import check_script_data
 from megatron_idft.loss import resolve_backend
@@ -63,39 +55,30 @@ class TrainerIntegration:
         self._told_unmasked = False
         self._told_stopping = False
         self._phi_alarm = PhiAlarm()
-        self._replaced: list[tuple[Any, str, Any]] = []
 
-    def attach(self) -> TrainerIntegration:
+    def attach(self) -> Self:
         """Wrap the trainer's functions. Undone by `detach`."""
-        from megatron.training import arguments as megatron_arguments
-        from megatron.training import checkpointing, training
-
-        self._wrap(megatron_arguments, "parse_args", self._parse_args)
-        self._wrap(checkpointing, "check_checkpoint_args", self._check_checkpoint_args)
-        self._wrap(checkpointing, "_load_base_checkpoint", self._load_base_checkpoint)
-        self._wrap(training, "setup_model_and_optimizer", self._setup_model_and_optimizer)
-        self._wrap(training, "train_step", self._train_step)
-        self._wrap(training, "training_log", self._training_log)
-        self._wrap(training, "evaluate", self._evaluate)
-        self._wrap(training, "evaluate_and_print_results", self._evaluate_and_print_results)
+        for target, wrapper in self.wrappers().items():
+            upstream.wrap(target, wrapper)
         return self
 
     def detach(self) -> None:
         """Give the trainer its own functions back."""
-        for module, name, original in reversed(self._replaced):
-            setattr(module, name, original)
-        self._replaced = []
+        for target in self.wrappers():
+            upstream.restore(target)
 
-    def _wrap(self, module: Any, name: str, wrapper: Callable) -> None:
-        original = getattr(module, name)
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def replacement(*args: Any, **kwargs: Any) -> Any:
-            return wrapper(original, signature.bind(*args, **kwargs))
-
-        self._replaced.append((module, name, original))
-        setattr(module, name, replacement)
+    def wrappers(self) -> dict[str, upstream.Wrapper]:
+        """What is wrapped by what: targets of `upstream.CHANGES`, which says why."""
+        return {
+            "megatron.training.arguments:parse_args": self._parse_args,
+            "megatron.training.checkpointing:check_checkpoint_args": self._check_checkpoint_args,
+            "megatron.training.checkpointing:_load_base_checkpoint": self._load_base_checkpoint,
+            "megatron.training.training:setup_model_and_optimizer": self._setup_model_and_optimizer,
+            "megatron.training.training:train_step": self._train_step,
+            "megatron.training.training:training_log": self._training_log,
+            "megatron.training.training:evaluate": self._evaluate,
+            "megatron.training.training:evaluate_and_print_results": self._evaluate_and_print_results,
+        }
 
     def _parse_args(self, original: Callable, call: inspect.BoundArguments) -> argparse.Namespace:
         compatibility.check_megatron_origin()  # once more: by now the script has imported what it uses

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_idft.errors import ArgumentError, verbose
 from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
-from megatron_idft.integration.platform import flag_checks, hf_model, signals
+from megatron_idft.integration.platform import flag_checks, hf_model, signals, upstream
 from megatron_idft.integration.platform.own_tokenizer import require_tokenizer, tokenizer_type
 from megatron_idft.parsing import raise_errors
 
@@ -160,7 +160,7 @@ def parse(
     if args.tokenizer_type is None:
         sys.argv += ["--tokenizer-type", tokenizer_type(args.tokenizer_model)]
     if not verbose():  # 800 lines, nearly all of them about training
-        megatron_arguments._print_args = lambda title, args: None
+        upstream.replace("megatron.training.arguments:_print_args", lambda title, args: None)
     args = megatron_arguments.parse_and_validate_args(provider)
     if args.sft_loss_vocab_size is None:
         args.sft_loss_vocab_size = hf_model.recorded_vocab_size(args)

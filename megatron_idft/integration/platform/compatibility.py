@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_idft.errors import InstallationError
+from megatron_idft.integration.platform import upstream
 
 SUPPORTED = (0, 19)
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 REMEDY = 'pip install "megatron-core[training]>=0.19.0,<0.20" and take any Megatron-LM checkout off PYTHONPATH'
 
 
@@ -33,7 +35,7 @@ def repair_compile_helpers() -> None:
             f"megatron.core.datasets.helpers_cpp does not import ({error}) and cannot be compiled, for "
             f"{Path(utils.__file__).parent} has no Makefile. Reinstall Megatron for this Python: {REMEDY}."
         ) from error
-    utils.compile_helpers = lambda: None
+    upstream.replace("megatron.core.datasets.utils:compile_helpers", lambda: None)
 
 
 def repair_distributed_optimizer_load() -> None:
@@ -45,7 +47,7 @@ def repair_distributed_optimizer_load() -> None:
     """
     module: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     optimizer_class = module.DistributedOptimizer
-    if module.HAVE_APEX_OR_TE or hasattr(optimizer_class.load_state_dict, "__wrapped__"):
+    if module.HAVE_APEX_OR_TE or upstream.in_force(f"{_OPTIMIZER}.load_state_dict"):
         return
     import torch
 
@@ -74,15 +76,15 @@ def repair_distributed_optimizer_load() -> None:
             for state in self.optimizer.state.values():
                 state["step"] = state["step"].clone()
 
-    @functools.wraps(upstream_set)
     @torch.no_grad()  # upstream's dp_reshardable path copies into fp32 parameters with gradients on
+    @functools.wraps(upstream_set)
     def set_states(self: Any, model_param: Any, tensors: Any) -> None:
         # None leaves the step alone: it was loaded with the groups.
         upstream_set(self, model_param, {**tensors, "step": None})
 
-    optimizer_class.sharded_state_dict = sharded_state_dict
-    optimizer_class._set_main_param_and_optimizer_states = set_states
-    optimizer_class.load_state_dict = load_state_dict
+    upstream.replace(f"{_OPTIMIZER}.sharded_state_dict", sharded_state_dict)
+    upstream.replace(f"{_OPTIMIZER}._set_main_param_and_optimizer_states", set_states)
+    upstream.replace(f"{_OPTIMIZER}.load_state_dict", load_state_dict)
 
 
 def repair_rope_scaling_factor() -> None:
@@ -91,19 +93,19 @@ def repair_rope_scaling_factor() -> None:
     training/argument_utils.py makes the model's config from the arguments and leaves this one out, so every model
     gets 8, Llama 3.1's; Llama 3.2 has 32.
     """
-    module: Any = importlib.import_module("megatron.training.argument_utils")
-    upstream = module.gpt_config_from_args
-    if hasattr(upstream, "__wrapped__"):
+    target = "megatron.training.argument_utils:gpt_config_from_args"
+    if upstream.in_force(target):
         return
+    original = upstream.original(target)
 
-    @functools.wraps(upstream)
+    @functools.wraps(original)
     def gpt_config_from_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        config = upstream(args, *rest, **kwargs)
+        config = original(args, *rest, **kwargs)
         if getattr(args, "use_rope_scaling", False) and hasattr(config, "rope_scaling_factor"):
             config.rope_scaling_factor = args.rope_scaling_factor
         return config
 
-    module.gpt_config_from_args = gpt_config_from_args
+    upstream.replace(target, gpt_config_from_args)
 
 
 @dataclass(frozen=True)

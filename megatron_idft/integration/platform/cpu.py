@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from megatron_idft.errors import UnsupportedOnCPUError
+from megatron_idft.integration.platform import upstream
 from megatron_idft.integration.platform.local_flags import LOCAL_LAYERS, add_missing, given_flags
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -333,8 +334,8 @@ def _split_random_state() -> None:
         module.get_rng_state = device_state  # checkpointing.py, tensor_parallel/random.py
         module.set_rng_state = set_device_state  # checkpointing.py
         module.manual_seed = seed_device  # tensor_parallel/random.py
-    tracker: Any = importlib.import_module("megatron.core.tensor_parallel.random")
-    tracker._set_cuda_rng_state = set_device_state  # its own goes through the CUDA generators
+    # Megatron's own goes through the CUDA generators.
+    upstream.replace("megatron.core.tensor_parallel.random:_set_cuda_rng_state", set_device_state)
 
     owners = (
         "megatron.core.tensor_parallel.random",
@@ -371,12 +372,10 @@ def _patch_megatron() -> None:
     compatibility.repair_distributed_optimizer_load()
     # training/initialize.py warms up compiled functions with random inputs. Nothing is compiled here, and the numbers
     # drawn, which depend on the layout, would come from the generator that then initialises the weights.
-    initialize: Any = importlib.import_module("megatron.training.initialize")
-    initialize._warmup_jit_function = lambda *_, **__: None
-    # transformer/moe/token_dispatcher.py turns the split sizes of its all-to-all into numpy if they are CUDA tensors.
-    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    upstream.replace("megatron.training.initialize:_warmup_jit_function", lambda *_, **__: None)
 
+    # transformer/moe/token_dispatcher.py turns the split sizes of its all-to-all into numpy if they are CUDA tensors.
     def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    dispatcher.maybe_move_tensor_to_cpu = on_host
+    upstream.replace("megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu", on_host)

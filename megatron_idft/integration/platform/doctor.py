@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 
 from megatron_idft.errors import BrokenLibraryError
+from megatron_idft.integration.platform import upstream
 from megatron_idft.integration.platform.gpu_libraries import GPULibraries, find_gpu_libraries, installed
 from megatron_idft.integration.platform.local_flags import missing_flags
 
@@ -37,11 +38,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every finding, in the order in which a person would mend them."""
-    return [
-        finding
-        for section in (_python, _packages, _torch, _megatron, _combinations, _accelerators, _communication, _choices)
-        for finding in section()
-    ]
+    machine = (_python, _packages, _torch, _megatron, _combinations, _accelerators, _communication)
+    return [finding for section in (*machine, _choices, _changes) for finding in section()]
 
 
 def _python() -> Iterator[Finding]:
@@ -257,6 +255,21 @@ def _choices() -> Iterator[Finding]:
         remedy="" if verify else 'pip install "megatron-idft[verify]" compares formulas too',
     )
     yield _loss_works()
+
+
+def _changes() -> Iterator[Finding]:
+    """What the programs will change of Megatron on this machine."""
+    if installed("torch") is None or installed("megatron-core") is None:
+        return
+    try:
+        engine = find_gpu_libraries().transformer_engine
+    except BrokenLibraryError:
+        engine = False  # said above
+    here = {"CPU mode": not _gpu_present(), "without Transformer Engine": not engine}
+    for where in dict.fromkeys(change.where for change in upstream.CHANGES):
+        if here.get(where, True):
+            names = [change.target.rpartition(":")[2] for change in upstream.CHANGES if change.where == where]
+            yield Finding(f"changes: {where}", ", ".join(names))
 
 
 def _loss_works() -> Finding:

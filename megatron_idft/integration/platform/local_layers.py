@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 from functools import partial
 from typing import Any
 
@@ -40,6 +39,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_idft.errors import UnsupportedModelError
+from megatron_idft.integration.platform import upstream
 
 
 class LocalNorm:
@@ -173,12 +173,14 @@ def install() -> None:
     """Where Transformer Engine is absent, let torch's norms run under sequence parallelism and HybridModel build."""
     if HAVE_TE:
         return
+
     # Every importer of the class (backends.py, gpt_layer_specs.py, transformer_block.py) holds the class itself.
-    WrappedTorchNorm.__new__ = lambda cls, config, hidden_size, eps=1e-5, *args, **kwargs: _build_norm(
-        config, hidden_size, eps
-    )
+    def build_norm(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, *args: Any, **kwargs: Any) -> Any:
+        return _build_norm(config, hidden_size, eps)
+
+    upstream.replace("megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__", build_norm)
     # The stock spec cannot be built without Transformer Engine; models/hybrid.py took its own reference at import.
-    specs: Any = importlib.import_module("megatron.core.models.hybrid.hybrid_layer_specs")
-    specs.hybrid_stack_spec = specs.mamba_stack_spec = hybrid_stack_spec
-    builder: Any = importlib.import_module("megatron.training.models.hybrid")
-    builder.default_hybrid_stack_spec = hybrid_stack_spec
+    specs = "megatron.core.models.hybrid.hybrid_layer_specs"
+    for target in (f"{specs}:hybrid_stack_spec", f"{specs}:mamba_stack_spec"):
+        upstream.replace(target, hybrid_stack_spec)
+    upstream.replace("megatron.training.models.hybrid:default_hybrid_stack_spec", hybrid_stack_spec)

@@ -16,6 +16,10 @@ from typing import Any
 
 from megatron_idft.checkpoint.dcp_metadata import NAME, read_metadata
 from megatron_idft.errors import UnsafeCheckpointError
+from megatron_idft.integration.platform import upstream
+
+_LOAD_BYTES = "torch.distributed.checkpoint.default_planner:DefaultLoadPlanner.load_bytes"
+_METADATA = "torch.distributed.checkpoint:FileSystemReader.read_metadata"
 
 
 def restrict_checkpoint_reading() -> None:
@@ -32,7 +36,7 @@ def restrict_checkpoint_reading() -> None:
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.metadata import StorageMeta
 
-    if hasattr(FileSystemReader.read_metadata, "__wrapped__"):
+    if upstream.in_force(_METADATA):
         return
     # Random states that were saved with numpy 1, and what a step that was not finite leaves, which Megatron 0.19 saves
     # and does not register.
@@ -64,5 +68,5 @@ def restrict_checkpoint_reading() -> None:
         value.seek(0)
         load_bytes(self, read_item, value)
 
-    FileSystemReader.read_metadata = restricted_read_metadata  # type: ignore[method-assign]
-    DefaultLoadPlanner.load_bytes = restricted_load_bytes  # type: ignore[method-assign]
+    upstream.replace(_METADATA, restricted_read_metadata)
+    upstream.replace(_LOAD_BYTES, restricted_load_bytes)

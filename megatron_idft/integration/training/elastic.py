@@ -15,6 +15,7 @@ from datetime import timedelta
 from multiprocessing.managers import SyncManager
 from typing import Any
 
+from megatron_idft.integration.platform import upstream
 from megatron_idft.integration.platform.signals import STOPS, die_with_parent
 
 
@@ -79,14 +80,13 @@ def keep_results_queue(args: argparse.Namespace) -> None:
     the SIGTERM that torchrun sends to the whole process group, and with it the checkpoint that is to be saved then;
     which lives on when the rank is killed; and which costs seconds to start. Only --async-save writes elsewhere.
     """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
+    target = "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue"
     if not args.async_save:
-        filesystem_async._results_queue = queue.Queue()
+        upstream.replace(target, queue.Queue())
     elif args.async_strategy == "mcore":
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         manager.start(_outlive_stops)
-        filesystem_async._results_queue = manager.Queue()
+        upstream.replace(target, manager.Queue())
 
 
 def _outlive_stops() -> None:

@@ -13,7 +13,7 @@ from megatron_idft.checkpoint.best import BestCheckpoints
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.loss.publishing import print_rank_last
 from megatron_idft.integration.loss.trainer import TrainerIntegration
-from megatron_idft.integration.platform import flag_checks, hf_model
+from megatron_idft.integration.platform import flag_checks, hf_model, upstream
 from megatron_idft.integration.platform.ranks import print_on_rank_0
 from megatron_idft.integration.platform.restricted_loading import restrict_checkpoint_reading
 from megatron_idft.integration.training import checkpoints, elastic, stops
@@ -62,17 +62,14 @@ class ChatTraining(TrainerIntegration):
         """Whether the flags name packs rather than records. Known when they are parsed."""
         return self._prepared is not None
 
-    def attach(self) -> ChatTraining:
-        from megatron.core import dist_checkpointing
-        from megatron.training import training
-
-        super().attach()
-        self._wrap(training, "save_checkpoint_and_time", self._save_checkpoint)
-        self._wrap(training, "checkpoint_and_decide_exit", self._decide_exit)
-        self._wrap(dist_checkpointing, "save", self.checkpoints.around_save)
-        self._wrap(training, "train", self._train)
-        self._wrap(training.ft_integration, "on_eval_step_start", self._evaluation_step)
-        return self
+    def wrappers(self) -> dict[str, upstream.Wrapper]:
+        return super().wrappers() | {
+            "megatron.training.training:save_checkpoint_and_time": self._save_checkpoint,
+            "megatron.training.training:checkpoint_and_decide_exit": self._decide_exit,
+            "megatron.core.dist_checkpointing:save": self.checkpoints.around_save,
+            "megatron.training.training:train": self._train,
+            "megatron.training.ft_integration:on_eval_step_start": self._evaluation_step,
+        }
 
     def _parse_args(self, original: Callable, call: inspect.BoundArguments) -> argparse.Namespace:
         call.arguments["extra_args_provider"] = add_data_arguments

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from megatron_idft.errors import TrainingStoppedError, UserError
-from megatron_idft.integration.platform import early_ending, signals
+from megatron_idft.integration.platform import early_ending, signals, upstream
 from megatron_idft.integration.platform.outcome import tell_launcher
 from megatron_idft.integration.platform.ranks import from_rank_0, gather, print_on_rank_0, reduced
 from megatron_idft.integration.training.checkpoints import RunCheckpoints
@@ -85,9 +85,7 @@ class Stops:
         self._trains, self._args = True, args  # Megatron's own copy, which it keeps up to date
         if not self._wants_signal_handler:
             return
-        from megatron.training import global_vars
-
-        global_vars._GLOBAL_SIGNAL_HANDLER = self  # which asks `signals_received` of it
+        upstream.replace("megatron.training.global_vars:_GLOBAL_SIGNAL_HANDLER", self)  # asked for `signals_received`
         args.exit_signal_handler = True
         self._signals.keep()
         print_on_rank_0(

@@ -1,0 +1,68 @@
+"""Nothing of Megatron is changed that the table does not list, and all that it lists is changed."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from launch import ROOT, forked
+from megatron_idft.integration.platform import upstream
+
+PROBE = ROOT / "tests" / "integration" / "changes_probe.py"
+# Made later in a run, or by other programs than the one that is probed.
+LATER = {
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue",
+    "megatron.training.global_vars:_GLOBAL_SIGNAL_HANDLER",
+    "megatron.training.arguments:_print_args",
+}
+
+
+def test_a_started_training_has_changed_what_the_table_lists_and_nothing_else(tmp_path):
+    forked([PROBE, tmp_path / "changes.json"])
+    told = json.loads((tmp_path / "changes.json").read_text())
+    listed = {change.target for change in upstream.CHANGES}
+    assert set(told["in force"]) == listed - LATER
+    # A class or function is seen under every name by which a module of upstream holds it.
+    names = {target.rpartition(":")[2] for target in listed}
+    assert {target for target in told["found"] if target.rpartition(":")[2] not in names} == set()
+    assert {target.rpartition(":")[2] for target in told["found"]} == {
+        target.rpartition(":")[2] for target in listed - LATER
+    }
+    # Given back when the loss is detached; the repairs stay.
+    where = {change.target: change.where for change in upstream.CHANGES}
+    assert {where[target] for target in told["left"]} == {"everywhere", "without Transformer Engine", "CPU mode"}
+
+
+def of_upstream(module: Path) -> list[str]:
+    """Assignments to attributes of what a module has imported from Megatron."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "megatron":
+            names |= {alias.asname or alias.name for alias in node.names}
+        if isinstance(node, ast.Assign | ast.AnnAssign) and "import_module('megatron" in ast.unparse(
+            node.value or node
+        ):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            names.add(ast.unparse(target))
+    found = []
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in targets:
+            if isinstance(target, ast.Attribute) and ast.unparse(target).split(".")[0] in names:
+                found.append(f"{module.name}:{node.lineno}: {ast.unparse(target)}")
+        called = ast.unparse(node) if isinstance(node, ast.Call) else ""
+        if called.startswith("setattr(") and called[8:].split(".")[0].split(",")[0] in names:
+            found.append(f"{module.name}:{node.lineno}: {called}")
+    return found
+
+
+def test_nothing_is_assigned_to_a_name_of_megatron_elsewhere():
+    found = [text for path in sorted((ROOT / "megatron_idft").rglob("*.py")) for text in of_upstream(path)]
+    assert found == []
+
+
+def test_a_change_that_is_not_listed_is_refused():
+    with pytest.raises(KeyError, match="json:dumps is not listed"):
+        upstream.replace("json:dumps", None)
