@@ -16,7 +16,7 @@ from megatron_idft.checkpoint.safetensors_header import read_folder
 from megatron_idft.checkpoint.tensors import pieces
 from megatron_idft.errors import ArgumentError, ConversionError
 
-_RECORDS = ("--data", "--sft-data", "--sft-valid-data")
+_RECORDS = ("--sft-data", "--data", "--sft-valid-data")
 _FOLDERS = ("--tokenizer-model", "--pretrained-checkpoint")
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from megatron_idft.data import flags
 from megatron_idft.integration.platform import signals
 from megatron_idft.parsing import Parser
 
@@ -18,19 +19,17 @@ def _parser() -> Parser:
         "command again. The files have the same bytes whatever the number of processes.",
     )
     add = parser.add_argument
-    add("--data", nargs="+", required=True, metavar="FILE", help="records: JSONL (also .gz, .zst) or Parquet")
+    flags.add_data(parser)
     add("--output", required=True, metavar="PREFIX", help="of the files that are written: PREFIX.bin, PREFIX.idx, …")
     add("--tokenizer-model", required=True, metavar="PATH", help="a Hugging Face folder or a sentencepiece *.model")
     add("--chat-template", metavar="FILE", help="Jinja, or chatml or plain; default: the tokenizer's own")
     add("--seq-length", type=int, required=True, metavar="N", help="positions of a pack, as in training")
     add("--pad-multiple", type=int, default=1, metavar="N", help="give every document a multiple of N positions; under"
         " context parallelism 2 x its size; default 1")  # fmt: skip
-    add("--truncation", "--sft-truncation", choices=("truncate", "drop", "error"), default="truncate",
-        help="conversations longer than --seq-length; default truncate")  # fmt: skip
-    add("--bad-records", "--sft-bad-records", choices=("stop", "skip"), default="stop",
-        help="records that cannot be read; `skip` writes them to PREFIX.errors.jsonl; default stop")  # fmt: skip
-    add("--last-turn-only", "--sft-last-turn-only", action="store_true", help="train no assistant turn but the last")
-    add("--template-date", "--sft-template-date", metavar="YYYY-MM-DD", help="for templates that write today's date")
+    flags.add_truncation(parser)
+    flags.add_bad_records(parser)
+    flags.add_last_turn_only(parser)
+    flags.add_template_date(parser)
     add("--trust-remote-code", action="store_true", help="run Python code that a tokenizer brings")
     add("--workers", type=int, metavar="N", help="processes; default: one for each processor")
     add("--seed", type=int, default=1234, help="of the order of the packs; default 1234")
@@ -54,17 +53,17 @@ def main(argv: Sequence[str]) -> int:
     from megatron_idft.data.packed.preview import show_packs, show_records
 
     settings = PrepareSettings(
-        tuple(args.data),
+        tuple(args.sft_data or ()),
         args.seq_length,
-        args.truncation,
-        args.bad_records,
-        args.last_turn_only,
+        args.sft_truncation,
+        args.sft_bad_records,
+        args.sft_last_turn_only,
         args.limit,
         args.pad_multiple,
         args.seed,
         args.chunk_bytes,
     )
-    tokenizer = load_tokenizer(args.tokenizer_model, args.chat_template, args.trust_remote_code, args.template_date)
+    tokenizer = load_tokenizer(args.tokenizer_model, args.chat_template, args.trust_remote_code, args.sft_template_date)
     if args.dry_run:
         for sample in show_records(settings, tokenizer, args.show or 3):
             print(sample, end="\n\n")

@@ -9,8 +9,8 @@ from typing import Any
 from megatron_idft.cli.offline import run_verb
 from megatron_idft.parsing import Parser
 
-USAGE = """usage: torchrun … -m megatron_idft realign --hf-model DIR --data FILE … --output DIR --seq-length N <flags>
-       torchrun … -m megatron_idft realign --load DIR [--tokenizer-model PATH] --data FILE … --output DIR <model flags>
+USAGE = """usage: torchrun … -m megatron_idft realign --hf-model DIR --sft-data FILE … --output DIR <flags>
+       torchrun … -m megatron_idft realign --load DIR [--tokenizer-model PATH] --sft-data FILE … --output DIR <flags>
        megatron-idft realign status DIR
        megatron-idft realign merge DIR --output FILE.jsonl
        megatron-idft realign report DIR [--output DIR] [--title TEXT]

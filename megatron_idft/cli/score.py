@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_idft.cli.offline import run_verb
+from megatron_idft.data import flags
 from megatron_idft.parsing import Parser
 
-USAGE = """usage: torchrun … -m megatron_idft score --hf-model DIR --data FILE … --output DIR --seq-length N <flags>
-       torchrun … -m megatron_idft score --load DIR [--tokenizer-model PATH] --data FILE … --output DIR <model flags>
+USAGE = """usage: torchrun … -m megatron_idft score --hf-model DIR --sft-data FILE … --output DIR <flags>
+       torchrun … -m megatron_idft score --load DIR [--tokenizer-model PATH] --sft-data FILE … --output DIR <flags>
        megatron-idft score status DIR
        megatron-idft score report DIR … [--output DIR] [--title TEXT]
-       megatron-idft score select DIR --keep EXPRESSION --data FILE … --output FILE
+       megatron-idft score select DIR --keep EXPRESSION --sft-data FILE … --output FILE
 
 Scores the responses of a corpus under a Megatron model: log p, entropy and phi = log p + H of every trained token.
 Start it as often as you like on one output folder: launches share the work, and a stopped one goes on where it was.
@@ -58,12 +59,14 @@ def select(argv: Sequence[str]) -> int:
         required=True,
         help="an expression over the columns of scores.parquet: 'phi_mean > -0.3 and ends_turn'",
     )
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="the records that were scored")
+    flags.add_data(parser, "The records that were scored.")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="a new .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
     )
     args = parser.parse_args(argv)
-    counts = select_records(args.folder, args.keep, args.data, args.output)
+    if not args.sft_data:
+        parser.error("pass the records that were scored as --sft-data FILE [FILE …]")
+    counts = select_records(args.folder, args.keep, args.sft_data, args.output)
     print(json.dumps(counts))
     if remark := describe_unscored(counts, args.folder):
         print(f"megatron-idft score select: {remark}", file=sys.stderr)

@@ -62,7 +62,7 @@ def finish_scores(output: Path, parts: Sequence[Path], *, per_token: bool) -> st
     return (
         f"> {table.num_rows:,} records, {tokens:,} response tokens: phi {phi:+.4f}, log p {log_prob:.4f} per token;"
         f" {path}\n> next: megatron-idft score report {output}; megatron-idft score select {output} --keep EXPRESSION"
-        " --data FILE … --output FILE.jsonl"
+        " --sft-data FILE … --output FILE.jsonl"
     )
 
 
@@ -164,7 +164,7 @@ def describe_unscored(counts: Mapping[str, int], folder: Path) -> str:
     if not counts["unscored"]:
         return ""
     return (
-        f"{counts['unscored']:,} records of --data have no score in {folder} and are left out: `score --limit`, chunks"
-        " not finished yet (`megatron-idft score status`), records skipped as bad, dropped as too long or with nothing"
-        " to train leave such"
+        f"{counts['unscored']:,} records of --sft-data have no score in {folder} and are left out: `score --limit`,"
+        " chunks not finished yet (`megatron-idft score status`), records skipped as bad, dropped as too long or with"
+        " nothing to train leave such"
     )

@@ -39,7 +39,7 @@ class PrepareSettings:
 
     def __post_init__(self) -> None:
         if not self.paths:
-            raise InputError("no record files given: name them with --data FILE …")
+            raise InputError("no record files given: name them with --sft-data FILE …")
         for name, value in (("truncation", Truncation), ("bad_records", BadRecords)):
             if getattr(self, name) not in get_args(value):
                 raise InputError(f"{name} must be one of {get_args(value)}, got {getattr(self, name)!r}")

@@ -191,7 +191,7 @@ class RecordTask:
 
     def _open(self) -> RunningConversation:
         if self.record.tools:
-            raise InputError("records with tools are not realigned yet: leave them out of --data")
+            raise InputError("records with tools are not realigned yet: leave them out of --sft-data")
         return RunningConversation(self._tokenizer, self.record.messages)
 
     def _begin(self, number: int) -> Turn:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_idft.data import flags as record_flags
 from megatron_idft.errors import ArgumentError, verbose
 from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
 from megatron_idft.integration.platform import flag_checks, hf_model, signals, upstream
@@ -53,13 +54,7 @@ def _raise_terminated(number: int, _: object) -> None:
 
 def add_input_arguments(group: Any) -> None:
     """The flags that name records, output folder and model."""
-    group.add_argument(
-        "--data",
-        nargs="+",
-        metavar="FILE",
-        default=None,
-        help="Records: JSONL (also .gz, .zst) or Parquet, with `messages` or with `prompt` and `response`.",
-    )
+    record_flags.add_data(group)
     group.add_argument(
         "--output",
         metavar="DIR",
@@ -89,15 +84,8 @@ def add_work_arguments(group: Any, *, chunk_records: int) -> None:
         default=120.0,
         help="A launch that gives no sign for so long has lost its chunk to the others. Default 120.",
     )
-    group.add_argument(
-        "--bad-records",
-        choices=("stop", "skip"),
-        default="stop",
-        help="What to do with a record that cannot be read: stop, naming file and line, or write it to an errors file.",
-    )
-    group.add_argument(
-        "--template-date", metavar="YYYY-MM-DD", default=None, help="The date for chat templates that write today's."
-    )
+    record_flags.add_bad_records(group)
+    record_flags.add_template_date(group)
     group.add_argument(
         "--sft-loss-vocab-size",
         type=int,
@@ -129,8 +117,8 @@ def parse(
         return raise_errors(add_arguments(parser))
 
     args = megatron_arguments.parse_args(provider)
-    if not args.data or not args.output:
-        raise ArgumentError("pass the records as --data FILE [FILE …] and a folder as --output DIR")
+    if not args.sft_data or not args.output:
+        raise ArgumentError("pass the records as --sft-data FILE [FILE …] and a folder as --output DIR")
     if args.load is None and args.pretrained_checkpoint is None:
         raise ArgumentError(
             "no model: pass a Hugging Face folder as --hf-model DIR, or its checkpoint as --load DIR with the model's"
@@ -144,7 +132,7 @@ def parse(
     check(args)
     flag_checks.check_layout(args)
     flag_checks.check_model(args)
-    flag_checks.check_files("--data", args.data)
+    flag_checks.check_files("--sft-data", args.sft_data)
     flag_checks.check_files("--tokenizer-model", [args.tokenizer_model])
     if args.hf_model is None:
         _require_checkpoint(args)

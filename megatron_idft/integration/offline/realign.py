@@ -53,10 +53,10 @@ def realign() -> None:
         args.tokenizer_model,
         chat_template=args.chat_template,
         trust_remote_code=args.trust_remote_code,
-        template_date=args.template_date,
+        template_date=args.sft_template_date,
     )
-    on_error = None if args.bad_records == "stop" else lambda error: None
-    require_rows_of_records(read_records(args.data, on_error=on_error), tokenizer, args.sft_loss_vocab_size)
+    on_error = None if args.sft_bad_records == "stop" else lambda error: None
+    require_rows_of_records(read_records(args.sft_data, on_error=on_error), tokenizer, args.sft_loss_vocab_size)
     template = resolve_template(args)
     if args.dry_run:
         _show_first(args, tokenizer, template)
@@ -75,10 +75,10 @@ def _show_first(args: argparse.Namespace, tokenizer: ChatTokenizer, template: Hi
     from megatron_idft.corpus.records import read_records
     from megatron_idft.hinted_decoding.preview import render_prompts
 
-    on_error = None if args.bad_records == "stop" else lambda error: None
-    record = next(iter(read_records(args.data, on_error=on_error)), None)
+    on_error = None if args.sft_bad_records == "stop" else lambda error: None
+    record = next(iter(read_records(args.sft_data, on_error=on_error)), None)
     if record is None:
-        raise ArgumentError(f"{', '.join(args.data)}: no record in there")
+        raise ArgumentError(f"{', '.join(args.sft_data)}: no record in there")
     print_rank_0(render_prompts(record, tokenizer, template, args.seq_length))
 
 
@@ -167,7 +167,7 @@ class _Job:
         def open_errors() -> tuple[Path, Sequence[int]] | None:
             begun = read_settings(output)
             if begun["data_fingerprint"] != self.inputs.fingerprint:
-                raise InputError(f"--data and --limit are not those that {output} was begun with: pass those")
+                raise InputError(f"--sft-data and --limit are not those that {output} was begun with: pass those")
             if begun["tokenizer"] != self.tokenizer.fingerprint():
                 raise InputError(
                     f"tokenizer and chat template are not those that {output} was begun with, and records with the ids"
@@ -188,7 +188,7 @@ class _Job:
             math_verify = None
         return {
             **program.model_settings(args),
-            "data": [Path(path).name for path in args.data],
+            "data": [Path(path).name for path in args.sft_data],
             "data_fingerprint": self.inputs.fingerprint,
             "records": len(indices),
             "chunk_records": args.chunk_records,

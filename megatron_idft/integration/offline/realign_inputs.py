@@ -76,7 +76,7 @@ class RealignInputs:
         from megatron_idft.integration.platform.ranks import build_once
 
         args = self._args
-        source = (args.data, args.limit, args.bad_records)
+        source = (args.sft_data, args.limit, args.sft_bad_records)
         if args.estimate:
             if not self._replica.leads:
                 return None
@@ -86,7 +86,7 @@ class RealignInputs:
         path = store_path(Path(args.output), *source)
 
         def build(progress: bool) -> None:
-            size = sum(Path(file).stat().st_size for file in args.data)
+            size = sum(Path(file).stat().st_size for file in args.sft_data)
             with tqdm(
                 total=size, desc="reading records", unit="B", unit_scale=True, disable=not progress, file=sys.stderr
             ) as bar:

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_idft.data import flags
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.offline import program
 
@@ -64,23 +65,9 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument(
         "--calibrate-max-tokens", type=int, default=256, help="Longest of these answers, in tokens. Default 256."
     )
-    group.add_argument(
-        "--truncation",
-        choices=("truncate", "drop", "error"),
-        default="truncate",
-        help="What to do with a conversation longer than --seq-length: cut its end, leave it out, or stop.",
-    )
-    group.add_argument(
-        "--sft-last-turn-only",
-        action="store_true",
-        help="Score the last assistant turn of each conversation only, as training with this flag trains it only.",
-    )
-    group.add_argument(
-        "--token-cache",
-        metavar="DIR",
-        default=None,
-        help="Where the tokenized records are kept. Default: `.megatron-idft-cache` beside the first file.",
-    )
+    flags.add_truncation(group)
+    flags.add_last_turn_only(group)
+    flags.add_cache(group)
     group.add_argument(
         "--sft-loss-backend",
         choices=("auto", "reference", "triton"),
@@ -128,18 +115,18 @@ def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenCache]:
         args.tokenizer_model,
         chat_template=args.chat_template,
         trust_remote_code=args.trust_remote_code,
-        template_date=args.template_date,
+        template_date=args.sft_template_date,
     )
     settings = {
         "tokenizer": tokenizer,
         "seq_length": args.seq_length,
-        "cache_dir": args.token_cache or str(Path(args.data[0]).resolve().parent / ".megatron-idft-cache"),
-        "truncation": args.truncation,
-        "on_bad_record": args.bad_records,
+        "cache_dir": args.sft_cache or str(Path(args.sft_data[0]).resolve().parent / ".megatron-idft-cache"),
+        "truncation": args.sft_truncation,
+        "on_bad_record": args.sft_bad_records,
         "last_turn_only": args.sft_last_turn_only,
     }
-    build_shared_token_cache("--data", args.data, settings)
-    cache = open_token_cache(args.data, **settings)
+    build_shared_token_cache("--sft-data", args.sft_data, settings)
+    cache = open_token_cache(args.sft_data, **settings)
     require_rows(cache, tokenizer, args.sft_loss_vocab_size)
     print_rank_0(cache.report())
     return tokenizer, cache
@@ -251,7 +238,7 @@ def _score_chunks(
 def _settings(args: argparse.Namespace, cache: TokenCache, total: int) -> dict[str, Any]:
     """What must agree between launches on one output folder."""
     return program.model_settings(args) | {
-        "data": [Path(path).name for path in args.data],
+        "data": [Path(path).name for path in args.sft_data],
         "tokens": cache.path.name,  # the fingerprint of records, tokenizer, template and length
         "records": total,
         "chunk_records": args.chunk_records,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_idft.data import flags
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.platform import hf_model
 from megatron_idft.integration.platform.own_tokenizer import require_tokenizer, tokenizer_type
@@ -16,56 +17,23 @@ NEVER = 10**9  # an interval, in iterations, that no training reaches
 def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of the chat data to Megatron's parser."""
     group = parser.add_argument_group(title="sft data")
-    group.add_argument(
-        "--sft-data",
-        nargs="+",
-        metavar="FILE",
-        default=None,
-        help="Training records: JSONL (also .gz, .zst) or Parquet, with `messages` or with `prompt` and `response`. Or"
-        " packs that `prepare` has made, as PREFIX[:weight] …: an epoch visits each pack of a prefix `weight` times,"
-        " by default once.",
+    flags.add_data(
+        group,
+        f"Training records: {flags.DATA_HELP} Or packs that `prepare` has made, as PREFIX[:weight] …: an epoch visits"
+        " each pack of a prefix `weight` times, by default once.",
     )
     add_evaluation_arguments(group)
-    group.add_argument(
-        "--sft-last-turn-only",
-        action="store_true",
-        help="Train the last assistant turn of each conversation only; the earlier ones are context. For corpora that"
-        " repeat a conversation once for each of its turns, and for templates that edit earlier turns.",
-    )
-    group.add_argument(
-        "--sft-template-date",
-        metavar="YYYY-MM-DD",
-        default=None,
-        help="The date for chat templates that write today's: tokens must not depend on the day they are made. Without"
-        " it such templates fall back to their fixed date, or are refused.",
-    )
+    flags.add_last_turn_only(group)
+    flags.add_template_date(group)
     group.add_argument(
         "--train-epochs",
         type=int,
         default=None,
         help="Passes over the training records, each record exactly once per pass. Instead of --train-iters.",
     )
-    group.add_argument(
-        "--sft-truncation",
-        choices=("truncate", "drop", "error"),
-        default="truncate",
-        help="What to do with a conversation longer than --seq-length: cut its end, leave it out, or stop. Counted and"
-        " reported. Default truncate.",
-    )
-    group.add_argument(
-        "--sft-bad-records",
-        choices=("stop", "skip"),
-        default="stop",
-        help="What to do with a record that cannot be read: stop, naming file and line, or write it to an errors file"
-        " and go on. Default stop.",
-    )
-    group.add_argument(
-        "--sft-cache",
-        metavar="DIR",
-        default=None,
-        help="Where the tokenized records are kept, under a fingerprint of data, tokenizer, template and length."
-        " Default: the folder `.megatron-idft-cache` beside the first training file.",
-    )
+    flags.add_truncation(group)
+    flags.add_bad_records(group)
+    flags.add_cache(group)
     checkpoints.add_checksum_argument(group)
     stops.add_signal_argument(group)
     hf_model.add_hf_model_arguments(group)
