@@ -29,7 +29,7 @@ from megatron_idft.checkpoint.model_flags import (
 )
 from megatron_idft.checkpoint.safetensors_files import DTYPES, SHARD_BYTES, SafetensorsFolder, SafetensorsWriter
 from megatron_idft.checkpoint.tensors import Part, cut, extra_states, join, pieces
-from megatron_idft.checkpoint.torch_dist import TRACKER, TorchDistCheckpoint, TorchDistWriter, find_iteration
+from megatron_idft.checkpoint.torch_dist import TorchDistCheckpoint, TorchDistWriter, find_iteration
 from megatron_idft.errors import ConversionError
 
 RECORD = "conversion.json"
@@ -95,7 +95,7 @@ def to_megatron(
         folder.close()
         files = checksums.sum_files(release, checksums.files_of(release))
         checksums.write_record(release, checksums.Record(files, {"--hf-model": str(source.resolve())}))
-        (building / TRACKER).write_text("release", encoding="utf-8")
+        (building / checksums.TRACKER).write_text("release", encoding="utf-8")
         write_flags_file(building / "model_flags.sh", model, model_class)
         record = {
             "source": str(source.resolve()),

@@ -91,7 +91,7 @@ def read_metadata(folder: Path, name: str = NAME) -> Metadata:
     path = Path(folder) / name
     with open(path, "rb") as file:
         try:
-            metadata = _Unpickler(file).load()
+            metadata: Metadata = _Unpickler(file).load()
             _check(metadata)
         except Exception as error:  # a damaged pickle ends in an error of any class, from whatever it was building
             told = str(error)[:300] or type(error).__name__

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"megatron-idft: error: there is no verb {verb[:100]!r}{meant}", file=sys.stderr)
         return 2
     try:
-        return import_module(f"megatron_idft.cli.{verb}").main(rest)
+        return int(import_module(f"megatron_idft.cli.{verb}").main(rest))
     except KeyboardInterrupt:
         print(f"megatron-idft {verb}: ended by Ctrl-C", file=sys.stderr, flush=True)
         return 130

@@ -63,7 +63,8 @@ def checked_tools(tools: Any, bad: Bad, *, from_parquet: bool = False) -> list[d
         if not isinstance(function.get("parameters", {}), dict | None):
             raise bad(f"tools[{i}].function.parameters", f"expected an object, found {kind(function['parameters'])}")
         _check_writable(tool, f"tools[{i}]", bad)
-    return tools
+    checked: list[dict[str, Any]] = tools
+    return checked
 
 
 def checked_content(value: Any, role: str, at: str, bad: Bad, *, may_be_empty: bool = False) -> str:

@@ -21,7 +21,8 @@ class ValueFault(Exception):
 def read_rows(batch: pa.RecordBatch) -> list[dict[str, Any] | ValueFault]:
     """The rows of a batch; for those that cannot be read, what is wrong with them."""
     try:
-        return batch.to_pylist()
+        rows: list[dict[str, Any] | ValueFault] = batch.to_pylist()
+        return rows
     except (ValueError, OverflowError, LookupError):  # LookupError: a time zone that is not known here
         return [_row(batch, i) for i in range(batch.num_rows)]
 
@@ -71,7 +72,7 @@ def _iso(scalar: Any) -> str:
     text = scalar.cast(pa.string()).as_py()
     if text.startswith("<"):  # Arrow's "<value out of range: …>"
         raise OverflowError(text.strip("<>"))
-    return text.replace(" ", "T") + zone
+    return str(text.replace(" ", "T") + zone)
 
 
 def iso_duration(ticks: int, per_second: int) -> str:

@@ -60,7 +60,8 @@ class BuildProgress:
 
     @property
     def bytes(self) -> OnBytes:
-        return self._bar.update
+        update: OnBytes = self._bar.update
+        return update
 
     def records(self, count: int) -> None:
         self._seen += count

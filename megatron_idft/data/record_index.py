@@ -75,7 +75,8 @@ def read_record_index(path: Path, samples: Sequence[int] | None = None) -> list[
     table = pq.read_table(path, memory_map=True)
     if samples is not None:
         table = table.take(pa.array(samples, pa.int64()))
-    return table.to_pylist()
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
 
 
 def _text_hash(messages: Sequence[Message], tools: Any = None) -> str:

@@ -87,7 +87,8 @@ class HintTemplate:
 
     @cached_property
     def _template(self) -> jinja2.Template:
-        return _environment().from_string(self.text)
+        template: jinja2.Template = _environment().from_string(self.text)
+        return template
 
     def _header_line(self, line: str) -> tuple[str, str]:
         key, _, value = line.partition(":")

@@ -110,7 +110,8 @@ class SlotAttention(torch.nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan = self.cache.plan
         if plan is None:
-            return self.original(query, key, value, *args, **kwargs)
+            attended: Tensor = self.original(query, key, value, *args, **kwargs)
+            return attended
         if isinstance(plan, _Prefill):
             return self._prefill(plan, query, key, value)
         outputs = [
@@ -145,7 +146,8 @@ class SlotAttention(torch.nn.Module):
                 softmax_scale=self.scale,
                 causal=True,
             )
-            return out.reshape(n, heads * d)
+            attended = torch.as_tensor(out)
+            return attended.reshape(n, heads * d)
         keys[step.rows, step.lengths] = key
         values[step.rows, step.lengths] = value
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -190,7 +192,7 @@ class KeyValueCache:
     @property
     def bytes_per_token(self) -> int:
         itemsize = torch.empty((), dtype=self.model.dtype).element_size()
-        return 2 * len(self.model.attentions) * self.kv_heads * self.head_size * itemsize
+        return int(2 * len(self.model.attentions) * self.kv_heads * self.head_size * itemsize)
 
     @property
     def allocated_bytes(self) -> int:

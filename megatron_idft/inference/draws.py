@@ -30,4 +30,5 @@ def sample(logits: NDArray[np.floating], temperature: float, draws: NDArray[np.f
     weights = np.exp(scaled - scaled.max(-1, keepdims=True))
     cumulative = weights.cumsum(-1)
     chosen = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(-1)
-    return np.minimum(chosen, logits.shape[-1] - 1)
+    ids: NDArray[np.int64] = np.minimum(chosen, logits.shape[-1] - 1)
+    return ids

@@ -53,7 +53,8 @@ class ServedModel:
         """[max_positions, 1, 1, d] fp32, with the model's own base, scaling and interleaving."""
         if self.language_model.position_embedding_type != "rope":
             return None
-        return self.language_model.rotary_pos_emb.get_emb(max_positions).to(self.device)
+        embedding: Tensor = self.language_model.rotary_pos_emb.get_emb(max_positions)
+        return embedding.to(self.device)
 
     def hidden_states(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[s, n, h] behind the last layer, for tokens and positions int64 [n, s]. Collectives: the layers' own."""
@@ -63,14 +64,16 @@ class ServedModel:
         if self._angles is not None:
             angles = self._angles[positions.transpose(0, 1), 0, 0].unsqueeze(2)  # [s, n, 1, d]
         states = model.decoder(hidden_states=states, attention_mask=None, rotary_pos_emb=angles)
-        return states[0] if isinstance(states, tuple) else states
+        found: Tensor = states[0] if isinstance(states, tuple) else states
+        return found
 
     def logits(self, states: Tensor) -> Tensor:
         """[..., V/tp] of this rank's shard of the padded vocabulary, in the model's dtype; no collective."""
         model = self.language_model
         weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
         logits, _ = model.output_layer(states, weight=weight, runtime_gather_output=False)
-        return model._scale_logits(logits)
+        scaled: Tensor = model._scale_logits(logits)
+        return scaled
 
 
 def _layout_reasons(models: Sequence[Any]) -> list[str]:

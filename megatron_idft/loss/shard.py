@@ -39,7 +39,7 @@ def vocab_shard(num_columns: int, vocab_size: int | None, tp_group: ProcessGroup
     Raises:
         ValueError: `vocab_size` is not in (0, num_columns * tp], or this process is not in `tp_group`.
     """
-    if tp_group == torch.distributed.GroupMember.NON_GROUP_MEMBER:
+    if tp_group is not None and not isinstance(tp_group, ProcessGroup):  # GroupMember.NON_GROUP_MEMBER
         raise ValueError("this process is not a member of tp_group; pass the group that holds its vocabulary shard")
     tp_size, rank = (1, 0) if tp_group is None else (tp_group.size(), tp_group.rank())
     padded_size = num_columns * tp_size

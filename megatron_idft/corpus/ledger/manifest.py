@@ -55,7 +55,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise LedgerError(f"{folder} holds no manifest.json: it is not the output folder of a job")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(manifest["settings"], dict) or not manifest.keys() >= {"format", "num_chunks", "part_suffix"}:
             raise TypeError("not what a ledger writes")
     except (ValueError, KeyError, TypeError) as error:

@@ -155,4 +155,4 @@ def _label(part: dict[str, Any]) -> str:
 
 def _long(part: dict[str, Any]) -> float:
     """How far the curves are drawn: past the 99th percentile of lengths there is nearly nothing left to move them."""
-    return max(4.0, min(part["lengths"]["p99"] * 1.05, float(part["cumulative"]["positions"][-1])))
+    return max(4.0, min(float(part["lengths"]["p99"]) * 1.05, float(part["cumulative"]["positions"][-1])))

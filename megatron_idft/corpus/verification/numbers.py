@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_idft.corpus.verification.texts import TEXT_COMMANDS, Same, normalised, without_name
+from megatron_idft.corpus.verification.texts import NOT_APPLICABLE, TEXT_COMMANDS, Same, normalised, without_name
 
 MAX_NUMBER = 400  # characters of a number, and
 MAX_EXPONENT = 1000  # its power of ten: 1e999999999 may not become a billion digits
@@ -191,10 +191,10 @@ def _singular(unit: str) -> str:
 
 
 def same_quantity(a: str, b: str) -> Same:
-    """Numbers with units: NotImplemented where at least one is none, None where the units leave it open."""
+    """Numbers with units: NOT_APPLICABLE where at least one is none, None where the units leave it open."""
     first, second = quantity(a), quantity(b)
     if first is None or second is None:
-        return NotImplemented
+        return NOT_APPLICABLE
     same = first.value == second.value
     if first.unit == second.unit:
         return same

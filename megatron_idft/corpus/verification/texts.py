@@ -3,6 +3,8 @@
 import re
 import unicodedata
 from collections.abc import Callable
+from enum import Enum
+from typing import Literal
 
 _RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿⁱ]+")
 _LOWERED = re.compile("[₀-₉₊₋]+")
@@ -82,8 +84,13 @@ def same_text(a: str, b: str) -> bool:
     return bool(a) and a == b
 
 
-# Of normalised texts. True, False: the same or not; None: it cannot tell; NotImplemented: not its kind.
-Same = bool | None
+class _Applies(Enum):
+    NOT = "not applicable"
+
+
+NOT_APPLICABLE = _Applies.NOT
+# Of normalised texts. True, False: the same or not; None: it cannot tell; NOT_APPLICABLE: not its kind.
+Same = bool | None | Literal[_Applies.NOT]
 
 _NAMED = re.compile(
     r"([a-zA-Z](?:_(?:\{[a-zA-Z0-9]+\}|[a-zA-Z0-9]))?(?:\([a-zA-Z]\))?|[a-z]{3,20})=(?!=)(.+)", re.DOTALL
@@ -106,7 +113,7 @@ def same_option(a: str, b: str) -> Same:
     """Options of a multiple choice by their letters: "B" and "(B) 3"; at least one must look like an option."""
     first, second = _OPTION.fullmatch(a), _OPTION.fullmatch(b)
     if not first or not second or not any(found["said"] or found["option"] for found in (first, second)):
-        return NotImplemented
+        return NOT_APPLICABLE
     if (first["option"] or first["letter"]) != (second["option"] or second["letter"]):
         return False
     return True if not first["rest"] or not second["rest"] or first["rest"] == second["rest"] else None
@@ -120,7 +127,7 @@ def same_polarity(a: str, b: str) -> Same:
     """Yes and no, true and false, alone or at the start of a sentence."""
     first, second = _POLAR.fullmatch(a), _POLAR.fullmatch(b)
     if not first or not second:
-        return NotImplemented
+        return NOT_APPLICABLE
     if any(found[2] and _HEDGES.search(found[2]) for found in (first, second)):
         return None
     if first[1] == second[1]:
@@ -136,7 +143,7 @@ def same_clock(a: str, b: str) -> Same:
     """Times of the day; what could be a ratio as well is told apart only where both readings agree."""
     first, second = _CLOCK.fullmatch(a), _CLOCK.fullmatch(b)
     if not first or not second or not all(found[2] or found[4] for found in (first, second)):
-        return NotImplemented
+        return NOT_APPLICABLE
     (time_a, half_a), (time_b, half_b) = _time(first), _time(second)
     if (half_a is None) == (half_b is None):
         if time_a == time_b:
@@ -157,7 +164,7 @@ def same_sequence(a: str, b: str) -> Same:
     """Ratios, dates and ranges of whole numbers: 3:4, 2023-01-31, 5-8. Proportional ratios cannot be told."""
     first, second = _SEQUENCE.fullmatch(a), _SEQUENCE.fullmatch(b)
     if not any(found and found[1] + found[2] != "/" for found in (first, second)):
-        return NotImplemented
+        return NOT_APPLICABLE
     if not first or not second or first[1] != second[1] or max(len(a), len(b)) > 100:
         return None
     parts = [[int(part) for part in text.split(first[1])] for text in (a, b)]
@@ -182,12 +189,12 @@ _PLURAL = re.compile(r"(?<=[a-z]{3})s(?![a-z])")
 def same_numbers_in_words(a: str, b: str) -> Same:
     """Texts of the same words around other numbers, such as "5 ft 4 in" and "3 apples and 5 pears"."""
     if max(len(a), len(b)) > 500:
-        return NotImplemented
+        return NOT_APPLICABLE
     frames = [_PLURAL.sub("", _DECIMAL.sub("#", text)) for text in (a, b)]
     if frames[0] != frames[1] or "#" not in frames[0] or re.search(r"[-+*/^_=<>\\|]", frames[0]):
-        return NotImplemented
+        return NOT_APPLICABLE
     if not re.search(r"[^\W\d_]{2,}|[^\x00-\x7f]", frames[0]):
-        return NotImplemented
+        return NOT_APPLICABLE
     numbers = [[_trimmed(found) for found in _DECIMAL.findall(text)] for text in (a, b)]
     if numbers[0] == numbers[1]:
         return True
@@ -203,7 +210,7 @@ def same_word(a: str, b: str) -> Same:
     """Two different words are different; not said of anagrams, abbreviations and forms of one word."""
     a, b = a.lower(), b.lower()
     if not all(re.fullmatch("[a-z]+", word) for word in (a, b)):
-        return NotImplemented
+        return NOT_APPLICABLE
     if sorted(a) == sorted(b) or a[:4] == b[:4] or (min(len(a), len(b)) > 1 and (a.startswith(b) or b.startswith(a))):
         return None
     return False if len(a) == len(b) == 1 or (len(a) > 2 and len(b) > 2) or {a, b} & {"no"} else None

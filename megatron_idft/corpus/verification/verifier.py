@@ -22,6 +22,8 @@ from megatron_idft.corpus.verification.numbers import same_number, same_quantity
 from megatron_idft.corpus.verification.pool import WorkerPool
 from megatron_idft.corpus.verification.texts import (
     COMPARISONS,
+    NOT_APPLICABLE,
+    Same,
     normalised,
     same_numbers_in_words,
     same_text,
@@ -154,7 +156,7 @@ class Verifier:
         same, by = _compare_directly(given, wanted)
         if stated.text is None and same is not True:
             return say(Verdict.WRONG, "exact", "no final answer in the response")
-        if same is not NotImplemented:
+        if same is not NOT_APPLICABLE:
             reason = None if same is not None else "the two can be read in more than one way"
             return say(_VERDICTS[same], by, reason)
         return self._formulas(given, wanted, stated, say)
@@ -178,23 +180,23 @@ class Verifier:
 _VERDICTS = {True: Verdict.RIGHT, False: Verdict.WRONG, None: Verdict.UNKNOWN}
 
 
-def _compare_directly(given: str, wanted: str) -> tuple[bool | None, str]:
-    """Whether both say the same, by what is told: exact or number. None: it cannot be told; NotImplemented: ask on."""
+def _compare_directly(given: str, wanted: str) -> tuple[Same, str]:
+    """Whether both say the same, by what is told: exact or number. None: it cannot be told; NOT_APPLICABLE: ask on."""
     if same_text(given, wanted):
         return True, "exact"
     if max(len(given), len(wanted)) > MAX_COMPARED:
-        return NotImplemented, "exact"
+        return NOT_APPLICABLE, "exact"
     texts = [normalised(text) for text in (given, wanted)]
     if names_differ(*texts):
-        return NotImplemented, "exact"
+        return NOT_APPLICABLE, "exact"
     values = [without_name(text)[1] for text in texts]
     if values != texts and values[0] == values[1]:
         return True, "exact"
     if (same := same_number(*values)) is not None:
         return same, "number"
     for compare in COMPARISONS:
-        if (same := compare(*values)) is not NotImplemented:
+        if (same := compare(*values)) is not NOT_APPLICABLE:
             return same, "number" if compare is same_numbers_in_words else "exact"
-    if (same := same_quantity(given, wanted)) is not NotImplemented:
+    if (same := same_quantity(given, wanted)) is not NOT_APPLICABLE:
         return same, "number"
     return same_word(*values), "exact"

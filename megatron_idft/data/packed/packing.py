@@ -95,7 +95,8 @@ def _by_length(lengths: NDArray[np.integer], seed: int | None) -> NDArray[np.int
     if seed is None:
         return np.argsort(small, kind="stable")
     mixed = permutation(len(lengths), seed, 0)
-    return mixed[np.argsort(small[mixed], kind="stable")]
+    order: NDArray[np.int64] = mixed[np.argsort(small[mixed], kind="stable")]
+    return order
 
 
 def _fill(groups: Sequence[tuple[int, _Content]], documents: NDArray[np.int64], counts: NDArray[np.int64]) -> Packs:

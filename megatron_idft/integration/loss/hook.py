@@ -91,7 +91,7 @@ class LossHook:
             undo()
         self._undo = []
 
-    def _capture(self, signature: inspect.Signature, args: tuple, kwargs: dict) -> None:
+    def _capture(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = signature.bind_partial(*args, **kwargs).arguments
         if given.get("output_processor") is not None:
             raise UnsupportedModelError(
@@ -102,12 +102,12 @@ class LossHook:
         if labels is not None:
             self._pending.append((labels, given.get("loss_mask")))
 
-    def _before_forward(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A pass that died half-way (out of memory, a rerun) must not leave its labels behind.
         self._pending.clear()
         self._capture(self._signature, args, kwargs)
 
-    def _after_forward(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+    def _after_forward(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._pending:
             self._pending.clear()
             raise UnsupportedModelError(

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import torch
 
-from megatron_idft.errors import UnsupportedModelError
+from megatron_idft.errors import ArgumentError, UnsupportedModelError
 from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
 from megatron_idft.integration.loss import arguments
 from megatron_idft.integration.loss.hook import LossHook, install, installed_hooks
@@ -80,14 +80,14 @@ class TrainerIntegration:
             "megatron.training.training:evaluate_and_print_results": self._evaluate_and_print_results,
         }
 
-    def _parse_args(self, original: Callable, call: inspect.BoundArguments) -> argparse.Namespace:
+    def _parse_args(self, original: Callable[..., Any], call: inspect.BoundArguments) -> argparse.Namespace:
         compatibility.check_megatron_origin()  # once more: by now the script has imported what it uses
         # Megatron's own default stays for runs that keep Megatron's own loss.
         wants_loss = any(word == "--sft-loss" or word.startswith("--sft-loss=") for word in sys.argv[1:])
         call.arguments["extra_args_provider"] = arguments.compose_providers(
             call.arguments.get("extra_args_provider"), per_token_loss_default=wants_loss
         )
-        args = original(*call.args, **call.kwargs)
+        args: argparse.Namespace = original(*call.args, **call.kwargs)
         if not hasattr(args, "sft_loss"):
             arguments.refuse_yaml(wants_loss)
             args.sft_loss = None
@@ -102,7 +102,7 @@ class TrainerIntegration:
             leave_graphs_unregistered(Path(sys.argv[0]).name)
         return args
 
-    def _check_checkpoint_args(self, original: Callable, call: inspect.BoundArguments) -> None:
+    def _check_checkpoint_args(self, original: Callable[..., Any], call: inspect.BoundArguments) -> None:
         from megatron.training import get_args
 
         original(*call.args, **call.kwargs)
@@ -110,7 +110,7 @@ class TrainerIntegration:
         if not self._loads_release:
             check_schedule(get_args(), self._checkpoint_args)
 
-    def _load_base_checkpoint(self, original: Callable, call: inspect.BoundArguments) -> Any:
+    def _load_base_checkpoint(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         from megatron.training import get_args
 
         loaded = original(*call.args, **call.kwargs)
@@ -119,7 +119,7 @@ class TrainerIntegration:
             take_new_rates(state["optimizer"], get_args(), state["args"])
         return loaded
 
-    def _setup_model_and_optimizer(self, original: Callable, call: inspect.BoundArguments) -> Any:
+    def _setup_model_and_optimizer(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         from megatron.training import get_args
 
         result = original(*call.args, **call.kwargs)
@@ -198,7 +198,7 @@ class TrainerIntegration:
                 " is meant, nothing needs doing; otherwise pass the checkpoint's settings"
             )
 
-    def _train_step(self, original: Callable, call: inspect.BoundArguments) -> Any:
+    def _train_step(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         if self._metrics is None:
             return original(*call.args, **call.kwargs)
         assert self._schedule is not None and self._gamma_lambda is not None
@@ -227,7 +227,7 @@ class TrainerIntegration:
         metrics.commit_step()
         return result
 
-    def _training_log(self, original: Callable, call: inspect.BoundArguments) -> Any:
+    def _training_log(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         from megatron.training import get_args
 
         result = original(*call.args, **call.kwargs)
@@ -246,7 +246,7 @@ class TrainerIntegration:
                 " without --sft-loss, or report the model and flags"
             )
         if report.invalid_labels:
-            raise arguments.ArgumentError(
+            raise ArgumentError(
                 f"{report.invalid_labels} labels of this log interval are at or above the vocabulary size"
                 f" {args.sft_loss_vocab_size}. The data was made with another tokenizer, or --sft-loss-vocab-size is"
                 " too small: make the data again, or correct the flag"
@@ -267,7 +267,7 @@ class TrainerIntegration:
             self._told_stopping = True
             print_rank_last(f"WARNING: {warning}")
 
-    def _evaluate(self, original: Callable, call: inspect.BoundArguments) -> Any:
+    def _evaluate(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         """One validation set. What it measured waits in `_evaluated` for `_evaluate_and_print_results`."""
         metrics = self._evaluation_metrics
         if metrics is not None:
@@ -281,7 +281,7 @@ class TrainerIntegration:
             self._evaluated.append((report, losses))
         return losses, other, out_of_time
 
-    def _evaluate_and_print_results(self, original: Callable, call: inspect.BoundArguments) -> None:
+    def _evaluate_and_print_results(self, original: Callable[..., Any], call: inspect.BoundArguments) -> None:
         from megatron.training import get_args
 
         args = get_args()
@@ -335,7 +335,7 @@ def true_vocab_size(args: argparse.Namespace) -> int:
         size = getattr(get_tokenizer(), "vocab_size", None)
     if size is None or not 0 < size <= args.padded_vocab_size:
         told = "is not known from the tokenizer" if size is None else f"{size} is not within the model's"
-        raise arguments.ArgumentError(
+        raise ArgumentError(
             f"the true vocabulary size {told}{'' if size is None else f' {args.padded_vocab_size} output rows'}, so"
             " padding columns cannot be told from tokens. Pass it as --sft-loss-vocab-size"
         )
@@ -356,7 +356,7 @@ def _end_of_document_ids() -> list[int]:
     return [int(end)]
 
 
-def _require_token_count(forward_step: Callable) -> Callable:
+def _require_token_count(forward_step: Callable[..., Any]) -> Callable[..., Any]:
     """`forward_step`, refusing loss functions that do not return their number of tokens."""
 
     @functools.wraps(forward_step)

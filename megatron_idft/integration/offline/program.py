@@ -116,7 +116,7 @@ def parse(
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return raise_errors(add_arguments(parser))
 
-    args = megatron_arguments.parse_args(provider)
+    args: argparse.Namespace = megatron_arguments.parse_args(provider)
     if not args.sft_data or not args.output:
         raise ArgumentError("pass the records as --sft-data FILE [FILE …] and a folder as --output DIR")
     if args.load is None and args.pretrained_checkpoint is None:

@@ -143,7 +143,7 @@ def _leads() -> bool:
     """Whether this rank is the one of its launch that receives the statistics, keeps the ledger and writes."""
     from megatron.core import mpu
 
-    return (
+    return bool(
         mpu.is_pipeline_last_stage(ignore_virtual=True)
         and mpu.get_tensor_model_parallel_rank() == 0
         and mpu.get_data_parallel_rank() == 0

@@ -227,7 +227,8 @@ def _parse(words: list[str], data_arguments: Any) -> argparse.Namespace:
     before, sys.argv = sys.argv, ["megatron-idft plan", *words]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            args = megatron_arguments.parse_args(compose_providers(provider, per_token_loss_default=wants_loss))
+            parse = megatron_arguments.parse_args
+            args: argparse.Namespace = parse(compose_providers(provider, per_token_loss_default=wants_loss))
     finally:
         sys.argv = before
     if args.use_checkpoint_args:

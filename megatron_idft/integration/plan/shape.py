@@ -57,7 +57,7 @@ def _layers(args: argparse.Namespace) -> tuple[Layer, ...]:
     if args.hybrid_layer_pattern is not None:
         return tuple(LAYERS[symbol] for symbol in args.hybrid_layer_pattern if symbol != "|")
     if not args.num_experts:
-        return (("attention", "mlp"),) * args.num_layers
+        return (("attention", "mlp"),) * int(args.num_layers)
     frequency = args.moe_layer_freq
     experts = [layer % frequency == 0 for layer in range(args.num_layers)] if isinstance(frequency, int) else frequency
     return tuple(("attention", "moe" if chosen else "mlp") for chosen in experts)

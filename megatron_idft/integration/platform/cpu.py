@@ -229,7 +229,8 @@ def _redirect_devices() -> None:
             args = (_on_cpu(args[0]), *args[1:])
         if kwargs.get("device") is not None:
             kwargs["device"] = _on_cpu(kwargs["device"])
-        return to(self, *args, **kwargs)
+        moved: torch.Tensor = to(self, *args, **kwargs)
+        return moved
 
     tensor.to = to_cpu
     tensor.cuda = lambda self, *args, **kwargs: self

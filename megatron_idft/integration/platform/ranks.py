@@ -82,7 +82,7 @@ def gather(value: Any) -> list[Any]:
     return every
 
 
-def from_rank_0(work: Callable[[], Any]) -> Any:
+def from_rank_0[T](work: Callable[[], T]) -> T:
     """What `work` gives on rank 0, on every rank; its error ends every rank, and rank 0 says it."""
     outcome: list[Any] = [None, None]
     failed: BaseException | None = None
@@ -96,4 +96,5 @@ def from_rank_0(work: Callable[[], Any]) -> Any:
         raise failed
     if outcome[1] is not None:
         raise UserError(f"rank 0: {outcome[1]}")
-    return outcome[0]
+    result: T = outcome[0]
+    return result

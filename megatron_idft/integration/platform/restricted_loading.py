@@ -32,8 +32,8 @@ def restrict_checkpoint_reading() -> None:
     from megatron.core import rerun_state_machine
     from megatron.core.dist_checkpointing import serialization  # noqa: F401  registers Megatron's classes
     from numpy._core.multiarray import _reconstruct
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import StorageMeta
 
     if upstream.in_force(_METADATA):

@@ -209,7 +209,7 @@ class RunCheckpoints:
 
     # --------------------------------------------------------------------------------------------------------- saving
 
-    def around_save(self, original: Callable, call: inspect.BoundArguments) -> Any:
+    def around_save(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         """`megatron.core.dist_checkpointing.save`: record its files as its last act, before the tracker is written."""
         folder = Path(call.arguments["checkpoint_dir"])
         if not folder.name.startswith("iter_"):  # another tool's part of a checkpoint

@@ -39,7 +39,8 @@ def use_fresh_store() -> None:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
-    from torch.distributed import DistError, TCPStore
+    from torch._C._distributed_c10d import TCPStore
+    from torch.distributed import DistError
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     key, patience = "megatron-idft/store", 300.0

@@ -52,7 +52,7 @@ def takes_mask(args: argparse.Namespace) -> bool:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     if args.hybrid_layer_pattern is None:
-        return args.transformer_impl == "local"
+        return bool(args.transformer_impl == "local")
     return not HAVE_TE or "megatron_idft.integration.platform.local_layers" in (args.spec or ())
 
 
@@ -186,7 +186,8 @@ def document_mask(bounds: Tensor) -> Tensor:
 
 def cumulative_lengths(bounds: Tensor) -> Tensor:
     """[s + 1] int32 -> [documents + 1] int32: the bounds without repetitions. Synchronises with the host."""
-    return torch.unique_consecutive(bounds)
+    unique: torch.Tensor = torch.unique_consecutive(bounds)
+    return unique
 
 
 def packed_sequence_parameters(cu_seqlens: Tensor, context_parallel_size: int) -> Any:

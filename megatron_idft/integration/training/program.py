@@ -71,7 +71,7 @@ class ChatTraining(TrainerIntegration):
             "megatron.training.ft_integration:on_eval_step_start": self._evaluation_step,
         }
 
-    def _parse_args(self, original: Callable, call: inspect.BoundArguments) -> argparse.Namespace:
+    def _parse_args(self, original: Callable[..., Any], call: inspect.BoundArguments) -> argparse.Namespace:
         call.arguments["extra_args_provider"] = add_data_arguments
         args = super()._parse_args(original, call)
         validate_data_arguments(args)
@@ -81,7 +81,7 @@ class ChatTraining(TrainerIntegration):
         self.stops.postpone_signal_handler(args)
         return args
 
-    def _setup_model_and_optimizer(self, original: Callable, call: inspect.BoundArguments) -> Any:
+    def _setup_model_and_optimizer(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         # The length of training may follow from the data, and the learning-rate schedule follows from that length.
         from megatron.training import get_args
 
@@ -99,7 +99,7 @@ class ChatTraining(TrainerIntegration):
             check_attention(args, result[0])
         return result
 
-    def _save_checkpoint(self, original: Callable, call: inspect.BoundArguments) -> None:
+    def _save_checkpoint(self, original: Callable[..., Any], call: inspect.BoundArguments) -> None:
         from megatron.training import get_args
 
         with self.stops.saving():
@@ -114,13 +114,13 @@ class ChatTraining(TrainerIntegration):
                 self._best.save(self._last_saved)
                 self._prune()
 
-    def _decide_exit(self, original: Callable, call: inspect.BoundArguments) -> bool:
+    def _decide_exit(self, original: Callable[..., Any], call: inspect.BoundArguments) -> bool:
         if original(*call.args, **call.kwargs):
             return True
         # A signal that came while it was saved. Without, nobody would look before the end of another step.
         return self._last_saved == call.arguments["iteration"] and self.stops.stopped()
 
-    def _train_step(self, original: Callable, call: inspect.BoundArguments) -> Any:
+    def _train_step(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         from megatron.training import get_args
 
         self.stops.arm_signal_handler(get_args())
@@ -200,7 +200,7 @@ class ChatTraining(TrainerIntegration):
         for hook in self._hooks:
             hook.token_sources = sources
 
-    def _train(self, original: Callable, call: inspect.BoundArguments) -> Any:
+    def _train(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         """Megatron's training loop, behind an evaluation of the model that it begins with."""
         from megatron.training import get_args
 
@@ -210,7 +210,7 @@ class ChatTraining(TrainerIntegration):
             evaluate_before_training(args, call.arguments)
         return original(*call.args, **call.kwargs)
 
-    def _evaluate_and_print_results(self, original: Callable, call: inspect.BoundArguments) -> None:
+    def _evaluate_and_print_results(self, original: Callable[..., Any], call: inspect.BoundArguments) -> None:
         from megatron.training import get_args
 
         args, iterator, iteration = get_args(), call.arguments["data_iterator"], call.arguments["iteration"]
@@ -228,13 +228,13 @@ class ChatTraining(TrainerIntegration):
             self._best.measure(iteration, self._measured)
             self._prune()
 
-    def _evaluation_step(self, original: Callable, call: inspect.BoundArguments) -> None:
+    def _evaluation_step(self, original: Callable[..., Any], call: inspect.BoundArguments) -> None:
         """Called on all ranks before each step of an evaluation."""
         if self.stops.stopped():
             raise EvaluationInterrupted
         original(*call.args, **call.kwargs)
 
-    def _evaluate(self, original: Callable, call: inspect.BoundArguments) -> Any:
+    def _evaluate(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         try:
             return super()._evaluate(original, call)
         except EvaluationInterrupted:
