@@ -21,10 +21,10 @@ from megatron_idft.corpus.parquet_values import read_rows
 from megatron_idft.corpus.scores.folder import select_records
 from megatron_idft.corpus.scores.rows import RECORD_SCHEMA
 from megatron_idft.data.chat.tokenizer import load_tokenizer
-from megatron_idft.data.packed import prepare
 from megatron_idft.data.packed.blocks import read_blocks
 from megatron_idft.data.packed.encoding import BlockEncoder
 from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.data.packed.prepare import prepare
 from megatron_idft.data.token_cache import build_token_cache
 from megatron_idft.errors import RecordError
 from megatron_idft.hinted_decoding.input.record_store import RecordStore, build_store

@@ -16,8 +16,8 @@ from small_tokenizer import train_tokenizer
 
 from launch import forked
 from megatron_idft.data.chat.tokenizer import load_tokenizer
-from megatron_idft.data.packed import prepare
 from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.data.packed.prepare import prepare
 from megatron_idft.data.packed.store import PackedStore
 
 HERE = Path(__file__).parent

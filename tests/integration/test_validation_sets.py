@@ -15,8 +15,8 @@ from small_tokenizer import train_tokenizer
 
 from launch import forked
 from megatron_idft.data.chat.tokenizer import load_tokenizer
-from megatron_idft.data.packed import prepare
 from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.data.packed.prepare import prepare
 from megatron_idft.data.validation_sets import named_sets
 from megatron_idft.errors import ArgumentError, InputError
 from megatron_idft.integration.training.evaluation import validate_evaluation_arguments

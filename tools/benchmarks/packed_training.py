@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout needs
 from toy_tokenizer import train_tokenizer
 
 from megatron_idft.data.chat.tokenizer import load_tokenizer
-from megatron_idft.data.packed import prepare
 from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.data.packed.prepare import prepare
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 EXPECTATION = (

@@ -50,9 +50,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout needs no installation
 
-from megatron_idft.data.packed import prepare
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.packing import best_fit_decreasing, efficiency, first_fit
+from megatron_idft.data.packed.prepare import prepare
 
 MIN_SHARE_OF_RAW, MIN_EFFICIENCY = 0.9, 0.97
 ROLES = ("user", "assistant")

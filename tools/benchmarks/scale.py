@@ -65,8 +65,8 @@ RANKS = (1, 8, 16, 64, 256, 1024)
 def make_data(folder: Path) -> None:
     """Packs of two sources, and a tokenizer for them."""
     from megatron_idft.data.chat.tokenizer import load_tokenizer
-    from megatron_idft.data.packed import prepare
     from megatron_idft.data.packed.pack_settings import PrepareSettings
+    from megatron_idft.data.packed.prepare import prepare
 
     train_tokenizer(folder)
     chance = random.Random(1)
