@@ -41,8 +41,12 @@ class RecordError(UserError, ValueError):
         at = f", {self.field}" if field else ""
         super().__init__(f"{file}, {'row' if file.endswith('.parquet') else 'line'} {line}{at}: {self.message}")
 
+    def parts(self) -> dict[str, Any]:
+        """The arguments that make this error again."""
+        return {key: getattr(self, key) for key in ("file", "line", "field", "message", "raw")}
+
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:  # the default would call __init__ with the text alone
-        return type(self), (self.file, self.line, self.field, self.message, self.raw)
+        return type(self), tuple(self.parts().values())
 
 
 def _shortened(text: str, longest: int) -> str:
@@ -79,7 +83,7 @@ def _show(value: Any) -> str:
 
 
 class WorkerError(UserError):
-    """A verifying process that cannot be started."""
+    """A process that cannot be started; the message names what it was to run."""
 
 
 # ---- data for training

@@ -74,7 +74,7 @@ class ErrorLog:
         if self._file is None:
             self._file = open(self.path, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         self.count += 1
-        entry = {key: getattr(error, key) for key in ("file", "line", "field", "message", "raw")}
+        entry = error.parts()
         self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self._file.flush()
 

@@ -202,9 +202,9 @@ def test_what_a_killed_plugin_started_dies_with_it(tmp_path):
 
 def test_workers_are_lazy_reused_and_ended():
     math = Verifier()
-    assert math.verify([(r"\boxed{5}", "5")])[0].verdict is RIGHT and not math._pool._workers
+    assert math.verify([(r"\boxed{5}", "5")])[0].verdict is RIGHT and not math._pool._processes
     with Verifier(plugin=PLUGIN, workers=2) as verifier:
-        (worker,) = verifier._pool._workers
+        (worker,) = verifier._pool._processes
         pid = worker.process.pid
         assert [verifier.verify([("process", pid)])[0].verdict for _ in range(3)] == [RIGHT] * 3
         assert alive(pid)
@@ -215,7 +215,7 @@ def test_workers_are_lazy_reused_and_ended():
 
 def test_a_fork_leaves_the_workers_to_its_parent():
     with Verifier(plugin=PLUGIN, workers=1) as verifier:
-        pid = verifier._pool._workers[0].process.pid
+        pid = verifier._pool._processes[0].process.pid
         child = os.fork()
         if child == 0:
             code = 1
@@ -235,7 +235,7 @@ from megatron_idft.corpus.verification.verifier import Verifier
 assert not {"torch", "megatron", "numpy", "sympy"} & set(sys.modules)
 verifier = Verifier(plugin="verification_plugin:choose", workers=1)
 print(verifier.verify([("same", "same")])[0].verdict)
-print(verifier._pool._workers[0].process.pid, flush=True)
+print(verifier._pool._processes[0].process.pid, flush=True)
 """
 
 

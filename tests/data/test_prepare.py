@@ -16,8 +16,8 @@ from prepared_files import corpus, files, write
 
 from megatron_idft.data.chat.conversations import encode_conversation
 from megatron_idft.data.chat.tokenizer import load_tokenizer
-from megatron_idft.data.packed import prepare
 from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.data.packed.prepare import prepare
 from megatron_idft.data.packed.store import PackedStore
 from megatron_idft.errors import InputError, RecordError, SettingsMismatch
 
@@ -318,8 +318,7 @@ def test_the_command_shows_samples_and_ends_as_it_should(sentencepiece_model, tm
 
 
 def test_processes_import_neither_torch_nor_transformers():
-    code = (
-        "import sys, megatron_idft.data.packed.worker; print(*{'torch', 'transformers', 'megatron'} & {*sys.modules})"
-    )
+    imported = "megatron_idft.data.packed.encoding_process"
+    code = f"import sys, {imported}; print(*{{'torch', 'transformers', 'megatron'}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0 and done.stdout.strip() == ""

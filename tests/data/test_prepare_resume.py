@@ -13,8 +13,8 @@ import pytest
 from prepared_files import corpus, files, write
 
 from megatron_idft.data.chat.tokenizer import load_tokenizer
-from megatron_idft.data.packed import prepare
 from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.data.packed.prepare import prepare
 from megatron_idft.errors import PrepareError
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def launch(model, records, output):
 def is_worker(process: psutil.Process) -> bool:
     """Another child is the one in which the chat template is tried."""
     try:
-        return "megatron_idft.data.packed.worker" in process.cmdline()
+        return "megatron_idft.data.packed.encoding_process" in process.cmdline()
     except psutil.Error:
         return False
 

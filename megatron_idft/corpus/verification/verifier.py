@@ -19,7 +19,6 @@ from megatron_idft.corpus.verification.formulas import (
     unreadable,
 )
 from megatron_idft.corpus.verification.numbers import same_number, same_quantity
-from megatron_idft.corpus.verification.pool import WorkerPool
 from megatron_idft.corpus.verification.texts import (
     COMPARISONS,
     NOT_APPLICABLE,
@@ -30,7 +29,8 @@ from megatron_idft.corpus.verification.texts import (
     same_word,
     without_name,
 )
-from megatron_idft.errors import InputError
+from megatron_idft.errors import InputError, WorkerError
+from megatron_idft.processes import Failure, ProcessPool, Task
 
 MAX_COMPARED = 2000  # characters of an answer that is compared otherwise than as a text
 REMEDY = 'pip install "megatron-idft[verify]"'
@@ -60,8 +60,9 @@ class Verifier:
     """Compares responses with reference answers. A context manager: leaving it ends its processes.
 
     plugin: `module:function`, called as function(response: str, reference) -> bool | None (None: it cannot tell), asked
-    instead of all else; what it prints is dropped. workers: processes for math-verify or the plug-in, started when
-    first needed. timeout_seconds: wall clock, for each response. memory_mb: address space of each process.
+    instead of all else; what it prints is dropped, but for the last line on stderr of a process that ended. workers:
+    processes for math-verify or the plug-in, started when first needed. timeout_seconds: wall clock, for each response.
+    memory_mb: address space of each process.
 
     Raises InputError for settings that cannot be used; for a plug-in that cannot be loaded, entering the context
     raises WorkerError (a UserError), as `verify` does without it.
@@ -79,7 +80,14 @@ class Verifier:
             )
         self.plugin, self.workers, self.timeout_seconds, self.memory_mb = plugin, workers, timeout_seconds, memory_mb
         self._tool = plugin or ("math-verify" if find_spec("math_verify") else None)
-        self._pool = WorkerPool(plugin=plugin, workers=workers, timeout_seconds=timeout_seconds, memory_mb=memory_mb)
+        self._pool = ProcessPool(
+            "megatron_idft.corpus.verification.comparing_process",
+            plugin,
+            workers,
+            not_started=self._not_started,
+            seconds=timeout_seconds,
+            memory_mb=memory_mb,
+        )
 
     def __enter__(self) -> Self:
         if self.plugin:  # a wrong name should stop a run before anything is decoded
@@ -94,6 +102,10 @@ class Verifier:
     def close(self) -> None:
         """End the processes; `verify` would start new ones."""
         self._pool.close()
+
+    def _not_started(self, failure: Failure) -> WorkerError:
+        tool = f"plug-in {self.plugin!r}" if self.plugin else "math-verify"
+        return WorkerError(f"{tool}: {failure.reason}" + ("; more memory_mb may be needed" if failure.end else ""))
 
     def describe(self) -> str:
         """What answers are compared by, in one line."""
@@ -112,18 +124,20 @@ class Verifier:
         reference. Numbers are compared exactly, so that 0.333 is not 1/3, and math-verify is not asked about them.
         """
         found: list[Verification] = []
-        tasks: list[Any] = []
-        places: list[int] = []
+        tasks: list[Task] = []
         for place, (response, reference) in enumerate(items):
             stated = stated_answer(response)
             first = self._without_asking(response, stated, reference)
             if not isinstance(first, Verification):
-                tasks.append(first)
-                places.append(place)
+                tasks.append(Task(place, first))
                 first = Verification(Verdict.UNKNOWN, self._tool, stated.text)
             found.append(first)
-        for place, reply in zip(places, self._pool.run(tasks) if tasks else [], strict=True):
-            found[place] = replace(found[place], verdict=Verdict(reply["verdict"]), reason=reply.get("reason"))
+        for task, reply in self._pool.run(tasks):
+            if isinstance(reply, Failure):
+                reason = f"the verifying process ended, {reply.end}" if reply.end else reply.reason
+                reply = {"verdict": "unknown", "reason": reason}
+            verdict = Verdict(reply["verdict"])
+            found[task.number] = replace(found[task.number], verdict=verdict, reason=reply.get("reason"))
         return found
 
     def _without_asking(self, response: str, stated: FinalAnswer, reference: Any) -> Verification | list[Any]:

@@ -14,9 +14,9 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_idft.corpus.messages import Message
-from megatron_idft.corpus.verification.pool import WorkerPool
 from megatron_idft.data.chat.template import ChatTemplate
-from megatron_idft.errors import EndlessTemplateError, TemplateError
+from megatron_idft.errors import EndlessTemplateError, TemplateError, WorkerError
+from megatron_idft.processes import Failure, ProcessPool, Task, serve
 
 SECONDS, MEMORY_MB = 20.0, 2048
 _IDLE_SECONDS = 10.0  # until the process ends; another template may follow
@@ -49,14 +49,14 @@ def try_template(source: str, variables: Mapping[str, Any], date: datetime.date 
         )
 
 
-def render_all(source: str, settings: str) -> bool:
-    """In the process that may be killed: compile the template and render with it. True, if that ends at all."""
-    values = json.loads(settings)
+def render_all(task: tuple[str, dict[str, Any]], _: bytes) -> None:
+    """In the process that may be killed: compile the template and render with it, if that ends at all."""
+    source, values = task
     date = None if values["date"] is None else datetime.date.fromisoformat(values["date"])
     try:
         template = ChatTemplate(source, values["variables"], date)
     except TemplateError:
-        return True
+        return
     for messages, tools in _CONVERSATIONS:
         for prompt in (False, True):
             try:
@@ -66,7 +66,6 @@ def render_all(source: str, settings: str) -> bool:
             except ValueError as error:  # it rejects this conversation, or fails
                 if isinstance(error.__cause__, MemoryError):
                     raise MemoryError from None
-    return True
 
 
 class _Trials:
@@ -74,21 +73,23 @@ class _Trials:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pool: WorkerPool | None = None
+        self._pool: ProcessPool | None = None
         self._timer: threading.Timer | None = None
 
-    def run(self, task: list[str]) -> dict[str, Any]:
+    def run(self, task: Task) -> Failure | None:
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()
             if self._pool is None:
-                plugin = f"{__name__}:{render_all.__name__}"
-                self._pool = WorkerPool(plugin=plugin, workers=1, timeout_seconds=SECONDS, memory_mb=MEMORY_MB)
-            [result] = self._pool.run([task])
+                self._pool = ProcessPool(
+                    __name__, None, 1, not_started=_not_started, seconds=SECONDS, memory_mb=MEMORY_MB
+                )
+            failure: Failure | None
+            [(_, failure)] = self._pool.run([task])
             self._timer = threading.Timer(_IDLE_SECONDS, self._close)
             self._timer.daemon = True
             self._timer.start()
-            return result
+            return failure
 
     def _close(self) -> None:
         with self._lock:
@@ -97,10 +98,18 @@ class _Trials:
                 self._pool = None
 
 
+def _not_started(failure: Failure) -> WorkerError:
+    return WorkerError(f"the process that tries chat templates: {failure.reason}; is there memory left?")
+
+
 _TRIALS = _Trials()
 
 
 @lru_cache(maxsize=256)
 def _trial(source: str, settings: str) -> str | None:
-    result = _TRIALS.run([source, settings])
-    return None if result["verdict"] == "right" else str(result.get("reason"))
+    failure = _TRIALS.run(Task(0, [source, json.loads(settings)]))
+    return None if failure is None else failure.reason
+
+
+if __name__ == "__main__":
+    serve(lambda _: render_all)

@@ -3,7 +3,7 @@
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,8 +14,8 @@ from megatron_idft.data.packed.chunks import ChunkInfo, read_chunk, read_info, r
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.packing import Packs, best_fit_decreasing
 from megatron_idft.data.packed.store import companion, write_index
-from megatron_idft.data.packed.workers import Task, WorkerPool
 from megatron_idft.files import sync
+from megatron_idft.processes import Task
 
 _PLACES, _TOKENS = "places.bin", ".bin"
 
@@ -79,24 +79,19 @@ class Assembly:
         self._write(".sources.bin", sources[self.packs.order])
         self._write(".records.bin", records[self.packs.order])
 
-    def write_tokens(self, pool: WorkerPool, told: Callable[[dict[str, Any]], object]) -> None:
-        """Ids and losses, chunk by chunk, by the processes. told: called with each reply."""
+    def place_tasks(self) -> Iterator[Task]:
+        """Ids and losses, chunk by chunk, for the processes to write."""
         loss = ".weight.bin" if self.weighted else ".mask.bin"
         for suffix, size in ((_TOKENS, 4), (loss, 4 if self.weighted else 1)):
             with self._create(suffix) as file:
                 file.truncate(size * self.tokens)
-
-        def tasks() -> Iterator[Task]:
-            first = 0
-            for info in self._infos:
-                if info.documents:
-                    header: dict[str, Any] = {"do": "place", "index": info.index, "first": first}
-                    header |= {"building": str(self.folder), "weighted": self.weighted}
-                    yield Task(header, f"the packs of chunk {info.index}")
-                first += info.documents
-
-        for reply in pool.run(tasks()):
-            told(reply)
+        first = 0
+        for info in self._infos:
+            if info.documents:
+                header = {"do": "place", "chunk": info.index, "first": first}
+                header |= {"building": str(self.folder), "weighted": self.weighted}
+                yield Task(info.index, header, label=f"the packs of chunk {info.index}")
+            first += info.documents
 
     def publish(self, prefix: Path, others: dict[str, bytes], description: bytes) -> None:
         """Give all files their names, the description, PREFIX.json, last. others: small files, by suffix."""
@@ -129,7 +124,7 @@ class Assembly:
 
 def place_documents(building: Path, folder: Path, header: dict[str, Any]) -> int:
     """Write one chunk's documents to their places in the packs; the number of tokens. In a worker process."""
-    chunk = read_chunk(folder, read_info(folder, header["index"]))
+    chunk = read_chunk(folder, read_info(folder, header["chunk"]))
     places = np.fromfile(building / _PLACES, "<i8", chunk.info.documents, offset=8 * header["first"])
     loss, suffix = chunk.loss, ".mask.bin"
     if header["weighted"]:

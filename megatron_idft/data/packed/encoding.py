@@ -105,8 +105,7 @@ class _Builder:
     def bad(self, error: RecordError) -> None:
         if self._settings.bad_records == "stop":
             raise error
-        keys = ("file", "line", "field", "message", "raw")
-        self.info.errors.append({key: getattr(error, key) for key in keys})
+        self.info.errors.append(error.parts())
         self.counts.records += 1
         self.counts.bad += 1
 

@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from megatron_idft.data.packed.blocks import Block, read_blocks
 from megatron_idft.data.packed.chunks import ChunkInfo, is_finished, read_info
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.store import FORMAT, PackedStore, companion
-from megatron_idft.data.packed.workers import Task, WorkerPool, write_setup
+from megatron_idft.data.packed.tasks import encoding_processes, run_tasks
 from megatron_idft.errors import InputError, PrepareError, SettingsMismatch
+from megatron_idft.processes import ProcessPool, Task
 
 
 @dataclass(slots=True)
@@ -86,9 +87,7 @@ def prepare(
         with _locked(folder):
             job = {"settings": settings.of_chunks(fingerprint), "num_chunks": None, "part_suffix": ".json"}
             agree(folder, folder, f"{os.getpid()}", job)
-            setup = folder / "setup.json"
-            write_setup(setup, tokenizer, settings, folder)
-            with WorkerPool(workers, setup) as pool:
+            with closing(encoding_processes(workers, tokenizer, settings, folder)) as pool:
                 run = _Run(settings, prefix, folder, pool, progress)
                 infos = run.tokenize()
                 prepared = run.pack(infos, tokenizer, fingerprint)
@@ -98,7 +97,7 @@ def prepare(
 
 
 class _Run:
-    def __init__(self, settings: PrepareSettings, prefix: Path, folder: Path, pool: WorkerPool, progress: bool):
+    def __init__(self, settings: PrepareSettings, prefix: Path, folder: Path, pool: ProcessPool, progress: bool):
         self._settings, self._prefix, self._folder = settings, prefix, folder
         self._pool, self._progress = pool, progress
         self._figures: dict[str, Any] = {"chunks": 0, "resumed_chunks": 0, "tokens": 0, "cpu_seconds": 0.0}
@@ -122,10 +121,10 @@ class _Run:
                         bar.initial += block.disk_bytes  # cost no time: not to be counted in the rate
                     continue
                 disk_bytes[block.index] = block.disk_bytes
-                yield Task(_header(block), f"{block.file} from line {block.first} on", block.data)
+                yield Task(block.index, _header(block), block.data, f"{block.file} from line {block.first} on")
 
         with self._bar("tokenizing", "B", total) as bar:
-            for reply in self._pool.run(tasks()):
+            for task, reply in run_tasks(self._pool, tasks()):
                 figures["chunks"] += 1
                 figures["tokens"] += reply["tokens"]
                 self._note(reply)
@@ -133,7 +132,7 @@ class _Run:
                 elapsed = max(bar.format_dict["elapsed"], 1e-9) if self._progress else 1.0
                 rate = f"{records:,} records, {figures['tokens'] / elapsed:,.0f} tokens/s"
                 bar.set_postfix_str(rate, refresh=False)
-                bar.update(disk_bytes.pop(reply["index"]))
+                bar.update(disk_bytes.pop(task.number))
         return [read_info(self._folder, index) for index in range(count)]
 
     def pack(self, infos: list[ChunkInfo], tokenizer: ChatTokenizer, fingerprint: str) -> Prepared:
@@ -151,12 +150,9 @@ class _Run:
         assembly.write_index()
         assembly.write_origins()
         with self._bar("packing", " tokens", assembly.tokens) as bar:
-
-            def told(reply: dict[str, Any]) -> None:
+            for _, reply in run_tasks(self._pool, assembly.place_tasks()):
                 bar.update(reply["tokens"])
                 self._note(reply)
-
-            assembly.write_tokens(self._pool, told)
         description = {
             "kind": "megatron-idft packs",
             "format": FORMAT,
@@ -211,11 +207,8 @@ def _largest_id(infos: list[ChunkInfo]) -> int | None:
 
 def _header(block: Block) -> dict[str, Any]:
     keys = ("index", "file", "file_number", "stem", "first")
-    error = None
-    if block.error is not None:
-        error = {key: getattr(block.error, key) for key in ("file", "line", "field", "message", "raw")}
-    described = {key: getattr(block, key) for key in keys}
-    return {"do": "encode", "index": block.index, "block": described, "error": error}
+    error = None if block.error is None else block.error.parts()
+    return {"do": "encode", "block": {key: getattr(block, key) for key in keys}, "error": error}
 
 
 def _open_finished(prefix: Path, wanted: dict[str, Any]) -> PackedStore:

@@ -1,24 +1,15 @@
-"""One process that compares answers: `python -P -m megatron_idft.corpus.verification.worker FD SETTINGS`.
+"""What a process that compares answers does: it asks math-verify, or a function of the user's.
 
-Started by pool.py, never by hand. It answers JSON messages over the connection FD and imports neither torch nor
-Megatron by itself. SETTINGS is JSON: plugin, timeout_seconds, memory_mb.
+It imports neither torch nor Megatron by itself.
 """
 
-import json
 import logging
-import math
-import os
 import re
-import resource
-import signal
-import sys
 from collections.abc import Callable
 from importlib import import_module
-from multiprocessing.connection import Connection
 from typing import Any
 
-MAX_REASON = 500  # characters
-GRACE_SECONDS = 5  # beyond the time limit, after which a worker ends itself should nobody be there to kill it
+from megatron_idft.processes import serve
 
 Reply = dict[str, Any]
 Check = Callable[[Any, Any], Reply]
@@ -120,45 +111,11 @@ def _parts(value: Any) -> tuple[Any, Any] | None:
     return parts if all(part.is_Float or part.is_Integer or part.is_Rational for part in parts) else None
 
 
-def main(descriptor: int, settings: dict[str, Any]) -> None:
-    os.set_inheritable(descriptor, False)  # not for programs that a plug-in starts
-    connection = Connection(descriptor)
-    memory = settings["memory_mb"] << 20
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    reason = f"ran out of memory, {settings['memory_mb']} MB"
-    out_of_memory = json.dumps({"verdict": "unknown", "reason": reason, "last": True}).encode()
-    try:
-        check = load_plugin(settings["plugin"]) if settings["plugin"] else load_math_verify()
-    except BaseException as error:
-        connection.send_bytes(json.dumps({"error": _reason(error)}).encode())
-        return
-    connection.send_bytes(b"{}")
-    while True:
-        try:
-            task = json.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        signal.alarm(math.ceil(settings["timeout_seconds"]) + GRACE_SECONDS)
-        try:
-            reply = json.dumps(check(*task)).encode()
-        except MemoryError:
-            connection.send_bytes(out_of_memory)
-            return  # what a failed allocation left behind may be broken
-        except BaseException as error:
-            reply = json.dumps({"verdict": "unknown", "reason": _reason(error)}).encode()
-        signal.alarm(0)
-        connection.send_bytes(reply)
-
-
-def _reason(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except Exception:  # of an exception class of the plug-in
-        text = ""
-    return f"{type(error).__name__}: {text}"[:MAX_REASON]
+def load(plugin: str | None) -> Callable[[Any, bytes], Reply]:
+    """plugin: `module:function`; None: math-verify. A task is [response or answers, reference or references]."""
+    check = load_plugin(plugin) if plugin else load_math_verify()
+    return lambda task, _: check(*task)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), json.loads(sys.argv[2]))
+    serve(load)
