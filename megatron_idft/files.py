@@ -36,16 +36,29 @@ def synced_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         os.fsync(file.fileno())
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old one or the new one, also after the machine has died."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+@contextmanager
+def complete_file(path: Path, *, once: bool = False) -> Iterator[Path]:
+    """A name beside `path` to write to, which becomes `path` at the end, and is gone after an error.
+
+    A reader finds the old file or the new one, also after the machine has died. once: a file that is there stays.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
-        with synced_file(temporary) as file:
-            file.write(text)
-        os.replace(temporary, path)
+        yield temporary
+        sync(temporary)
+        if once:
+            put(temporary, path)
+        else:
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_atomically(path: Path, text: str, *, once: bool = False) -> None:
+    """Write a `complete_file` of UTF-8."""
+    with complete_file(path, once=once) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def put(temporary: Path, final: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Builds that others must not remove, and dead ones that they must."""
+"""Files that are replaced whole; builds that others must not remove, and dead ones that they must."""
 
 import fcntl
 import multiprocessing
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idft.files import building_in, remove_dead_builds
+from megatron_idft.files import building_in, remove_dead_builds, write_atomically
 
 HOLD = """
 import sys
@@ -40,6 +40,18 @@ def end(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
     process.communicate()
+
+
+def test_a_file_is_replaced_whole_or_kept_and_nothing_stays_beside_it(tmp_path):
+    file = tmp_path / "file"
+    write_atomically(file, "old")
+    write_atomically(file, "new")
+    assert file.read_text() == "new"
+    write_atomically(file, "later", once=True)
+    assert file.read_text() == "new"
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(file, "\ud800")
+    assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_build_appears_whole_and_leaves_nothing_beside_it(tmp_path):

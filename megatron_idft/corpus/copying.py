@@ -1,7 +1,6 @@
 """Chosen records of record files, copied as they were: lines byte for byte, rows of Parquet with their own types."""
 
 import gzip
-import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import batched
@@ -14,7 +13,6 @@ import pyarrow.parquet as pq
 from megatron_idft.corpus.json_text import UnwritableError, json_text
 from megatron_idft.corpus.records import PARQUET_BATCH_ROWS, SUFFIXES, parquet_batch_rows, read_lines
 from megatron_idft.errors import InputError, RecordError
-from megatron_idft.files import sync
 
 _GROUP = 16  # batches in a row group
 Lines = Collection[int]  # of a file, or rows of a Parquet file, from 1
@@ -28,19 +26,6 @@ def suffix_of(output: Path) -> str:
     if suffix is None:
         raise InputError(f"{output}: name a file that ends in {', '.join(SUFFIXES)}")
     return suffix
-
-
-@contextmanager
-def complete_file(output: Path) -> Iterator[Path]:
-    """A name beside `output` to write to; it becomes `output` at the end, and is gone after an error."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    building = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        yield building
-        sync(building)
-        building.replace(output)
-    finally:
-        building.unlink(missing_ok=True)
 
 
 @contextmanager

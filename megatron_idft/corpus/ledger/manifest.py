@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_idft.errors import ABSENT, LedgerError, SettingsMismatch
-from megatron_idft.files import put, sync
+from megatron_idft.files import put, sync, synced_file
 
 FORMAT = 1  # raise it whenever older launches could not share a folder with newer ones
 _PACKAGES = ("megatron-idft", "megatron-core", "torch", "transformers", "numpy", "pyarrow")  # for information only
@@ -29,9 +29,8 @@ def agree(folder: Path, unfinished: Path, token: str, job: dict[str, Any]) -> No
             raise LedgerError(f"{folder} holds parts but no manifest.json: name another output folder")
         temporary = unfinished / f"manifest.{token}.json"
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
+            with synced_file(temporary) as file:
                 json.dump(job | {"versions": _versions()}, file, indent=1, ensure_ascii=False)
-            sync(temporary)
             put(temporary, manifest)
         except FileNotFoundError:  # cleared away by a launch that was faster
             if not manifest.exists():

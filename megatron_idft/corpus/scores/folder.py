@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_idft.corpus.copying import complete_file, copy_records, record_lines, suffix_of
+from megatron_idft.corpus.copying import copy_records, record_lines, suffix_of
 from megatron_idft.corpus.ledger.manifest import read_manifest
 from megatron_idft.corpus.lint.thresholds import MIN_RECORDS, can_tell
 from megatron_idft.corpus.records import check_files
@@ -17,6 +17,7 @@ from megatron_idft.corpus.scores.estimates import ClusterSums
 from megatron_idft.corpus.scores.rows import RECORD_SCHEMA, TOKEN_SCHEMA
 from megatron_idft.corpus.scores.selection import compile_selection
 from megatron_idft.errors import InputError
+from megatron_idft.files import complete_file
 
 SCORES = "scores.parquet"
 OWN_SAMPLES = "own_samples"  # folder of the ledger of `score --calibrate`: chunk i has temperature i
@@ -148,6 +149,7 @@ def select_records(folder: Path, expression: str, data: Sequence[str], output: P
             f" same paths, such as {first} ({len(scored)} in all)"
         )
     wanted = sum(map(len, kept.values()))
+    output.parent.mkdir(parents=True, exist_ok=True)
     with complete_file(output) as building:
         written = copy_records([(file, kept[str(file)]) for file in files], building, suffix)
         if written != wanted:

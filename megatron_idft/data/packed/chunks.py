@@ -5,7 +5,6 @@ sources int32 [documents], and what each token counts for in the loss, uint8 (th
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_idft.corpus.ledger.files import part_name
 from megatron_idft.data.token_counts import Counts
-from megatron_idft.files import sync, synced_file
+from megatron_idft.files import complete_file, write_atomically
 
 
 @dataclass(slots=True)
@@ -60,7 +59,6 @@ def is_finished(folder: Path, index: int) -> bool:
 
 def write_chunk(folder: Path, chunk: Chunk) -> None:
     """Both files, the JSON last: where it stands, the chunk is whole. Two writers at once write the same bytes."""
-    temporary = folder / f".{part_name(chunk.info.index, '')}-{os.getpid()}"
     arrays = (
         chunk.lines.astype("<i8", copy=False),
         chunk.ids.astype("<i4", copy=False),
@@ -68,14 +66,10 @@ def write_chunk(folder: Path, chunk: Chunk) -> None:
         chunk.sources.astype("<i4", copy=False),
         chunk.loss.astype("<f4" if chunk.info.weighted else "u1", copy=False),
     )
-    with synced_file(temporary, "wb") as file:
+    with complete_file(folder / part_name(chunk.info.index, ".bin")) as path, open(path, "wb") as file:
         for array in arrays:
             file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
-    temporary.rename(folder / part_name(chunk.info.index, ".bin"))
-    with synced_file(temporary) as text:
-        json.dump(asdict(chunk.info), text, ensure_ascii=False)
-    temporary.rename(folder / part_name(chunk.info.index, ".json"))
-    sync(folder)
+    write_atomically(folder / part_name(chunk.info.index, ".json"), json.dumps(asdict(chunk.info), ensure_ascii=False))
 
 
 def read_info(folder: Path, index: int) -> ChunkInfo:

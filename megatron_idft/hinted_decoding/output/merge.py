@@ -12,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_idft.corpus.copying import complete_file, open_lines, suffix_of
+from megatron_idft.corpus.copying import open_lines, suffix_of
 from megatron_idft.corpus.ledger.ledger import status_of
 from megatron_idft.errors import InputError
+from megatron_idft.files import complete_file
 from megatron_idft.hinted_decoding.output.outcomes import METHOD_COLUMNS, count_methods
 from megatron_idft.hinted_decoding.output.results import read_outcomes
 
@@ -38,6 +39,7 @@ def merge(folder: Path, output: Path, *, partial: bool = False) -> dict[str, Any
             " by the same command, or pass --partial to merge those that are"
         )
     counts, methods = Counter({"kept": 0, "dropped": 0, "error": 0}), Counter[str]()
+    output.parent.mkdir(parents=True, exist_ok=True)
     with complete_file(output) as building:
         if suffix == ".parquet":
             _write_parquet(building, folder, counts, methods)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from megatron_idft.corpus.ledger.ledger import status_of
 from megatron_idft.corpus.ledger.manifest import read_manifest
 from megatron_idft.errors import InputError
-from megatron_idft.files import put
+from megatron_idft.files import write_atomically
 
 RETRIES = "retries"  # its folders 001, 002, … are ledgers of their own, for records that were errors before
 _INDICES = "indices.json"
@@ -75,10 +75,7 @@ def open_retry(folder: Path) -> tuple[Path, list[int]] | None:
         return None
     retry = folder / RETRIES / f"{1 + (int(begun[-1].name) if begun else 0):03d}"
     retry.mkdir(parents=True, exist_ok=True)
-    temporary = retry / f".{_INDICES}.{id(errors)}"
-    temporary.write_text(json.dumps(errors))
-    put(temporary, retry / _INDICES)
-    temporary.unlink(missing_ok=True)
+    write_atomically(retry / _INDICES, json.dumps(errors), once=True)
     return retry, json.loads((retry / _INDICES).read_text())
 
 
