@@ -117,7 +117,11 @@ class DecodeEngine:
         seed: int,
         stop_ids: Collection[int],
     ) -> list[Tokens]:
-        """See `Decoder`: plain generation, in the order of `prompts`."""
+        """Continuations of `prompts`, each up to and with its first stop token, or of `max_tokens` tokens.
+
+        Called by all ranks with the same arguments; returns the same on all of them. A draw depends on (seed, record
+        id, step) only. temperature 1 is the model's own distribution, 0 the most probable token.
+        """
         requests = [Request(id, prompt, seed=seed) for id, prompt in zip(record_ids, prompts, strict=True)]
         room = [i for i, prompt in enumerate(prompts) if len(prompt) < self.max_positions]
         found: list[Tokens] = [np.zeros(0, dtype=np.int32) for _ in prompts]

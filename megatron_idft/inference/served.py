@@ -24,19 +24,11 @@ class ServedModel:
         model: what Megatron's training setup returned: one chunk, wrapped or not.
         max_positions: the longest sequence.
 
-    Raises UnservedModelError, naming every reason.
+    Raises what `require_served` does.
     """
 
     def __init__(self, model: Sequence[torch.nn.Module], max_positions: int) -> None:
-        from megatron.core.utils import unwrap_model
-
-        found = unwrap_model(list(model))
-        reasons = _layout_reasons(found)
-        if not reasons:
-            reasons = list(_model_reasons(found[0]))
-        if reasons:
-            raise UnservedModelError("this model cannot be decoded from: " + "; ".join(reasons))
-        [self.language_model] = found
+        self.language_model = require_served(model)
         self.language_model.eval()
         self.config = self.language_model.config
         self.attentions: list[Any] = [m for m in self.language_model.decoder.modules() if hasattr(m, "core_attention")]
@@ -76,18 +68,44 @@ class ServedModel:
         return scaled
 
 
-def _layout_reasons(models: Sequence[Any]) -> list[str]:
+def require_served(model: Sequence[torch.nn.Module]) -> Any:
+    """The language model itself, if the engine can decode from it.
+
+    Raises UnservedModelError, naming every reason.
+    """
+    from megatron.core.utils import unwrap_model
+
+    found = unwrap_model(list(model))
+    require_served_layout(found[0].config.sequence_parallel)
+    _refuse(list(_model_reasons(found[0])))
+    return found[0]
+
+
+def require_served_layout(sequence_parallel: bool) -> None:
+    """What can be refused before a model is loaded: pipeline stages, context parallelism, sequence parallelism.
+
+    Raises UnservedModelError, naming every reason.
+    """
     from megatron.core import mpu
 
     reasons = []
-    if mpu.get_pipeline_model_parallel_world_size() > 1 or len(models) != 1:
+    if mpu.get_pipeline_model_parallel_world_size() > 1:
         reasons.append(
             "it is cut into pipeline stages (drop the pipeline flags and use --tensor-model-parallel-size; checkpoints"
             " load under any layout)"
         )
     if mpu.get_context_parallel_world_size() > 1:
         reasons.append("context parallelism is on (drop --context-parallel-size)")
-    return reasons
+    if sequence_parallel:
+        reasons.append(
+            "sequence parallelism would split single tokens (drop --sequence-parallel; the weights are the same)"
+        )
+    _refuse(reasons)
+
+
+def _refuse(reasons: Sequence[str]) -> None:
+    if reasons:
+        raise UnservedModelError("this model cannot be decoded from: " + "; ".join(reasons))
 
 
 def _model_reasons(model: Any) -> Iterator[str]:
@@ -95,8 +113,6 @@ def _model_reasons(model: Any) -> Iterator[str]:
     from megatron.core.transformer.attention import SelfAttention
 
     config = model.config
-    if config.sequence_parallel:
-        yield "sequence parallelism would split single tokens (drop --sequence-parallel; the weights are the same)"
     layers = getattr(model.decoder, "layer_type_list", None) or [_ATTENTION]
     others = sorted(set(layers) - {_ATTENTION, _MLP, _MOE})
     if others:

@@ -159,11 +159,18 @@ def test_other_settings_are_refused_on_the_same_folder(folder, scored):
         score(folder, folder / "whole", "--chunk-records 3")
 
 
-def test_own_samples_have_mean_phi_0_and_the_report_and_selection_follow(folder, scored, tmp_path):
-    output = tmp_path / "out"
+@pytest.fixture(scope="module")
+def calibrated(folder) -> tuple[Path, str]:
+    """The output folder of a launch with --calibrate, and what it printed."""
+    output = folder / "calibrated"
     text = forked(
         ["-m", "megatron_idft", "score", *flags(folder, output, "--calibrate 60 --calibrate-max-tokens 24 --per-token")]
     )
+    return output, text
+
+
+def test_own_samples_have_mean_phi_0_and_the_report_and_selection_follow(scored, folder, calibrated, tmp_path):
+    output, text = calibrated
     assert "own samples at temperature 1:" in text
     for temperature, low, high in ((1.0, -4, 4), (0.3, 4, np.inf)):
         rows = read_own_samples(output)[temperature]
@@ -173,13 +180,6 @@ def test_own_samples_have_mean_phi_0_and_the_report_and_selection_follow(folder,
         error = np.sqrt(((sums - mean * tokens) ** 2).sum()) / tokens.sum()
         assert low < mean / error < high, (temperature, mean, error)
     assert "decode engine" in text
-    # The same draws under a layout that the engine does not serve, by a decoder without a cache.
-    layout = "--calibrate 60 --calibrate-max-tokens 24 --tensor-model-parallel-size 2 --sequence-parallel"
-    words = ["-m", "megatron_idft", "score", *flags(folder, tmp_path / "tp", layout)]
-    assert "drop --sequence-parallel" in forked(words, nproc=2)
-    own, again = ([row["token_ids"] for row in read_own_samples(path)[1.0]] for path in (output, tmp_path / "tp"))
-    assert sum(a == b for a, b in zip(own, again, strict=True)) >= 58  # a draw may fall on a rounding difference
-
     verbs = [sys.executable, "-m", "megatron_idft", "score"]
     subprocess.run([*verbs, "report", output], check=True, cwd=ROOT)
     numbers = json.loads((output / "report.json").read_text())
@@ -196,6 +196,28 @@ def test_own_samples_have_mean_phi_0_and_the_report_and_selection_follow(folder,
     assert refused.returncode == 2
     status = subprocess.run([*verbs, "status", output], check=True, cwd=ROOT, capture_output=True, text=True)
     assert "1 of 1 chunks finished" in status.stdout
+
+
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        ("--pipeline-model-parallel-size 2", "drop the pipeline flags and use --tensor-model-parallel-size"),
+        ("--tensor-model-parallel-size 2 --sequence-parallel", "drop --sequence-parallel"),
+    ],
+)
+def test_a_layout_that_cannot_decode_is_calibrated_by_another_launch(folder, calibrated, tmp_path, layout, reason):
+    """As the refusal says: without --calibrate under the layout, then with it under another, on the same folder."""
+    calibrate = "--calibrate 60 --calibrate-max-tokens 24"
+    with pytest.raises(AssertionError, match=rf"{reason}.*Leave --calibrate out .*on the same --output"):
+        score(folder, tmp_path, f"{calibrate} {layout}", nproc=2)
+    assert not list(tmp_path.iterdir())
+    score(folder, tmp_path, layout, nproc=2)
+    [part] = (tmp_path / "parts").glob("*.parquet")
+    written = part.stat().st_mtime_ns
+    score(folder, tmp_path, f"{calibrate} --tensor-model-parallel-size 2", nproc=2)
+    assert part.stat().st_mtime_ns == written
+    own, again = ([row["token_ids"] for row in read_own_samples(path)[1.0]] for path in (calibrated[0], tmp_path))
+    assert sum(a == b for a, b in zip(own, again, strict=True)) >= 58  # a draw may fall on a rounding difference
 
 
 def test_foreign_text_is_told_from_the_models_own(folder, scored, tmp_path):

@@ -10,13 +10,13 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_idft.data import flags
-from megatron_idft.errors import ArgumentError
+from megatron_idft.errors import ArgumentError, UnservedModelError
 from megatron_idft.integration.offline import program
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         default=None,
         metavar="N",
         help="Have the model answer N prompts of the corpus itself, at temperatures 1 and 0.3, and score the answers:"
-        " the null that the report compares with. phi is 0 on average at temperature 1, by definition.",
+        " the null that the report compares with. phi is 0 on average at temperature 1, by definition. Refused with"
+        " pipeline stages or --sequence-parallel: the same command without them, on that --output, keeps the scores.",
     )
     group.add_argument(
         "--calibrate-max-tokens", type=int, default=256, help="Longest of these answers, in tokens. Default 256."
@@ -83,6 +84,11 @@ def score() -> None:
     args = _parse()
     from megatron.training.utils import print_rank_0
 
+    from megatron_idft.inference.served import require_served, require_served_layout
+
+    if args.calibrate is not None:
+        with _calibration_refused_with_its_remedy():
+            require_served_layout(args.sequence_parallel)
     tokenizer, cache = _open_data(args)
     if args.dry_run:
         from megatron_idft.data.chat.show import render_sample
@@ -90,6 +96,9 @@ def score() -> None:
         print_rank_0("> first record, scored spans in brackets:\n" + render_sample(*cache[0], tokenizer))
         return
     scorer = _load_scorer(args)
+    if args.calibrate is not None:
+        with _calibration_refused_with_its_remedy():
+            require_served(scorer.model)
     total = min(len(cache), args.limit or len(cache))
     if args.estimate:
         _estimate(args, scorer, tokenizer, cache, total)
@@ -97,6 +106,17 @@ def score() -> None:
     _score_chunks(args, scorer, tokenizer, cache, total)
     if args.calibrate is not None:
         _calibrate(args, scorer, tokenizer, cache, total)
+
+
+@contextmanager
+def _calibration_refused_with_its_remedy() -> Iterator[None]:
+    try:
+        yield
+    except UnservedModelError as error:
+        raise UnservedModelError(
+            f"--calibrate: {error}. Leave --calibrate out to score here; where a reason names another layout, the same"
+            " command with --calibrate in that layout, on the same --output, keeps the scores and adds the answers"
+        ) from None
 
 
 def _parse() -> argparse.Namespace:
@@ -254,17 +274,16 @@ def _calibrate(
     from megatron_idft.corpus.ledger.ledger import Ledger
     from megatron_idft.corpus.scores.folder import OWN_SAMPLE_TEMPERATURES, OWN_SAMPLES, describe_own_samples
     from megatron_idft.corpus.scores.rows import TOKEN_SCHEMA
-    from megatron_idft.inference.decoding import decoder_for
+    from megatron_idft.inference.engine import DecodeEngine
 
-    decoder, described = decoder_for(
+    engine = DecodeEngine(
         scorer.model,
         args.sft_loss_vocab_size,
         max_positions=args.seq_length,
         max_rows=_CALIBRATION_ROWS,
-        tokens_per_batch=args.tokens_per_batch,
         tell=_print_on_leader,
     )
-    _print_on_leader(described)
+    _print_on_leader(engine.describe())
     samples = sorted({int(index) for index in np.linspace(0, total - 1, min(total, args.calibrate))})
     prompts = [ids[: int(np.flatnonzero(mask)[0])] for ids, mask in (cache[index] for index in samples)]
     with ExitStack() as stack:
@@ -279,7 +298,7 @@ def _calibrate(
             folder, count = Path(args.output) / OWN_SAMPLES, len(OWN_SAMPLE_TEMPERATURES)
             ledger = stack.enter_context(Ledger(folder, settings, count, lease_seconds=args.lease_seconds))
         for chunk in program.claimed(ledger, _from_leader):
-            answers = decoder.generate(
+            answers = engine.generate(
                 prompts,
                 [str(index) for index in samples],
                 max_tokens=args.calibrate_max_tokens,
