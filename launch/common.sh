@@ -93,32 +93,14 @@ one_wandb_run() {
 
 # ------------------------------------------------------------------------------------------------------------ layout
 
-# use_layout GPUS: MODEL_PARALLEL_ARGS and the data-parallel size `DP`, from the shape file of MODEL, or from TP, PP,
-# CP, EP and RECOMPUTE where TP is set. The shape file also sets SHAPE_ARGS.
+# use_layout GPUS: MODEL_PARALLEL_ARGS and the data-parallel size `DP`, from MODEL's row of layouts.txt, or from TP, PP,
+# CP, EP and RECOMPUTE where TP is set. GPU_ARGS: the flags of that row.
 use_layout() {
-    local gpus=$1 file='' known='' count
-    SHAPE_ARGS=() MOE_ARGS=()
-    if [ -n "${MODEL:-}" ]; then
-        file=$MODEL
-        if [ ! -f "$file" ]; then file=$launch_dir/models/$MODEL.sh; fi
-        if [ ! -f "$file" ]; then
-            fail "MODEL=$MODEL is neither a file nor one of $(cd "$launch_dir/models" && echo *.sh | sed 's/\.sh//g')"
-        fi
-        # shellcheck source=launch/models/qwen2.5-7b.sh
-        source "$file"
-        SHAPE_ARGS=("${MODEL_ARGS[@]}")
-    fi
+    local gpus=$1
+    GPU_ARGS=()
+    if [ -n "${MODEL:-}" ]; then find_layout "$gpus"; fi
     if [ -z "${TP:-}" ]; then
-        if [ -z "$file" ]; then
-            fail "no layout: set MODEL to one of launch/models/*.sh, or TP (and PP, CP, EP, RECOMPUTE) yourself"
-        fi
-        if ! layout "$gpus"; then
-            for count in 1 2 4 8 16 24 32 48 64 96 128 192 256 384 512 768 1024; do
-                if (layout "$count"); then known+=" $count"; fi
-            done
-            fail "$file has no layout for $gpus GPUs, but for$known: take one of them, or set TP (and PP, CP, EP," \
-                "RECOMPUTE) yourself"
-        fi
+        fail "no layout: set MODEL to a name of launch/layouts.txt, or TP (and PP, CP, EP, RECOMPUTE) yourself"
     fi
     PP=${PP:-1} CP=${CP:-1} EP=${EP:-1} RECOMPUTE=${RECOMPUTE:-none}
     if [ $((gpus % (TP * PP * CP))) -ne 0 ]; then
@@ -144,6 +126,46 @@ use_layout() {
         full) MODEL_PARALLEL_ARGS+=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1) ;;
         *) fail "RECOMPUTE=$RECOMPUTE: none, selective or full" ;;
     esac
+}
+
+# converted_model_flags DIR: appends to MODEL_ARGS what `convert to-megatron` has recorded in DIR/conversion.json, the same
+# flags as in its model_flags.sh; nothing of a checkpoint's folder is sourced.
+converted_model_flags() {
+    local found line
+    if ! found=$("$PYTHON" -c 'import json, sys
+print(*json.load(open(sys.argv[1]))["megatron_flags"], sep="\n")' "$1/conversion.json" 2>/dev/null); then
+        fail "PRETRAINED=$1 has no conversion.json with the model's flags, as convert to-megatron writes it: add the flags" \
+            "to this command, --num-layers and so on. Those of a model that was converted stand in model_flags.sh beside" \
+            "its checkpoint: source it and add \"\${MODEL_FLAGS[@]}\""
+    fi
+    while IFS= read -r line; do MODEL_ARGS+=("$line"); done <<<"$found"
+}
+
+# find_layout GPUS: what is unset of TP, PP, CP, EP and RECOMPUTE, and GPU_ARGS, from MODEL's row of layouts.txt. Where TP
+# is set, the others stay as they are.
+find_layout() {
+    local gpus=$1 table=$launch_dir/layouts.txt known='' name range tp pp cp ep recompute flags_on_gpus count
+    if [ ! -f "$table" ]; then
+        fail "MODEL=$MODEL is looked up in $table, which is not there: copy it, or unset MODEL and set TP"
+    fi
+    while read -r name range tp pp cp ep recompute flags_on_gpus; do
+        if [ "$name" != "$MODEL" ]; then continue; fi
+        read -ra GPU_ARGS <<<"$flags_on_gpus"
+        for ((count = ${range%-*}; count <= ${range#*-}; count *= 2)); do
+            known+=" $count"
+            if [ "$count" -eq "$gpus" ] && [ -z "${TP:-}" ]; then
+                TP=$tp PP=${PP:-$pp} CP=${CP:-$cp} EP=${EP:-$ep} RECOMPUTE=${RECOMPUTE:-$recompute}
+            fi
+        done
+    done <"$table"
+    if [ -z "$known" ]; then
+        fail "MODEL=$MODEL is none of $(awk '!/^#/ && !seen[$1]++ { printf "%s ", $1 }' "$table")in $table: take that of" \
+            "the same size, or unset MODEL and set TP (and PP, CP, EP, RECOMPUTE) yourself"
+    fi
+    if [ -z "${TP:-}" ]; then
+        fail "$table has no layout for $gpus GPUs of $MODEL, but for$known: take one of them, or set TP (and PP, CP, EP," \
+            "RECOMPUTE) yourself"
+    fi
 }
 
 # ------------------------------------------------------------------------------------------------------------- start

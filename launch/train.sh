@@ -15,13 +15,13 @@ options "$@"
 
 # ---- what is trained. SAVE must be on a disk that all nodes share: it is where a restart goes on.
 HF_MODEL=${HF_MODEL:-}     # a Hugging Face folder; or PRETRAINED, a checkpoint of `convert to-megatron`
-PRETRAINED=${PRETRAINED:-} # needs MODEL for its flags; its tokenizer is TOKENIZER, or lies beside it
+PRETRAINED=${PRETRAINED:-} # its conversion.json names the model's flags; its tokenizer is TOKENIZER, or lies beside it
 DATA=${DATA:-}             # records or packs, several with spaces between them
 VALID_DATA=${VALID_DATA:-}
 SAVE=${SAVE:-}
 SFT_LOSS=${SFT_LOSS:-idft} # ce, dft, idft, entropy or module:function
 
-# ---- where. MODEL, one of launch/models or a file, gives the layout for NNODES x GPUS_PER_NODE; or set TP, PP, CP, EP.
+# ---- where. MODEL, a name of layouts.txt, gives the layout for NNODES x GPUS_PER_NODE; or set TP, PP, CP, EP.
 DEVICE=${DEVICE:-gpu} # gpu or cpu
 GPUS_PER_NODE=${GPUS_PER_NODE:-${PET_NPROC_PER_NODE:-8}}
 NNODES=${NNODES:-${PET_NNODES:-1}}
@@ -79,9 +79,11 @@ DISTRIBUTED_ARGS+=(--nproc-per-node "$GPUS_PER_NODE" --max-restarts "$MAX_RESTAR
 if [ -n "$HF_MODEL" ]; then
     MODEL_ARGS=(--hf-model "$HF_MODEL") # brings the flags of the model, its tokenizer and template
 else
-    need MODEL "PRETRAINED needs the model's flags: the name of a file in launch/models, or a file like these"
-    MODEL_ARGS=("${SHAPE_ARGS[@]}" --pretrained-checkpoint "$PRETRAINED")
-    MODEL_ARGS+=(--tokenizer-model "${TOKENIZER:-$PRETRAINED/tokenizer}")
+    MODEL_ARGS=(--pretrained-checkpoint "$PRETRAINED" --tokenizer-model "${TOKENIZER:-$PRETRAINED/tokenizer}")
+    case " ${flags[*]} " in
+        *" --num-layers"[\ =]* | *" --hybrid-layer-pattern"[\ =]* | *" --use-checkpoint-args "*) ;; # the flags of the model came with the command
+        *) converted_model_flags "$PRETRAINED" ;;
+    esac
 fi
 
 TRAINING_ARGS=(
@@ -103,7 +105,7 @@ TRAINING_ARGS=(
 if [ -n "$ITERS" ]; then TRAINING_ARGS+=(--train-iters "$ITERS"); else TRAINING_ARGS+=(--train-epochs "$EPOCHS"); fi
 if [ "$DEVICE" = gpu ]; then
     TRAINING_ARGS+=(--bf16 --transformer-impl transformer_engine)
-    MODEL_PARALLEL_ARGS+=(--overlap-grad-reduce --overlap-param-gather "${MOE_ARGS[@]}")
+    MODEL_PARALLEL_ARGS+=(--overlap-grad-reduce --overlap-param-gather "${GPU_ARGS[@]}")
 else
     TRAINING_ARGS+=(--cpu)
 fi

@@ -17,8 +17,8 @@ CHECKOUT_ONLY = ("quickstart.sh", "python.sh", "__pycache__")
 def main(argv: Sequence[str]) -> int:
     parser = Parser(
         "megatron-idft init",
-        description="Copies the scripts for one node, torchrun, Slurm and Kubernetes (launch/, with the shapes and"
-        " layouts of models), and the examples that use them, into a folder of yours.",
+        description="Copies the scripts for one node, torchrun, Slurm and Kubernetes (launch/, with layouts"
+        " of models), and the examples that use them, into a folder of yours.",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="where launch/ and examples/ shall be")
     parser.add_argument("--force", action="store_true", help="write over files that are there and differ")

