@@ -14,7 +14,7 @@ FOLDERS = ("launch", "examples/smoke", "examples/numinamath")
 CHECKOUT_ONLY = ("quickstart.sh", "python.sh", "__pycache__")
 
 
-def main(argv: Sequence[str]) -> int:
+def _parser() -> Parser:
     parser = Parser(
         "megatron-idft init",
         description="Copies the scripts for one node, torchrun, Slurm and Kubernetes (launch/, with layouts"
@@ -22,7 +22,11 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="where launch/ and examples/ shall be")
     parser.add_argument("--force", action="store_true", help="write over files that are there and differ")
-    args = parser.parse_args(list(argv))
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    args = _parser().parse_args(list(argv))
     files = copy_scripts(args.folder, args.force)
     print(f"{args.folder}: {files} files. Read {args.folder}/launch/README.md; then, with a model of yours:")
     print(f"    HF_MODEL=/path/to/model TP=1 bash {args.folder}/examples/smoke/run.sh")

@@ -21,20 +21,22 @@ Start it as often as you like on one output folder: launches share the work, and
 Every flag of Megatron-LM 0.19 that describes a model or a layout is understood besides those below."""
 
 
-def status(argv: Sequence[str]) -> int:
-    from megatron_idft.hinted_decoding.output.status import describe_status
-
+def _status_parser() -> Parser:
     parser = Parser(
         "megatron-idft realign status", description="Chunks, launches, the time left, and what became of the records."
     )
     parser.add_argument("folder", type=Path, help="the --output of realign")
-    print(describe_status(parser.parse_args(argv).folder))
+    return parser
+
+
+def status(argv: Sequence[str]) -> int:
+    from megatron_idft.hinted_decoding.output.status import describe_status
+
+    print(describe_status(_status_parser().parse_args(argv).folder))
     return 0
 
 
-def merge(argv: Sequence[str]) -> int:
-    from megatron_idft.hinted_decoding.output.merge import merge as merge_records
-
+def _merge_parser() -> Parser:
     parser = Parser(
         "megatron-idft realign merge", description="The kept records in one file, in the order of the input."
     )
@@ -43,7 +45,13 @@ def merge(argv: Sequence[str]) -> int:
         "--output", type=Path, required=True, metavar="FILE", help="a new .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
     )
     parser.add_argument("--partial", action="store_true", help="merge what is finished, though not everything is")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def merge(argv: Sequence[str]) -> int:
+    from megatron_idft.hinted_decoding.output.merge import merge as merge_records
+
+    args = _merge_parser().parse_args(argv)
     counts = merge_records(args.folder, args.output, partial=args.partial)
     print(json.dumps(counts))
     if not counts["kept"]:
@@ -51,17 +59,21 @@ def merge(argv: Sequence[str]) -> int:
     return 0
 
 
-def report(argv: Sequence[str]) -> int:
-    from megatron_idft.hinted_decoding.output.results import read_outcomes, read_settings
-    from megatron_idft.hinted_decoding.report.builder import write_report
-
+def _report_parser() -> Parser:
     parser = Parser(
         "megatron-idft realign report", description="One page and one JSON: what was kept, and phi before and after."
     )
     parser.add_argument("folder", type=Path, help="the --output of realign")
     parser.add_argument("--output", type=Path, help="where report.html and report.json go; default: the same folder")
     parser.add_argument("--title", default="Realigned corpus", help="of the page")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def report(argv: Sequence[str]) -> int:
+    from megatron_idft.hinted_decoding.output.results import read_outcomes, read_settings
+    from megatron_idft.hinted_decoding.report.builder import write_report
+
+    args = _report_parser().parse_args(argv)
     output = args.output or args.folder
     page, numbers = write_report(read_outcomes(args.folder), read_settings(args.folder), output, args.title)
     print(f"{page}\n{numbers}")

@@ -21,33 +21,39 @@ Start it as often as you like on one output folder: launches share the work, and
 Every flag of Megatron-LM 0.19 that describes a model or a layout is understood besides those below."""
 
 
+def _status_parser() -> Parser:
+    parser = Parser("megatron-idft score status", description="Chunks, launches and the time left.")
+    parser.add_argument("folder", type=Path, help="the --output of score")
+    return parser
+
+
 def status(argv: Sequence[str]) -> int:
     from megatron_idft.corpus.ledger.ledger import status_of
 
-    parser = Parser("megatron-idft score status", description="Chunks, launches and the time left.")
-    parser.add_argument("folder", type=Path, help="the --output of score")
-    print(status_of(parser.parse_args(argv).folder).format())
+    print(status_of(_status_parser().parse_args(argv).folder).format())
     return 0
 
 
-def report(argv: Sequence[str]) -> int:
-    from megatron_idft.corpus.scores.folder import report_on
-
+def _report_parser() -> Parser:
     parser = Parser(
         "megatron-idft score report", description="One page and one JSON on scored corpora, with the linter's findings."
     )
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="the --output of score")
     parser.add_argument("--output", type=Path, help="where report.html and report.json go; default: the first DIR")
     parser.add_argument("--title", default="Scored corpora", help="of the page")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def report(argv: Sequence[str]) -> int:
+    from megatron_idft.corpus.scores.folder import report_on
+
+    args = _report_parser().parse_args(argv)
     page, numbers = report_on(args.folders, args.output or args.folders[0], args.title)
     print(f"{page}\n{numbers}")
     return 0
 
 
-def select(argv: Sequence[str]) -> int:
-    from megatron_idft.corpus.scores.folder import describe_unscored, select_records
-
+def _select_parser() -> Parser:
     parser = Parser(
         "megatron-idft score select",
         description="Copies the records whose scores fulfil an expression as they were: lines byte for byte, rows of"
@@ -63,6 +69,13 @@ def select(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="a new .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
     )
+    return parser
+
+
+def select(argv: Sequence[str]) -> int:
+    from megatron_idft.corpus.scores.folder import describe_unscored, select_records
+
+    parser = _select_parser()
     args = parser.parse_args(argv)
     if not args.sft_data:
         parser.error("pass the records that were scored as --sft-data FILE [FILE …]")
