@@ -1,5 +1,6 @@
 """Package metadata. The base install brings light libraries only: it replaces neither torch nor Megatron."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,8 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+# Read as text: importing the package is not needed to build it.
+VERSION = re.findall(r'^__version__ = "(.+)"$', (ROOT / "megatron_idft/__init__.py").read_text(encoding="utf-8"), re.M)
 
 TRAIN = [
     "torch>=2.8",
@@ -38,7 +41,7 @@ class BuildWithScripts(build_py):
 
 setup(
     name="megatron-idft",
-    version="0.1.0",
+    version=VERSION[0],
     description="On-policy supervised fine-tuning for Megatron-LM: In-Distribution Finetuning by one flag",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
