@@ -1,4 +1,4 @@
-"""docs/flags.md is what the parsers say."""
+"""docs/flags.md and the table of docs/architecture.md are what the code says."""
 
 import runpy
 from pathlib import Path
@@ -11,3 +11,8 @@ def test_the_page_of_flags_is_what_its_script_gives():
     there = (DOCS / "flags.md").read_text(encoding="utf-8")
     assert there == page, "a flag has changed: python docs/flags.py"
     assert there.count("\n| `--") > 120
+
+
+def test_the_table_of_changes_is_what_its_script_gives():
+    there = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    assert there == runpy.run_path(str(DOCS / "changes.py"))["page"](there), "python docs/changes.py"
