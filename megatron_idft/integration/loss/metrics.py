@@ -67,7 +67,7 @@ class MetricsReport:
     Attributes:
         lm_loss: cross-entropy per trained token, each weighted by its loss mask as in Megatron's line of that name;
             None without a trained token.
-        scalars: metric key -> value, the keys as frozen in the README.
+        scalars: metric key -> value, the keys as frozen in docs/metrics.md.
         by_source: name of a source -> the same keys, `lm loss` first, over that source's tokens; sources without a
             trained token are left out.
         histograms: metric key -> counts per bin; bin i lies between inner edges i-1 and i, the outer two are open.
