@@ -23,7 +23,8 @@ def test_a_folder_that_converts(converted, capsys):
 def test_what_is_wrong_is_said_without_reading_weights(converted, tmp_path):
     folder = shutil.copytree(converted["qwen3"].huggingface, tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    config |= {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"missing \(11\):\n  - model.layers.4"):
         main(["check", str(folder)])
     assert main(["check", str(folder), "--config-only"]) == 0
