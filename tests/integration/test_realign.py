@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from small_tokenizer import train_tokenizer
 
-from launch import ROOT, forked, free_port
+from launch import ROOT, forked, forking_python, free_port
 from megatron_idft.corpus.ledger.ledger import status_of
 from megatron_idft.corpus.ledger.manifest import read_manifest
 from megatron_idft.data.chat.conversations import encode_conversation
@@ -172,7 +171,7 @@ def start(words: list, errors: Path) -> subprocess.Popen:
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     with open(errors, "wb") as file:
-        command = [sys.executable, "-m", "megatron_idft", "realign", *words]
+        command = [forking_python(), "-m", "megatron_idft", "realign", *words]
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=file)
 
 
@@ -206,7 +205,7 @@ def test_killed_at_random_moments_again_and_again(folder, tmp_path):
     REALIGN_KILLS says how often; the more, the more records.
     """
     kills = int(os.environ.get("REALIGN_KILLS", "3"))
-    count = 40 * (kills + 1)
+    count = 32 * (kills + 1)
     data, output = tmp_path / "data.jsonl", tmp_path / "out"
     write_records(data, range(count), seed=7)
     rng = random.Random(8)
@@ -219,7 +218,7 @@ def test_killed_at_random_moments_again_and_again(folder, tmp_path):
             while not early and len(list(output.glob("parts/*.parquet"))) < before + 2:
                 assert time.monotonic() < deadline
                 time.sleep(0.002)
-            time.sleep(rng.random() * (3 if early else 0.3))
+            time.sleep(rng.random() * (1 if early else 0.3))
             launch = running.pop(0)
             if launch.poll() is None:
                 launch.kill()
@@ -296,7 +295,7 @@ def test_errors_are_tried_again_in_a_ledger_of_their_own(folder, realigned, tmp_
 
 
 def test_verbs_without_a_model(folder, realigned, tmp_path):
-    verbs = [sys.executable, "-m", "megatron_idft", "realign"]
+    verbs = [forking_python(), "-m", "megatron_idft", "realign"]
     status = subprocess.run([*verbs, "status", folder / "whole"], check=True, cwd=ROOT, capture_output=True, text=True)
     assert "1 of 1 chunks finished" in status.stdout and " kept" in status.stdout
     subprocess.run([*verbs, "report", folder / "whole", "--output", tmp_path], check=True, cwd=ROOT)

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from small_tokenizer import train_tokenizer
 
-from launch import ROOT, forked, free_port
+from launch import ROOT, forked, forking_python, free_port
 from megatron_idft.corpus.ledger.ledger import status_of
 from megatron_idft.corpus.scores.folder import read_own_samples
 
@@ -113,7 +112,7 @@ def test_layout_and_chunks_do_not_change_the_scores(folder, scored, tmp_path, np
 
 def test_several_launches_one_of_them_killed(folder, scored, tmp_path):
     output = tmp_path / "shared"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    command = [forking_python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     command += ["-m", "megatron_idft", "score", *flags(folder, output, "--chunk-records 1 --lease-seconds 3")]
     launches = [
         subprocess.Popen(
@@ -139,7 +138,7 @@ def test_several_launches_one_of_them_killed(folder, scored, tmp_path):
 def test_sigterm_gives_the_chunk_back_and_the_command_goes_on(folder, scored, tmp_path):
     output = tmp_path / "out"
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, "-m", "megatron_idft", "score", *flags(folder, output, "--chunk-records 1")]
+    command = [forking_python(), "-m", "megatron_idft", "score", *flags(folder, output, "--chunk-records 1")]
     environment["MASTER_PORT"] = str(free_port())
     launch = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -180,7 +179,7 @@ def test_own_samples_have_mean_phi_0_and_the_report_and_selection_follow(scored,
         error = np.sqrt(((sums - mean * tokens) ** 2).sum()) / tokens.sum()
         assert low < mean / error < high, (temperature, mean, error)
     assert "decode engine" in text
-    verbs = [sys.executable, "-m", "megatron_idft", "score"]
+    verbs = [forking_python(), "-m", "megatron_idft", "score"]
     subprocess.run([*verbs, "report", output], check=True, cwd=ROOT)
     numbers = json.loads((output / "report.json").read_text())
     assert len(numbers["corpora"]) == 1 and len(numbers["nulls"]) == 2
