@@ -6,7 +6,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from integration.checkpoints import differences, load_checkpoint, load_scalars
 from small_tokenizer import train_tokenizer
 
-from launch import ROOT, forked, forked_codes, torchrun
+from launch import ROOT, forked, forked_codes, forking_python, torchrun
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48
@@ -115,7 +114,7 @@ def test_a_killed_run_resumes_to_the_bit(corpus, tmp_path):
     again = f"{flags} --save {broken} --load {broken}"
     _kill_after(corpus, broken, again, "iteration        6/")
     assert (broken / "latest_checkpointed_iteration.txt").read_text() == "4"
-    output = train(corpus, broken / "resumed", again, nproc=2, launch=torchrun)
+    output = train(corpus, broken / "resumed", again, nproc=2)
     assert "WARNING: this run continues" not in output
 
     expected, got = load_scalars(whole / "tensorboard"), load_scalars(broken / "resumed" / "tensorboard")
@@ -134,7 +133,7 @@ def test_a_killed_run_resumes_to_the_bit(corpus, tmp_path):
 def _kill_after(corpus: Path, folder: Path, flags: str, text: str) -> None:
     words = command(corpus, folder, flags)
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words],
+        [forking_python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
