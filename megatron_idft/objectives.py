@@ -3,7 +3,7 @@
 The gradient of every objective with respect to the logits is w (softmax - onehot). The weight never carries gradient:
 with w = p^gamma attached, tokens below p = e^(-1/gamma) would be un-learned.
 
-To add an objective, write one function here that returns an `Objective` and decorate it with `@_register`.
+To add an objective, write one function here that returns an `Objective` and decorate it with `@register`.
 """
 
 import inspect
@@ -122,24 +122,25 @@ class Objective:
 _REGISTRY: dict[str, Callable[..., Objective]] = {}
 
 
-def _register(constructor: Callable[..., Objective]) -> Callable[..., Objective]:
+def register(constructor: Callable[..., Objective]) -> Callable[..., Objective]:
+    """Make the function's name a name of an objective, for `resolve_objective` and `--sft-loss`."""
     _REGISTRY[constructor.__name__] = constructor
     return constructor
 
 
-@_register
+@register
 def ce() -> Objective:
     """Cross-entropy, plain SFT: w = 1."""
     return Objective("ce", KernelFormula("ce", lambda statistics: torch.ones_like(statistics.log_prob)))
 
 
-@_register
+@register
 def dft() -> Objective:
     """Dynamic Fine-Tuning: w = p_y (arXiv 2508.05629)."""
     return Objective("dft", KernelFormula("dft", lambda statistics: statistics.log_prob.exp()))
 
 
-@_register
+@register
 def idft(
     beta: float = 1.0, gamma_min: float = 0.1, gamma_max: float = 2.0, gamma_lambda: float | Tensor = 1.0
 ) -> Objective:
@@ -186,7 +187,7 @@ def idft(
     return Objective("idft", KernelFormula("idft", weight, hyperparameters), gamma, raw_gamma, hyperparameters)
 
 
-@_register
+@register
 def entropy() -> Objective:
     """Entropy gating: w = H / ln V, V the true vocabulary.
 

@@ -127,17 +127,18 @@ def merge_shard_states(states: Tensor, extra_columns: Mapping[str, int] | None =
     shifted_sum = ((shard_shifted + shard_sum * shift) * scale).sum(0)
     sum_exp = torch.where(sum_exp > 0, sum_exp, torch.nan)
     log_normalizer = sum_exp.log()
-    merged = MergedState(
+    extra_columns = extra_columns or {}
+    sum_squared_prob = argmax = None
+    if "sum_squared_prob" in extra_columns:
+        squares = (states[..., extra_columns["sum_squared_prob"]] * scale.square()).sum(0)
+        sum_squared_prob = squares / sum_exp.square()
+    if "argmax" in extra_columns:
+        argmax = torch.where(shard_max == maximum, states[..., extra_columns["argmax"]], torch.inf).amin(0)
+    return MergedState(
         log_prob=(target_logit.amax(0) - maximum) - log_normalizer,
         entropy=log_normalizer - shifted_sum / sum_exp,
         max=maximum,
         sum_exp=sum_exp,
+        sum_squared_prob=sum_squared_prob,
+        argmax=argmax,
     )
-    extra_columns = extra_columns or {}
-    if "sum_squared_prob" in extra_columns:
-        squares = (states[..., extra_columns["sum_squared_prob"]] * scale.square()).sum(0)
-        merged = merged._replace(sum_squared_prob=squares / sum_exp.square())
-    if "argmax" in extra_columns:
-        index = torch.where(shard_max == maximum, states[..., extra_columns["argmax"]], torch.inf)
-        merged = merged._replace(argmax=index.amin(0))
-    return merged

@@ -3,9 +3,6 @@
 May import statistics, objectives and torch. Begin with `vocab_parallel_loss` below, then autograd.py.
 """
 
-import functools
-import importlib.util
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -13,14 +10,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_idft.loss.autograd import Backend, TokenLoss
+from megatron_idft.loss.backends import load_backend, resolve_backend
+from megatron_idft.loss.checks import (
+    check_overwritable,
+    check_tensors,
+    reject_invalid_labels,
+    under_hooks_on_saved_tensors,
+)
+from megatron_idft.loss.operators import Operators
 from megatron_idft.loss.shard import VocabShard, vocab_shard
 from megatron_idft.objectives import Objective, resolve_objective
 from megatron_idft.statistics import MergedState, merge_shard_states
-
-# A backend is a module with the functions of `autograd.Backend`, imported when it is first used.
-_BACKENDS = {"reference": "megatron_idft.loss.reference", "triton": "megatron_idft.loss.triton_backend"}
-
-_LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class LossOutput(NamedTuple):
@@ -42,35 +42,6 @@ class LossOutput(NamedTuple):
     invalid_labels: Tensor
 
 
-def resolve_backend(name: str = "auto", device: torch.device | str = "cpu") -> str:
-    """The backend that `vocab_parallel_loss(..., backend=name)` uses for logits on `device`.
-
-    "auto" is triton on a CUDA device where the package triton is installed, else reference.
-
-    Raises:
-        ValueError: there is no such backend, or it cannot run here.
-    """
-    device = torch.device(device)
-    if name == "auto":
-        return "triton" if device.type == "cuda" and _has_triton() else "reference"
-    if name not in _BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: choose from auto, {', '.join(_BACKENDS)}")
-    if name == "triton":
-        if not _has_triton():
-            raise ValueError("backend 'triton' needs the package triton: pip install triton, or use backend='auto'")
-        if device.type != "cuda" and not import_module(_BACKENDS[name]).INTERPRETED:
-            raise ValueError(
-                f"backend 'triton' needs logits on a CUDA device, got {device}; use backend='auto' or 'reference' (for "
-                "tests, TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, slowly)"
-            )
-    return name
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def vocab_parallel_loss(
     logits: Tensor,
     labels: Tensor,
@@ -89,6 +60,9 @@ def vocab_parallel_loss(
     they enter no sum and get zero gradient. Ignored positions give 0 everywhere even where their logits are NaN or Inf;
     at a trained position NaN or +Inf give NaN, while -Inf is a probability of 0.
 
+    torch.compile(fullgraph=True) takes the call whole (operators.py). Values that enter a compiled function as numbers
+    become part of its graph: give a `gamma_lambda` that changes as a tensor.
+
     Args:
         logits: [..., V/tp] bf16, fp16 or fp32: this rank's columns, rank r of `tp_group` holding the r-th equal part of
             the (padded) vocabulary. Read where they lie, with any strides, in forward and again in backward.
@@ -102,8 +76,9 @@ def vocab_parallel_loss(
             gradient. Sound where the logits are an intermediate result that nobody reads after backward, as those of
             a linear output layer are. Autograd watches over its own graph: an operation that saved the logits, such as
             the tanh of a soft cap or another loss on them, raises "modified by an inplace operation". It cannot watch
-            under saved-tensor hooks (activation checkpointing, offloading): called there, the gradient is copied.
-            Without gradient nothing is overwritten.
+            under saved-tensor hooks (activation checkpointing, offloading): called there, the gradient is copied; a
+            compiled function raises. Without gradient nothing is overwritten. In a compiled function it saves memory
+            for logits that come from outside; those made in the function are copied before they are overwritten.
         cross_entropy_values: `loss` holds the values of plain cross-entropy, -log_prob, while its gradient stays the
             objective's: for trainers that log the loss and watch it for spikes.
 
@@ -111,26 +86,28 @@ def vocab_parallel_loss(
         LossOutput, the same bits on every rank of `tp_group`.
 
     Collectives: one all-gather of fp32 [T, 4] over `tp_group` in forward, none in backward. No host synchronisation, no
-    data-dependent shapes.
+    data-dependent shapes (but for the check of labels on the CPU).
 
     Raises:
         TypeError, ValueError: arguments that do not fit together, before any collective.
         ValueError: a label >= vocab_size, for labels on the CPU. On other devices `invalid_labels` counts them.
         ValueError: overwrite_logits with logits that are a leaf or a view of one (backward would destroy what is being
             trained), or whose elements share memory (an expanded tensor).
-        RuntimeError: a second backward through a graph whose logits the first one has overwritten.
+        RuntimeError: a second backward through a graph whose logits the first one has overwritten; overwrite_logits in
+            a compiled function that runs under saved-tensor hooks.
     """
-    _check_tensors(logits, labels)
+    check_tensors(logits, labels)
+    traced = torch.compiler.is_compiling()
     overwrite_logits = overwrite_logits and logits.requires_grad and torch.is_grad_enabled()
     if overwrite_logits:
-        _check_overwritable(logits)
-        # Under these hooks, autograd does not notice that a tensor which another operation saved has changed.
-        overwrite_logits = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-    objective = resolve_objective(objective)
-    implementation: Backend = import_module(_BACKENDS[resolve_backend(backend, logits.device)])
+        check_overwritable(logits)
+        overwrite_logits = traced or not under_hooks_on_saved_tensors()
+    objective = _traced_objective(objective) if traced else resolve_objective(objective)
+    name = resolve_backend(backend, logits.device)
+    implementation: Backend = Operators(name, overwrite_logits) if traced else load_backend(name)
     shard, vocab_size = vocab_shard(logits.shape[-1], vocab_size, tp_group)
-    if labels.device.type == "cpu":
-        _reject_invalid(labels, vocab_size)
+    if labels.device.type == "cpu" and not traced:
+        reject_invalid_labels(labels, vocab_size)
     results = TokenLoss.apply(
         logits, labels, objective, shard, vocab_size, implementation, overwrite_logits, cross_entropy_values
     )
@@ -144,51 +121,16 @@ def distribution_statistics(
 
     Arguments, errors and the one collective as in `vocab_parallel_loss`. The state's `log_prob` is that of token 0.
     """
-    implementation: Backend = import_module(_BACKENDS[resolve_backend(backend, logits.device)])
+    implementation = load_backend(resolve_backend(backend, logits.device))
     shard, vocab_size = vocab_shard(logits.shape[-1], vocab_size, tp_group)
     labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     state = implementation.shard_state(logits, labels, shard, vocab_size, frozenset())
     return merge_shard_states(shard.gather_states(state)), shard
 
 
-def _check_tensors(logits: Tensor, labels: Tensor) -> None:
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must be [..., V/tp] with at least one column, got shape {tuple(logits.shape)}")
-    if logits.dtype not in _LOGITS_DTYPES:
-        raise TypeError(f"logits must be bfloat16, float16 or float32, got {logits.dtype}; cast them first")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}; call labels.long()")
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels must have the logits' leading shape {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}; "
-            "Megatron's logits are [s, b, V/tp], its labels [b, s]: transpose the labels"
-        )
-    if labels.device != logits.device:
-        raise ValueError(f"labels must be on the logits' device {logits.device}, got {labels.device}")
+def _traced_objective(objective: str | Objective) -> Objective:
+    if not isinstance(objective, str):
+        return resolve_objective(objective)
+    from megatron_idft.loss.traced_objective import traced_objective
 
-
-def _check_overwritable(logits: Tensor) -> None:
-    owner = logits if logits._base is None else logits._base
-    if owner.is_leaf and owner.requires_grad:
-        raise ValueError(
-            "overwrite_logits=True would destroy the values of a leaf that requires grad: the logits are one, or a "
-            "view of one. Pass overwrite_logits=False, or logits.clone()"
-        )
-    span = 0  # of the dimensions so far, from the least stride: a stride beyond it leads to memory of its own
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1 and stride <= span:
-            raise ValueError(
-                f"overwrite_logits=True needs logits whose elements lie in memory of their own, got shape "
-                f"{tuple(logits.shape)} with strides {logits.stride()}, as an expanded tensor has. Pass "
-                "overwrite_logits=False, or logits.contiguous()"
-            )
-        span += (size - 1) * stride
-
-
-def _reject_invalid(labels: Tensor, vocab_size: int) -> None:
-    invalid = labels[labels >= vocab_size]
-    if invalid.numel():
-        raise ValueError(
-            f"{invalid.numel()} of {labels.numel()} labels are >= vocab_size {vocab_size}, the first being "
-            f"{int(invalid[0])}; check that data and model use one tokenizer, or set vocab_size"
-        )
+    return traced_objective(objective)

@@ -118,7 +118,8 @@ class TokenLoss(torch.autograd.Function):
         ctx.shard, ctx.vocab_size, ctx.backend = shard, vocab_size, backend
         ctx.overwrite_logits = overwrite_logits
         ctx.overwritten = False
-        ctx.save_for_backward(logits, labels, *results[1:])
+        _, *saved = results
+        ctx.save_for_backward(logits, labels, *saved)
         ctx.mark_non_differentiable(results.weight, results.log_prob, results.entropy, results.invalid_labels)
         return results.loss, results.weight, results.log_prob, results.entropy, results.invalid_labels
 

@@ -27,6 +27,11 @@ class VocabShard(NamedTuple):
         """
         if self.tp_group is None or self.tp_group.size() == 1 or state.numel() == 0:
             return state.unsqueeze(0)
+        if torch.compiler.is_compiling():
+            from torch.distributed._functional_collectives import all_gather_tensor  # imports the compiler
+
+            gathered = all_gather_tensor(state, gather_dim=0, group=self.tp_group)
+            return gathered.view(self.tp_group.size(), *state.shape)
         states = state.new_empty(self.tp_group.size(), *state.shape)
         # Concatenated along the first dimension: the one form that gloo and NCCL both take.
         torch.distributed.all_gather_into_tensor(states.flatten(0, 1), state, group=self.tp_group)

@@ -72,17 +72,19 @@ def shard_state(
         vectors, lanes = 2, lanes * vectors // 2
     with torch.cuda.device_of(logits):
         for grid in _grids((logits, labels), (state,)):
+            part, part_labels = grid.strided
             kernels.shard_state_kernel[(grid.tokens,)](
-                *grid.strided,
-                *grid.dense,
-                grid.inner_size,
-                *(stride // vector for stride in grid.strides[0]),
-                logits.stride(-1),
-                *grid.strides[1],
-                shard.start,
-                shard.valid_columns,
-                logits.shape[-1] // vector,
-                vocab_size,
+                logits=part,
+                labels=part_labels,
+                state=grid.dense[0],
+                inner_size=grid.inner_size,
+                **grid.strides_of("logits", 0, vector),
+                column_stride=logits.stride(-1),
+                **grid.strides_of("labels", 1),
+                start=shard.start,
+                valid_columns=shard.valid_columns,
+                row_vectors=logits.shape[-1] // vector,
+                vocab_size=vocab_size,
                 STATE_SIZE=size,
                 SUM_SQUARES=extra_columns.get("sum_squared_prob", 0),
                 ARGMAX=extra_columns.get("argmax", 0),
@@ -116,25 +118,25 @@ def token_results(
     with torch.cuda.device_of(labels):
         for grid in _grids((labels,), (loss,)):
             kernels.token_results_kernel[(programs,)](
-                states,
-                labels,
-                loss,
-                weight,
-                log_prob,
-                entropy,
-                maximum,
-                sum_exp,
-                extras,
-                invalid_labels,
-                tokens,
-                states.shape[0],
-                states.stride(0),
-                grid.inner_size,
-                *grid.strides[0],
-                vocab_size,
-                math.log(max(vocab_size, 2)),
-                *parameters.values(),
-                objective.weight_floor,
+                states=states,
+                labels=labels,
+                loss=loss,
+                weight=weight,
+                log_prob=log_prob,
+                entropy=entropy,
+                maximum=maximum,
+                sum_exp=sum_exp,
+                extras=extras,
+                invalid_labels=invalid_labels,
+                num_tokens=tokens,
+                num_shards=states.shape[0],
+                shard_stride=states.stride(0),
+                inner_size=grid.inner_size,
+                **grid.strides_of("labels", 0),
+                vocab_size=vocab_size,
+                log_vocab_size=math.log(max(vocab_size, 2)),
+                **parameters,
+                weight_floor=objective.weight_floor,
                 STATE_SIZE=states.shape[-1],
                 SUM_SQUARES=extra_columns.get("sum_squared_prob", 0),
                 ARGMAX=extra_columns.get("argmax", 0),
@@ -167,21 +169,29 @@ def write_gradient(
     per_token = (results.weight, results.log_prob, results.max, results.sum_exp)
     with torch.cuda.device_of(logits):
         for grid in _grids((logits, gradient, labels, upstream), per_token):
+            part, part_gradient, part_labels, part_upstream = grid.strided
+            weight, log_prob, maximum, sum_exp = grid.dense
             kernels.gradient_kernel[(grid.tokens,)](
-                *grid.strided,
-                *grid.dense,
-                grid.tokens,
-                grid.inner_size,
-                *(stride // vector for stride in grid.strides[0]),
-                logits.stride(-1),
-                *(stride // vector for stride in grid.strides[1]),
-                gradient.stride(-1),
-                *grid.strides[2],
-                *grid.strides[3],
-                shard.start,
-                shard.valid_columns,
-                logits.shape[-1] // vector,
-                vocab_size,
+                logits=part,
+                gradient=part_gradient,
+                labels=part_labels,
+                upstream=part_upstream,
+                weight=weight,
+                log_prob=log_prob,
+                maximum=maximum,
+                sum_exp=sum_exp,
+                num_tokens=grid.tokens,
+                inner_size=grid.inner_size,
+                **grid.strides_of("logits", 0, vector),
+                logits_column_stride=logits.stride(-1),
+                **grid.strides_of("gradient", 1, vector),
+                gradient_column_stride=gradient.stride(-1),
+                **grid.strides_of("labels", 2),
+                **grid.strides_of("upstream", 3),
+                start=shard.start,
+                valid_columns=shard.valid_columns,
+                row_vectors=logits.shape[-1] // vector,
+                vocab_size=vocab_size,
                 CONTIGUOUS=logits.stride(-1) == 1 and gradient.stride(-1) == 1,
                 BLOCK=32 * launch.warps * launch.lane_bytes // logits.element_size(),
                 VECTOR=vector,
@@ -205,7 +215,12 @@ def _options(warps: int) -> dict[str, Any]:
 class _Grid(NamedTuple):
     """Tokens [outer, inner] that one launch serves.
 
-    strides: (outer, inner) for each of `strided`. The tokens of each of `dense` follow each other.
+    Attributes:
+        tokens: how many.
+        inner_size: how many of them follow each other by the inner stride.
+        strides: (outer, inner) for each of `strided`, in elements.
+        strided: tensors whose leading dimensions are the tokens.
+        dense: tensors [...] in which the tokens follow each other.
     """
 
     tokens: int
@@ -213,6 +228,11 @@ class _Grid(NamedTuple):
     strides: list[tuple[int, int]]
     strided: tuple[Tensor, ...]
     dense: tuple[Tensor, ...]
+
+    def strides_of(self, name: str, index: int, unit: int = 1) -> dict[str, int]:
+        """The kernel's arguments for the strides of `strided[index]`, in units of so many elements."""
+        outer, inner = self.strides[index]
+        return {f"{name}_outer_stride": outer // unit, f"{name}_inner_stride": inner // unit}
 
 
 def _grids(strided: tuple[Tensor, ...], dense: tuple[Tensor, ...]) -> Iterator[_Grid]:

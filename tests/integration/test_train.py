@@ -90,6 +90,36 @@ def test_start_shows_the_data_and_the_resolved_loss(corpus, tmp_path):
     assert "vocabulary 60 of 128 padded rows" in line or re.search(r"vocabulary \d+ of 128 padded rows", line)
 
 
+REGISTERED = """
+import sys
+
+import torch
+
+from megatron_idft import Objective
+from megatron_idft.__main__ import main
+from megatron_idft.objectives import register
+
+
+@register
+def quarter():
+    return Objective("quarter", lambda statistics: torch.full_like(statistics.log_prob, 0.25))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+def test_a_registered_objective_trains_by_its_name(corpus, tmp_path):
+    (tmp_path / "script.py").write_text(REGISTERED)
+    words = command(corpus, tmp_path, "--train-iters 2 --global-batch-size 4 --sft-loss quarter")
+    output = forked([tmp_path / "script.py", *words[2:]])
+    assert "objective quarter" in output
+    scalars = load_scalars(tmp_path / "tensorboard")
+    assert scalars["sft weight mean"] == {1: 0.25, 2: 0.25}
+    assert scalars["sft loss"] == pytest.approx({step: value / 4 for step, value in scalars["lm loss"].items()})
+
+
 def test_the_triton_backend_trains_like_the_reference(corpus, tmp_path):
     for loss in ("idft", "ce"):
         scalars = []

@@ -1,6 +1,5 @@
 import math
 from collections.abc import Callable
-from importlib import import_module
 
 import pytest
 import torch
@@ -9,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_idft import LossOutput, Objective, dft, idft, loss, resolve_objective, vocab_parallel_loss
-from megatron_idft.loss import resolve_backend, triton_backend
+from megatron_idft.loss import backends, resolve_backend, triton_backend
+from megatron_idft.loss.backends import load_backend
 from megatron_idft.loss.shard import VocabShard
 from megatron_idft.statistics import TokenStatistics
 from tests.loss.engines import Engine
@@ -363,7 +363,7 @@ def test_extra_statistics_merge_over_shards(engine: Engine, shards: int) -> None
     logits, labels = make_inputs((3, 2), 96)
     logits[0, :, 30:60] = logits[0].amax() + 1  # a tie within a shard and across shards: the first counts
     labels[labels < 0] = 0
-    backend = import_module(loss._BACKENDS[engine.backend])
+    backend = load_backend(engine.backend)
     seen: dict[str, Tensor] = {}
 
     def weight(statistics: TokenStatistics) -> Tensor:
@@ -414,7 +414,7 @@ def test_invalid_labels_on_the_cpu_are_an_error(engine: Engine) -> None:
 
 
 def test_invalid_labels_elsewhere_are_counted_and_ignored(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_reject_invalid", lambda labels, vocab_size: None)  # as on a GPU
+    monkeypatch.setattr(loss, "reject_invalid_labels", lambda labels, vocab_size: None)  # as on a GPU
     monkeypatch.setattr(triton_backend, "_MERGE_TOKENS", 32)  # several programs count
     logits, labels = torch.randn(2, 20, 9), torch.randint(-1, 9, (2, 20))
     labels[1, ::3] = 2**40
@@ -467,7 +467,7 @@ def test_resolve_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "INTERPRETED", False)
     with pytest.raises(ValueError, match="needs logits on a CUDA device, got cpu; use backend='auto'"):
         resolve_backend("triton", "cpu")
-    monkeypatch.setattr(loss, "_has_triton", lambda: False)
+    monkeypatch.setattr(backends, "_HAS_TRITON", False)
     assert resolve_backend("auto", "cuda") == "reference"
     with pytest.raises(ValueError, match="pip install triton"):
         resolve_backend("triton", "cuda")

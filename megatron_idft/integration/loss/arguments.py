@@ -10,11 +10,10 @@ import torch
 
 from megatron_idft.errors import ArgumentError
 from megatron_idft.loss import resolve_backend
-from megatron_idft.objectives import LambdaSchedule, Objective, resolve_objective
+from megatron_idft.objectives import LambdaSchedule, Objective, objective_names, resolve_objective
 from megatron_idft.parsing import raise_errors
 
 END_OF_TURN = "end-of-turn"  # a name of tokens for --sft-loss-exempt-tokens
-OBJECTIVES = ("ce", "dft", "idft", "entropy")
 IDFT_DEFAULTS = {
     "idft_beta": 1.0,
     "idft_gamma_min": 0.1,
@@ -42,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool 
     group = parser.add_argument_group(title="sft loss")
     group.add_argument(
         "--sft-loss",
-        metavar="{ce,dft,idft,entropy} or MODULE:FUNCTION",
+        metavar=f"{{{','.join(objective_names())}}} or MODULE:FUNCTION",
         default=None,
         help="Objective of fine-tuning: each token's cross-entropy is weighted by a detached weight. ce: 1. dft: the"
         " token's probability p (arXiv 2508.05629). idft: p^gamma, gamma = clamp(exp(-phi/beta), min, max), phi ="
@@ -156,10 +155,10 @@ def validate_arguments(args: argparse.Namespace) -> None:
             named = _flag(given[0] if given else "sft_loss_backend")
             raise ArgumentError(f"{named} was given without --sft-loss. Add --sft-loss idft, or drop {named}")
         return
-    if args.sft_loss not in OBJECTIVES and ":" not in args.sft_loss:
+    if args.sft_loss not in objective_names() and ":" not in args.sft_loss:
         raise ArgumentError(
-            f"--sft-loss {args.sft_loss} is not known. Choose one of {', '.join(OBJECTIVES)}, or name a function of"
-            " yours as module:function"
+            f"--sft-loss {args.sft_loss} is not known. Choose one of {', '.join(objective_names())}, or name a"
+            " function of yours as module:function"
         )
     for name, default in IDFT_DEFAULTS.items():
         if getattr(args, name) is None:
