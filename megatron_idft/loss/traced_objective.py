@@ -8,7 +8,7 @@ _resolved: dict[str, Objective] = {}
 
 
 def traced_objective(name: str) -> Objective:
-    """`resolve_objective(name)`, as it is while the graph is being made.
+    """`resolve_objective(name)`, as it is when a graph is made with it for the first time.
 
     Raises:
         ValueError: as `resolve_objective`, out of the compiler.
@@ -18,5 +18,6 @@ def traced_objective(name: str) -> Objective:
 
 @torch.compiler.assume_constant_result
 def _resolve(name: str) -> str:
-    _resolved[name] = resolve_objective(name)
+    if name not in _resolved:  # replaced, it would invalidate the graphs that were made with it
+        _resolved[name] = resolve_objective(name)
     return name

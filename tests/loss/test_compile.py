@@ -128,7 +128,8 @@ def test_a_leaf_and_its_views_are_refused(engine: Engine) -> None:
     values, labels = map(engine.place, make_inputs((6,), 37))
     leaf = values.clone().requires_grad_()
     for logits in (leaf, leaf.view(6, 37)):
-        with pytest.raises(Exception, match="would destroy the values of a leaf"):
+        # Older compilers stop as well, without the message.
+        with pytest.raises(Exception, match=r"would destroy the values of a leaf|Observed exception"):
             loss_in_place(engine)(logits, labels)
     assert torch.equal(leaf, values)
 
