@@ -42,7 +42,7 @@ class Operators(NamedTuple):
             RuntimeError: the graph, which overwrites logits, runs under saved-tensor hooks.
         """
         extras = " ".join(extra_state_columns(extra_statistics))
-        return shard_state(
+        state: Tensor = shard_state(
             logits,
             labels,
             backend=self.backend,
@@ -52,6 +52,7 @@ class Operators(NamedTuple):
             extra_statistics=extras,
             overwrites_logits=self.overwrites_logits,
         )
+        return state
 
     def token_results(
         self, states: Tensor, labels: Tensor, objective: Objective, vocab_size: int, cross_entropy_values: bool

@@ -16,7 +16,7 @@ def traced_objective(name: str) -> Objective:
     return _resolved[_resolve(name)]  # a look-up that can be traced, after a call that cannot
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _resolve(name: str) -> str:
     if name not in _resolved:  # replaced, it would invalidate the graphs that were made with it
         _resolved[name] = resolve_objective(name)

@@ -4,8 +4,8 @@
 
 A case: requests, sampling, stopping, mixing (a fixed number, or the beta of the paper's linear form), max_rows,
 memory_bytes, graphs (False: none), decode (False: score the prompts), cudnn (whether attention may be cuDNN's; the
-answer then tells what attention saw, too). Runs on a GPU where there is one. Only one rank
-writes; the ranks' results are compared first.
+answer then tells what attention saw, too), refused (the answer is what the engine says). Runs on a GPU where there is
+one. Only one rank writes; the ranks' results are compared first.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_idft.errors import UserError
 from megatron_idft.integration.platform import start
 from megatron_idft.integration.platform.hf_model import expand
 
@@ -38,6 +39,12 @@ class Fixed:
 
 
 def run(engine, case, vocab_size):
+    if case.get("refused"):
+        try:
+            answers(engine, case, vocab_size)
+        except UserError as error:
+            return str(error)
+        raise AssertionError(f"served: {case}")
     if "cudnn" not in case:
         return answers(engine, case, vocab_size)
     seen = set()

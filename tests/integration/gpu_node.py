@@ -31,6 +31,7 @@ import megatron.core.models.gpt.gpt_model  # noqa: E402
 import megatron.core.models.hybrid.hybrid_model  # noqa: E402
 import megatron.core.tokenizers.text  # noqa: E402
 import megatron.training.training  # noqa: E402
+import pyarrow.parquet  # noqa: E402, F401
 import torch._dynamo  # noqa: E402
 import torch._inductor.utils  # noqa: E402
 from megatron.training import arguments, initialize  # noqa: E402

@@ -125,7 +125,7 @@ def test_the_triton_backend_trains_like_the_reference(corpus, tmp_path):
         scalars = []
         for backend in ("reference", "triton"):  # interpreted, where there is no GPU
             folder = tmp_path / loss / backend
-            flags = "--train-iters 2 --global-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel"
+            flags = "--train-iters 2 --global-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel"
             output = train(corpus, folder, f"{flags} --cpu --sft-loss {loss} --sft-loss-backend {backend}", nproc=2)
             assert f"backend {backend}" in output
             scalars.append(load_scalars(folder / "tensorboard"))

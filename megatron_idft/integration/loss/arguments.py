@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_idft.errors import ArgumentError
-from megatron_idft.loss import resolve_backend
+from megatron_idft.loss.backends import resolve_backend
 from megatron_idft.objectives import LambdaSchedule, Objective, objective_names, resolve_objective
 from megatron_idft.parsing import raise_errors
 

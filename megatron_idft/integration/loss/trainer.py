@@ -26,7 +26,7 @@ from megatron_idft.integration.loss.publishing import print_rank_last, publish_e
 from megatron_idft.integration.platform import compatibility, flag_checks, hf_model, upstream
 from megatron_idft.integration.platform.continued_schedule import check_schedule, take_new_rates
 from megatron_idft.integration.platform.script_data import check_script_data
-from megatron_idft.loss import resolve_backend
+from megatron_idft.loss.backends import resolve_backend
 from megatron_idft.objectives import LambdaSchedule, Objective
 
 

@@ -146,6 +146,7 @@ class _Job:
         keys = [f"megatron-idft/estimate/{number}" for number in range(replica.count)]
         store.wait(keys, timedelta(days=7))
         parts = [json.loads(store.get(key)) for key in keys]
+        torch.distributed.barrier()  # the store ends with the rank that holds it
         seconds = max(part["seconds"] for part in parts)
         self.replica.print_once(
             describe_estimate([row for part in parts for row in part["rows"]], seconds, total, replica.count)

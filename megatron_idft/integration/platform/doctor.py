@@ -224,7 +224,7 @@ def _choices() -> Iterator[Finding]:
     import torch
 
     from megatron_idft.inference.cache import cudnn_allowed
-    from megatron_idft.loss import resolve_backend
+    from megatron_idft.loss.backends import resolve_backend
 
     gpu = _gpu_present()
     try:

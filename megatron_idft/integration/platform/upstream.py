@@ -15,7 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Where = Literal["everywhere", "train and run", "train", "score and realign", "without Transformer Engine", "CPU mode"]
+Where = Literal[
+    "everywhere",
+    "train and run",
+    "train",
+    "train, score, realign",
+    "score and realign",
+    "without Transformer Engine",
+    "CPU mode",
+]
 Wrapper = Callable[[Callable[..., Any], inspect.BoundArguments], Any]
 _CALLBACKS = "0.20, by a callback"
 
@@ -199,20 +207,20 @@ CHANGES = (
     ),
     Change(
         "torch.distributed.checkpoint:FileSystemReader.read_metadata",
-        "everywhere",
+        "train, score, realign",
         "reads `.metadata` by an unpickler that knows few classes",
         "a foreign checkpoint can run code",
     ),
     Change(
         "torch.distributed.checkpoint.default_planner:DefaultLoadPlanner.load_bytes",
-        "everywhere",
+        "train, score, realign",
         "reads objects with torch's weights-only unpickler",
         "a foreign checkpoint can run code",
     ),
     Change(
         "megatron.training.arguments:_print_args",
         "score and realign",
-        "prints nothing, unless --verbose",
+        "prints nothing, unless MEGATRON_IDFT_VERBOSE=1",
         "800 lines about training before the first record",
     ),
     # CPU mode.
