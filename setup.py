@@ -48,7 +48,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megatron_idft", "megatron_idft.*"]),
-    package_data={"megatron_idft": ["py.typed", "hinted_decoding/templates/*.txt"]},
+    package_data={"megatron_idft": ["py.typed", "hinted_decoding/templates/*.txt", "*/report/templates/*"]},
     cmdclass={"build_py": BuildWithScripts},
     python_requires=">=3.12",
     install_requires=[

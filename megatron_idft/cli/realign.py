@@ -71,7 +71,7 @@ def _report_parser() -> Parser:
 
 def report(argv: Sequence[str]) -> int:
     from megatron_idft.hinted_decoding.output.results import read_outcomes, read_settings
-    from megatron_idft.hinted_decoding.report.builder import write_report
+    from megatron_idft.hinted_decoding.report.page import write_report
 
     args = _report_parser().parse_args(argv)
     output = args.output or args.folder

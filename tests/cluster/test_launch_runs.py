@@ -121,6 +121,9 @@ def test_the_wheels_copies_pass_the_smoke_test(made, tmp_path):
     site, copies = tmp_path / "site", tmp_path / "mine"
     build = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
     subprocess.run([*build, "--no-build-isolation", "--target", site, source], check=True, capture_output=True)
+    installed = {path.relative_to(site) for path in (site / "megatron_idft").rglob("*") if path.is_file()}
+    written = {path.relative_to(source) for path in (source / "megatron_idft").rglob("*.*") if path.suffix != ".md"}
+    assert written <= installed, "templates and style sheets are in the wheel as well"
     shutil.rmtree(source)
 
     def idft(*words: str | Path) -> subprocess.CompletedProcess[str]:

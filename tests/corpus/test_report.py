@@ -15,7 +15,7 @@ from scored_rows import END_ID, VOCABULARY, row_of, sampled_rows, without_lists
 
 from megatron_idft.corpus.display import MAX_SHOWN_TOKENS
 from megatron_idft.corpus.report.builder import ReportBuilder
-from megatron_idft.corpus.report.html_text import escaped, number, token_text
+from megatron_idft.corpus.report.html import environment, number, token
 from megatron_idft.corpus.scores.summary import CURVE_SAMPLE, MIN_TOKENS_TO_RANK, CorpusSummary
 from megatron_idft.errors import InputError
 
@@ -293,9 +293,11 @@ def test_hostile_text_stays_text(tmp_path):
 
 
 def test_texts_and_numbers():
-    assert escaped("<&\"'>\0\x85é") == "&lt;&amp;&quot;&#x27;&gt;\\x00\\x85é"
-    assert token_text(" a\nb\tc") == " a↵\nb⇥c" and token_text("  ") == "␣␣" and token_text("") == "∅"
-    assert token_text(" the", blanks=True) == "␣the"
+    page = environment("megatron_idft.corpus.report").from_string('<i title="{{ text }}">{{ text }}</i>')
+    shown = "&lt;&amp;&#34;&#39;&gt;\\x00\\x85é↵"
+    assert page.render(text="<&\"'>\0\x85é\n") == f'<i title="{shown}">{shown}</i>'
+    assert token(" a\nb\tc") == " a↵\nb⇥c" and token("  ") == "␣␣" and token("") == "∅" and token("<b>") == "&lt;b&gt;"
+    assert token(" the", blanks=True) == "␣the"
     assert number(-0.0001) == "0.000" and number(-1.5, sign=True) == "−1.500" and number(1234.5, 1) == "1,234.5"
 
 

@@ -12,11 +12,11 @@ import pytest
 from outcome_rows import candidate, realigned_rows, record, scores, turn
 from page_checks import CHROMIUM, browse, check_page
 
-from megatron_idft.corpus.report.html_text import number
+from megatron_idft.corpus.report.html import number
 from megatron_idft.errors import InputError
 from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA
-from megatron_idft.hinted_decoding.report.builder import summarize, write_report
-from megatron_idft.hinted_decoding.report.counts import MAX_NAMES, Lengths
+from megatron_idft.hinted_decoding.report.numbers import MAX_NAMES, Lengths
+from megatron_idft.hinted_decoding.report.page import summarize, write_report
 
 PLAIN = {"samples": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 SETTINGS = {

@@ -19,6 +19,8 @@ import numpy as np
 
 from megatron_idft.corpus.lint.finding import Finding
 from megatron_idft.corpus.lint.linter import ROW_TESTS, lint, lint_null
+from megatron_idft.corpus.report import figures
+from megatron_idft.corpus.report.html import render
 from megatron_idft.corpus.report.numbers import estimate_json, save_report, token_estimates
 from megatron_idft.corpus.scores.record_table import paired_differences
 from megatron_idft.corpus.scores.summary import PHI_EDGES, RECORD_EDGES, CorpusSummary, Row, SourceSummary
@@ -46,9 +48,7 @@ class Report:
 
     def to_html(self) -> str:
         """One page without scripts that loads nothing. Needs matplotlib."""
-        from megatron_idft.corpus.report.page import render_page
-
-        return render_page(self._data)
+        return render("megatron_idft.corpus.report", "corpus_report.html", data=self._data, figures=figures)
 
     def findings(self) -> list[dict[str, Any]]:
         """The linter's findings on all corpora and own samples, in the order of the page."""

@@ -18,7 +18,7 @@ from megatron_idft.corpus.report.drawing import (
     record_histogram,
     svg,
 )
-from megatron_idft.corpus.report.html_text import visible
+from megatron_idft.corpus.report.html import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,185 +1,216 @@
-"""The report's page. Everything on it comes from the JSON that stands beside it."""
+"""The report on a realigned corpus: one self-contained HTML page, and a JSON with the same numbers."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from megatron_idft.corpus.report.document import document, image
-from megatron_idft.corpus.report.findings import estimate
-from megatron_idft.corpus.report.html_text import escaped
-from megatron_idft.hinted_decoding.output.outcomes import UNVERIFIED, describe_methods
-from megatron_idft.hinted_decoding.report.example_html import EXAMPLE_STYLE, render_examples
-from megatron_idft.hinted_decoding.report.figures import fate_figure, phi_figure, sources_figure
-from megatron_idft.hinted_decoding.report.mixing_figures import lengths_figure, mixing_figure
-from megatron_idft.hinted_decoding.report.outcome import STAGES
-from megatron_idft.hinted_decoding.report.own_samples import FAILED, NOT_CHECKED
-from megatron_idft.hinted_decoding.report.tables import (
-    lengths_table,
-    mixing_table,
-    names_table,
-    paired_table,
-    phi_table,
-    settings_table,
-    source_tables,
-    split_table,
-    stage_tables,
-    turn_table,
-)
+import numpy as np
 
-_LEAD = (
-    "What Hinted Decoding made of a corpus: what was kept and why, and how far the text lies from the model’s own"
-    " distribution before and after, by φ = log p + entropy of each token under the plain prompt, in nats: 0 on average"
-    " for what the model samples itself, far below 0 for tokens that are improbable although the model was certain."
+from megatron_idft.corpus.display import bounded
+from megatron_idft.corpus.report.html import render
+from megatron_idft.corpus.report.numbers import save_report
+from megatron_idft.corpus.scores.record_table import hash64
+from megatron_idft.corpus.scores.summary import (
+    FURTHER_SOURCES,
+    MAX_SOURCES,
+    MIN_TOKENS_TO_RANK,
+    PHI_EDGES,
+    RECORD_EDGES,
+    Extremes,
 )
+from megatron_idft.hinted_decoding.output.outcomes import describe_methods
+from megatron_idft.hinted_decoding.report import figures
+from megatron_idft.hinted_decoding.report.numbers import DIFFERENCE_EDGES, CorpusNumbers, judge_null
+from megatron_idft.hinted_decoding.report.outcome import ORIGINAL, STAGES, Outcome, Turn, read_outcome
+
+VERSION = 1  # of the JSON
+EXAMPLES = 4  # of each kind
+MAX_CHARACTERS = 6000  # of an original text that are shown
+HEAD_TOKENS, TAIL_TOKENS = 500, 200  # of a new text that are shown
+
+
+def write_report(
+    rows: Iterable[dict[str, Any]], settings: Mapping[str, Any], output: Path, title: str
+) -> tuple[Path, Path]:
+    """Write report.html and report.json into the folder `output`; returns their paths.
+
+    rows: of OUTCOME_SCHEMA (outcomes.py), read once as a stream; what is kept of them does not grow with their number.
+    settings: of the job; all are shown, and "rollouts" tells whether the rollouts are the model's own samples.
+
+    Raises InputError for a row that `realign` cannot have written, UserError where matplotlib is not installed.
+    """
+    data = summarize(rows, settings, title)
+    return save_report(output, render_page(data), data)
 
 
 def render_page(data: dict[str, Any]) -> str:
-    """The whole document. Needs matplotlib."""
-    sections = [
-        ("outcome", "What became of the records", _outcome(data)),
-        ("stages", "Stages and accuracy", _stages(data)),
-        ("phi", "φ before and after", _phi(data)),
-        ("lengths", "Lengths", _lengths(data)),
-        ("mixing", "λ and entropy along the response", _mixing(data)),
-        ("sources", "Sources", _sources(data)),
-        ("examples", "Examples", _examples(data)),
-        ("settings", "Settings", settings_table(data["settings"])),
-        ("reading", "What these numbers do not prove", _READING),
+    """The page of what `summarize` returned. Needs matplotlib."""
+    return render(
+        "megatron_idft.hinted_decoding.report",
+        "realign_report.html",
+        data=data,
+        describe_methods=describe_methods,
+        figures=figures,
+        flat_settings=flat_settings,
+        rank_names=rank_names,
+        turn_fates=turn_fates,
+    )
+
+
+def turn_fates(turns: Mapping[str, int]) -> dict[str, str]:
+    """What became of turns, with its name on the page: each stage, and of the others those that came."""
+    others = {"none": "without a stage", "dropped": "in dropped records", "error": "in failed records"}
+    return {fate: fate for fate in (*STAGES, ORIGINAL)} | {fate: others[fate] for fate in others if turns[fate]}
+
+
+def rank_names(lists: Iterable[list[dict[str, Any]]]) -> list[tuple[str, list[int]]]:
+    """Every name of these counts with its count in each list; the most frequent name first."""
+    columns = [Counter({entry["name"]: entry["count"] for entry in names}) for names in lists]
+    total = sum(columns, Counter[str]())
+    ranked = sorted(total, key=lambda name: (-total[name], name))
+    return [(name, [column[name] for column in columns]) for name in ranked]
+
+
+def flat_settings(settings: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as (a.b.c, value)."""
+    if isinstance(settings, dict) and settings:
+        items = settings.items()
+        return [row for key, value in items for row in flat_settings(value, f"{prefix}.{key}" if prefix else key)]
+    if isinstance(settings, list):
+        settings = ", ".join(map(str, settings)) or "none"
+    return [(prefix, "none" if settings is None or settings == {} else settings)] if prefix else []
+
+
+def summarize(rows: Iterable[dict[str, Any]], settings: Mapping[str, Any], title: str) -> dict[str, Any]:
+    """All numbers of the page, as plain types without NaN; `json.dumps` takes it as it is.
+
+    {"version", "title", "settings", "null", "corpus": part, "sources": [part with "source"], "examples", "phi_edges",
+    "record_edges", "difference_edges"}. A part is what `CorpusNumbers.as_json` returns; an estimate is {"value", "se"},
+    with null for an error where there are too few records. Histograms have one bin more than edges at either end: open.
+    """
+    corpus, sources, examples = CorpusNumbers(), dict[str | None, CorpusNumbers](), Examples()
+    for row in rows:
+        outcome = read_outcome(row)
+        source = row.get("source")
+        if source not in sources and len(sources) >= MAX_SOURCES:
+            source = FURTHER_SOURCES
+        if source not in sources:
+            sources[source] = CorpusNumbers()
+        corpus.add(outcome)
+        sources[source].add(outcome)
+        examples.add(outcome)
+    ordered = sorted(sources.items(), key=lambda item: (-item[1].records, str(item[0])))
+    return {
+        "version": VERSION,
+        "title": title,
+        "settings": _plain(settings),
+        "null": judge_null(settings, corpus.rollouts()),
+        "phi_edges": PHI_EDGES.tolist(),
+        "record_edges": [round(float(edge), 2) for edge in RECORD_EDGES],
+        "difference_edges": [round(float(edge), 2) for edge in DIFFERENCE_EDGES],
+        "corpus": corpus.as_json(),
+        "sources": [{"source": name} | part.as_json() for name, part in ordered],
+        "examples": examples.as_json(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)
+
+
+class Examples:
+    """Equal rows give equal examples, in whatever order they come."""
+
+    def __init__(self) -> None:
+        # More than shown, for no turn is shown twice.
+        self._largest, self._smallest = Extremes(2 * EXAMPLES), Extremes(2 * EXAMPLES)
+        self._drawn = Extremes(3 * EXAMPLES)
+
+    def add(self, outcome: Outcome) -> None:
+        for turn in outcome.turns:
+            if turn.original is None or turn.new is None:
+                continue
+            before, after = (side["phi"] / side["tokens"] for side in (turn.original, turn.new))
+            short = min(turn.original["tokens"], turn.new["tokens"]) < MIN_TOKENS_TO_RANK
+            draw = hash64(f"{outcome.row['id']}\0{turn.row.get('message')}")
+            texts = f"{turn.row.get('original_text')}\0{(turn.accepted or {}).get('text')}"
+            identity, make = str(hash64(texts)), partial(_shown, outcome.row, turn, identity=draw)
+            self._largest.offer((short, before - after, draw), identity, make)
+            self._smallest.offer((short, after - before, draw), identity, make)
+            self._drawn.offer((draw,), identity, make)
+
+    def as_json(self) -> dict[str, list[dict[str, Any]]]:
+        """largest, smallest, drawn: no turn twice."""
+        ranked, shown, data = self._largest.values(), set(), {}
+        data["largest"] = ranked[: min(EXAMPLES, (len(ranked) + 1) // 2)]
+        for kind, entries in (("largest", None), ("smallest", self._smallest), ("drawn", self._drawn)):
+            if entries is not None:
+                data[kind] = [entry for entry in entries.values() if entry["draw"] not in shown][:EXAMPLES]
+            shown |= {entry["draw"] for entry in data[kind]}
+        return data
+
+
+def _shown(row: dict[str, Any], turn: Turn, identity: int) -> dict[str, Any]:
+    assert turn.original is not None and turn.new is not None and turn.accepted is not None
+    example = {key: row[key] for key in ("id", "file", "line")} | {"source": row.get("source")}
+    # As text: a reader of JSON may hold whole numbers in 53 bits.
+    example |= {"draw": f"{identity:016x}", "message": turn.row.get("message"), "stage": turn.stage}
+    for name, side in (("before", turn.original), ("after", turn.new)):
+        example |= {f"phi_{name}": side["phi"] / side["tokens"], f"tokens_{name}": int(side["tokens"])}
+    example["gain"] = example["phi_after"] - example["phi_before"]
+    example |= {key: turn.accepted.get(key) for key in ("seed", "beta", "verdict", "finish_reason", "split_at")}
+    example["extracted"] = None if turn.accepted.get("extracted") is None else bounded(turn.accepted["extracted"])
+    text = turn.row.get("original_text") or ""
+    kept = MAX_CHARACTERS // 2
+    whole = len(text) <= MAX_CHARACTERS
+    example["original"] = {
+        "head": text if whole else text[:kept],
+        "tail": "" if whole else text[-kept:],
+        "left_out": 0 if whole else len(text) - 2 * kept,
+    }
+    return example | {"excerpts": _excerpts(turn), "text": bounded(turn.accepted.get("text") or "")}
+
+
+def _excerpts(turn: Turn) -> list[dict[str, Any]]:
+    """The first and the last tokens: [text, lambda, phi, entropy, hinted entropy; null where one stream ran]."""
+    if turn.tokens is None:
+        return []
+    numbers, count = turn.tokens, len(turn.tokens.phi)
+    texts = turn.row.get("tokens")
+    if texts is None or not len(texts):
+        texts = [f"⟨{token}⟩" for token in _ids(turn, count)]
+    spans = [(0, count)]
+    if count > HEAD_TOKENS + TAIL_TOKENS:
+        spans = [(0, HEAD_TOKENS), (count - TAIL_TOKENS, count)]
+    return [
+        {
+            "start": start,
+            "tokens": [
+                [
+                    bounded(texts[i] or ""),
+                    round(float(numbers.mix_weight[i]), 4),
+                    round(float(numbers.phi[i]), 4),
+                    round(float(numbers.entropy[i]), 4),
+                    round(float(numbers.hinted_entropy[i]), 4) if np.isfinite(numbers.hinted_entropy[i]) else None,
+                ]
+                for i in range(start, stop)
+            ],
+        }
+        for start, stop in spans
     ]
-    return document(data["title"], _LEAD, sections, EXAMPLE_STYLE)
 
 
-def _outcome(data: dict[str, Any]) -> str:
-    part = data["corpus"]
-    if not part["records"]["total"]:
-        return "<p>No records.</p>"
-    reasons = {"dropped": part["reasons"]["dropped"], "error": part["reasons"]["error"]}
-    text = turn_table(part) + _kept_turns(part) + names_table("Why records were not kept", reasons)
-    if part["responses_not_finite"]:
-        text += (
-            f"<p>{part['responses_not_finite']:,} responses came without finite scores; they are counted here, but in"
-            " no number on φ.</p>"
-        )
-    text += names_table("Why turns were not rewritten: the last stage", {"turns": part["turn_reasons"]})
-    return text + names_table("… and each stage by itself", part["failures"])
-
-
-def _kept_turns(part: dict[str, Any]) -> str:
-    methods = part["kept_turns"]
-    if not methods:
-        return ""
-    text = f"<p>{escaped(describe_methods(methods))}.</p>"
-    if methods.get(UNVERIFIED):
-        text += (
-            f"<p><b>Nothing says that the {methods[UNVERIFIED]:,} UNVERIFIED turns are right:</b> they had no"
-            " reference, or could not be compared with it, and were taken because of --unverified keep.</p>"
-        )
-    return text
-
-
-def _stages(data: dict[str, Any]) -> str:
-    part = data["corpus"]
-    if not part["turns"]["total"]:
-        return ""
-    text = (
-        '<p class="soft">Candidates by what the verifier said and what became of them. Accuracy: right among those that'
-        " were compared with an answer; unknown verdicts count as not right. “Turns kept”: of the turns that came to"
-        " this stage, those whose text in the output is from it. A leak is a phrase that betrays the hint; unfinished"
-        " is what did not end by itself. Standard errors are over records.</p>"
-    )
-    stages = part["stages"]
-    text += stage_tables(part) + image(fate_figure(data), "Turns by stage and accuracy by stage and source")
-    for title, key in (
-        ("Finish reasons, all candidates", "finish_reasons"),
-        ("Finish reasons, accepted candidates", "finish_reasons_of_accepted"),
-        ("Why candidates were rejected", "rejected_because"),
-        ("Verified by", "verified_by"),
-        ("Phrases that betray the hint", "leaks"),
-    ):
-        text += names_table(title, {stage: stages[stage][key] for stage in STAGES})
-    return text
-
-
-def _phi(data: dict[str, Any]) -> str:
-    numbers = phi_table(data)
-    if not numbers:
-        return ""
-    text = f"<p>{_null(data)}</p>{numbers}"
-    text += paired_table(data["corpus"])
-    text += '<p class="soft">The first and the last bin of each histogram are open, so nothing is left out.</p>'
-    return text + image(phi_figure(data), "Histograms of phi of turns, of paired differences and of tokens")
-
-
-def _null(data: dict[str, Any]) -> str:
-    null = data["null"]
-    if not null["own_samples"]:
-        return (
-            f"There are no own samples to compare with: {escaped(null['why'])}. What remains is the theory: the mean φ"
-            " of the model’s own samples at temperature 1 is 0."
-        )
-    mean = estimate(data["corpus"]["phi"]["rollouts"]["phi_mean"], sign=True)
-    text = f"The null are the model’s own samples: {escaped(null['why'])}. Their mean φ is {mean}; it should be 0. "
-    if null["check"] == FAILED:
-        return (
-            f"{text}<b>It is not, by more than four standard errors: sampling and scoring disagree, and no φ on this"
-            " page can be trusted until they do not.</b>"
-        )
-    if null["check"] == NOT_CHECKED:
-        return f"{text}There are too few records to tell."
-    return f"{text}It is, within four standard errors."
-
-
-def _lengths(data: dict[str, Any]) -> str:
-    numbers = lengths_table(data["corpus"])
-    if not numbers:
-        return ""
-    text = '<p class="soft">Tokens of each response, with the token that ends it.</p>'
-    return text + numbers + image(lengths_figure(data), "Histogram of response lengths before and after")
-
-
-def _mixing(data: dict[str, Any]) -> str:
-    numbers, splits = mixing_table(data["corpus"]), split_table(data["corpus"])
-    if not numbers and not splits:
-        return ""
-    text = (
-        '<p class="soft">Only tokens that were drawn from two streams, of accepted candidates: λ is the share of the'
-        " plain stream, 1 − λ that of the hinted one. A first token that comes from the hinted stream alone has λ = 0."
-        " Behind the splitter the model writes alone, so late places hold fewer tokens, and those of other responses."
-        " Bands are standard errors over records.</p>"
-    )
-    return text + numbers + splits + image(mixing_figure(data), "Lambda and entropies along the response")
-
-
-def _sources(data: dict[str, Any]) -> str:
-    return source_tables(data) + image(sources_figure(data), "Mean phi before and after by source")
-
-
-def _examples(data: dict[str, Any]) -> str:
-    examples = render_examples(data["examples"])
-    if not examples:
-        return ""
-    text = (
-        '<p class="soft">Rewritten turns, no turn twice; turns with fewer than 16 tokens on one side are ranked only'
-        " where nothing longer is left. Hold the pointer over a token for λ, φ and the entropies.</p>"
-    )
-    return text + examples
-
-
-_READING = """
-<p><b>φ alone does not make data good or bad.</b> A higher mean φ says that the model finds the text more like its own,
-not that the text is more correct, clearer or more useful. A model learns only from what it would not have written, so a
-corpus at φ = 0 may teach nothing. For text from another distribution q the mean of φ is H(p) − H(q) − KL(q‖p): foreign
-text can come out at 0, and text sampled below temperature 1, as Hinted Decoding mostly is, comes out above 0 without
-being the model’s own.</p>
-<p><b>Accepted rollouts are not own samples any more:</b> the verifier has chosen among them. The null is therefore all
-rollouts, right or wrong.</p>
-<p><b>Before and after are compared on the turns that were rewritten.</b> Records that were dropped are in neither; they
-are mostly the hard ones, so the output is an easier corpus than the input. Whether training on it helps, only training
-tells.</p>
-<p><b>Accuracy is that of the verifier:</b> whether the final answers agree, not whether the reasoning does. A right
-answer may stand under wrong steps, above all where a hint named it. Unknown verdicts are neither right nor wrong: the
-verifier found no answer or could not compare; with many of them, accuracy says little.</p>
-<p><b>Leaks</b> are found by their phrases; a text that betrays the hint in other words is not found.</p>
-<p><b>Standard errors</b> treat a record as one draw, because its tokens, turns and candidates depend on each other.
-Records that are copies of each other make them too small.</p>
-"""
+def _ids(turn: Turn, count: int) -> Any:
+    ids = turn.row.get("token_ids")
+    return range(count) if ids is None or not len(ids) else ids

@@ -54,7 +54,7 @@ _NEEDED = {
     "numpy": "arrays",
     "pyarrow": "Parquet and compressed records",
     "sentencepiece": "sentencepiece tokenizers",
-    "jinja2": "chat templates",
+    "jinja2": "chat templates and the pages of reports",
     "tqdm": "progress",
     "transformers": "Hugging Face tokenizers",
     "psutil": "torch_dist checkpoints",
