@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # One launch of an offline tool on this machine: score and realign on its GPUs, prepare on its processors.
 #
-#   bash launch/offline.sh score   --hf-model /models/m --data corpus.jsonl --seq-length 4096 --output /shared/scores
-#   bash launch/offline.sh realign --hf-model /models/m --data corpus.jsonl --seq-length 12288 --output /shared/new
-#   bash launch/offline.sh prepare --data corpus.jsonl --output /shared/packs/train --tokenizer-model … --seq-length N
+#   bash launch/offline.sh score   --hf-model /models/m --sft-data corpus.jsonl --seq-length 4096 --output /shared/scores
+#   bash launch/offline.sh realign --hf-model /models/m --sft-data corpus.jsonl --seq-length 12288 --output /shared/new
+#   bash launch/offline.sh prepare --sft-data corpus.jsonl --output /shared/packs/train --tokenizer-model … --seq-length N
 #
 # Start it as often and on as many machines as you like: score and realign share their --output folder, each launch
 # takes what is left. Stopped or killed, the same command goes on. --dry-run prints the plan and starts nothing; flags

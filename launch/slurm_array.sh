@@ -13,7 +13,7 @@
 
 # score or realign as an array job: every task is a launch of its own, and all share the --output folder.
 #
-#   sbatch --array 0-15 launch/slurm_array.sh score --hf-model … --data … --seq-length 4096 --output /shared/scores
+#   sbatch --array 0-15 launch/slurm_array.sh score --hf-model … --sft-data … --seq-length 4096 --output /shared/scores
 #   bash launch/slurm_array.sh --dry-run realign …              shows the commands of one task
 #
 # There is no rendezvous: tasks start when they get a node, and leave at their time limit, a preemption or scancel;

@@ -41,7 +41,8 @@ def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not flags:
         raise ArgumentError(f"{_clip(' '.join(words))}: no flag takes these words. Quote values that hold spaces")
-    known = [option for action in parser._actions for option in action.option_strings]
+    shown = [action for action in parser._actions if action.help is not argparse.SUPPRESS]
+    known = [option for action in shown for option in action.option_strings]
     raise ArgumentError("; ".join(_unknown(flag, known) for flag in flags))
 
 

@@ -47,7 +47,7 @@ fi
 # For the eye, and for counting: what is trained in each record, how long records are, how many are cut.
 say "3. tokenized and packed once, on the processors"
 if [ ! -e "$OUT/packs/train.json" ]; then
-    run bash "$launch_dir/offline.sh" prepare --data "$OUT/train.jsonl" --output "$OUT/packs/train" \
+    run bash "$launch_dir/offline.sh" prepare --sft-data "$OUT/train.jsonl" --output "$OUT/packs/train" \
         --tokenizer-model "$model" --seq-length 3888 --show 2
 fi
 
@@ -79,7 +79,7 @@ for name in base "$SFT_LOSS"; do
     if [ "$name" != base ]; then folder=$tuned; fi
     if [ ! -e "$OUT/scores-$name/scores.parquet" ]; then
         run bash "$launch_dir/offline.sh" score --hf-model "$folder" --tensor-model-parallel-size 2 \
-            --data "$OUT/valid.jsonl" --seq-length 3888 --output "$OUT/scores-$name" --calibrate 200
+            --sft-data "$OUT/valid.jsonl" --seq-length 3888 --output "$OUT/scores-$name" --calibrate 200
     fi
 done
 idft score report "$OUT/scores-base" "$OUT/scores-$SFT_LOSS" --output "$OUT/compared-$SFT_LOSS" \

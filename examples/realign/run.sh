@@ -36,7 +36,7 @@ fi
 say "2. the corpus as it is, beside the model's own answers"
 score=(-m megatron_idft score --cpu --hf-model model --seq-length 96 --chunk-records "$chunk")
 if [ ! -e scores/scores.parquet ]; then
-    logged score.log "$scored" launch 1 "${score[@]}" --data data/corpus.jsonl --output scores \
+    logged score.log "$scored" launch 1 "${score[@]}" --sft-data data/corpus.jsonl --output scores \
         --calibrate-max-tokens 64 --calibrate 200
 fi
 
@@ -44,7 +44,7 @@ fi
 # that is wrong too, twice again with less of the plain stream; what is wrong then, or states no answer, is left out.
 # From " answer" on the plain stream writes alone: the sum must follow from the columns, not be copied from the hint.
 say "3. realigning it by two launches on one folder"
-realign=(-m megatron_idft realign --cpu --hf-model model --data data/corpus.jsonl --seq-length 96 --seed 1
+realign=(-m megatron_idft realign --cpu --hf-model model --sft-data data/corpus.jsonl --seq-length 96 --seed 1
     --max-new-tokens 64 --no-analysis --hint-prompt "$here/hint.txt" --splitter " answer")
 if [ ! -e realigned.jsonl ]; then
     shared=("${realign[@]}" --output realigned --chunk-records "$chunk" --fallback retry)
@@ -79,7 +79,7 @@ fi
 
 say "5. the realigned corpus under the same model"
 if [ ! -e scores-realigned/scores.parquet ]; then
-    logged score-realigned.log "$scored" launch 1 "${score[@]}" --data realigned.jsonl --output scores-realigned
+    logged score-realigned.log "$scored" launch 1 "${score[@]}" --sft-data realigned.jsonl --output scores-realigned
 fi
 idft score report scores scores-realigned --output compared --title "Before and after" | sed 's/^/        /'
 

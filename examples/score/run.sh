@@ -45,7 +45,7 @@ echo "        model/ and back/ hold the same weights, byte for byte"
 # The launches share the chunks, and then the two temperatures at which the model answers prompts itself; either could
 # be killed and started again.
 say "3. scoring by two launches on one folder, with the model's own answers as the measure"
-score=(-m megatron_idft score --cpu --hf-model model --data data/corpus.jsonl --seq-length 96 --chunk-records 48)
+score=(-m megatron_idft score --cpu --hf-model model --sft-data data/corpus.jsonl --seq-length 96 --chunk-records 48)
 own_samples=(--calibrate-max-tokens 64 --calibrate)
 last_part=own_samples/parts/chunk-000001.parquet
 if [ ! -e "scores/$last_part" ]; then
@@ -60,7 +60,7 @@ idft score report scores --title "Three sources under the model" | sed 's/^/    
 say "4. what fits: near the model, complete, and without the prompt in the answer"
 keep="phi_mean > -0.5 and phi_std < 1 and ends_turn and not truncated and prompt_overlap < 0.2"
 if [ ! -e fitting.jsonl ]; then
-    idft score select scores --keep "$keep" --data data/corpus.jsonl --output fitting.jsonl | sed 's/^/        /'
+    idft score select scores --keep "$keep" --sft-data data/corpus.jsonl --output fitting.jsonl | sed 's/^/        /'
 fi
 for source in own foreign broken; do
     printf '        %-8s %5d scored, %5d kept\n' "$source" "$(grep -c "\"source\": \"$source\"" data/corpus.jsonl)" \

@@ -99,7 +99,12 @@ def test_doctor_fails_where_two_installations_are_mixed(tmp_path):
 def test_without_torch_a_verb_says_what_to_install():
     code = "import sys; sys.modules['torch'] = None; from megatron_idft.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for words in (["train", "--help"], ["plan", "--gpus", "8"], ["score", "--help"], ["convert", "to-hf", "a", "b"]):
+    for words in (
+        ["train", "--help"],
+        ["plan", "--gpus", "8"],
+        ["score", "--sft-data", "a"],
+        ["convert", "to-hf", "a", "b"],
+    ):
         done = subprocess.run(
             [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, timeout=120
         )

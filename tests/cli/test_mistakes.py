@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from cli.remedies import foreign_flags
 from integration.small_tokenizer import train_tokenizer
 
 from launch import ROOT, forked_codes
@@ -104,7 +105,7 @@ MISTAKES: dict[str, tuple] = {
     # score
     "no output": (f"score {OFFLINE.replace('--output {folder}/out', '')} --load x", "--output DIR"),
     "typo in score": (f"score {OFFLINE} --calibrat 3", "did you mean --calibrate"),
-    "data path in score": (f"score {OFFLINE.replace('train', 'nosuch')} --load {{folder}}", "--data: there is no"),
+    "data path in score": (f"score {OFFLINE.replace('train', 'nosuch')} --load {{folder}}", "--sft-data: there is no"),
     "no checkpoint in score": (f"score {OFFLINE} --load {{folder}}", "holds no checkpoint"),
     "too long in score": (
         f"score {OFFLINE} --load {{folder}}".replace(LENGTH, "--seq-length 96"),
@@ -122,8 +123,11 @@ MISTAKES: dict[str, tuple] = {
     "merge without output": ("realign merge {folder}", "--output"),
     "choice": (f"realign {OFFLINE} --mix cubic", "--mix.*cubic"),
     # prepare
-    "prepare without data": (f"{PREPARE} --seq-length 48", "--data"),
-    "typo in prepare": (f"{PREPARE} {{data}} --seq-length 48 --trunkation drop", "did you mean --truncation"),
+    "prepare without data": (
+        f"{PREPARE} --tokenizer-model {{folder}}/tokenizer.model --seq-length 48",
+        "no record files .* --sft-data",
+    ),
+    "typo in prepare": (f"{PREPARE} {{data}} --seq-length 48 --trunkation drop", "did you mean --sft-truncation"),
     "data path in prepare": (f"{PREPARE} {{data}} --seq-length 48 --data {{folder}}/nosuch", "nosuch"),
     # convert
     "direction": ("convert to-torch a b", "to-torch"),
@@ -167,6 +171,14 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_flag_of_another_verb_is_seen_in_a_message():
+    assert foreign_flags(["realign", "--hf-model"], "drop --sft-last-turn-only, or --bf16") == {"--sft-last-turn-only"}
+    assert foreign_flags(["score", "select", "x"], "pass --sft-data, not --bf16") == {"--bf16"}
+    assert (
+        foreign_flags(["train", "--nosuch"], "--nosuch is no flag; `megatron-idft prepare --pad-multiple 2`") == set()
+    )
+
+
 def test_there_are_60_mistakes():
     assert len(MISTAKES) >= 60
 
@@ -184,6 +196,7 @@ def test_a_mistake_is_one_short_message(folder, name):
     said = output[output.index(message) :]  # some messages have several lines
     assert re.search(expected.replace("{folder}", str(folder)), said), output[-3000:]
     assert "Traceback (most recent call last)" not in output
+    assert not foreign_flags(words, message), "a remedy names a flag that this verb does not have"
     assert len(message) < 600 and (name in LATE or len(output.splitlines()) < 40), output
     last = output.splitlines()[-25 if name in LATE else -4 :]
     assert told == [] or message in last

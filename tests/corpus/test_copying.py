@@ -160,7 +160,7 @@ def test_records_without_a_score_are_told(scored, tmp_path, capsys):
     assert main([*command, "--data", *map(str, (lines, rows, more))]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == {"scored": 5, "kept": 1, "unscored": 3 + 2 + 1}
-    assert "6 records of --data have no score" in said.err and "left out" in said.err
+    assert "6 records of --sft-data have no score" in said.err and "left out" in said.err
     assert (tmp_path / "out.jsonl").read_bytes() == LINES[0]
 
 
