@@ -74,4 +74,4 @@ def test_without_math_verify_fewer_are_right_and_none_wrongly(monkeypatch):
             right = [verification.verdict == "right" for verification in verifier.verify(items)]
             assert all(truth for found, truth in zip(right, same, strict=True) if found)
             assert sum(right) > 120
-        assert not verifier._pool._workers
+        assert not verifier._pool._processes

@@ -281,7 +281,7 @@ def test_errors_are_tried_again_in_a_ledger_of_their_own(folder, realigned, tmp_
     assert [row["id"] for row in rows if row["status"] == "error"] == ["r1"] and 'add "turn"' in rows[1]["reason"]
     assert rows[2]["turns"][0]["candidates"][0]["text"] == "answer: 0"
     for more, what in (
-        ("--limit 3", "--data and --limit are not those"),
+        ("--limit 3", "--sft-data and --limit are not those"),
         ("--chat-template plain", "chat template are"),
     ):
         with pytest.raises(AssertionError, match=what):

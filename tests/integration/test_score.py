@@ -273,7 +273,7 @@ def test_dry_run_and_estimate_write_nothing(folder, tmp_path):
     ("drop", "more", "remedy"),
     [
         ("--load", "", "--hf-model DIR, or its checkpoint as --load"),
-        ("--data", "", "pass the records as --data"),
+        ("--data", "", "pass the records as --sft-data"),
         ("--tokenizer-model", "", "pass --tokenizer-model"),
         ("", "--limit 0", "whole number from 1"),
     ],
