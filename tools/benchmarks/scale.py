@@ -52,12 +52,12 @@ FLAGS = f"""
 """
 PARTS = {
     "loss": "loss",
-    "integration/metrics": "metrics",
+    "integration/loss/metrics": "metrics",
     "data": "data",
-    "integration/packed": "data",
+    "integration/training/packed": "data",
     # What Megatron leaves to CUDA and Transformer Engine, and what this machine needs in their place.
-    "integration/cpu": "CPU mode",
-    "integration/local_layers": "CPU mode",
+    "integration/platform/cpu": "CPU mode",
+    "integration/platform/local_layers": "CPU mode",
 }
 RANKS = (1, 8, 16, 64, 256, 1024)
 

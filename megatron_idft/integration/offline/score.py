@@ -1,7 +1,8 @@
 """The scoring program: a Megatron checkpoint and records in, per-record statistics under the model out.
 
-Launches need not know of each other. Each takes chunks of records from a ledger in the output folder (corpus/ledger.py)
-and writes one Parquet part per chunk; whoever finds all chunks finished merges them and writes the report.
+Launches need not know of each other. Each takes chunks of records from a ledger in the output folder
+(corpus/ledger/ledger.py) and writes one Parquet part per chunk; whoever finds all finished merges them and writes
+the report.
 """
 
 from __future__ import annotations
