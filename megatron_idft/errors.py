@@ -179,6 +179,10 @@ class TrainingStoppedError(UserError):
         self.exit_code = exit_code
 
 
+class LostRankError(TrainingStoppedError):
+    """A training that has ended on this rank because another rank is gone: that one knows the cause."""
+
+
 class PlanError(InputError):
     """A training that cannot be started, or whose memory nobody has derived; the message names the remedy."""
 

@@ -14,7 +14,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_idft.errors import VERBOSE, UserError, verbose
+from megatron_idft.errors import VERBOSE, LostRankError, UserError, verbose
 from megatron_idft.integration.platform.outcome import tell_script
 from megatron_idft.integration.platform.signals import INTERRUPTED, STOPPED
 
@@ -46,7 +46,7 @@ def report(verb: str, error: Exception) -> int:
         if failure.keep_traceback:
             text += _kept(verb, error)
         print(text, file=sys.stderr, flush=True)
-    _tell_agent(text, speaks)
+    _tell_agent(text, speaks, is_cause=speaks and not isinstance(error, LostRankError))
     return failure.exit_code
 
 
@@ -158,15 +158,15 @@ def _error_file() -> Path | None:
     return Path(place) if place else None
 
 
-def _tell_agent(text: str, spoke: bool) -> None:
-    """Give torchrun the message, which its last lines then show; the rank that spoke is the first that failed.
+def _tell_agent(text: str, spoke: bool, is_cause: bool) -> None:
+    """Give torchrun the message. Its last lines show that of the rank that failed first: one that knows the cause.
 
     In the form of torch.distributed.elastic.multiprocessing.errors.ErrorHandler, with the message for a call stack.
     """
     path = _error_file()
     if path is None:
         return
-    when = int(time.time()) + (0 if spoke else 1)
+    when = int(time.time()) + (0 if is_cause else 1)  # torchrun compares whole seconds
     shown = text if spoke else "the same error as another rank's"
     told = {"message": shown, "extraInfo": {"py_callstack": shown, "timestamp": str(when)}}
     with contextlib.suppress(OSError):

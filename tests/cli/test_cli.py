@@ -1,14 +1,18 @@
 """The verbs from outside: help, exit codes, and what doctor finds."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from launch import ROOT, forking_python
+from megatron_idft.cli.failures import report
+from megatron_idft.errors import LostRankError, TrainingStoppedError
 
 
 def command(*words: str, path: Path = ROOT, python: str | None = None) -> subprocess.CompletedProcess:
@@ -138,3 +142,15 @@ def test_of_two_ranks_one_speaks_and_torchrun_shows_what_it_said():
     lines = (done.stdout + done.stderr).splitlines()
     assert done.returncode == 1 and lines.count(said) == 1
     assert lines[-2].strip() == f"traceback : {said}"  # torchrun's line of the first rank that failed
+
+
+def test_of_a_cause_and_its_consequence_torchrun_shows_the_cause(tmp_path, monkeypatch):
+    """It takes the earliest, in whole seconds, and of equals the lowest rank."""
+    monkeypatch.setattr(time, "time", lambda: 1000.5)
+    dates = []
+    for rank, error in enumerate((LostRankError("rank 0 has lost another rank"), TrainingStoppedError("not finite"))):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"{rank}.json"))
+        assert report("train", error) == 1
+        told = json.loads((tmp_path / f"{rank}.json").read_text())["message"]
+        dates.append(told["extraInfo"]["timestamp"])
+    assert dates == ["1001", "1000"]

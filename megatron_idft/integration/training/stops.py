@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron_idft.errors import TrainingStoppedError, UserError
+from megatron_idft.errors import LostRankError, TrainingStoppedError, UserError
 from megatron_idft.integration.platform import early_ending, signals, upstream
 from megatron_idft.integration.platform.outcome import tell_launcher
 from megatron_idft.integration.platform.ranks import from_rank_0, gather, print_on_rank_0, reduced
@@ -181,7 +181,7 @@ class Stops:
         if not_written or (self._saving and lost is None and any(isinstance(link, OSError) for link in chain)):
             return TrainingStoppedError(self._save_failed(args, chain))
         if lost is not None:
-            return TrainingStoppedError(
+            return LostRankError(
                 f"rank {_rank()} has lost another rank: {_first_line(lost)}. A process or a node of this run has"
                 " died or hangs; its own lines, or its agent's, say why. " + self._next_start(args)
             )
