@@ -1,4 +1,4 @@
-"""The backends as `torch.library` operators, which torch.compile puts into its graph without looking inside.
+"""The backends as custom operators of torch, which torch.compile puts into its graph without looking inside.
 
 A traced call takes this way, so that one graph holds the whole loss (`fullgraph=True`). An eager call goes to the
 backend itself: the dispatcher would cost it some microseconds an operator. `custom_op` and not `triton_op`: how the
@@ -8,7 +8,7 @@ kernels are launched depends on addresses and strides, which are known only when
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from megatron_idft.loss import reference
 from megatron_idft.loss.autograd import TokenResults
@@ -105,7 +105,7 @@ class Operators(NamedTuple):
         )
 
 
-@torch.library.custom_op("megatron_idft::shard_state", mutates_args=())
+@library.custom_op("megatron_idft::shard_state", mutates_args=())
 def shard_state(
     logits: Tensor,
     labels: Tensor,
@@ -141,7 +141,7 @@ def _(
     return logits.new_empty(*labels.shape, size, dtype=torch.float32)
 
 
-@torch.library.custom_op("megatron_idft::token_results", mutates_args=())
+@library.custom_op("megatron_idft::token_results", mutates_args=())
 def token_results(
     states: Tensor,
     labels: Tensor,
@@ -182,7 +182,7 @@ def _computed_by_the_kernel(statistics: TokenStatistics) -> Tensor:
     raise AssertionError("a formula of the kernels was asked for its weight")
 
 
-@torch.library.custom_op("megatron_idft::write_gradient", mutates_args=("gradient",))
+@library.custom_op("megatron_idft::write_gradient", mutates_args=("gradient",))
 def write_gradient(
     logits: Tensor,
     gradient: Tensor,  # of its own, or the logits

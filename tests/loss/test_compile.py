@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
 from megatron_idft import Objective, TokenStatistics, idft, resolve_objective, vocab_parallel_loss
@@ -154,7 +154,7 @@ def test_the_operators_declare_what_they_do(engine: Engine) -> None:
     shard = {"backend": engine.backend, "start": 0, "valid_columns": 30, "vocab_size": 30}
     labels = labels.clamp(0, 29).t().contiguous().t()  # for ignored ones, some results are NaN, which equals nothing
     state_settings = {**shard, "extra_statistics": "sum_squared_prob argmax", "overwrites_logits": True}
-    torch.library.opcheck(operators.shard_state, (logits, labels), state_settings)
+    library.opcheck(operators.shard_state, (logits, labels), state_settings)
     states = operators.shard_state(logits, labels, **state_settings).unsqueeze(0)
     settings = {
         **{"gamma_lambda": engine.place(torch.tensor(0.5)), "backend": engine.backend, "vocab_size": 30},
@@ -163,11 +163,11 @@ def test_the_operators_declare_what_they_do(engine: Engine) -> None:
     }
     states = states[..., :4].contiguous()
     if engine.backend != "reference":  # which has no formulas
-        torch.library.opcheck(operators.token_results, (states, labels), settings)
+        library.opcheck(operators.token_results, (states, labels), settings)
     weight, log_prob, maximum, sum_exp = (torch.rand_like(labels, dtype=torch.float32) for _ in range(4))
     per_token = {"weight": weight, "log_prob": -log_prob, "maximum": maximum, "sum_exp": 1 + sum_exp}
     arguments = (logits, torch.empty_like(logits), labels, torch.ones_like(weight))
-    torch.library.opcheck(operators.write_gradient, arguments, {**per_token, **shard})
+    library.opcheck(operators.write_gradient, arguments, {**per_token, **shard})
     schemas = [getattr(torch.ops.megatron_idft, name).default._schema for name in ("shard_state", "token_results")]
     schemas.append(torch.ops.megatron_idft.write_gradient.default._schema)
     written = [argument.name for schema in schemas for argument in schema.arguments if argument.is_write]
