@@ -60,8 +60,8 @@ kept=$(head -n 1 realigned.jsonl | grep -o '"id": "[^"]*"')
 grep -F "$kept" data/corpus.jsonl | cut -c 1-110 | sed 's/^/        before: /'
 head -n 1 realigned.jsonl | cut -c 1-150 | sed 's/^/        after:  /'
 
-# On the first records, all of them decoded from two streams. lambda is the share of the plain one: 0 is
-# self-distillation from the hinted stream, 1 is plain sampling; by entropy it is large where the hint leaves a choice.
+# On the first records, all of them decoded from two streams. The hint share is that of the hinted one: 1 is
+# self-distillation from the hinted stream, 0 is plain sampling; by entropy it is small where the hint leaves a choice.
 mix() { # NAME FLAG…
     if [ -e "mixed-$1/report.json" ]; then return; fi
     logged "mixed-$1.log" d launch 1 "${realign[@]}" --output "mixed-$1" --limit "$mix_records" \
@@ -69,12 +69,12 @@ mix() { # NAME FLAG…
     idft realign report "mixed-$1" --title "Streams mixed: $1" | sed 's/^/        /'
 }
 if [ "$mix_records" -gt 0 ]; then
-    say "4. how the streams are mixed: by a fixed lambda, and by entropy"
-    mix hinted --mix fixed --mix-lambda 0 &
+    say "4. how the streams are mixed: by a fixed hint share, and by entropy"
+    mix hinted --mix fixed --hint-share 1 &
     first=$!
-    mix plain --mix fixed --mix-lambda 1 --first-token mixed &
+    mix plain --mix fixed --hint-share 0 --first-token mixed &
     both "$first" $!
-    mix entropy --mix linear --mix-beta 3
+    mix entropy --mix linear --mix-slope 3
 fi
 
 say "5. the realigned corpus under the same model"

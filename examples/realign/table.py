@@ -43,13 +43,13 @@ def phi_table(folder: Path) -> list[list[str]]:
 
 def mixing_table(folder: Path) -> list[list[str]]:
     rows = []
-    for name, title in (("hinted", "0"), ("entropy", "by entropy, beta 3"), ("plain", "1")):
+    for name, title in (("hinted", "1"), ("entropy", "by entropy, slope 3"), ("plain", "0")):
         part = read(folder / f"mixed-{name}" / "report.json")["corpus"]
         stage = part["stages"]["hinted"]
         right = share(stage["right"], stage["candidates"])
-        mean_lambda = f"{part['mixing']['means']['mix_weight']['value']:.3f}"
-        rows.append([title, mean_lambda, right, estimate(part["phi"]["new"]["phi_mean"])])
-    return [["lambda", "its mean", "right", "mean phi of these"], *rows]
+        mean_share = f"{part['mixing']['means']['hint_share']['value']:.3f}"
+        rows.append([title, mean_share, right, estimate(part["phi"]["new"]["phi_mean"])])
+    return [["hint share", "its mean", "right", "mean phi of these"], *rows]
 
 
 def answer_table(folder: Path) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""How far the hinted stream is followed: lambda, the share of the plain stream, from the hinted stream's entropy."""
+"""How far the hint is followed: the hint share of the next token, from the entropy of the hinted stream."""
 
 from __future__ import annotations
 
@@ -17,30 +17,37 @@ MIXING_MODES: tuple[MixingMode, ...] = get_args(MixingMode)
 
 @dataclass(frozen=True, slots=True)
 class EntropyMixing:
-    """lambda in [0, 1] from Hn = H / ln(entropy_vocab_size), H the entropy of the hinted stream at temperature 1.
+    """The hint share in [0, 1] from Hn = H / ln(entropy_vocab_size), H the hinted stream's entropy at temperature 1.
 
-    Where the hint makes the model certain, it is followed; where many continuations remain, the model's own style is.
-    The modes, linear being the paper's (arXiv 2602.12222) and the next two those of the authors' code:
+    Where the hint makes the model certain, the hint is followed; where many continuations remain, the model's own style
+    is. The modes, linear being the paper's (arXiv 2602.12222) and the next two those of the authors' code:
 
-        linear     clamp(beta Hn, 0, 1)
-        sigmoid    1 / (1 + exp(-beta (Hn - center)))
-        piecewise  0 up to Hn = low, 1 from Hn = high, linear between
-        fixed      value. With 0 the hinted stream alone writes (answer-conditioned self-distillation); with 1, and
-                   first_token_hinted off, the plain one (plain sampling).
+        linear     1 - clamp(slope Hn, 0, 1)
+        sigmoid    1 - 1 / (1 + exp(-slope (Hn - center)))
+        piecewise  1 up to Hn = low, 0 from Hn = high, linear between
+        fixed      hint_share. With 1 only the hinted stream writes (answer-conditioned self-distillation); with 0, and
+                   first_token_hinted off, only the plain one (plain sampling).
 
-    entropy_vocab_size: the authors take their model's padded number of rows.
-    first_token_hinted: the first token comes from the hinted stream alone, as in the authors' code.
+    Args:
+        entropy_vocab_size: V of Hn; the authors take their model's padded number of rows.
+        mode: one of the above.
+        slope: of linear and sigmoid; the paper's beta.
+        center: of sigmoid.
+        low, high: of piecewise.
+        hint_share: of fixed, and only there.
+        first_token_hinted: the first token comes from the hinted stream alone, as in the authors' code.
 
-    Raises InputError for values outside their range.
+    Raises:
+        InputError: a value lies outside its range.
     """
 
     entropy_vocab_size: int
     mode: MixingMode = "linear"
-    beta: float = 3.0
+    slope: float = 3.0
     center: float = 0.5
     low: float = 0.3
     high: float = 0.7
-    value: float | None = None
+    hint_share: float | None = None
     first_token_hinted: bool = True
 
     def __post_init__(self) -> None:
@@ -48,37 +55,49 @@ class EntropyMixing:
             raise InputError(f"mixing {self.mode!r} is none of {', '.join(MIXING_MODES)}")
         if self.entropy_vocab_size < 2:
             raise InputError(f"entropy vocabulary of {self.entropy_vocab_size}: pass a whole number from 2")
-        if not 0 <= self.beta < math.inf:
-            raise InputError(f"mixing beta {self.beta}: pass a number from 0")
+        if not 0 <= self.slope < math.inf:
+            raise InputError(f"mixing slope {self.slope}: pass a number from 0")
         if not 0 <= self.low < self.high <= 1:
             raise InputError(f"mixing from {self.low} to {self.high}: pass 0 <= low < high <= 1")
-        if (self.mode == "fixed") != (self.value is not None):
-            raise InputError("the mixing fixed, and no other one, needs a value for lambda: pass --mix-lambda")
-        if self.value is not None and not 0 <= self.value <= 1:
-            raise InputError(f"lambda {self.value}: pass a number from 0 to 1")
+        if (self.mode == "fixed") != (self.hint_share is not None):
+            raise InputError("the mixing fixed, and no other one, needs a hint share: pass --hint-share")
+        if self.hint_share is not None and not 0 <= self.hint_share <= 1:
+            raise InputError(f"hint share {self.hint_share}: pass a number from 0 to 1")
 
-    def __call__(self, hinted_entropy: Tensor) -> Tensor:
-        """lambda, fp32 [n], from H in nats, fp32 [n]."""
-        share = hinted_entropy / math.log(self.entropy_vocab_size)
+    def plain_share(self, hinted_entropy: Tensor) -> Tensor:
+        """The share of the plain stream: lambda of `Mixing`.
+
+        Args:
+            hinted_entropy: fp32 [n], H in nats.
+
+        Returns:
+            fp32 [n]. The hint share is 1 less it: where it is small, fp32 keeps more digits of it.
+        """
+        normalized = hinted_entropy / math.log(self.entropy_vocab_size)
         if self.mode == "linear":
-            return (self.beta * share).clamp(0, 1)
+            return (self.slope * normalized).clamp(0, 1)
         if self.mode == "sigmoid":
-            return torch.sigmoid(self.beta * (share - self.center))
+            return torch.sigmoid(self.slope * (normalized - self.center))
         if self.mode == "piecewise":
-            return ((share - self.low) / (self.high - self.low)).clamp(0, 1)
-        return torch.full_like(share, self.value or 0.0)
+            return ((normalized - self.low) / (self.high - self.low)).clamp(0, 1)
+        return torch.full_like(normalized, 1 - (self.hint_share or 0.0))
 
     @property
-    def has_beta(self) -> bool:
+    def has_slope(self) -> bool:
         return self.mode in ("linear", "sigmoid")
 
     def scaled(self, factor: float) -> EntropyMixing:
-        """The same with beta times `factor`; without change where the mode has no beta."""
-        return replace(self, beta=self.beta * factor) if self.has_beta else self
+        """The same with `factor` times the slope; without change where the mode has no slope."""
+        return replace(self, slope=self.slope * factor) if self.has_slope else self
 
     def describe(self) -> dict[str, Any]:
-        """What the mode uses, for manifests and reports."""
-        used = {"sigmoid": ("beta", "center"), "linear": ("beta",), "piecewise": ("low", "high"), "fixed": ("value",)}
+        """The numbers that the mode uses, for manifests and reports."""
+        used = {
+            "sigmoid": ("slope", "center"),
+            "linear": ("slope",),
+            "piecewise": ("low", "high"),
+            "fixed": ("hint_share",),
+        }
         return {
             "mode": self.mode,
             **{name: getattr(self, name) for name in used[self.mode]},

@@ -20,12 +20,16 @@ PAPER_SAMPLING = Sampling(temperature=0.3, top_p=0.95, cut_before_temperature=Tr
 class RealignSettings:
     """All that decides what the responses are, besides the model, its tokenizer and the records.
 
-    max_positions: the context in tokens. max_tokens: of one response. template: with a marker, the model analyses the
-    reference first; without one, the rendered template alone is the hint. rollout_samples: 0 leaves the stage out.
-    fallback, after_retries: what becomes of a turn for which no candidate was accepted. retries: further tries of
-    hinted decoding, for fallback "retry"; each with another seed and with beta times `retry_beta_factor` once more.
-    unverified: what becomes of a turn without a reference, or for which nothing was right and something could not be
-    compared; "keep" accepts its first such candidate that ended by itself and does not betray the hint.
+    Attributes:
+        max_positions: the context in tokens.
+        max_tokens: the longest response in tokens.
+        template: with a marker, the model analyses the reference first; without one, the rendered template is the hint.
+        rollout_samples: 0 leaves the stage out.
+        fallback, after_retries: the fate of a turn for which no candidate was accepted.
+        retries: further tries of hinted decoding, for fallback "retry"; each with another seed.
+        retry_slope_factor: each retry multiplies the slope of the mixing by this once more.
+        unverified: the fate of a turn without a reference, or for which nothing was right and something could not be
+            compared; "keep" accepts its first such candidate that ended by itself and does not betray the hint.
     """
 
     seed: int
@@ -43,7 +47,7 @@ class RealignSettings:
     stop_on_first_token: bool = False
     fallback: Fallback = "drop"
     retries: int = 2
-    retry_beta_factor: float = 0.5
+    retry_slope_factor: float = 0.5
     after_retries: Literal["drop", "original"] = "drop"
     unverified: Unverified = "drop"
 
@@ -57,7 +61,7 @@ class RealignSettings:
         if self.template.marker is not None:
             analysis = _sampling(self.analysis_sampling) | {"max_tokens": self.analysis_max_tokens}
         rollouts = _sampling(self.rollout_sampling) | {"samples": self.rollout_samples}
-        retry = {"retries": self.retries, "beta_factor": self.retry_beta_factor, "after_retries": self.after_retries}
+        retry = {"retries": self.retries, "slope_factor": self.retry_slope_factor, "after_retries": self.after_retries}
         return {
             "seed": self.seed,
             "seq_length": self.max_positions,

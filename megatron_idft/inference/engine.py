@@ -48,7 +48,7 @@ class _Sequence:
     def __init__(self, request: Request, row: int, hinted_row: int | None) -> None:
         self.request, self.row, self.hinted_row = request, row, hinted_row
         self.tokens: list[int] = []
-        self.values: list[NDArray[np.float64]] = []  # per token: log_prob, entropy, lambda, hinted entropy
+        self.values: list[NDArray[np.float64]] = []  # per token: log_prob, entropy, hint share, hinted entropy
         self.tail = ""
         self.split_at: int | None = None
 
@@ -293,7 +293,7 @@ class DecodeEngine:
         paired: Sequence[_Sequence],
         settings: DecodeSettings,
     ) -> NDArray[np.float64]:
-        """[rows, 5] of the next token of each running sequence: id, log_prob, entropy, lambda, hinted entropy."""
+        """[rows, 5] of the next token of each running sequence: id, log_prob, entropy, hint share, hinted entropy."""
         n = plain.active
         logits = self._forward([plain, hinted])  # [n + hinted.active, V/tp]
         merged, shard = distribution_statistics(logits, tp_group=self.model.tp_group, vocab_size=self.vocab_size)
@@ -301,22 +301,22 @@ class DecodeEngine:
         # In place, and finite, so that a share of 0 of either stream is 0 of it.
         log_probs = log_probs.sub_(merged.max[:, None]).sub_(merged.sum_exp.log()[:, None]).clamp_(min=LOWEST)
         scores, own = log_probs[:n], log_probs[:n]
-        mix_weight = torch.ones(n, device=scores.device)
-        hinted_entropy = torch.full_like(mix_weight, torch.nan)
+        plain_share = torch.ones(n, device=scores.device)
+        hinted_entropy = torch.full_like(plain_share, torch.nan)
         if paired:
             assert settings.mixing is not None
             rows = self._tensor(np.array([sequence.row for sequence in paired]))
-            weight = settings.mixing(merged.entropy[n:])
+            share = settings.mixing.plain_share(merged.entropy[n:])
             if settings.mixing.first_token_hinted:
-                weight = weight.where(self._tensor(np.array([bool(sequence.tokens) for sequence in paired])), 0.0)
-            mix_weight[rows], hinted_entropy[rows] = weight, merged.entropy[n:]
-            scores = own.index_copy(0, rows, torch.lerp(log_probs[n:], own[rows], weight[:, None]))
+                share = share.where(self._tensor(np.array([bool(sequence.tokens) for sequence in paired])), 0.0)
+            plain_share[rows], hinted_entropy[rows] = share, merged.entropy[n:]
+            scores = own.index_copy(0, rows, torch.lerp(log_probs[n:], own[rows], share[:, None]))
         draws = np.array([draw(s.request.seed, s.request.id, len(s.tokens)) for s in running])
         chosen = choose(
             scores, own, settings.sampling, self._tensor(draws), shard, candidates=max(FIRST_CANDIDATES, 2 * self._kept)
         )
         self._kept = chosen.kept
-        columns = [chosen.tokens, chosen.log_prob, merged.entropy[:n], mix_weight, hinted_entropy]
+        columns = [chosen.tokens, chosen.log_prob, merged.entropy[:n], 1 - plain_share.double(), hinted_entropy]
         values = torch.stack([column.double() for column in columns], -1).cpu().numpy()
         broken = np.flatnonzero(~np.isfinite(values[:, :3]).all(-1))
         if len(broken):
@@ -382,10 +382,10 @@ def _repeats(tokens: Sequence[int], repetition: Repetition) -> bool:
 
 
 def _completion(sequence: _Sequence, reason: FinishReason) -> Completion:
-    log_prob, entropy, mix_weight, hinted_entropy = np.array(sequence.values, dtype=np.float32).T
+    log_prob, entropy, hint_share, hinted_entropy = np.array(sequence.values, dtype=np.float32).T
     tokens = np.array(sequence.tokens, dtype=np.int32)
     return Completion(
-        sequence.request, tokens, reason, log_prob, entropy, mix_weight, hinted_entropy, sequence.split_at
+        sequence.request, tokens, reason, log_prob, entropy, hint_share, hinted_entropy, sequence.split_at
     )
 
 

@@ -30,14 +30,17 @@ class Request:
 
 
 class Mixing(Protocol):
-    """How two streams become one distribution, proportional to hinted^(1 - lambda) * plain^lambda."""
+    """How two streams become one distribution, proportional to hinted^s * plain^(1 - s), s being the hint share.
+
+    The paper writes lambda for the share of the plain stream, 1 - s; in this project lambda is IDFT's schedule.
+    """
 
     @property
     def first_token_hinted(self) -> bool:
         """Whether the first token comes from the hinted stream alone."""
 
-    def __call__(self, hinted_entropy: Tensor) -> Tensor:
-        """lambda in [0, 1] from the entropy of the hinted stream, in nats; both fp32 [n]."""
+    def plain_share(self, hinted_entropy: Tensor) -> Tensor:
+        """1 - s in [0, 1] from the entropy of the hinted stream, in nats; both fp32 [n]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +108,15 @@ class DecodeSettings:
 
 @dataclass(slots=True)
 class Completion:
-    """A response, with what was known when each of its n tokens was drawn.
+    """A response, with the numbers of each of its n tokens from the step that drew it.
 
-    token_ids: int32 [n], with the stop token if that is what ended it. log_prob, entropy: fp32 [n], of the token and of
-    the distribution under the plain prompt, temperature 1, nats, nothing cut: their sum is phi. mix_weight: fp32 [n],
-    lambda, the share of the plain stream: 1 where it ran alone. hinted_entropy: fp32 [n], nats; NaN where there was no
-    hinted stream. split_at: the number of tokens after which the splitter had been written; None if it never was.
+    Attributes:
+        token_ids: int32 [n], with the stop token if one ended the response.
+        log_prob, entropy: fp32 [n], of the token and of the distribution under the plain prompt, temperature 1, nats,
+            nothing cut: their sum is phi.
+        hint_share: fp32 [n], the share of the hinted stream: 0 where only the plain one ran.
+        hinted_entropy: fp32 [n], nats; NaN where there was no hinted stream.
+        split_at: the number of tokens after which the splitter had been written; None if it never was.
     """
 
     request: Request
@@ -118,7 +124,7 @@ class Completion:
     finish_reason: FinishReason
     log_prob: NDArray[np.float32]
     entropy: NDArray[np.float32]
-    mix_weight: NDArray[np.float32] = field(repr=False)
+    hint_share: NDArray[np.float32] = field(repr=False)
     hinted_entropy: NDArray[np.float32] = field(repr=False)
     split_at: int | None = None
 

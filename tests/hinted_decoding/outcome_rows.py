@@ -8,24 +8,24 @@ import numpy as np
 WORDS = (" the", " a", " so", " we", " x", " =", " 2", " +", "\n", " then", ".", " sum", " answer", ",", " is", " it")
 
 
-def scores(rng, count, *, hinted=False, beta=3.0, temperature=1.0, foreign=0.0, alone_from=None):
+def scores(rng, count, *, hinted=False, slope=3.0, temperature=1.0, foreign=0.0, alone_from=None):
     """Tokens drawn at `temperature` and their scores; fp32, as in the rows. foreign: share drawn uniformly instead."""
     logits = np.where(rng.random(count) < 0.6, 5.0, 1.5)[:, None] * rng.normal(size=(count, len(WORDS)))
     plain = _log_softmax(logits)
     entropy = -(np.exp(plain) * plain).sum(1)
-    weight, hinted_entropy, mixed = np.ones(count), np.full(count, np.nan), plain
+    share, hinted_entropy, mixed = np.zeros(count), np.full(count, np.nan), plain
     if hinted:
         other = _log_softmax(logits + rng.normal(size=logits.shape))
         hinted_entropy = -(np.exp(other) * other).sum(1)
-        weight = np.clip(beta * hinted_entropy / np.log(len(WORDS)), 0, 1)
-        weight[0] = 0
+        share = 1 - np.clip(slope * hinted_entropy / np.log(len(WORDS)), 0, 1)
+        share[0] = 1
         if alone_from is not None:
-            weight[alone_from:], hinted_entropy[alone_from:] = 1, np.nan
-        mixed = (1 - weight)[:, None] * other + weight[:, None] * plain
+            share[alone_from:], hinted_entropy[alone_from:] = 0, np.nan
+        mixed = share[:, None] * other + (1 - share)[:, None] * plain
     chosen = (mixed / temperature + rng.gumbel(size=logits.shape)).argmax(1)
     chosen = np.where(rng.random(count) < foreign, rng.integers(0, len(WORDS), count), chosen)
     log_prob = plain[np.arange(count), chosen]
-    arrays = {"log_prob": log_prob, "entropy": entropy, "phi": log_prob + entropy, "mix_weight": weight}
+    arrays = {"log_prob": log_prob, "entropy": entropy, "phi": log_prob + entropy, "hint_share": share}
     arrays["hinted_entropy"] = hinted_entropy
     return {"token_ids": chosen} | {name: values.astype(np.float32) for name, values in arrays.items()}
 
@@ -40,13 +40,13 @@ def sums(drawn, prefix=""):
 
 def candidate(drawn, stage, **columns):
     two = np.isfinite(drawn["hinted_entropy"])
-    weights = drawn["mix_weight"][two]
+    shares = drawn["hint_share"][two]
     row = {
-        "stage": stage, "seed": 0, "beta": None if stage == "rollout" else 3.0, "accepted": False,
+        "stage": stage, "seed": 0, "slope": None if stage == "rollout" else 3.0, "accepted": False,
         "rejected_because": None, "verdict": "right", "verified_by": "number", "extracted": "4", "leak": None,
         "finish_reason": "eos", "text": text(drawn), "split_at": None,
-        "lambda_mean": float(weights.mean()) if len(weights) else None,
-        "lambda_max": float(weights.max()) if len(weights) else None,
+        "hint_share_mean": float(shares.mean()) if len(shares) else None,
+        "hint_share_min": float(shares.min()) if len(shares) else None,
     }  # fmt: skip
     return row | sums(drawn) | columns
 
@@ -60,7 +60,7 @@ def turn(original, candidates=(), stage=None, accepted=None, **columns):
     row = {
         "message": 1, "stage": stage, "reason": None, "num_prompt_tokens": 9, "num_hinted_prompt_tokens": 30,
         "analysis_tokens": None, "original_text": None if original is None else text(original),
-        "candidates": list(candidates), "token_ids": [], "tokens": [], "mix_weight": [], "phi": [], "entropy": [],
+        "candidates": list(candidates), "token_ids": [], "tokens": [], "hint_share": [], "phi": [], "entropy": [],
         "hinted_entropy": [],
     }  # fmt: skip
     if original is not None:

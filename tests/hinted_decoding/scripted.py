@@ -68,7 +68,7 @@ class ScriptedEngine:
             reason,
             log_prob=(-0.1 * np.arange(n)).astype(np.float32),
             entropy=np.full(n, 0.25, dtype=np.float32),
-            mix_weight=np.where(mixed & hinted, 0.5, 1.0).astype(np.float32),
+            hint_share=np.where(mixed & hinted, 0.75, 0.0).astype(np.float32),
             hinted_entropy=np.where(mixed & hinted, 0.7, np.nan).astype(np.float32),
             split_at=n // 2 if hinted else None,
         )

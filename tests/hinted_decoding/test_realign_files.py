@@ -6,18 +6,21 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from outcome_rows import realigned_rows
 
 from megatron_idft.corpus.ledger.ledger import Ledger
 from megatron_idft.corpus.records import read_records
-from megatron_idft.errors import InputError, RecordError
+from megatron_idft.errors import InputError, RecordError, SettingsMismatch
 from megatron_idft.hinted_decoding.input.provided import ProvidedTexts
 from megatron_idft.hinted_decoding.input.record_store import RecordStore, build_store, store_path
+from megatron_idft.hinted_decoding.output.former_names import current_settings
 from megatron_idft.hinted_decoding.output.merge import merge
 from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA, TURN
-from megatron_idft.hinted_decoding.output.results import open_retry, read_outcomes, retry_folders
+from megatron_idft.hinted_decoding.output.results import open_retry, read_outcomes, read_settings, retry_folders
 from megatron_idft.hinted_decoding.output.status import describe_status
 from megatron_idft.hinted_decoding.report.page import summarize
 from megatron_idft.integration.offline.program import write_part
@@ -230,6 +233,70 @@ def test_a_folder_of_an_earlier_version_is_read(tmp_path):
     numbers = summarize(read_outcomes(tmp_path / "out"), {}, "t")["corpus"]
     assert numbers["reasons"]["dropped"] == [{"name": "why", "count": 2}]
     assert numbers["failures"] == {"rollout": [], "hinted": [], "retry": []}
+
+
+FORMER_CANDIDATE = {"slope": "beta", "hint_share_mean": "lambda_mean", "hint_share_min": "lambda_max"}
+
+
+def with_shares_of_the_plain_stream(rows: list[dict]) -> pa.Table:
+    """As versions wrote them that recorded lambda, the share of the plain stream."""
+    for row in rows:
+        for turn in row["turns"] or ():
+            turn["mix_weight"] = [1 - share for share in turn.pop("hint_share")]
+            for candidate in turn["candidates"]:
+                for name, former in FORMER_CANDIDATE.items():
+                    value = candidate.pop(name)
+                    candidate[former] = value if value is None or name == "slope" else 1 - value
+        if row["status"] == "kept":
+            turns = [{"stage": "hinted", "beta": 3.0, "lambda_mean": 0.25, "lambda_max": 0.75}, {"stage": "original"}]
+            row["record"] = json.dumps({"id": row["id"], "text": "ä λ", "realigned": {"turns": turns}})
+    return pa.Table.from_pylist(rows)
+
+
+def test_a_folder_that_recorded_the_share_of_the_plain_stream_is_read_as_hint_shares(tmp_path):
+    count = 30
+    expected = pa.Table.from_pylist(list(realigned_rows(count, seed=3)), OUTCOME_SCHEMA).to_pylist()
+    former = with_shares_of_the_plain_stream(list(realigned_rows(count, seed=3)))
+    with Ledger(tmp_path / "out", {"s": 1}, 1) as ledger:
+        ledger.finish(ledger.claim(), partial(pq.write_table, former))
+    found = list(read_outcomes(tmp_path / "out"))
+    tried = 0
+    for row, wanted in zip(found, expected, strict=True):
+        for turn, turn_wanted in zip(row["turns"] or (), wanted["turns"] or (), strict=True):
+            np.testing.assert_allclose(turn["hint_share"], turn_wanted["hint_share"], atol=1e-6)
+            assert "mix_weight" not in turn
+            for one, one_wanted in zip(turn["candidates"], turn_wanted["candidates"], strict=True):
+                assert not set(FORMER_CANDIDATE.values()) & set(one) and one["slope"] == one_wanted["slope"]
+                for name in ("hint_share_mean", "hint_share_min"):
+                    assert one[name] == pytest.approx(one_wanted[name], abs=1e-6)
+                tried += one["slope"] is not None
+    assert tried > 10
+    means = [summarize(rows, {}, "t")["corpus"]["mixing"]["means"]["hint_share"] for rows in (found, expected)]
+    assert means[0] == pytest.approx(means[1], abs=1e-6) and means[0]["value"] < 1
+    kept = merge(tmp_path / "out", tmp_path / "a.jsonl")["kept"]
+    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    turn = {"stage": "hinted", "slope": 3.0, "hint_share_mean": 0.75, "hint_share_min": 0.25}
+    assert len(records) == kept and all(record["text"] == "ä λ" for record in records)
+    assert all(record["realigned"]["turns"] == [turn, {"stage": "original"}] for record in records)
+
+
+def test_a_job_that_was_begun_under_the_former_names_goes_on_and_others_are_refused(tmp_path):
+    former = {"mixing": {"mode": "fixed", "value": 0.9}, "retry": {"retries": 2, "beta_factor": 0.5}, "seed": 1}
+    now = {"mixing": {"mode": "fixed", "hint_share": 0.1}, "retry": {"retries": 2, "slope_factor": 0.5}, "seed": 1}
+    with Ledger(tmp_path / "fixed", former, 1):
+        pass
+    assert read_settings(tmp_path / "fixed") == now
+    with Ledger(tmp_path / "fixed", now, 1, current=current_settings) as ledger:
+        assert ledger.claim() == 0
+    misread = now | {"mixing": {"mode": "fixed", "hint_share": 0.9}}
+    with pytest.raises(SettingsMismatch, match=r"mixing\.hint_share: 0\.1 in the folder, 0\.9 now"):
+        Ledger(tmp_path / "fixed", misread, 1, current=current_settings)
+    with Ledger(tmp_path / "linear", {"mixing": {"mode": "linear", "beta": 3.0}, "retry": None}, 1):
+        pass
+    linear = {"mixing": {"mode": "linear", "slope": 3.0}, "retry": None}
+    assert read_settings(tmp_path / "linear") == linear
+    with Ledger(tmp_path / "linear", linear, 1, current=current_settings):
+        pass
 
 
 def test_status_says_what_became_of_the_records(finished):

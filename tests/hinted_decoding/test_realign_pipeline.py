@@ -81,7 +81,7 @@ def test_the_first_right_rollout_is_taken_and_nothing_more_is_asked(tokenizer):
     assert written["tokenizer_fingerprint"] == tokenizer.fingerprint()
     made = written["realigned"]
     assert made["model"] == "m" and made["prompt"] == ANALYSIS.sha256
-    assert made["turns"][0] | {"stage": "rollout", "verdict": "right", "seed": 5, "beta": None} == made["turns"][0]
+    assert made["turns"][0] | {"stage": "rollout", "verdict": "right", "seed": 5, "slope": None} == made["turns"][0]
 
 
 def test_statistics_of_original_and_candidate(tokenizer):
@@ -126,13 +126,13 @@ def test_what_is_wrong_alone_is_hinted_behind_the_last_marker(tokenizer):
     assert tokenizer.decode(engine.requests["r/0/analysis"].prompt) == asked
     assert engine.requests["r/0/analysis"].hinted_prompt is None
     decoding, analysing = engine.settings_of("r/0/hinted"), engine.settings_of("r/0/analysis")
-    assert decoding.mixing.beta == 3.0 and decoding.stopping.splitter == "\\boxed{" and analysing.mixing is None
+    assert decoding.mixing.slope == 3.0 and decoding.stopping.splitter == "\\boxed{" and analysing.mixing is None
     assert not decoding.stopping.stop_on_first_token and analysing.stopping.stop_on_first_token
     assert analysing.sampling.temperature == 0 and decoding.sampling.cut_before_temperature
     assert decoding.stopping.piece(int(hinted.prompt[0])) == "<|im_start|>"
     [turn] = row["turns"]
     candidate = turn["candidates"][1]
-    assert (candidate["beta"], candidate["lambda_mean"], candidate["lambda_max"]) == (3.0, 0.5, 0.5)
+    assert (candidate["slope"], candidate["hint_share_mean"], candidate["hint_share_min"]) == (3.0, 0.75, 0.75)
     assert turn["num_hinted_prompt_tokens"] == len(hinted.hinted_prompt) and turn["analysis_tokens"] > 10
     assert sum(np.isfinite(turn["hinted_entropy"])) == candidate["split_at"] > 0
     assert turn["tokens"] == [tokenizer.decode([i]) for i in turn["token_ids"]]
@@ -193,14 +193,14 @@ def test_a_turn_without_a_marker_is_not_hinted(tokenizer):
     assert describe_reason(row) == "own response: wrong; hinted: no marker in the analysis"
 
 
-def test_retries_change_seed_and_beta_until_one_is_right(tokenizer):
+def test_retries_change_seed_and_slope_until_one_is_right(tokenizer):
     script = {"r/0/hinted": WRONG, "r/0/retry/1": LEAK, "r/0/retry/2": RIGHT}
-    policy = {"template": HINT, "rollout_samples": 0, "fallback": "retry", "retries": 4, "retry_beta_factor": 0.5}
+    policy = {"template": HINT, "rollout_samples": 0, "fallback": "retry", "retries": 4, "retry_slope_factor": 0.5}
     [row], engine = run(tokenizer, script, record(), **policy)
     assert stages(row) == [("hinted", "wrong", False), ("retry", "leak", False), ("retry", None, True)]
     tried = row["turns"][0]["candidates"]
-    assert [(c["seed"], c["beta"]) for c in tried] == [(5, 3.0), (6, 1.5), (7, 0.75)]
-    assert [call[1].mixing.beta for call in engine.calls] == [3.0, 1.5, 0.75]
+    assert [(c["seed"], c["slope"]) for c in tried] == [(5, 3.0), (6, 1.5), (7, 0.75)]
+    assert [call[1].mixing.slope for call in engine.calls] == [3.0, 1.5, 0.75]
     assert json.loads(row["record"])["realigned"]["turns"][0]["stage"] == "retry"
 
 

@@ -21,7 +21,7 @@ from megatron_idft.hinted_decoding.report.page import summarize, write_report
 PLAIN = {"samples": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 SETTINGS = {
     "model": "a/model", "data": ["train.jsonl", "more.jsonl"], "records": 200,
-    "mixing": {"mode": "linear", "beta": 3.0}, "rollouts": PLAIN,
+    "mixing": {"mode": "linear", "slope": 3.0}, "rollouts": PLAIN,
     "hinted": {"temperature": 0.5, "top_p": 0.95, "top_k": 0},
     "fallback": "original", "unverified": "drop",
 }  # fmt: skip
@@ -211,17 +211,17 @@ def test_a_record_that_is_the_same_before_and_after_has_no_difference_and_no_err
     assert paired["length_ratio"] == {"value": 1, "se": pytest.approx(0, abs=1e-9)}
 
 
-def test_lambda_and_entropy_along_the_response():
+def test_hint_share_and_entropy_along_the_response():
     rows, mixing = rows_once(), data_once()["corpus"]["mixing"]
-    tokens = []  # record, place as a share, position, lambda, entropy, hinted entropy
+    tokens = []  # record, place as a share, position, hint share, entropy, hinted entropy
     for row, one in turns_of(rows, "kept"):
         two = ~np.isnan(one["hinted_entropy"])
         assert two.any() == (one["stage"] in ("hinted", "retry"))
         for i in np.flatnonzero(two):
             place = 10 * i // len(two)
-            tokens.append((row, place, i, one["mix_weight"][i], one["entropy"][i], one["hinted_entropy"][i]))
+            tokens.append((row, place, i, one["hint_share"][i], one["entropy"][i], one["hinted_entropy"][i]))
     assert mixing["tokens"] == len(tokens) < mixing["tokens_of_response"]
-    for name, column in (("mix_weight", 3), ("entropy", 4), ("hinted_entropy", 5)):
+    for name, column in (("hint_share", 3), ("entropy", 4), ("hinted_entropy", 5)):
         check_ratio(mixing["means"][name], [(token[0], (token[column], 1)) for token in tokens])
         for place in range(10):
             inside = [(token[0], (token[column], 1)) for token in tokens if token[1] == place]
@@ -233,12 +233,12 @@ def test_lambda_and_entropy_along_the_response():
             inside = [token[column] for token in tokens if start <= token[2] < stop]
             assert mixing["positions"]["tokens"][bucket] == len(inside)
             assert mixing["positions"][name][bucket]["value"] == pytest.approx(np.mean(inside), rel=1e-9)
-    assert mixing["positions"]["mix_weight"][0]["value"] == 0  # the first token is the hinted stream's
-    weights = np.array([token[3] for token in tokens])
-    assert mixing["means"]["at_0"]["value"] == pytest.approx(np.mean(weights == 0))
-    assert mixing["means"]["at_1"]["value"] == pytest.approx(np.mean(weights == 1))
-    inner = np.histogram(weights[(weights > 0) & (weights < 1)], np.linspace(0, 1, 21))[0].tolist()
-    assert mixing["histogram"] == [int((weights == 0).sum()), *inner, int((weights == 1).sum())]
+    assert mixing["positions"]["hint_share"][0]["value"] == 1  # the first token is the hinted stream's
+    shares = np.array([token[3] for token in tokens])
+    assert mixing["means"]["at_0"]["value"] == pytest.approx(np.mean(shares == 0))
+    assert mixing["means"]["at_1"]["value"] == pytest.approx(np.mean(shares == 1))
+    inner = np.histogram(shares[(shares > 0) & (shares < 1)], np.linspace(0, 1, 21))[0].tolist()
+    assert mixing["histogram"] == [int((shares == 0).sum()), *inner, int((shares == 1).sum())]
 
 
 def test_own_samples_are_the_null_only_where_nothing_was_tempered_or_cut(tmp_path):
@@ -282,7 +282,7 @@ def test_examples():
     row = next(row for row in rows if row["id"] == example["id"])
     [one] = [one for one in row["turns"] if one["message"] == example["message"]]
     [excerpt] = example["excerpts"]
-    for column, name in enumerate(("tokens", "mix_weight", "phi", "entropy")):
+    for column, name in enumerate(("tokens", "hint_share", "phi", "entropy")):
         values = [token[column] for token in excerpt["tokens"]]
         assert values == (one[name] if name == "tokens" else pytest.approx(one[name], abs=1e-4))
     assert [token[4] is None for token in excerpt["tokens"]] == np.isnan(one["hinted_entropy"]).tolist()
@@ -313,11 +313,11 @@ def test_the_page_shows_the_numbers_of_the_json(tmp_path):
         assert number(estimate["value"], sign=True) in text and number(estimate["se"]) in text
     for stage in STAGES:
         assert f"{number(100 * part['stages'][stage]['accuracy']['value'], 1)} %" in text
-    assert number(part["mixing"]["means"]["mix_weight"]["value"]) in text
+    assert number(part["mixing"]["means"]["hint_share"]["value"]) in text
     for shown in data["examples"].values():
         for example in shown:
             assert example["id"] in text and number(example["gain"], sign=True) in text
-    for said in ("mixing.beta", "train.jsonl, more.jsonl", "What these numbers do not prove", "that of the verifier"):
+    for said in ("mixing.slope", "train.jsonl, more.jsonl", "What these numbers do not prove", "that of the verifier"):
         assert said in text
     for said in ("φ alone does not make data good or bad", "Unknown verdicts", "the prompt is longer than the context"):
         assert said in text
@@ -400,7 +400,7 @@ def test_corners(corner, settings, tmp_path):
         assert part["turns"]["dropped"] == 3 and part["stages"]["rollout"]["accuracy"]["value"] == 0
         assert part["phi"]["original"]["tokens"] == 3 and part["phi"]["new"]["tokens"] == 0
     if corner == "one token":
-        assert part["mixing"]["means"]["at_0"] == {"value": 1, "se": None}
+        assert part["mixing"]["means"]["at_1"] == {"value": 1, "se": None}
         assert part["stages"]["hinted"]["splitter"]["places"][-1] == 1
 
 
@@ -408,7 +408,7 @@ def test_lists_may_be_numpy_arrays():
     rows = pa.Table.from_pylist(list(realigned_rows(30, seed=6)), OUTCOME_SCHEMA).to_pylist()
     listed = summarize(rows, SETTINGS, "")
     for _, one in turns_of(rows, "kept", "dropped"):
-        one |= {key: np.array(one[key]) for key in ("token_ids", "mix_weight", "phi", "entropy", "hinted_entropy")}
+        one |= {key: np.array(one[key]) for key in ("token_ids", "hint_share", "phi", "entropy", "hinted_entropy")}
         one["tokens"] = np.array(one["tokens"], dtype=object)
     assert summarize(rows, SETTINGS, "") == listed
 

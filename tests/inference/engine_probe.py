@@ -2,7 +2,7 @@
 
     engine_probe.py CASES.json OUT.json <flags of `score`>
 
-A case: requests, sampling, stopping, mixing (a fixed number, or the beta of the paper's linear form), max_rows,
+A case: requests, sampling, stopping, mixing (a fixed hint share, or the slope of the paper's linear form), max_rows,
 memory_bytes, graphs (False: none), decode (False: score the prompts), cudnn (whether attention may be cuDNN's; the
 answer then tells what attention saw, too), refused (the answer is what the engine says). Runs on a GPU where there is
 one. Only one rank writes; the ranks' results are compared first.
@@ -23,19 +23,19 @@ POSITIONS = 96
 
 
 class Linear:
-    def __init__(self, beta: float, vocab_size: int, first_token_hinted: bool) -> None:
-        self.beta, self.log_vocab, self.first_token_hinted = beta, float(np.log(vocab_size)), first_token_hinted
+    def __init__(self, slope: float, vocab_size: int, first_token_hinted: bool) -> None:
+        self.slope, self.log_vocab, self.first_token_hinted = slope, float(np.log(vocab_size)), first_token_hinted
 
-    def __call__(self, hinted_entropy: torch.Tensor) -> torch.Tensor:
-        return (self.beta * hinted_entropy / self.log_vocab).clamp(0, 1)
+    def plain_share(self, hinted_entropy: torch.Tensor) -> torch.Tensor:
+        return (self.slope * hinted_entropy / self.log_vocab).clamp(0, 1)
 
 
 class Fixed:
-    def __init__(self, weight: float, first_token_hinted: bool) -> None:
-        self.weight, self.first_token_hinted = weight, first_token_hinted
+    def __init__(self, hint_share: float, first_token_hinted: bool) -> None:
+        self.hint_share, self.first_token_hinted = hint_share, first_token_hinted
 
-    def __call__(self, hinted_entropy: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(hinted_entropy, self.weight)
+    def plain_share(self, hinted_entropy: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(hinted_entropy, 1 - self.hint_share)
 
 
 def run(engine, case, vocab_size):
@@ -73,10 +73,10 @@ def answers(engine, case, vocab_size):
     if "splitter" in stopping:
         stopping["piece"] = lambda token: f"<{token}>"
     mixing, first = None, case.get("first_token_hinted", True)
-    if "beta" in case:
-        mixing = Linear(case["beta"], vocab_size, first)
-    elif "weight" in case:
-        mixing = Fixed(case["weight"], first)
+    if "slope" in case:
+        mixing = Linear(case["slope"], vocab_size, first)
+    elif "hint_share" in case:
+        mixing = Fixed(case["hint_share"], first)
     settings = DecodeSettings(Sampling(**case["sampling"]), Stopping(**stopping), mixing)
     engine.max_rows = case.get("max_rows", 4)
     engine._forward.graphs = engine._forward.graphs and case.get("graphs", True)
@@ -97,7 +97,7 @@ def answers(engine, case, vocab_size):
             "finish_reason": completion.finish_reason,
             "log_prob": completion.log_prob.tolist(),
             "entropy": completion.entropy.tolist(),
-            "mix_weight": completion.mix_weight.tolist(),
+            "hint_share": completion.hint_share.tolist(),
             "hinted_entropy": [None if np.isnan(h) else float(h) for h in completion.hinted_entropy],
             "split_at": completion.split_at,
         }

@@ -53,7 +53,7 @@ class Reference:
     tokens: list[int] = field(default_factory=list)
     log_prob: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
-    mix_weight: list[float] = field(default_factory=list)
+    hint_share: list[float] = field(default_factory=list)
     near_ties: list[int] = field(default_factory=list)
 
 
@@ -61,7 +61,7 @@ def decode(
     logits: Logits,
     prompt: Sequence[int],
     hinted_prompt: Sequence[int] | None,
-    weight: Callable[[float], float],
+    hint_share: Callable[[float], float],
     *,
     identity: str,
     seed: int,
@@ -79,11 +79,11 @@ def decode(
     hinted = hinted_prompt is not None
     for step in range(max_tokens):
         plain = log_softmax(logits([*prompt, *found.tokens]))
-        lam, scores = 1.0, plain
+        share, scores = 0.0, plain
         if hinted:
             other = log_softmax(logits([*hinted_prompt, *found.tokens]))
-            lam = 0.0 if step == 0 else weight(entropy(other))
-            scores = (1 - lam) * other + lam * plain
+            share = 1.0 if step == 0 else hint_share(entropy(other))
+            scores = share * other + (1 - share) * plain
         probs = cut_and_temper(scores, temperature, top_p, top_k, cut_before_temperature)
         token = invert(probs, draw(seed, identity, step))
         if step < len(follow) and follow[step] != token and _near(scores, probs, token, follow[step], temperature):
@@ -92,7 +92,7 @@ def decode(
         found.tokens.append(token)
         found.log_prob.append(float(plain[token]))
         found.entropy.append(entropy(plain))
-        found.mix_weight.append(lam)
+        found.hint_share.append(share)
         if token in split_after:
             hinted = False
         if token in stop_ids and step > 0:

@@ -29,7 +29,7 @@ LAYOUTS = {
     ],
 }
 CASES = [(name, layout) for name, layouts in LAYOUTS.items() for layout in layouts]
-BETA = 0.6  # these models are unsure of everything: with the authors' 3, lambda would be 1
+SLOPE = 0.6  # these models are unsure of everything: with the authors' 3, the hint share would be 0
 STOP = 3
 
 
@@ -94,7 +94,7 @@ def expected(logits, vocab, request, follow=(), **settings):
         logits,
         request["prompt"],
         request.get("hinted"),
-        lambda entropy: min(max(BETA * entropy / np.log(vocab), 0), 1),
+        lambda entropy: 1 - min(max(SLOPE * entropy / np.log(vocab), 0), 1),
         identity=request["id"],
         seed=request.get("seed", 0),
         follow=follow,
@@ -104,7 +104,7 @@ def expected(logits, vocab, request, follow=(), **settings):
 
 def assert_same(found, wanted):
     assert found["tokens"] == wanted.tokens
-    for name in ("log_prob", "entropy", "mix_weight"):
+    for name in ("log_prob", "entropy", "hint_share"):
         np.testing.assert_allclose(found[name], getattr(wanted, name), atol=5e-5, rtol=1e-4, err_msg=name)
 
 
@@ -115,7 +115,7 @@ def test_greedy_pairs_equal_the_reference_and_plain_rows_transformers(folder, hu
     both = pairs(vocab)
     plain = [{"id": f"p{i}", "prompt": request["prompt"]} for i, request in enumerate(both)]
     common = {"sampling": {"temperature": 0}, "stopping": {"stop_ids": [STOP], "max_tokens": 12}}
-    hinted = common | {"beta": BETA, "stopping": common["stopping"] | {"stop_on_first_token": False}}
+    hinted = common | {"slope": SLOPE, "stopping": common["stopping"] | {"stop_on_first_token": False}}
     shuffled = random.Random(1).sample(both, len(both))
     cases = {
         "pairs": {"requests": both, "max_rows": 3, **hinted},
@@ -133,8 +133,8 @@ def test_greedy_pairs_equal_the_reference_and_plain_rows_transformers(folder, hu
         ties += len(wanted.near_ties)
         assert_same(got, wanted)
     print(f"{ties} near ties")
-    weights = np.concatenate([got["mix_weight"][1:] for got in found["pairs"]])
-    assert ((weights > 0.1) & (weights < 0.9)).mean() > 0.8, "the streams are really mixed"
+    shares = np.concatenate([got["hint_share"][1:] for got in found["pairs"]])
+    assert ((shares > 0.1) & (shares < 0.9)).mean() > 0.8, "the streams are really mixed"
     assert ties <= 1  # 84 tokens; the reference follows at a tie, so many would prove nothing
     by_id = {request["id"]: got for request, got in zip(both, found["pairs"], strict=True)}
     for case, requests in (("single", both), ("all at once, other order", shuffled)):
@@ -154,7 +154,7 @@ def test_greedy_pairs_equal_the_reference_and_plain_rows_transformers(folder, hu
                 pad_token_id=STOP,
             )
         assert got["tokens"] == whole[0, ids.shape[1] :].tolist()
-        assert set(got["mix_weight"]) == {1.0} and got["hinted_entropy"] == [None] * len(got["tokens"])
+        assert set(got["hint_share"]) == {0.0} and got["hinted_entropy"] == [None] * len(got["tokens"])
     prompts = cases["score"]["prompts"]
     for prompt, got in zip(prompts, found["score"], strict=True):
         with torch.no_grad():
@@ -180,14 +180,14 @@ def test_sampling_stops_and_baselines(folder, small):
     everything = list(range(vocab))
     hot = {"temperature": 1.0}
     cases = {
-        "paper": {"requests": both, "beta": BETA, "sampling": paper, "stopping": stopping},
-        "usual": {"requests": both, "beta": BETA, "sampling": usual, "stopping": stopping},
-        "top-k": {"requests": both, "beta": BETA, "sampling": {"temperature": 1.5, "top_k": 5}, "stopping": stopping},
-        "whole": {"requests": both, "beta": BETA, "sampling": hot, "stopping": stopping},
-        "hinted alone": {"requests": both, "weight": 0.0, "sampling": hot, "stopping": stopping},
+        "paper": {"requests": both, "slope": SLOPE, "sampling": paper, "stopping": stopping},
+        "usual": {"requests": both, "slope": SLOPE, "sampling": usual, "stopping": stopping},
+        "top-k": {"requests": both, "slope": SLOPE, "sampling": {"temperature": 1.5, "top_k": 5}, "stopping": stopping},
+        "whole": {"requests": both, "slope": SLOPE, "sampling": hot, "stopping": stopping},
+        "hinted alone": {"requests": both, "hint_share": 1.0, "sampling": hot, "stopping": stopping},
         "plain alone": {
             "requests": both,
-            "weight": 1.0,
+            "hint_share": 0.0,
             "first_token_hinted": False,
             "sampling": hot,
             "stopping": stopping,
@@ -195,25 +195,25 @@ def test_sampling_stops_and_baselines(folder, small):
         "plain": {"requests": [r | {"hinted": None} for r in both], "sampling": hot, "stopping": stopping},
         "first may stop": {
             "requests": both,
-            "beta": BETA,
+            "slope": SLOPE,
             "sampling": hot,
             "stopping": stopping | {"stop_ids": everything, "stop_on_first_token": True},
         },
         "second stops": {
             "requests": both,
-            "beta": BETA,
+            "slope": SLOPE,
             "sampling": hot,
             "stopping": stopping | {"stop_ids": everything},
         },
         "context": {
             "requests": both,
-            "beta": BETA,
+            "slope": SLOPE,
             "sampling": hot,
             "stopping": stopping | {"stop_ids": [], "max_tokens": 1000},
         },
         "repetition": {
             "requests": both,
-            "weight": 0.0,
+            "hint_share": 1.0,
             "sampling": {"temperature": 0},
             "stopping": {
                 "stop_ids": [],
@@ -223,7 +223,7 @@ def test_sampling_stops_and_baselines(folder, small):
         },
         "other seed": {
             "requests": [r | {"seed": 5} for r in both],
-            "beta": BETA,
+            "slope": SLOPE,
             "sampling": hot,
             "stopping": stopping,
         },
@@ -241,7 +241,7 @@ def test_sampling_stops_and_baselines(folder, small):
     for request, got in zip(both, found["hinted alone"], strict=True):
         swapped = {"id": request["id"], "prompt": request["hinted"]}
         assert got["tokens"] == expected(logits, vocab, swapped, temperature=1.0, **shared).tokens
-        assert set(got["mix_weight"]) == {0.0}
+        assert set(got["hint_share"]) == {1.0}
     assert [g["tokens"] for g in found["plain alone"]] == [g["tokens"] for g in found["plain"]]
     assert [g["tokens"] for g in found["other seed"]] != [g["tokens"] for g in found["whole"]]
     assert all(len(g["tokens"]) == 1 and g["finish_reason"] == "eos" for g in found["first may stop"])
@@ -259,7 +259,7 @@ def test_after_the_splitter_the_plain_stream_runs_alone(folder, small):
     model, path, vocab = small
     both, logits = pairs(vocab, 14), next_logits(model)
     stopping = {"stop_ids": [STOP], "max_tokens": 16, "stop_on_first_token": False}
-    case = {"requests": both, "beta": BETA, "sampling": {"temperature": 0}, "max_rows": 4}
+    case = {"requests": both, "slope": SLOPE, "sampling": {"temperature": 0}, "max_rows": 4}
     [free] = probe(folder, path, "", {"free": case | {"stopping": stopping}}).values()
     splitting = next(got["tokens"][5] for got in free if len(got["tokens"]) > 8)
     cases = {"split": case | {"stopping": stopping | {"splitter": f"<{splitting}>"}}}
@@ -286,8 +286,8 @@ def test_samples_follow_the_exact_mixed_distribution(folder, small):
     count = 4000
     requests = [request | {"id": f"draw {i}"} for i in range(count)]
     other, plain = (reference.log_softmax(logits(request[name])) for name in ("hinted", "prompt"))
-    lam = min(BETA * reference.entropy(other) / np.log(vocab), 1) * 0.4  # well inside (0, 1)
-    mixed = (1 - lam) * other + lam * plain
+    share = 1 - min(SLOPE * reference.entropy(other) / np.log(vocab), 1) * 0.4  # well inside (0, 1)
+    mixed = share * other + (1 - share) * plain
     cases, wanted = {}, {}
     for name, sampling in {
         "whole": {"temperature": 1.0},
@@ -297,7 +297,7 @@ def test_samples_follow_the_exact_mixed_distribution(folder, small):
     }.items():
         cases[name] = {
             "requests": requests,
-            "weight": lam,
+            "hint_share": share,
             "first_token_hinted": False,
             "sampling": sampling,
             "stopping": {"stop_ids": [], "max_tokens": 1},
@@ -355,7 +355,7 @@ def test_memory_bounds_the_rows_and_too_little_of_it_is_an_error(folder, small):
     both = pairs(vocab)
     case = {
         "requests": both,
-        "beta": BETA,
+        "slope": SLOPE,
         "sampling": {"temperature": 0},
         "stopping": {"stop_ids": [STOP], "max_tokens": 12},
     }
@@ -385,7 +385,7 @@ def test_attention_that_plans_for_each_shape_is_left_out_unless_asked_for(folder
     both = pairs(vocab)
     decode = {
         "requests": both,
-        "beta": BETA,
+        "slope": SLOPE,
         "sampling": {"temperature": 0},
         "stopping": {"stop_ids": [STOP], "max_tokens": 12},
     }
@@ -415,7 +415,7 @@ def test_the_switch_of_cudnn_is_0_or_1(monkeypatch):
 def test_prompts_that_cannot_be_continued_are_named(folder, small):
     _, path, vocab = small
     case = {
-        "beta": BETA,
+        "slope": SLOPE,
         "sampling": {"temperature": 0},
         "stopping": {"stop_ids": [STOP], "max_tokens": 12},
         "refused": True,

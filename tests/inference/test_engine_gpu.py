@@ -38,7 +38,7 @@ def test_graphs_change_nothing_and_greedy_pairs_equal_the_reference(model):
     both = cpu.pairs(vocab, 14)
     case = {
         "requests": both,
-        "beta": cpu.BETA,
+        "slope": cpu.SLOPE,
         "sampling": {"temperature": 0},
         "stopping": {"stop_ids": [cpu.STOP], "max_tokens": 12, "stop_on_first_token": False},
         "max_rows": 5,
@@ -63,7 +63,7 @@ def test_bf16_follows_the_reference_where_it_is_sure(model):
     vocab = model[0].config.vocab_size
     both = cpu.pairs(vocab, 14)
     stopping = {"stop_ids": [], "max_tokens": 12, "stop_on_first_token": False}
-    case = {"requests": both, "weight": 0.0, "sampling": {"temperature": 0}, "stopping": stopping}
+    case = {"requests": both, "hint_share": 1.0, "sampling": {"temperature": 0}, "stopping": stopping}
     found = decode(model, {"bf16": case}, "--bf16")["bf16"]
     logits, checked = cpu.next_logits(model[0]), 0
     for request, got in zip(both, found, strict=True):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -266,11 +267,25 @@ def test_the_model_analyses_the_reference_itself(folder, tmp_path):
 
 
 def test_other_settings_are_refused_on_the_same_folder(folder, realigned):
-    for more, name in (("--mix-beta 2", "mixing.beta"), ("--chunk-records 3", "chunk_records"), ("--seed 3", "seed")):
+    for more, name in (("--chunk-records 3", "chunk_records"), ("--seed 3", "seed")):
         with pytest.raises(AssertionError, match=name):
             realign(folder, folder / "whole", more)
     settings = read_manifest(folder / "whole")["settings"]
     assert settings["rollouts"]["samples"] == 1 and settings["mixing"]["mode"] == "linear"
+
+
+def test_a_folder_and_a_flag_of_before_the_hint_share_are_understood(folder, realigned, tmp_path):
+    """The folder has no difference to these settings but the slope."""
+    shutil.copytree(folder / "whole", tmp_path / "whole")
+    manifest = json.loads((tmp_path / "whole" / "manifest.json").read_text())
+    manifest["settings"]["mixing"]["beta"] = manifest["settings"]["mixing"].pop("slope")
+    manifest["settings"]["retry"]["beta_factor"] = manifest["settings"]["retry"].pop("slope_factor")
+    (tmp_path / "whole" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(AssertionError) as refused:
+        realign(folder, tmp_path / "whole", "--mix-beta 2")
+    text = str(refused.value)
+    assert text.count("> --mix-beta is now --mix-slope: write --mix-slope 2.0") == 1
+    assert text.count(" in the folder, ") == 1 and "mixing.slope: 3.0 in the folder, 2.0 now" in text
 
 
 def test_errors_are_tried_again_in_a_ledger_of_their_own(folder, realigned, tmp_path):

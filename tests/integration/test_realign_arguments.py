@@ -2,17 +2,19 @@
 
 import argparse
 
+import numpy as np
 import pytest
 
 from megatron_idft.errors import UserError
 from megatron_idft.hinted_decoding.mixing import EntropyMixing
 from megatron_idft.inference.requests import Repetition, Sampling
-from megatron_idft.integration.offline.realign_arguments import add_realign_arguments
+from megatron_idft.integration.offline.realign_arguments import add_realign_arguments, describe_renamed
 from megatron_idft.integration.offline.realign_settings import (
     check_realign_arguments,
     resolve_settings,
     resolve_template,
 )
+from megatron_idft.parsing import raise_errors
 
 # Megatron's own, with its defaults.
 LAYOUT = {
@@ -28,7 +30,7 @@ LAYOUT = {
 
 
 def parsed(words: str, **layout) -> argparse.Namespace:
-    args = add_realign_arguments(argparse.ArgumentParser()).parse_args(words.split())
+    args = raise_errors(add_realign_arguments(argparse.ArgumentParser())).parse_args(words.split())
     vars(args).update(LAYOUT | layout)
     check_realign_arguments(args)
     return args
@@ -52,16 +54,16 @@ def test_without_flags_it_is_the_authors_hinted_decoding():
 
 def test_flags_reach_the_settings():
     found = settings(
-        "--mix fixed --mix-lambda 0 --first-token mixed --entropy-vocab-size 1024 --temperature 1 --top-p 0.8 --top-k 9"
+        "--mix fixed --hint-share 1 --first-token mixed --entropy-vocab-size 1024 --temperature 1 --top-p 0.8 --top-k 9"
         " --nucleus-after-temperature --repetition-ngram 0 --max-new-tokens 7 --no-analysis --rollout-samples 0"
-        " --fallback retry --retries 3 --retry-beta-factor 2 --after-retries original --unverified keep"
+        " --fallback retry --retries 3 --retry-slope-factor 2 --after-retries original --unverified keep"
         " --stop-on-first-token",
         seed=7,
     )
-    assert found.mixing == EntropyMixing(1024, "fixed", value=0.0, first_token_hinted=False)
+    assert found.mixing == EntropyMixing(1024, "fixed", hint_share=1.0, first_token_hinted=False)
     assert found.hinted_sampling == Sampling(1.0, 0.8, 9) and found.repetition is None and found.max_tokens == 7
     assert found.template.marker is None and found.rollout_samples == 0 and found.stop_on_first_token
-    assert (found.fallback, found.retries, found.retry_beta_factor, found.last_resort) == ("retry", 3, 2.0, "original")
+    assert (found.fallback, found.retries, found.retry_slope_factor, found.last_resort) == ("retry", 3, 2.0, "original")
     assert (found.unverified, found.seed) == ("keep", 7)
 
 
@@ -69,6 +71,30 @@ def test_an_empty_splitter_is_none():
     args = add_realign_arguments(argparse.ArgumentParser()).parse_args(["--splitter", ""])
     vars(args).update(LAYOUT)
     assert resolve_settings(args, resolve_template(args), 1000).splitter is None
+
+
+FORMER = "--mix fixed --mix-lambda 0.9 --mix-beta 2 --fallback retry --retry-beta-factor 3"
+
+
+def test_the_former_flags_of_the_mix_mean_the_same():
+    today = "--mix fixed --hint-share 0.1 --mix-slope 2 --fallback retry --retry-slope-factor 3"
+    assert settings(FORMER) == settings(today)
+    assert settings(FORMER).mixing.hint_share == 0.1  # not 0.09999999999999998
+    for thousandth in range(1001):
+        share = parsed(f"--mix fixed --mix-lambda {thousandth / 1000}").hint_share
+        assert 1 - share == pytest.approx(thousandth / 1000, abs=1e-15)
+        assert np.float32(1 - share) == np.float32(thousandth / 1000)  # what the streams are mixed with
+
+
+def test_a_former_flag_is_announced_and_not_shown():
+    assert describe_renamed(parsed(FORMER)) == [
+        "--mix-lambda is now --hint-share: write --hint-share 0.1",
+        "--mix-beta is now --mix-slope: write --mix-slope 2.0",
+        "--retry-beta-factor is now --retry-slope-factor: write --retry-slope-factor 3.0",
+    ]
+    assert describe_renamed(parsed("--mix fixed --hint-share 0.1")) == []
+    text = add_realign_arguments(argparse.ArgumentParser()).format_help()
+    assert "--hint-share" in text and "lambda" not in text and "beta" not in text
 
 
 def test_the_manifest_tells_apart_what_makes_other_responses():
@@ -80,13 +106,13 @@ def test_the_manifest_tells_apart_what_makes_other_responses():
             ("--rollout-samples 2", {}), ("--rollout-samples 0", {}), ("--rollout-temperature 2", {}),
             ("--rollout-top-p 0.5", {}),
             ("--rollout-top-k 5", {}), ("--no-analysis", {}), ("--analysis-max-tokens 9", {}),
-            ("--analysis-temperature 1", {}), ("--mix sigmoid", {}), ("--mix piecewise", {}), ("--mix-beta 2", {}),
-            ("--mix fixed --mix-lambda 0", {}), ("--mix fixed --mix-lambda 1", {}), ("--first-token mixed", {}),
+            ("--analysis-temperature 1", {}), ("--mix sigmoid", {}), ("--mix piecewise", {}), ("--mix-slope 2", {}),
+            ("--mix fixed --hint-share 0", {}), ("--mix fixed --hint-share 1", {}), ("--first-token mixed", {}),
             ("--entropy-vocab-size 9", {}), ("--temperature 1", {}), ("--top-p 0.5", {}), ("--top-k 5", {}),
             ("--nucleus-after-temperature", {}), ("--splitter x", {}), ("--repetition-ngram 9", {}),
             ("--repetition-ngram 0", {}), ("--repetition-count 9", {}), ("--repetition-every 9", {}),
             ("--stop-on-first-token", {}), ("--fallback original", {}), ("--fallback retry", {}),
-            ("--fallback retry --retries 9", {}), ("--fallback retry --retry-beta-factor 9", {}),
+            ("--fallback retry --retries 9", {}), ("--fallback retry --retry-slope-factor 9", {}),
             ("--fallback retry --after-retries original", {}), ("--unverified keep", {}), ("--unverified original", {}),
         ]
     ]  # fmt: skip
@@ -102,13 +128,18 @@ def test_the_manifest_tells_apart_what_makes_other_responses():
         ("", {"num_layers_per_virtual_pipeline_stage": 1}, "weights load under any layout"),
         ("--no-analysis --analyses x.jsonl", {}, "drop one of them"),
         ("--no-analysis --analysis-prompt x", {}, "drop one of them"),
-        ("--hint-prompt x", {}, "--no-analysis alone"),
-        ("--mix fixed", {}, "needs --mix-lambda"),
-        ("--mix-lambda 0.5", {}, "--mix fixed alone"),
-        ("--mix fixed --mix-lambda 2", {}, "from 0 to 1"),
-        ("--mix-beta -1", {}, "from 0"),
+        ("--hint-prompt x", {}, "only with --no-analysis"),
+        ("--mix fixed", {}, "needs --hint-share"),
+        ("--hint-share 0.5", {}, "only with --mix fixed"),
+        ("--mix fixed --hint-share 2", {}, "from 0 to 1"),
+        ("--mix-slope -1", {}, "from 0"),
+        ("--mix fixed --mix-lambda 2", {}, "--mix-lambda: 2: pass a number from 0 to 1"),
+        ("--mix fixed --mix-lambda nan", {}, "--mix-lambda: nan: pass a number from 0 to 1"),
+        ("--mix fixed --mix-lambda x", {}, "--mix-lambda: x: pass a number from 0 to 1"),
+        ("--mix-lambda 0.5", {}, "drop --mix-lambda"),
+        ("--fallback retry --retry-beta-factor 0", {}, "--retry-beta-factor 0.0: pass"),
         ("--rollout-samples -1", {}, "whole number from 0"),
-        ("--retry-beta-factor 0", {}, "number above 0"),
+        ("--retry-slope-factor 0", {}, "number above 0"),
         ("--kv-memory-gb 0", {}, "number above 0"),
         ("--estimate --retry-errors", {}, "pass one of them"),
         ("--fallback retry --temperature 0 --mix piecewise", {}, "the same again"),

@@ -6,7 +6,7 @@ Random weights, prompts of one length each for the hinted and the plain stream, 
 beforehand. The output layer is scaled so that the mean entropy is 1 nat, as of a trained model: top-p over nearly
 uniform distributions is another problem. In one process, on one device:
 
-    engine N pairs         DecodeEngine, N pairs at once: two rows of the batch each, mixed with the linear lambda
+    engine N pairs         DecodeEngine, N pairs at once: two rows of the batch each, mixed by the paper's linear form
     engine 1 pair          (a) the same loop, one record at a time
     no cache               (b) both streams anew for every token, one record at a time, as the authors' demo does
     transformers.generate  (c) plain generation of 2 N rows with its cache; it neither mixes nor knows two prompts
@@ -178,14 +178,14 @@ class Ceiling:
 
 
 class Linear:
-    """lambda = clamp(3 H / ln V, 0, 1), the paper's form."""
+    """Share of the plain stream: clamp(3 H / ln V, 0, 1), the paper's form."""
 
     first_token_hinted = True
 
     def __init__(self, vocab: int) -> None:
         self.scale = 3 / float(np.log(vocab))
 
-    def __call__(self, hinted_entropy: torch.Tensor) -> torch.Tensor:
+    def plain_share(self, hinted_entropy: torch.Tensor) -> torch.Tensor:
         return (self.scale * hinted_entropy).clamp(0, 1)
 
 
@@ -250,8 +250,8 @@ class Programs:
             hinted, plain = (
                 self.transformers(stream, use_cache=False).logits[0, -1].float().log_softmax(-1) for stream in ids
             )
-            weight = mixing(-(hinted.exp() * hinted).sum())
-            mixed = torch.lerp(hinted, plain, weight)
+            plain_share = mixing.plain_share(-(hinted.exp() * hinted).sum())
+            mixed = torch.lerp(hinted, plain, plain_share)
             falling, order = mixed.softmax(-1).sort(descending=True)
             kept = order[(falling.cumsum(-1) - falling) < 0.95]
             token = kept[torch.multinomial((mixed[kept] / 0.3).softmax(-1), 1)]

@@ -49,6 +49,7 @@ class Ledger:
     part_suffix: of the parts' names, and part of what launches must agree on.
     lease_seconds: a launch that shows no sign of life for so long loses its chunk to others. Signs come from a thread:
         a call that keeps the GIL for longer costs the lease. NFS clients may see signs a minute late: 90 or more there.
+    current: gives settings that an earlier version recorded the names that they have now, before they are compared.
 
     claim, finish and release may be called from one thread; `holds` and `status` from any.
     Raises SettingsMismatch; LedgerError where the folder cannot be used; TypeError for settings that are not JSON.
@@ -62,6 +63,7 @@ class Ledger:
         *,
         part_suffix: str = ".parquet",
         lease_seconds: float = 120.0,
+        current: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ):
         if num_chunks < 0 or not re.fullmatch(r"\.[\w.]+", part_suffix):
             raise ValueError(f"no ledger of {num_chunks} chunks with names ending in {part_suffix!r}")
@@ -74,7 +76,7 @@ class Ledger:
         job = {"num_chunks": num_chunks, "part_suffix": part_suffix, "settings": dict(settings)}
         with plain_errors(self.folder, "open the folder"):
             self._unfinished.mkdir(parents=True, exist_ok=True)
-            agree(self.folder, self._unfinished, self._owner.token, job)
+            agree(self.folder, self._unfinished, self._owner.token, job, current)
             for name in ("parts", "leases"):
                 (self.folder / name).mkdir(exist_ok=True)
             self._sweep(self._leases.newest(), self._finished())

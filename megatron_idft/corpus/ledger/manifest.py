@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -15,10 +15,16 @@ FORMAT = 1  # raise it whenever older launches could not share a folder with new
 _PACKAGES = ("megatron-idft", "megatron-core", "torch", "transformers", "numpy", "pyarrow")  # for information only
 
 
-def agree(folder: Path, unfinished: Path, token: str, job: dict[str, Any]) -> None:
+def agree(
+    folder: Path,
+    unfinished: Path,
+    token: str,
+    job: dict[str, Any],
+    current: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> None:
     """Record the job in the folder, or compare it with the one that is recorded there. Atomic: one launch records.
 
-    unfinished: where to write a temporary file. token: this launch's own.
+    unfinished: where to write a temporary file. token: this launch's own. current: applied to the recorded settings.
     Raises SettingsMismatch, LedgerError, OSError.
     """
     manifest, parts = folder / "manifest.json", folder / "parts"
@@ -39,7 +45,7 @@ def agree(folder: Path, unfinished: Path, token: str, job: dict[str, Any]) -> No
             temporary.unlink(missing_ok=True)
         sync(folder)
     there = read_manifest(folder)
-    differences = dict(_differences(there["settings"], job["settings"]))
+    differences = dict(_differences(current(there["settings"]), job["settings"]))
     # The format first: a manifest of another one may mean anything.
     for key in ("part_suffix", "num_chunks", "format"):
         if there[key] != job[key]:

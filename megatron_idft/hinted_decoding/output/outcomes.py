@@ -13,7 +13,7 @@ CANDIDATE = pa.struct(
     [
         ("stage", pa.string()),  # rollout | hinted | retry
         ("seed", pa.int64()),
-        ("beta", pa.float64()),  # of the mixing; null for rollouts
+        ("slope", pa.float64()),  # of the mixing; null for rollouts
         ("accepted", pa.bool_()),
         ("rejected_because", pa.string()),  # wrong | unverified | unfinished | leak | null
         ("verdict", pa.string()),  # right | wrong | unknown; null where nothing could be compared
@@ -24,8 +24,8 @@ CANDIDATE = pa.struct(
         ("text", pa.string()),
         ("num_tokens", pa.int32()),
         ("split_at", pa.int32()),  # tokens before the hinted stream was dropped; null: never
-        ("lambda_mean", pa.float32()),  # over the tokens drawn from two streams; null for rollouts
-        ("lambda_max", pa.float32()),
+        ("hint_share_mean", pa.float32()),  # over the tokens drawn from two streams; null for rollouts
+        ("hint_share_min", pa.float32()),
         ("log_prob_sum", pa.float64()),  # nats, under the plain prompt at temperature 1, as phi
         ("entropy_sum", pa.float64()),
         ("phi_sum", pa.float64()),
@@ -69,7 +69,7 @@ TURN = pa.struct(
         # Of the accepted candidate, per token; empty where the turn is the original.
         ("token_ids", pa.list_(pa.int32())),
         ("tokens", pa.list_(pa.string())),
-        ("mix_weight", pa.list_(pa.float32())),  # lambda: 1 where the plain stream ran alone
+        ("hint_share", pa.list_(pa.float32())),  # 0 where the plain stream ran alone
         ("phi", pa.list_(pa.float32())),
         ("entropy", pa.list_(pa.float32())),  # of the plain stream
         ("hinted_entropy", pa.list_(pa.float32())),  # NaN without a hinted stream

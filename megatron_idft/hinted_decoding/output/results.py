@@ -14,6 +14,7 @@ from megatron_idft.corpus.ledger.ledger import status_of
 from megatron_idft.corpus.ledger.manifest import read_manifest
 from megatron_idft.errors import InputError
 from megatron_idft.files import write_atomically
+from megatron_idft.hinted_decoding.output.former_names import current_row, current_settings
 
 RETRIES = "retries"  # its folders 001, 002, … are ledgers of their own, for records that were errors before
 _INDICES = "indices.json"
@@ -23,7 +24,8 @@ _NUMBER = re.compile(r"\d{3,}")
 def read_outcomes(folder: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """Rows of OUTCOME_SCHEMA of a finished or unfinished folder. Of a retried record the latest row that is no error.
 
-    A folder that an earlier version wrote lacks the columns that it did not know.
+    A folder that an earlier version wrote lacks the columns that it did not know; those that it named otherwise come
+    under today's names.
 
     columns: those that are wanted, `index` and `status` among them; None: all.
 
@@ -80,8 +82,8 @@ def open_retry(folder: Path) -> tuple[Path, list[int]] | None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What the job was begun with."""
-    return dict(read_manifest(folder)["settings"])
+    """What the job was begun with, under today's names."""
+    return current_settings(read_manifest(folder)["settings"])
 
 
 def _rows(folder: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
@@ -91,5 +93,7 @@ def _rows(folder: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any
 
 def _read(part: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(part) as file:
+        former = file.schema_arrow.field("turns").type.value_type.get_field_index("mix_weight") >= 0
         for batch in file.iter_batches(batch_size=64, columns=columns):
-            yield from batch.to_pylist()
+            rows = batch.to_pylist()
+            yield from map(current_row, rows) if former else rows

@@ -18,7 +18,7 @@ from megatron_idft.corpus.report.drawing import (
     svg,
 )
 from megatron_idft.corpus.report.html import visible
-from megatron_idft.hinted_decoding.report.mixing_numbers import LAMBDA_BINS
+from megatron_idft.hinted_decoding.report.mixing_numbers import SHARE_BINS
 from megatron_idft.hinted_decoding.report.numbers import SPLIT_BINS
 from megatron_idft.hinted_decoding.report.outcome import STAGES
 
@@ -162,7 +162,7 @@ def lengths_figure(data: dict[str, Any]) -> str:
 
 
 def mixing_figure(data: dict[str, Any]) -> str:
-    """lambda and the entropies of both streams along the response; lambda's histogram; where the splitter fell."""
+    """The hint share and both streams' entropies along the response; the share's histogram; where the splitter fell."""
     mixing, splits = data["corpus"]["mixing"], _split_places(data["corpus"])
     if not mixing["tokens"]:
         return ""
@@ -173,9 +173,9 @@ def mixing_figure(data: dict[str, Any]) -> str:
         tenths = np.arange(len(mixing["deciles"]["tokens"])) + 0.5
         steps = np.arange(len(mixing["positions"]["tokens"]))
         for column, (places, part) in enumerate(((tenths, mixing["deciles"]), (steps, mixing["positions"]))):
-            weight, entropy = grid[0, column], grid[1, column]
-            _line(weight, places, part["mix_weight"], color=COLORS[2])
-            weight.set(ylim=(-0.02, 1.02), ylabel="mean λ")
+            share, entropy = grid[0, column], grid[1, column]
+            _line(share, places, part["hint_share"], color=COLORS[2])
+            share.set(ylim=(-0.02, 1.02), ylabel="mean hint share")
             for name, label, color, style in _ENTROPIES:
                 _line(entropy, places, part[name], color=color, linestyle=style, label=label)
             entropy.set(ylim=(0, None), ylabel="mean entropy, nats")
@@ -188,7 +188,7 @@ def mixing_figure(data: dict[str, Any]) -> str:
             every = max(1, -(-len(starts) // 8))
             axes.set_xticks(steps[::every], [f"{start + 1:,}" for start in starts[::every]])
             axes.set(xlabel="token of the response (buckets that double)")
-        _lambda_histogram(grid[0, 2], mixing["histogram"])
+        _share_histogram(grid[0, 2], mixing["histogram"])
         _splitter(grid[1, 2], splits)
 
     return svg((11, 5.4), draw)
@@ -222,14 +222,14 @@ def _line(axes: Axes, places: Any, values: list[dict[str, Any] | None], **style:
     axes.fill_between(at, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def _lambda_histogram(axes: Axes, counts: list[int]) -> None:
+def _share_histogram(axes: Axes, counts: list[int]) -> None:
     shares = np.array(counts) / sum(counts)
-    centres = (np.arange(LAMBDA_BINS) + 0.5) / LAMBDA_BINS
-    axes.bar(centres, shares[1:-1], width=0.9 / LAMBDA_BINS, color=COLORS[2])
+    centres = (np.arange(SHARE_BINS) + 0.5) / SHARE_BINS
+    axes.bar(centres, shares[1:-1], width=0.9 / SHARE_BINS, color=COLORS[2])
     axes.bar([-0.06, 1.06], shares[[0, -1]], width=0.06, color="#444444")
     axes.set_xticks([-0.06, 0.25, 0.5, 0.75, 1.06], ["= 0", "0.25", "0.5", "0.75", "= 1"])
     axes.yaxis.set_major_formatter(percent)
-    axes.set(xlabel="λ of a token from two streams", ylabel="share of tokens per bin")
+    axes.set(xlabel="hint share of a token from two streams", ylabel="share of tokens per bin")
 
 
 def _splitter(axes: Axes, places: list[int]) -> None:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from megatron_idft.hinted_decoding.report.outcome import Outcome
 
-LAMBDA_BINS = 20  # between 0 and 1; tokens at exactly 0 and at exactly 1 have bins of their own
-NAMES = ("mix_weight", "entropy", "hinted_entropy", "phi")
+SHARE_BINS = 20  # between 0 and 1; tokens at exactly 0 and at exactly 1 have bins of their own
+NAMES = ("hint_share", "entropy", "hinted_entropy", "phi")
 _OVERALL = (*NAMES, "at_0", "at_1")
 DECILES = 10
 # First token of each bucket, counted from 0: the first and the second alone, then doubling.
@@ -26,7 +26,7 @@ class MixingSummary:
         self.turns = 0
         self._overall = MeansByPlace(1, _OVERALL)
         self._deciles, self._positions = MeansByPlace(DECILES, NAMES), MeansByPlace(len(POSITIONS), NAMES)
-        self._histogram = np.zeros(LAMBDA_BINS + 2, dtype=np.int64)
+        self._histogram = np.zeros(SHARE_BINS + 2, dtype=np.int64)
 
     def add(self, outcome: Outcome) -> None:
         parts = [turn.tokens for turn in outcome.turns if turn.tokens is not None and turn.tokens.two_streams.any()]
@@ -35,15 +35,15 @@ class MixingSummary:
         self.turns += len(parts)
         two = np.concatenate([part.two_streams for part in parts])
         values = {name: np.concatenate([getattr(part, name) for part in parts])[two] for name in NAMES}
-        weight = values["mix_weight"]
-        values |= {"at_0": (weight == 0).astype(np.float64), "at_1": (weight == 1).astype(np.float64)}
+        share = values["hint_share"]
+        values |= {"at_0": (share == 0).astype(np.float64), "at_1": (share == 1).astype(np.float64)}
         self._overall.add(np.zeros(len(two), dtype=np.int64), two, values)
         lengths = [len(part.phi) for part in parts]
         self._deciles.add(np.concatenate([deciles(length) for length in lengths]), two, values)
         self._positions.add(np.concatenate([positions(length) for length in lengths]), two, values)
-        bins = 1 + np.clip((weight * LAMBDA_BINS).astype(np.int64), 0, LAMBDA_BINS - 1)
-        bins = np.where(weight == 0, 0, np.where(weight == 1, LAMBDA_BINS + 1, bins))
-        self._histogram += np.bincount(bins, minlength=LAMBDA_BINS + 2)
+        bins = 1 + np.clip((share * SHARE_BINS).astype(np.int64), 0, SHARE_BINS - 1)
+        bins = np.where(share == 0, 0, np.where(share == 1, SHARE_BINS + 1, bins))
+        self._histogram += np.bincount(bins, minlength=SHARE_BINS + 2)
 
     def as_json(self) -> dict[str, Any]:
         """Means over tokens from two streams: overall, by tenth of the response, and by position from its start."""

@@ -28,7 +28,7 @@ SUMS = {
     "below_3": "phi_below_3",
     "below_5": "phi_below_5",
 }
-_TOKEN_LISTS = ("token_ids", "tokens", "mix_weight", "phi", "entropy", "hinted_entropy")
+_TOKEN_LISTS = ("token_ids", "tokens", "hint_share", "phi", "entropy", "hinted_entropy")
 _REQUIRED = ("id", "file", "line", "status")
 
 Row = dict[str, Any]
@@ -39,7 +39,7 @@ Sums = dict[str, float]
 class TokenNumbers:
     """Of the accepted candidate, float64 [n] each. two_streams: bool [n], where there was a hinted stream."""
 
-    mix_weight: NDArray[np.float64]
+    hint_share: NDArray[np.float64]
     phi: NDArray[np.float64]
     entropy: NDArray[np.float64]
     hinted_entropy: NDArray[np.float64]
@@ -138,12 +138,12 @@ def _tokens(row: Row, turn: Row, accepted: Row) -> TokenNumbers | None:
     for key, values in lists.items():
         if len(values) != accepted["num_tokens"]:
             raise _fault(row, f"{len(values)} entries in {key}, but {accepted['num_tokens']} accepted tokens")
-    if any(key not in lists for key in ("mix_weight", "phi", "entropy", "hinted_entropy")):
+    if any(key not in lists for key in ("hint_share", "phi", "entropy", "hinted_entropy")):
         return None
     arrays = {
-        key: np.asarray(lists[key], dtype=np.float64) for key in ("mix_weight", "phi", "entropy", "hinted_entropy")
+        key: np.asarray(lists[key], dtype=np.float64) for key in ("hint_share", "phi", "entropy", "hinted_entropy")
     }
-    finite = all(np.isfinite(arrays[key]).all() for key in ("mix_weight", "phi", "entropy"))
+    finite = all(np.isfinite(arrays[key]).all() for key in ("hint_share", "phi", "entropy"))
     return TokenNumbers(**arrays) if finite else None
 
 

@@ -28,7 +28,7 @@ from megatron_idft.hinted_decoding.report import figures
 from megatron_idft.hinted_decoding.report.numbers import DIFFERENCE_EDGES, CorpusNumbers, judge_null
 from megatron_idft.hinted_decoding.report.outcome import ORIGINAL, STAGES, Outcome, Turn, read_outcome
 
-VERSION = 1  # of the JSON
+VERSION = 2  # of the JSON
 EXAMPLES = 4  # of each kind
 MAX_CHARACTERS = 6000  # of an original text that are shown
 HEAD_TOKENS, TAIL_TOKENS = 500, 200  # of a new text that are shown
@@ -169,7 +169,7 @@ def _shown(row: dict[str, Any], turn: Turn, identity: int) -> dict[str, Any]:
     for name, side in (("before", turn.original), ("after", turn.new)):
         example |= {f"phi_{name}": side["phi"] / side["tokens"], f"tokens_{name}": int(side["tokens"])}
     example["gain"] = example["phi_after"] - example["phi_before"]
-    example |= {key: turn.accepted.get(key) for key in ("seed", "beta", "verdict", "finish_reason", "split_at")}
+    example |= {key: turn.accepted.get(key) for key in ("seed", "slope", "verdict", "finish_reason", "split_at")}
     example["extracted"] = None if turn.accepted.get("extracted") is None else bounded(turn.accepted["extracted"])
     text = turn.row.get("original_text") or ""
     kept = MAX_CHARACTERS // 2
@@ -183,7 +183,7 @@ def _shown(row: dict[str, Any], turn: Turn, identity: int) -> dict[str, Any]:
 
 
 def _excerpts(turn: Turn) -> list[dict[str, Any]]:
-    """The first and the last tokens: [text, lambda, phi, entropy, hinted entropy; null where one stream ran]."""
+    """The first and the last tokens: [text, hint share, phi, entropy, hinted entropy; null where one stream ran]."""
     if turn.tokens is None:
         return []
     numbers, count = turn.tokens, len(turn.tokens.phi)
@@ -199,7 +199,7 @@ def _excerpts(turn: Turn) -> list[dict[str, Any]]:
             "tokens": [
                 [
                     bounded(texts[i] or ""),
-                    round(float(numbers.mix_weight[i]), 4),
+                    round(float(numbers.hint_share[i]), 4),
                     round(float(numbers.phi[i]), 4),
                     round(float(numbers.entropy[i]), 4),
                     round(float(numbers.hinted_entropy[i]), 4) if np.isfinite(numbers.hinted_entropy[i]) else None,

@@ -24,7 +24,7 @@ class Candidate:
 
     token_ids: as drawn, with the stop token if one ended it. response_ids: what the conversation holds if it is
     accepted, ended as the template ends a turn. text: without the end. finished: it ended by itself and says something.
-    seed, beta: null where they took no part. verdict, verified_by: of the verifier; None where nothing was compared.
+    seed, slope: null where they took no part. verdict, verified_by: of the verifier; None where nothing was compared.
     """
 
     stage: Stage
@@ -35,10 +35,10 @@ class Candidate:
     finished: bool
     log_prob: Floats
     entropy: Floats
-    mix_weight: Floats
+    hint_share: Floats
     hinted_entropy: Floats
     seed: int | None = None
-    beta: float | None = None
+    slope: float | None = None
     split_at: int | None = None
     verdict: str | None = None
     verified_by: str | None = None
@@ -54,11 +54,11 @@ class Candidate:
     def row(self) -> dict[str, Any]:
         """As CANDIDATE of outcomes.py."""
         two_streams = ~np.isnan(self.hinted_entropy)
-        mixed = self.mix_weight[two_streams]
+        shares = self.hint_share[two_streams]
         return {
             "stage": self.stage,
             "seed": self.seed,
-            "beta": self.beta,
+            "slope": self.slope,
             "accepted": self.accepted,
             "rejected_because": self.rejected_because,
             "verdict": self.verdict,
@@ -69,16 +69,16 @@ class Candidate:
             "text": self.text,
             "num_tokens": len(self.token_ids),
             "split_at": self.split_at,
-            "lambda_mean": float(mixed.mean(dtype=np.float64)) if len(mixed) else None,
-            "lambda_max": float(mixed.max()) if len(mixed) else None,
+            "hint_share_mean": float(shares.mean(dtype=np.float64)) if len(shares) else None,
+            "hint_share_min": float(shares.min()) if len(shares) else None,
             **statistics(self.log_prob, self.entropy),
         }
 
     def provenance(self) -> dict[str, Any]:
         """What the record says of this candidate where it was accepted."""
         row, tokens = self.row(), max(len(self.token_ids), 1)
-        found = {name: row[name] for name in ("stage", "finish_reason", "verdict", "verified_by", "seed", "beta")}
-        found |= {name: row[name] for name in ("lambda_mean", "lambda_max")}
+        found = {name: row[name] for name in ("stage", "finish_reason", "verdict", "verified_by", "seed", "slope")}
+        found |= {name: row[name] for name in ("hint_share_mean", "hint_share_min")}
         found["phi_mean"] = row["phi_sum"] / tokens
         return found | {f"phi_below_{-limit:g}": row[f"phi_below_{-limit:g}"] / tokens for limit in PHI_THRESHOLDS}
 
@@ -105,7 +105,7 @@ def from_completion(
         finished=completion.finish_reason == "eos" and bool(text.strip()) and not goes_on,
         log_prob=completion.log_prob,
         entropy=completion.entropy,
-        mix_weight=completion.mix_weight,
+        hint_share=completion.hint_share,
         hinted_entropy=completion.hinted_entropy,
         seed=completion.request.seed,
         split_at=completion.split_at,
@@ -123,7 +123,7 @@ def from_text(text: str, ids: Ids, fits: bool, log_prob: Floats, entropy: Floats
         finished=fits and bool(text.strip()),
         log_prob=log_prob,
         entropy=entropy,
-        mix_weight=np.ones(len(ids), dtype=np.float32),
+        hint_share=np.zeros(len(ids), dtype=np.float32),
         hinted_entropy=np.full(len(ids), np.nan, dtype=np.float32),
     )
 

@@ -188,7 +188,7 @@ class Realigner:
 
     def _decode_hinted(self, turns: Sequence[Turn], stage: Stage, attempt: int) -> None:
         settings = self._settings
-        seed, mixing = settings.seed + attempt, settings.mixing.scaled(settings.retry_beta_factor**attempt)
+        seed, mixing = settings.seed + attempt, settings.mixing.scaled(settings.retry_slope_factor**attempt)
         requests: dict[str, tuple[Turn, Request]] = {}
         for turn in turns:
             if turn.accepted is None and turn.hinted_prompt is not None:
@@ -197,7 +197,7 @@ class Realigner:
         done = self._decode(requests, settings.hinted_sampling, settings.max_tokens, mixing)
         made = [(turn, self._from_completion(turn, done[name], stage)) for name, (turn, _) in requests.items()]
         for _, candidate in made:
-            candidate.beta = mixing.beta if mixing.has_beta else None
+            candidate.slope = mixing.slope if mixing.has_slope else None
         self._judge(made, hinted=True)
 
     def _decode(

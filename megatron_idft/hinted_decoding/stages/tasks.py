@@ -18,7 +18,7 @@ from megatron_idft.hinted_decoding.stages.candidates import Candidate, Ids, stat
 from megatron_idft.hinted_decoding.stages.conversation import RunningConversation, TurnPrompt
 
 _NONE = np.zeros(0, dtype=np.float32)
-_PER_TOKEN = ("token_ids", "tokens", "mix_weight", "phi", "entropy", "hinted_entropy")
+_PER_TOKEN = ("token_ids", "tokens", "hint_share", "phi", "entropy", "hinted_entropy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Turn:
         return row | {
             "token_ids": ids,
             "tokens": [decode(ids[i : i + 1]) for i in range(len(ids))],
-            "mix_weight": candidate.mix_weight,
+            "hint_share": candidate.hint_share,
             "phi": candidate.phi,
             "entropy": candidate.entropy,
             "hinted_entropy": candidate.hinted_entropy,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_idft.errors import ArgumentError, InputError
 from megatron_idft.integration.offline import program
-from megatron_idft.integration.offline.realign_arguments import add_realign_arguments
+from megatron_idft.integration.offline.realign_arguments import add_realign_arguments, describe_renamed
 from megatron_idft.integration.offline.realign_inputs import RealignInputs
 from megatron_idft.integration.offline.realign_settings import (
     WHOLE_NUMBERS_FROM_1,
@@ -45,10 +45,14 @@ def realign() -> None:
     """Realign as `sys.argv` says. `prepare_process` must have run."""
     program.stop_on_sigterm()
     args = program.parse(add_realign_arguments, WHOLE_NUMBERS_FROM_1, check_realign_arguments)
+    from megatron.training.utils import print_rank_0
+
     from megatron_idft.corpus.records import read_records
     from megatron_idft.data.chat.tokenizer import load_tokenizer
     from megatron_idft.data.model_rows import require_rows_of_records
 
+    for line in describe_renamed(args):
+        print_rank_0(f"> {line}")
     tokenizer = load_tokenizer(
         args.tokenizer_model,
         chat_template=args.chat_template,
@@ -102,6 +106,7 @@ class _Job:
         import torch
 
         from megatron_idft.corpus.ledger.ledger import Ledger
+        from megatron_idft.hinted_decoding.output.former_names import current_settings
         from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA
 
         args = self.args
@@ -115,7 +120,9 @@ class _Job:
             ledger = None
             if self.replica.leads:
                 agreed = self._agreed(indices)
-                ledger = stack.enter_context(Ledger(folder, agreed, chunks, lease_seconds=args.lease_seconds))
+                ledger = stack.enter_context(
+                    Ledger(folder, agreed, chunks, lease_seconds=args.lease_seconds, current=current_settings)
+                )
             progress = stack.enter_context(_Progress(chunks, shown=ledger is not None and self.replica.number == 0))
             for chunk in program.claimed(ledger, self.replica.share):
                 begin = chunk * args.chunk_records

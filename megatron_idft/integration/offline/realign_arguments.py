@@ -3,14 +3,51 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
 from typing import Any
 
+from megatron_idft.corpus.display import bounded
 from megatron_idft.hinted_decoding.mixing import MIXING_MODES
+from megatron_idft.hinted_decoding.output.former_names import hint_share_of
 from megatron_idft.integration.offline import program
+
+
+class _Renamed(argparse.Action):
+    """A flag's former name, not shown: sets the flag that it is `now`, and notes that in `renamed_flags`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, now: str, **options: Any) -> None:
+        options |= {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        super().__init__(option_strings, now[2:].replace("-", "_"), **options)
+        self._now = now
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.renamed_flags = namespace.renamed_flags | {self._now: self.option_strings[0]}
+
+
+def _complement(text: str) -> float:
+    """The hint share for a share of the plain stream, which --mix-lambda was."""
+    try:
+        share = hint_share_of(text)
+    except ArithmeticError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{bounded(text)}: pass a number from 0 to 1")
+    return share
+
+
+def describe_renamed(args: argparse.Namespace) -> list[str]:
+    """A line for each flag that was given under its former name."""
+    flags = args.renamed_flags.items()
+    return [f"{former} is now {now}: write {now} {getattr(args, now[2:].replace('-', '_'))}" for now, former in flags]
 
 
 def add_realign_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of realigning to Megatron's parser."""
+    parser.set_defaults(renamed_flags={})  # now -> as it was written
     group = parser.add_argument_group(title="realign")
     program.add_input_arguments(group)
     program.add_work_arguments(group, chunk_records=256)
@@ -127,20 +164,26 @@ def _add_hinted_arguments(group: Any) -> None:
         "--mix",
         choices=MIXING_MODES,
         default="linear",
-        help="lambda, the share of the plain stream, from Hn = H / ln(vocabulary) of the hinted stream. linear:"
-        " clamp(beta Hn, 0, 1), the paper's. sigmoid: sigma(beta (Hn - 0.5)). piecewise: 0 up to Hn 0.3, 1 from 0.7."
-        " fixed: --mix-lambda. Default linear.",
+        help="The hint share, that of the hinted stream in the mix, from Hn = H / ln(vocabulary) of that stream."
+        " linear: 1 - clamp(slope Hn, 0, 1), the paper's. sigmoid: 1 - sigma(slope (Hn - 0.5)). piecewise: 1 up to Hn"
+        " 0.3, 0 from 0.7. fixed: --hint-share. Default linear.",
     )
     group.add_argument(
-        "--mix-beta", type=float, default=3.0, help="beta of linear and sigmoid. Default 3, as in the authors' README."
+        "--mix-slope",
+        type=float,
+        default=3.0,
+        help="slope of linear and sigmoid: how soon doubt takes the mix from the hint. Default 3, as in the authors'"
+        " README.",
     )
     group.add_argument(
-        "--mix-lambda",
+        "--hint-share",
         type=float,
         default=None,
-        help="With --mix fixed: 0 is self-distillation from the hinted stream, 1 plain sampling (with --first-token"
+        help="With --mix fixed: 1 is self-distillation from the hinted stream, 0 plain sampling (with --first-token"
         " mixed).",
     )
+    group.add_argument("--mix-beta", action=_Renamed, now="--mix-slope", type=float)
+    group.add_argument("--mix-lambda", action=_Renamed, now="--hint-share", type=_complement)
     group.add_argument(
         "--first-token",
         choices=("hinted", "mixed"),
@@ -204,12 +247,13 @@ def _add_judging_arguments(group: Any) -> None:
     )
     group.add_argument("--retries", type=int, default=2, help="With --fallback retry: how often. Default 2.")
     group.add_argument(
-        "--retry-beta-factor",
+        "--retry-slope-factor",
         type=float,
         default=0.5,
-        help="Each retry multiplies --mix-beta by this once more, and draws anew. Below 1: closer to the hint each"
+        help="Each retry multiplies --mix-slope by this once more, and draws anew. Below 1: closer to the hint each"
         " time. Default 0.5.",
     )
+    group.add_argument("--retry-beta-factor", action=_Renamed, now="--retry-slope-factor", type=float)
     group.add_argument(
         "--after-retries",
         choices=("drop", "original"),

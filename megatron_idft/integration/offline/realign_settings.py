@@ -30,19 +30,21 @@ def check_realign_arguments(args: argparse.Namespace) -> None:
     _check_layout(args)
     for flag, given, needs, there in (
         ("--hint-prompt", args.hint_prompt, "--no-analysis", args.no_analysis),
-        ("--mix-lambda", args.mix_lambda, "--mix fixed", args.mix == "fixed"),
+        ("--hint-share", args.hint_share, "--mix fixed", args.mix == "fixed"),
     ):
         if given is not None and not there:
-            raise ArgumentError(f"{flag} is used with {needs} alone: add that, or drop {flag}")
-    if args.mix == "fixed" and args.mix_lambda is None:
-        raise ArgumentError("--mix fixed needs --mix-lambda, a number from 0 to 1")
+            written = args.renamed_flags.get(flag, flag)
+            raise ArgumentError(f"{written} is used only with {needs}: add that, or drop {written}")
+    if args.mix == "fixed" and args.hint_share is None:
+        raise ArgumentError("--mix fixed needs --hint-share, a number from 0 to 1")
     for flag, given in (("--analysis-prompt", args.analysis_prompt), ("--analyses", args.analyses)):
         if given is not None and args.no_analysis:
             raise ArgumentError(f"{flag} and --no-analysis say different things about the analysis: drop one of them")
     if args.estimate and args.retry_errors:
         raise ArgumentError("--estimate and --retry-errors are different things to do: pass one of them")
-    if not 0 < args.retry_beta_factor < float("inf"):
-        raise ArgumentError(f"--retry-beta-factor {args.retry_beta_factor}: pass a number above 0")
+    if not 0 < args.retry_slope_factor < float("inf"):
+        written = args.renamed_flags.get("--retry-slope-factor", "--retry-slope-factor")
+        raise ArgumentError(f"{written} {args.retry_slope_factor}: pass a number above 0")
     if args.kv_memory_gb is not None and not args.kv_memory_gb > 0:
         raise ArgumentError(f"--kv-memory-gb {args.kv_memory_gb}: pass a number above 0")
     if args.fallback == "retry" and args.temperature == 0 and args.mix in ("fixed", "piecewise"):
@@ -89,8 +91,8 @@ def resolve_settings(args: argparse.Namespace, template: HintTemplate, vocab_siz
         mixing=EntropyMixing(
             args.entropy_vocab_size or vocab_size,
             args.mix,
-            beta=args.mix_beta,
-            value=args.mix_lambda,
+            slope=args.mix_slope,
+            hint_share=args.hint_share,
             first_token_hinted=args.first_token == "hinted",
         ),
         rollout_samples=args.rollout_samples,
@@ -103,7 +105,7 @@ def resolve_settings(args: argparse.Namespace, template: HintTemplate, vocab_siz
         stop_on_first_token=args.stop_on_first_token,
         fallback=args.fallback,
         retries=args.retries,
-        retry_beta_factor=args.retry_beta_factor,
+        retry_slope_factor=args.retry_slope_factor,
         after_retries=args.after_retries,
         unverified=args.unverified,
     )

@@ -1,0 +1,51 @@
+"""What versions before the hint share wrote, under today's names: they recorded the share of the plain stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+_SETTINGS = {"beta": "slope", "beta_factor": "slope_factor"}
+# Of a candidate, and of a turn of a record's `realigned`: today's name, and whether the number is 1 less the former.
+_TRY = {"beta": ("slope", False), "lambda_mean": ("hint_share_mean", True), "lambda_max": ("hint_share_min", True)}
+
+
+def hint_share_of(plain_share: str | float) -> float:
+    """1 less `plain_share`, exact in decimals: 0.1 for 0.9. Raises decimal.InvalidOperation for no number."""
+    return float(1 - Decimal(str(plain_share)))
+
+
+def current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a job as `RealignSettings.describe` names them now, whichever version recorded them."""
+    found = dict(settings)
+    for part in ("mixing", "retry"):
+        if isinstance(given := found.get(part), dict):
+            found[part] = {_SETTINGS.get(name, name): value for name, value in given.items()}
+    mixing = found.get("mixing")
+    if isinstance(mixing, dict) and "value" in mixing:
+        mixing["hint_share"] = hint_share_of(mixing.pop("value"))
+    return found
+
+
+def current_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of an earlier version, with whichever of its columns were read, changed in place."""
+    for turn in row.get("turns") or ():
+        if "mix_weight" in turn:
+            turn["hint_share"] = [1 - share for share in turn.pop("mix_weight") or ()]
+        for candidate in turn.get("candidates") or ():
+            _rename(candidate)
+    if row.get("record"):
+        record = json.loads(row["record"])
+        for turn in record["realigned"]["turns"]:
+            _rename(turn)
+        row["record"] = json.dumps(record, ensure_ascii=False)
+    return row
+
+
+def _rename(tried: dict[str, Any]) -> None:
+    for former, (name, complement) in _TRY.items():
+        if former in tried:
+            value = tried.pop(former)
+            tried[name] = 1 - value if complement and value is not None else value
