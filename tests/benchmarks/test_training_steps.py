@@ -45,7 +45,9 @@ def test_side_by_side_packs_are_their_records_and_a_cut_leaves_a_verdict(tmp_pat
     """The Triton kernels are tested above; here what is compared beside them, and what a cut leaves."""
     flags = ["--cpu", "--values", "--backends", "reference", "--at-once", "2"]
     command = [forking_python(), str(PROGRAM), "--out", str(tmp_path), *flags]
-    done = subprocess.run([*command, "--iterations", "2", "--limit", "240"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, "--iterations", "2", "--limit", "240"], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "training_values.json").read_text())
     assert set(result["runs"]) == set(result["planned"]) == {"stock", "idft reference", "records", "packs"}
