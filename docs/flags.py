@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_idft.cli import convert, doctor, init, prepare, realign, run, score
 from megatron_idft.integration.loss.arguments import add_arguments
 from megatron_idft.integration.offline.realign_arguments import add_realign_arguments
-from megatron_idft.integration.offline.score import add_score_arguments
+from megatron_idft.integration.offline.score_arguments import add_score_arguments
 from megatron_idft.integration.plan.arguments import add_plan_arguments
 from megatron_idft.integration.training.arguments import add_data_arguments
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from megatron_idft.checkpoint import checksums
 from megatron_idft.checkpoint.checks import check_checkpoint, check_source, check_tied, checked_model_class
@@ -188,8 +189,6 @@ def _dtype(folder: SafetensorsFolder, part: Part) -> torch.dtype:
 
 
 def _bar(title: str, total: int, enabled: bool) -> Any:
-    from tqdm import tqdm
-
     return tqdm(
         total=total, desc=title, unit="B", unit_scale=True, disable=not enabled, file=sys.stderr, mininterval=1.0
     )

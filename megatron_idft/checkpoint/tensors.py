@@ -126,7 +126,7 @@ def _vocabulary(rule: Rule, model: ModelShape) -> Iterator[Piece]:
 
 def join(piece: Piece, parts: Sequence[Tensor], model: ModelShape) -> Tensor:
     """The content of the piece, of `piece.size`, in the parts' dtype."""
-    import torch
+    import torch  # noqa: PLC0415  input_check.py does without
 
     if piece.layout == "qkv":
         # transformer/attention.py: for each group its queries, then its key, then its value.

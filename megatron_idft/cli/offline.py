@@ -1,22 +1,39 @@
 """What the verbs have in common that run a model over a corpus: sub-verbs without a model, help, start."""
 
-import argparse
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 
 Main = Callable[[Sequence[str]], int]
-Program = Callable[[], tuple[Callable[[argparse.ArgumentParser], argparse.ArgumentParser], Callable[[], None]]]
 
 
-def run_verb(verb: str, argv: Sequence[str], usage: str, without_model: Mapping[str, Main], program: Program) -> int:
-    """program: imports what needs torch, and gives (what adds the flags to a parser, what runs)."""
+def run_verb(
+    verb: str,
+    argv: Sequence[str],
+    usage: str,
+    without_model: Mapping[str, Main],
+    add_arguments: Callable[[ArgumentParser], ArgumentParser],
+    run: Callable[[], None],
+) -> int:
+    """Run a sub-verb, print the help, or prepare this process and run the program.
+
+    Args:
+        verb: the name, as in `megatron-idft VERB`.
+        argv: the words after it.
+        usage: the first lines of the help.
+        without_model: the sub-verbs by name.
+        add_arguments: adds the program's flags to a parser.
+        run: the program. It may import torch, and reads `sys.argv`.
+
+    Returns:
+        the exit code.
+    """
     if not argv:
         print(usage)
         return 2
     if argv[0] in without_model:
         return without_model[argv[0]](argv[1:])
-    add_arguments, run = program()
     if "-h" in argv or "--help" in argv:
-        parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+        parser = ArgumentParser(usage=SUPPRESS, add_help=False)
         print(usage + "\n\n" + add_arguments(parser).format_help())
         return 0
     from megatron_idft.integration.platform.hf_model import expand

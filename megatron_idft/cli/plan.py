@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print_help()
         return 0
-    from megatron_idft.integration.plan.arguments import plan_from_flags
+    from megatron_idft.integration.plan.request import plan_from_flags
     from megatron_idft.planning.plan import as_json
     from megatron_idft.planning.text import format_plan
 

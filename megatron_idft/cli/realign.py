@@ -2,9 +2,9 @@
 
 import json
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_idft.cli.offline import run_verb
 from megatron_idft.parsing import Parser
@@ -80,12 +80,17 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
-def _program() -> Any:
-    from megatron_idft.integration.offline.realign import realign
+def _add_arguments(parser: ArgumentParser) -> ArgumentParser:
     from megatron_idft.integration.offline.realign_arguments import add_realign_arguments
 
-    return add_realign_arguments, realign
+    return add_realign_arguments(parser)
+
+
+def _run() -> None:
+    from megatron_idft.integration.offline.realign import realign
+
+    realign()
 
 
 def main(argv: Sequence[str]) -> int:
-    return run_verb("realign", argv, USAGE, {"status": status, "merge": merge, "report": report}, _program)
+    return run_verb("realign", argv, USAGE, {"status": status, "merge": merge, "report": report}, _add_arguments, _run)

@@ -2,9 +2,9 @@
 
 import json
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_idft.cli.offline import run_verb
 from megatron_idft.data import flags
@@ -86,11 +86,17 @@ def select(argv: Sequence[str]) -> int:
     return 0
 
 
-def _program() -> Any:
-    from megatron_idft.integration.offline.score import add_score_arguments, score
+def _add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    from megatron_idft.integration.offline.score_arguments import add_score_arguments
 
-    return add_score_arguments, score
+    return add_score_arguments(parser)
+
+
+def _run() -> None:
+    from megatron_idft.integration.offline.score import score
+
+    score()
 
 
 def main(argv: Sequence[str]) -> int:
-    return run_verb("score", argv, USAGE, {"status": status, "report": report, "select": select}, _program)
+    return run_verb("score", argv, USAGE, {"status": status, "report": report, "select": select}, _add_arguments, _run)

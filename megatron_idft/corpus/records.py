@@ -185,7 +185,7 @@ def _decompressed(path: Path, raw: IO[bytes]) -> Any:
     if path.name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw, mode="rb")
     if path.name.endswith(".zst"):
-        import pyarrow as pa
+        import pyarrow as pa  # noqa: PLC0415  lines are read without it
 
         # A small buffer: what it holds is lost where the stream turns out to be damaged.
         return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"), 1 << 16)
@@ -236,8 +236,8 @@ def _is_unicode(text: str) -> bool:
 
 
 def _parquet_rows(path: Path, on_bytes: OnBytes) -> _Rows:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # noqa: PLC0415  lines are read without it
+    import pyarrow.parquet as pq  # noqa: PLC0415  lines are read without it
 
     row, size, told = 0, path.stat().st_size, 0
     try:
@@ -257,7 +257,7 @@ def _parquet_rows(path: Path, on_bytes: OnBytes) -> _Rows:
 
 def parquet_batch_rows(batch: Any, path: Path, before: int) -> list[Any]:
     """The rows of a pyarrow RecordBatch behind `before` rows of its file; RecordErrors for those not to be read."""
-    from megatron_idft.corpus.parquet_values import ValueFault, read_rows
+    from megatron_idft.corpus.parquet_values import ValueFault, read_rows  # noqa: PLC0415  imports pyarrow
 
     return [
         RecordError(str(path), before + i, row.column, str(row)) if isinstance(row, ValueFault) else row

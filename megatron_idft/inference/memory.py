@@ -1,5 +1,8 @@
 """How much memory keys and values may take."""
 
+import os
+
+import psutil
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -24,9 +27,5 @@ def _free(device: torch.device) -> int:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * _SHARE_OF_DEVICE)
-    import os
-
-    import psutil
-
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return int(psutil.virtual_memory().available * _SHARE_OF_HOST / processes)

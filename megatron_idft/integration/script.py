@@ -7,6 +7,7 @@ import sys
 import types
 from collections.abc import Sequence
 
+from megatron_idft.integration.loss.trainer import TrainerIntegration
 from megatron_idft.integration.platform.start import prepare_process
 
 
@@ -29,8 +30,6 @@ def run_script(path: str, argv: Sequence[str], force_cpu: bool = False) -> None:
     main.__builtins__ = __builtins__  # type: ignore[attr-defined]
     sys.modules["__main__"] = main
     prepare_process(path, argv, force_cpu)
-
-    from megatron_idft.integration.loss.trainer import TrainerIntegration
 
     TrainerIntegration().attach()
     with open(path, "rb") as file:

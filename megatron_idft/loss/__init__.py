@@ -131,6 +131,6 @@ def distribution_statistics(
 def _traced_objective(objective: str | Objective) -> Objective:
     if not isinstance(objective, str):
         return resolve_objective(objective)
-    from megatron_idft.loss.traced_objective import traced_objective
+    from megatron_idft.loss.traced_objective import traced_objective  # noqa: PLC0415  imports the compiler
 
     return traced_objective(objective)

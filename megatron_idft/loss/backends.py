@@ -44,6 +44,6 @@ def resolve_backend(name: str = "auto", device: torch.device | str = "cpu") -> s
 
 
 def _runs_interpreted() -> bool:
-    from megatron_idft.loss import triton_backend  # imports triton
+    from megatron_idft.loss import triton_backend  # noqa: PLC0415  imports triton
 
     return triton_backend.INTERPRETED

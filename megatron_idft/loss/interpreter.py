@@ -9,7 +9,7 @@ def read_loop_bounds_by_item() -> None:
     A loop bound is an array of one element there, and `int` of such an array is an error since numpy 2.4. Triton 3.7
     reads its element, as this does. Patched: `_patch_lang_tensor` of triton/runtime/interpreter.py.
     """
-    from triton.runtime import interpreter
+    from triton.runtime import interpreter  # noqa: PLC0415  with TRITON_INTERPRET=1 only
 
     patch_tensor = interpreter._patch_lang_tensor
 
@@ -27,7 +27,7 @@ def patch_language_once_per_launch() -> None:
     when the kernel calls a device function. Of a module whose functions it has replaced in this launch nothing is left
     to do. Patched: `_patch_lang` and `GridExecutor.__call__` of triton/runtime/interpreter.py.
     """
-    from triton.runtime import interpreter
+    from triton.runtime import interpreter  # noqa: PLC0415  with TRITON_INTERPRET=1 only
 
     patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[int] = set()

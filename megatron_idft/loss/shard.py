@@ -28,7 +28,8 @@ class VocabShard(NamedTuple):
         if self.tp_group is None or self.tp_group.size() == 1 or state.numel() == 0:
             return state.unsqueeze(0)
         if torch.compiler.is_compiling():
-            from torch.distributed._functional_collectives import all_gather_tensor  # imports the compiler
+            # It imports the compiler.
+            from torch.distributed._functional_collectives import all_gather_tensor  # noqa: PLC0415
 
             gathered = all_gather_tensor(state, gather_dim=0, group=self.tp_group)
             return gathered.view(self.tp_group.size(), *state.shape)

@@ -116,6 +116,17 @@ def test_without_torch_a_verb_says_what_to_install():
         assert f"`{words[0]}` needs torch" in done.stderr and "megatron-idft[train]" in done.stderr
 
 
+def test_a_help_comes_without_torch():
+    code = "import sys; sys.modules['torch'] = sys.modules['numpy'] = None; from megatron_idft.cli import main\n"
+    code += "sys.exit(any([main([verb, '--help']) for verb in sys.argv[1:]]))"  # a list: each is asked
+    verbs = ("score", "plan", "run", "doctor")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code, *verbs]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert all(f"megatron_idft {verb}" in done.stdout or f"megatron-idft {verb}" in done.stdout for verb in verbs)
+
+
 def test_a_bug_says_that_it_is_one_and_where_the_traceback_is(tmp_path):
     script = tmp_path / "failing.py"
     script.write_text("raise ZeroDivisionError('of mine')\n")

@@ -7,7 +7,7 @@ import pytest
 from megatron_idft.cli import prepare
 from megatron_idft.data import flags
 from megatron_idft.integration.offline.realign_arguments import add_realign_arguments
-from megatron_idft.integration.offline.score import add_score_arguments
+from megatron_idft.integration.offline.score_arguments import add_score_arguments
 from megatron_idft.integration.training.arguments import add_data_arguments
 
 SPELLED_BEFORE = {

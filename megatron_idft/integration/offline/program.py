@@ -1,4 +1,4 @@
-"""What the offline programs share: flags, Megatron's start without a training, and work taken from a ledger."""
+"""What the offline programs share: Megatron's start without a training, and work taken from a ledger."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megatron_idft.data import flags as record_flags
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from megatron_idft.corpus.ledger.ledger import Ledger
 from megatron_idft.errors import ArgumentError, verbose
 from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
+from megatron_idft.integration.loss.trainer import true_vocab_size
 from megatron_idft.integration.platform import flag_checks, hf_model, signals, upstream
 from megatron_idft.integration.platform.own_tokenizer import require_tokenizer, tokenizer_type
+from megatron_idft.integration.platform.restricted_loading import restrict_checkpoint_reading
+from megatron_idft.integration.training.checkpoints import RunCheckpoints
 from megatron_idft.parsing import raise_errors
-
-if TYPE_CHECKING:
-    import torch
-
-    from megatron_idft.corpus.ledger.ledger import Ledger
 
 Parser = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -52,49 +54,6 @@ def _raise_terminated(number: int, _: object) -> None:
     raise Terminated(_terminated)
 
 
-def add_input_arguments(group: Any) -> None:
-    """The flags that name records, output folder and model."""
-    record_flags.add_data(group)
-    group.add_argument(
-        "--output",
-        metavar="DIR",
-        default=None,
-        help="Where the results go. Any number of launches with the same settings may share it; a stopped one goes on.",
-    )
-    hf_model.add_hf_model_arguments(group)
-    group.add_argument(
-        "--no-checkpoint-checksums",
-        action="store_true",
-        help="Compare only the sizes of the checkpoint's files with its checksums.json, not their content.",
-    )
-
-
-def add_work_arguments(group: Any, *, chunk_records: int) -> None:
-    """The flags of records, chunks and devices, which mean the same in every offline program."""
-    group.add_argument("--limit", type=int, default=None, metavar="N", help="Take only the first N records.")
-    group.add_argument(
-        "--chunk-records",
-        type=int,
-        default=chunk_records,
-        help=f"Records that a launch takes at a time; what a killed launch loses. Default {chunk_records}.",
-    )
-    group.add_argument(
-        "--lease-seconds",
-        type=float,
-        default=120.0,
-        help="A launch that gives no sign for so long has lost its chunk to the others. Default 120.",
-    )
-    record_flags.add_bad_records(group)
-    record_flags.add_template_date(group)
-    group.add_argument(
-        "--sft-loss-vocab-size",
-        type=int,
-        default=None,
-        help="Rows of the true vocabulary; columns above are Megatron's padding. Default: the tokenizer's size.",
-    )
-    group.add_argument("--cpu", action="store_true", help="Compute on the CPU with gloo even where a GPU is present.")
-
-
 def parse(
     add_arguments: Parser,
     whole_numbers: Sequence[str],
@@ -105,11 +64,8 @@ def parse(
     whole_numbers: names of arguments that must be at least 1 where they are given. check: may raise ArgumentError; sees
     the arguments before Megatron has validated them.
     """
-    import torch
     from megatron.training import arguments as megatron_arguments
     from megatron.training.initialize import initialize_megatron
-
-    from megatron_idft.integration.platform.restricted_loading import restrict_checkpoint_reading
 
     restrict_checkpoint_reading()
 
@@ -175,9 +131,6 @@ def load_model(args: argparse.Namespace) -> list[torch.nn.Module]:
     )
     from megatron.training.training import setup_model_and_optimizer
 
-    from megatron_idft.integration.loss.trainer import true_vocab_size
-    from megatron_idft.integration.training.checkpoints import RunCheckpoints
-
     hf_model.convert_before_loading(args)
     RunCheckpoints().verify_source(args)
     model_config = gpt_config_from_args(args) if args.hybrid_layer_pattern is None else hybrid_config_from_args(args)
@@ -224,7 +177,4 @@ def claimed(ledger: Ledger | None, share: Callable[[Any], Any]) -> Iterator[int]
 
 def write_part(path: Path, *, rows: list[dict[str, Any]], schema: Any) -> None:
     """One chunk's rows as Parquet."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")

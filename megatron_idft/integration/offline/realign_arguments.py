@@ -10,7 +10,7 @@ from typing import Any
 from megatron_idft.corpus.display import bounded
 from megatron_idft.hinted_decoding.mixing import MIXING_MODES
 from megatron_idft.hinted_decoding.output.former_names import hint_share_of
-from megatron_idft.integration.offline import program
+from megatron_idft.integration.offline.arguments import add_input_arguments, add_work_arguments
 
 
 class _Renamed(argparse.Action):
@@ -49,8 +49,8 @@ def add_realign_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     """Add the flags of realigning to Megatron's parser."""
     parser.set_defaults(renamed_flags={})  # now -> as it was written
     group = parser.add_argument_group(title="realign")
-    program.add_input_arguments(group)
-    program.add_work_arguments(group, chunk_records=256)
+    add_input_arguments(group)
+    add_work_arguments(group, chunk_records=256)
     _add_program_arguments(group)
     _add_rollout_arguments(parser.add_argument_group(title="realign: own responses"))
     _add_analysis_arguments(parser.add_argument_group(title="realign: analysis of the reference"))

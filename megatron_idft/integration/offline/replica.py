@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:
@@ -23,7 +25,6 @@ class Replica:
 
     def share(self, value: Any) -> Any:
         """The leader's value on every rank of the replica."""
-        import torch
         from megatron.core import mpu
 
         if mpu.get_tensor_model_parallel_world_size() == 1:

@@ -14,69 +14,29 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megatron_idft.data import flags
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from megatron_idft.corpus.ledger.ledger import Ledger
+from megatron_idft.corpus.scores.folder import OWN_SAMPLE_TEMPERATURES, OWN_SAMPLES, describe_own_samples, finish_scores
+from megatron_idft.corpus.scores.rows import TOKEN_SCHEMA, scored_record
+from megatron_idft.data.chat.show import render_sample
+from megatron_idft.data.chat.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_idft.data.model_rows import require_rows
+from megatron_idft.data.token_cache import TokenCache, open_token_cache
 from megatron_idft.errors import ArgumentError, UnservedModelError
+from megatron_idft.inference.engine import DecodeEngine
+from megatron_idft.inference.served import require_served, require_served_layout
 from megatron_idft.integration.offline import program
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from megatron_idft.data.chat.tokenizer import ChatTokenizer
-    from megatron_idft.data.token_cache import TokenCache
-    from megatron_idft.integration.offline.scorer import ModelScorer
+from megatron_idft.integration.offline.score_arguments import add_score_arguments
+from megatron_idft.integration.offline.scorer import ModelScorer
+from megatron_idft.integration.platform.ranks import gather
+from megatron_idft.integration.training.record_data import build_shared_token_cache
 
 _CALIBRATION_ROWS = 64  # own answers decoded at once
-
-
-def add_score_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of scoring to Megatron's parser."""
-    group = parser.add_argument_group(title="score")
-    program.add_input_arguments(group)
-    group.add_argument(
-        "--per-token",
-        action="store_true",
-        help="Keep log_prob, entropy and phi of every response token in scores.parquet. The parts have them anyway.",
-    )
-    program.add_work_arguments(group, chunk_records=512)
-    group.add_argument(
-        "--tokens-per-batch",
-        type=int,
-        default=16384,
-        help="Padded tokens in one forward pass. Records of like length go together. Default 16384.",
-    )
-    group.add_argument(
-        "--dry-run", action="store_true", help="Read the records, show the first with its scored spans, and stop."
-    )
-    group.add_argument(
-        "--estimate",
-        action="store_true",
-        help="Score 200 records spread over the corpus, and print the time and the statistics to expect.",
-    )
-    group.add_argument(
-        "--calibrate",
-        type=int,
-        default=None,
-        metavar="N",
-        help="Have the model answer N prompts of the corpus itself, at temperatures 1 and 0.3, and score the answers:"
-        " the null that the report compares with. phi is 0 on average at temperature 1, by definition. Refused with"
-        " pipeline stages or --sequence-parallel: the same command without them, on that --output, keeps the scores.",
-    )
-    group.add_argument(
-        "--calibrate-max-tokens", type=int, default=256, help="Longest of these answers, in tokens. Default 256."
-    )
-    flags.add_truncation(group)
-    flags.add_last_turn_only(group)
-    flags.add_cache(group)
-    group.add_argument(
-        "--sft-loss-backend",
-        choices=("auto", "reference", "triton"),
-        default="auto",
-        help="Implementation of the statistics, as in training. Default auto.",
-    )
-    return parser
 
 
 def score() -> None:
@@ -85,15 +45,11 @@ def score() -> None:
     args = _parse()
     from megatron.training.utils import print_rank_0
 
-    from megatron_idft.inference.served import require_served, require_served_layout
-
     if args.calibrate is not None:
         with _calibration_refused_with_its_remedy():
             require_served_layout(args.sequence_parallel)
     tokenizer, cache = _open_data(args)
     if args.dry_run:
-        from megatron_idft.data.chat.show import render_sample
-
         print_rank_0("> first record, scored spans in brackets:\n" + render_sample(*cache[0], tokenizer))
         return
     scorer = _load_scorer(args)
@@ -127,11 +83,6 @@ def _parse() -> argparse.Namespace:
 def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenCache]:
     from megatron.training.utils import print_rank_0
 
-    from megatron_idft.data.chat.tokenizer import load_tokenizer
-    from megatron_idft.data.model_rows import require_rows
-    from megatron_idft.data.token_cache import open_token_cache
-    from megatron_idft.integration.training.record_data import build_shared_token_cache
-
     tokenizer = load_tokenizer(
         args.tokenizer_model,
         chat_template=args.chat_template,
@@ -154,8 +105,6 @@ def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenCache]:
 
 
 def _load_scorer(args: argparse.Namespace) -> ModelScorer:
-    from megatron_idft.integration.offline.scorer import ModelScorer
-
     model = program.load_model(args)
     return ModelScorer(model, args.sft_loss_vocab_size, args.tokens_per_batch, args.sft_loss_backend)
 
@@ -178,8 +127,6 @@ def _print_on_leader(line: str) -> None:
 
 def _from_leader(value: Any) -> Any:
     """The leader's value, on every rank of the launch."""
-    from megatron_idft.integration.platform.ranks import gather
-
     return next(value for leads, value in gather((_leads(), value)) if leads)
 
 
@@ -198,8 +145,6 @@ def _score_sequences(
     sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.uint8]]],
 ) -> list[dict[str, Any]] | None:
     """The same for (token ids, mask) that belong to these samples."""
-    from megatron_idft.corpus.scores.rows import scored_record
-
     statistics = scorer.score([ids for ids, _ in sequences])
     if statistics is None or not _leads():
         return None
@@ -226,12 +171,6 @@ def _score_sequences(
 def _score_chunks(
     args: argparse.Namespace, scorer: ModelScorer, tokenizer: ChatTokenizer, cache: TokenCache, total: int
 ) -> None:
-    from tqdm import tqdm
-
-    from megatron_idft.corpus.ledger.ledger import Ledger
-    from megatron_idft.corpus.scores.folder import finish_scores
-    from megatron_idft.corpus.scores.rows import TOKEN_SCHEMA
-
     chunks = -(-total // args.chunk_records)
     with ExitStack() as stack:
         ledger = None
@@ -270,13 +209,6 @@ def _calibrate(
     args: argparse.Namespace, scorer: ModelScorer, tokenizer: ChatTokenizer, cache: TokenCache, total: int
 ) -> None:
     """Own answers to prompts spread over the corpus, scored like records: a ledger with one part per temperature."""
-    import numpy as np
-
-    from megatron_idft.corpus.ledger.ledger import Ledger
-    from megatron_idft.corpus.scores.folder import OWN_SAMPLE_TEMPERATURES, OWN_SAMPLES, describe_own_samples
-    from megatron_idft.corpus.scores.rows import TOKEN_SCHEMA
-    from megatron_idft.inference.engine import DecodeEngine
-
     engine = DecodeEngine(
         scorer.model,
         args.sft_loss_vocab_size,
@@ -322,8 +254,6 @@ def _calibrate(
 def _estimate(
     args: argparse.Namespace, scorer: ModelScorer, tokenizer: ChatTokenizer, cache: TokenCache, total: int
 ) -> None:
-    import numpy as np
-
     samples = sorted({int(index) for index in np.linspace(0, total - 1, min(total, 200))})
     _rows(scorer, tokenizer, cache, samples[:1])  # compiles and allocates
     start = time.monotonic()

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from megatron_idft.errors import ArgumentError, UserError
 from megatron_idft.integration.plan.shape import LAYERS
 from megatron_idft.integration.platform.megatron_errors import translate
@@ -58,8 +60,6 @@ _NEED_A_GPU = {
 @contextlib.contextmanager
 def gpu_answers(on_cpu: bool) -> Iterator[None]:
     """training/arguments.py asks the GPU whether it can do grouped matrix products; every GPU that `plan` knows can."""
-    import torch
-
     before = torch.cuda.get_device_capability
     if not on_cpu:
         torch.cuda.get_device_capability = lambda *_: (8, 0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Literal
 
+import torch
+
 from megatron_idft.errors import PlanError
 from megatron_idft.planning.shape import Batch, Implementation, Layer, Layout, Model, Precision, Recompute, Training
 
@@ -116,8 +118,6 @@ def _recompute(args: argparse.Namespace) -> Recompute:
 
 
 def _implementation(args: argparse.Namespace) -> Implementation:
-    import torch
-
     engine = args.transformer_impl == "transformer_engine" and not args.cpu
     gated = args.swiglu or args.quick_geglu
     loss: Literal["megatron", "reference", "triton"] = "megatron"

@@ -49,7 +49,7 @@ def repair_distributed_optimizer_load() -> None:
     optimizer_class = module.DistributedOptimizer
     if module.HAVE_APEX_OR_TE or upstream.in_force(f"{_OPTIMIZER}.load_state_dict"):
         return
-    import torch
+    import torch  # noqa: PLC0415  the doctor does without
 
     upstream_sharded = optimizer_class.sharded_state_dict
     upstream_load = optimizer_class.load_state_dict

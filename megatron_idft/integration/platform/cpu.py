@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.utils._device as torch_device
 
 from megatron_idft.errors import UnsupportedOnCPUError
 from megatron_idft.integration.platform import upstream
@@ -200,8 +201,6 @@ def _redirect_devices() -> None:
 
     Plain wrappers and not a TorchFunctionMode: a mode holds for one thread only and costs every operation.
     """
-    import torch.utils._device as torch_device
-
     # `with torch.device(...)` knows factories by identity, in a set cached at first use: let it hold the originals.
     factories = {function.__name__ for function in torch_device._device_constructors()}
 
@@ -366,7 +365,7 @@ def _split_random_state() -> None:
 
 
 def _patch_megatron() -> None:
-    from megatron_idft.integration.platform import compatibility, local_layers
+    from megatron_idft.integration.platform import compatibility, local_layers  # noqa: PLC0415  imports Megatron
 
     local_layers.install()
     compatibility.repair_compile_helpers()

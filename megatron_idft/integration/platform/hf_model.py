@@ -6,16 +6,16 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megatron_idft.checkpoint.cache import build_cached_checkpoint, cached_checkpoint
 from megatron_idft.checkpoint.config import read_config, read_model, read_vocabulary
+from megatron_idft.checkpoint.folders import COMPANIONS, copy_companions
+from megatron_idft.checkpoint.model_flags import ModelClass, Setting, megatron_settings
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.platform.local_flags import given_flags
 from megatron_idft.integration.platform.own_tokenizer import own_tokenizer_flags
 from megatron_idft.links import refuse_links_out
-
-if TYPE_CHECKING:
-    from megatron_idft.checkpoint.model_flags import ModelClass, Setting
 
 # Flags that make another model than any of the conversion tables describes.
 _OTHER_MODELS = (
@@ -82,9 +82,6 @@ def expand(argv: Sequence[str]) -> list[str]:
     given = given_flags(argv)
     if "--hf-model" not in given:
         return [*argv, *own_tokenizer_flags(given)]
-    from megatron_idft.checkpoint.cache import cached_checkpoint
-    from megatron_idft.checkpoint.model_flags import megatron_settings
-
     source = Path(given["--hf-model"])
     model = read_model(read_config(source), str(source / "config.json"))
     model_class = _model_class(given)
@@ -145,8 +142,7 @@ def convert_before_loading(args: argparse.Namespace) -> None:
     """Convert `--hf-model` into its cache, unless it is there. Called on every rank, before the model is loaded."""
     if args.hf_model is None:
         return
-    from megatron_idft.checkpoint.cache import build_cached_checkpoint
-    from megatron_idft.integration.platform.ranks import build_once
+    from megatron_idft.integration.platform.ranks import build_once  # noqa: PLC0415  imports torch
 
     model_class: ModelClass = "hybrid" if args.hybrid_layer_pattern else "gpt"
     source, target = Path(args.hf_model), Path(args.pretrained_checkpoint)
@@ -184,12 +180,10 @@ class HuggingFaceExport:
 
         template: the chat template that is trained; written where it is not the tokenizer folder's own.
         """
-        import torch
+        import torch  # noqa: PLC0415  a help is shown without
 
         if self._model is None or not args.save or torch.distributed.get_rank() != 0:
             return
-        from megatron_idft.checkpoint.folders import COMPANIONS, copy_companions
-
         folder = Path(args.save) / COMPANIONS
         folder.mkdir(parents=True, exist_ok=True)
         files = ("config.json", "generation_config.json")
@@ -224,8 +218,8 @@ class HuggingFaceExport:
             self._write(args, iteration)
 
     def _write(self, args: argparse.Namespace, iteration: int) -> None:
-        from megatron_idft.checkpoint.convert import to_hf
-        from megatron_idft.integration.platform.ranks import on_rank_0
+        from megatron_idft.checkpoint.convert import to_hf  # noqa: PLC0415  imports torch
+        from megatron_idft.integration.platform.ranks import on_rank_0  # noqa: PLC0415  imports torch
 
         target = Path(args.save) / "hf" / f"iter_{iteration:07d}"
 
@@ -239,8 +233,6 @@ class HuggingFaceExport:
 
 def _huggingface_folder(args: argparse.Namespace) -> Path | None:
     """The folder with the config.json of the model that is trained, if it is known."""
-    from megatron_idft.checkpoint.folders import COMPANIONS
-
     if getattr(args, "hf_model", None) is not None:  # a script under `run` has no such flag
         return Path(args.hf_model)
     places = [Path(place) / COMPANIONS for place in (args.load, args.pretrained_checkpoint) if place]

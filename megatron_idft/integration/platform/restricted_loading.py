@@ -14,6 +14,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+from numpy._core.multiarray import _reconstruct
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import StorageMeta
+
 from megatron_idft.checkpoint.dcp_metadata import NAME, read_metadata
 from megatron_idft.errors import UnsafeCheckpointError
 from megatron_idft.integration.platform import upstream
@@ -28,13 +34,8 @@ def restrict_checkpoint_reading() -> None:
     For objects those are torch's own and the ones that Megatron has registered (`megatron.core.safe_globals`); torch's
     variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lifts the limit on them. Idempotent.
     """
-    import torch
     from megatron.core import rerun_state_machine
     from megatron.core.dist_checkpointing import serialization  # noqa: F401  registers Megatron's classes
-    from numpy._core.multiarray import _reconstruct
-    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import StorageMeta
 
     if upstream.in_force(_METADATA):
         return
