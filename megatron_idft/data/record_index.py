@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_idft.corpus.records import Message, Record
+from megatron_idft.corpus.scores.rows import RecordOrigin
 
 _SCHEMA = pa.schema(
     [
@@ -31,7 +32,7 @@ class RecordIndexWriter:
 
     def __init__(self, path: Path):
         self._writer = pq.ParquetWriter(path, _SCHEMA)
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[RecordOrigin] = []
 
     def add(self, record: Record, truncated: bool) -> None:
         """truncated: the record was longer than its sample."""
@@ -67,15 +68,12 @@ class RecordIndexWriter:
         self.close()
 
 
-def read_record_index(path: Path, samples: Sequence[int] | None = None) -> list[dict[str, Any]]:
-    """Rows {id, file, line, source, truncated, prompt_hash, response_hash}: all, or those of `samples` in their order.
-
-    Equal hashes are equal texts up to white space.
-    """
+def read_record_index(path: Path, samples: Sequence[int] | None = None) -> list[RecordOrigin]:
+    """All rows, or those of `samples` in their order."""
     table = pq.read_table(path, memory_map=True)
     if samples is not None:
         table = table.take(pa.array(samples, pa.int64()))
-    rows: list[dict[str, Any]] = table.to_pylist()
+    rows: list[RecordOrigin] = table.to_pylist()
     return rows
 
 

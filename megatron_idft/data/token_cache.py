@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_idft.corpus.records import ErrorLog, Record, read_records
+from megatron_idft.corpus.scores.rows import RecordOrigin
 from megatron_idft.data.building import BuildProgress, WeightsFile
 from megatron_idft.data.chat.conversations import (
     EncodedConversation,
@@ -155,7 +156,7 @@ class TokenCache:
         """Tokens of each record, int64 [records]."""
         return np.diff(self._map()[2])
 
-    def records(self, indices: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    def records(self, indices: Sequence[int] | None = None) -> list[RecordOrigin]:
         """Where the records of these indices (None: all) came from, see `read_record_index`."""
         return read_record_index(self.path / "records.parquet", indices)
 

@@ -6,7 +6,7 @@ also depends on the difference of the entropies of model and data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_idft.corpus.lint.distance import check_distance, check_template
@@ -26,20 +26,21 @@ from megatron_idft.corpus.lint.thresholds import (
     STANDARD_ERRORS,
     can_tell,
 )
-from megatron_idft.corpus.scores.summary import CorpusSummary, Row
+from megatron_idft.corpus.scores.rows import ScoredRow
+from megatron_idft.corpus.scores.summary import CorpusSummary
 
 
-def _prompt_in_span(row: Row) -> bool:
+def _prompt_in_span(row: ScoredRow) -> bool:
     share = row.get("prompt_overlap") or 0.0
     return share >= PROMPT_RUN_SHARE and share * row["num_tokens"] >= PROMPT_RUN_TOKENS
 
 
-def _words(row: Row) -> int:
+def _words(row: ScoredRow) -> int:
     return int(row["num_tokens"]) - bool(row["ends_turn"])
 
 
 # What `CorpusSummary` tallies for the linter while the rows pass by.
-ROW_TESTS: dict[str, Callable[[Row], bool]] = {
+ROW_TESTS: dict[str, Callable[[ScoredRow], bool]] = {
     "no end of turn": lambda row: not row["ends_turn"] and not row["truncated"],
     "truncated": lambda row: bool(row["truncated"]),
     "prompt in span": _prompt_in_span,
@@ -203,7 +204,7 @@ def _share_finding(
     result: str,
     means: str,
     not_proven: str,
-    evidence: dict[str, Any],
+    evidence: Mapping[str, Any],
 ) -> Finding:
     share = count / corpus.records
     look, problem = limits

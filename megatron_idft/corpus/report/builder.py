@@ -23,7 +23,8 @@ from megatron_idft.corpus.report import figures
 from megatron_idft.corpus.report.html import render
 from megatron_idft.corpus.report.numbers import estimate_json, save_report, token_estimates
 from megatron_idft.corpus.scores.record_table import paired_differences
-from megatron_idft.corpus.scores.summary import PHI_EDGES, RECORD_EDGES, CorpusSummary, Row, SourceSummary
+from megatron_idft.corpus.scores.rows import ScoredRow
+from megatron_idft.corpus.scores.summary import PHI_EDGES, RECORD_EDGES, CorpusSummary, SourceSummary
 from megatron_idft.errors import InputError
 
 VERSION = 1  # of the JSON
@@ -74,7 +75,7 @@ class ReportBuilder:
         self._corpora: list[CorpusSummary] = []
         self._nulls: dict[tuple[str, float], CorpusSummary] = {}
 
-    def add_corpus(self, name: str, model: str, rows: Iterable[Row]) -> None:
+    def add_corpus(self, name: str, model: str, rows: Iterable[ScoredRow]) -> None:
         """Read a scored corpus to its end. The same name under two models gives paired differences by record id.
 
         Raises InputError for rows that `score` did not write, or a pair of name and model that is there already.
@@ -83,7 +84,7 @@ class ReportBuilder:
             raise InputError(f"corpus {name!r} scored by {model!r} was added twice; give one of them another name")
         self._corpora.append(_read(CorpusSummary(name, model, keep=self.keep, tests=ROW_TESTS), rows))
 
-    def add_null(self, model: str, temperature: float, rows: Iterable[Row]) -> None:
+    def add_null(self, model: str, temperature: float, rows: Iterable[ScoredRow]) -> None:
         """Read responses that `model` sampled itself, scored like a corpus. Corpora are judged against temperature 1.
 
         Raises InputError as `add_corpus`, and for a temperature that is not above 0.
@@ -121,7 +122,7 @@ class ReportBuilder:
         return data
 
 
-def _read(summary: CorpusSummary, rows: Iterable[Row]) -> CorpusSummary:
+def _read(summary: CorpusSummary, rows: Iterable[ScoredRow]) -> CorpusSummary:
     for row in rows:
         summary.add(row)
     return summary

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate
+from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate, EstimateNumbers
 from megatron_idft.files import write_atomically
 
 _MEANS = {
@@ -27,7 +27,7 @@ def token_estimates(sums: ClusterSums) -> dict[str, Any]:
     return data
 
 
-def estimate_json(estimate: Estimate | None) -> dict[str, float | None] | None:
+def estimate_json(estimate: Estimate | None) -> EstimateNumbers | None:
     """{"value", "se"}; null where there is none."""
     return None if estimate is None else estimate.as_json()
 

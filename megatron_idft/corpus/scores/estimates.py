@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,13 @@ FIELDS = (
 )
 
 
+class EstimateNumbers(TypedDict):
+    """An estimate in a JSON; `se` is null where there are too few records to tell."""
+
+    value: float
+    se: float | None
+
+
 class Estimate(NamedTuple):
     """A value and its standard error; the error is None where there are too few records to tell."""
 
@@ -50,7 +57,7 @@ class Estimate(NamedTuple):
         """Whether the value is above `limit`, and above 0 by so many standard errors."""
         return self.value >= limit and self.se is not None and self.value >= standard_errors * self.se
 
-    def as_json(self) -> dict[str, float | None]:
+    def as_json(self) -> EstimateNumbers:
         return {"value": self.value, "se": self.se}
 
 

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +13,7 @@ from megatron_idft.corpus.lint.thresholds import MIN_RECORDS, can_tell
 from megatron_idft.corpus.records import check_files
 from megatron_idft.corpus.report.builder import ReportBuilder
 from megatron_idft.corpus.scores.estimates import ClusterSums
-from megatron_idft.corpus.scores.rows import RECORD_SCHEMA, TOKEN_SCHEMA
+from megatron_idft.corpus.scores.rows import RECORD_SCHEMA, TOKEN_SCHEMA, ScoredRow
 from megatron_idft.corpus.scores.selection import compile_selection
 from megatron_idft.errors import InputError
 from megatron_idft.files import complete_file
@@ -39,7 +38,7 @@ def merge_parts(output: Path, parts: Sequence[Path], *, per_token: bool) -> Path
     return output / SCORES
 
 
-def read_scored(output: Path, *, per_token: bool = False) -> Iterator[dict[str, Any]]:
+def read_scored(output: Path, *, per_token: bool = False) -> Iterator[ScoredRow]:
     """Rows of a finished or unfinished output folder, in input order. per_token: with the lists per token, if kept.
 
     Raises InputError where nothing is scored.
@@ -67,7 +66,7 @@ def finish_scores(output: Path, parts: Sequence[Path], *, per_token: bool) -> st
     )
 
 
-def read_own_samples(output: Path) -> dict[float, list[dict[str, Any]]]:
+def read_own_samples(output: Path) -> dict[float, list[ScoredRow]]:
     """Scored rows of the model's own answers by temperature; empty without `--calibrate`."""
     found = {}
     for chunk, temperature in enumerate(OWN_SAMPLE_TEMPERATURES):

@@ -5,19 +5,54 @@ from __future__ import annotations
 import math
 from array import array
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idft.corpus.scores.estimates import Estimate
+from megatron_idft.corpus.scores.estimates import Estimate, EstimateNumbers
+from megatron_idft.corpus.scores.rows import RecordPlace, ScoredRow
 
 SHOWN_GROUPS, SHOWN_MEMBERS = 3, 3
+_Contribution = tuple[float, NDArray[np.float64]]  # an estimate, and each record's share in its deviation
 
 
 def hash64(text: str) -> int:
     """64 bits; among ten million different texts two collide with a probability of 3e-6."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+class RepeatedGroup(TypedDict):
+    """Equal records: how many, and the first of them."""
+
+    records: int
+    examples: list[RecordPlace]
+
+
+class Repeats(TypedDict):
+    """repeats: records that are not the first of their group. largest: the groups with the most records."""
+
+    repeats: int
+    groups: int
+    largest: list[RepeatedGroup]
+
+
+class Difference(TypedDict):
+    """Of one mean under two checkpoints."""
+
+    before: float
+    after: float
+    difference: EstimateNumbers
+
+
+class PairedDifferences(TypedDict):
+    """Of the records in both tables; the means are absent where there are no tokens. unpaired: of either table."""
+
+    pairs: int
+    unpaired: list[int]
+    phi_mean: NotRequired[Difference]
+    phi_std: NotRequired[Difference]
+    log_prob_mean: NotRequired[Difference]
 
 
 class RecordTable:
@@ -33,7 +68,7 @@ class RecordTable:
     def __len__(self) -> int:
         return len(self._line)
 
-    def add(self, row: dict[str, Any], tokens: int, phi: float, phi_squared: float, log_prob: float) -> None:
+    def add(self, row: ScoredRow, tokens: int, phi: float, phi_squared: float, log_prob: float) -> None:
         """tokens: of the response. phi, phi_squared, log_prob: their sums over those."""
         self._ids += row["id"].encode("utf-8", "surrogatepass")
         self._id_ends.append(len(self._ids))
@@ -47,7 +82,7 @@ class RecordTable:
         self._phi_squared.append(phi_squared)
         self._log_prob.append(log_prob)
 
-    def place(self, index: int) -> dict[str, Any]:
+    def place(self, index: int) -> RecordPlace:
         """id, file and line of a record."""
         start, end = self._id_ends[index - 1] if index else 0, self._id_ends[index]
         return {
@@ -59,22 +94,22 @@ class RecordTable:
     def lengths(self) -> NDArray[np.float64]:
         return _column(self._tokens)
 
-    def repeated_records(self) -> dict[str, Any]:
+    def repeated_records(self) -> Repeats:
         """Records whose prompt and response both stand in an earlier record."""
         return self._repeats(_column(self._pair, np.uint64))
 
-    def repeated_responses(self, min_tokens: int) -> dict[str, Any]:
+    def repeated_responses(self, min_tokens: int) -> Repeats:
         """Records whose response, of at least `min_tokens`, stands in an earlier record under another prompt."""
         _, first_of_pair = np.unique(_column(self._pair, np.uint64), return_index=True)
         first_of_pair.sort()
         kept = first_of_pair[self.lengths()[first_of_pair] >= min_tokens]
         return self._repeats(_column(self._response, np.uint64)[kept], kept)
 
-    def _repeats(self, keys: NDArray[np.uint64], rows: NDArray[np.intp] | None = None) -> dict[str, Any]:
+    def _repeats(self, keys: NDArray[np.uint64], rows: NDArray[np.intp] | None = None) -> Repeats:
         rows = np.arange(len(keys)) if rows is None else rows
         _, first, group, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
         repeated = np.flatnonzero(counts > 1)
-        shown = []
+        shown: list[RepeatedGroup] = []
         for number in repeated[np.lexsort((first[repeated], -counts[repeated]))][:SHOWN_GROUPS]:
             members = rows[np.flatnonzero(group == number)]
             shown.append(
@@ -83,27 +118,31 @@ class RecordTable:
         return {"repeats": int(counts[repeated].sum()) - len(repeated), "groups": len(repeated), "largest": shown}
 
 
-def paired_differences(before: RecordTable, after: RecordTable) -> dict[str, Any]:
+def paired_differences(before: RecordTable, after: RecordTable) -> PairedDifferences:
     """Per-token means of `after` less those of `before` over the records that both hold, paired by id.
 
     A record that is easy for one model is mostly easy for the other, so the error of the paired difference is smaller
     than that of two independent means. Of records with one id in the same corpus, the first counts.
     """
     _, i, j = np.intersect1d(_column(before._id, np.uint64), _column(after._id, np.uint64), return_indices=True)
-    result: dict[str, Any] = {"pairs": len(i), "unpaired": [len(before) - len(i), len(after) - len(j)]}
+    result: PairedDifferences = {"pairs": len(i), "unpaired": [len(before) - len(i), len(after) - len(j)]}
     contributions = []
     for table, rows in ((before, i), (after, j)):
         columns = [_column(c)[rows] for c in (table._tokens, table._phi, table._phi_squared, table._log_prob)]
         if not columns[0].sum():
             return result
         contributions.append(_contributions(*columns))
-    for key in ("phi_mean", "phi_std", "log_prob_mean"):
-        (a, by_record_a), (b, by_record_b) = contributions[0][key], contributions[1][key]
-        se = None
-        if len(i) > 1:
-            se = math.sqrt(float(np.square(by_record_b - by_record_a).sum()) * len(i) / (len(i) - 1))
-        result[key] = {"before": a, "after": b, "difference": Estimate(b - a, se).as_json()}
+    differences = [_difference(a, b) for a, b in zip(*contributions, strict=True)]
+    result["phi_mean"], result["phi_std"], result["log_prob_mean"] = differences
     return result
+
+
+def _difference(before: _Contribution, after: _Contribution) -> Difference:
+    (a, by_record_a), (b, by_record_b) = before, after
+    records, se = len(by_record_a), None
+    if records > 1:
+        se = math.sqrt(float(np.square(by_record_b - by_record_a).sum()) * records / (records - 1))
+    return {"before": a, "after": b, "difference": Estimate(b - a, se).as_json()}
 
 
 def _contributions(
@@ -111,8 +150,8 @@ def _contributions(
     phi: NDArray[np.float64],
     phi_squared: NDArray[np.float64],
     log_prob: NDArray[np.float64],
-) -> dict[str, tuple[float, NDArray[np.float64]]]:
-    """Each estimate and what each record contributes to its deviation (the delta method)."""
+) -> tuple[_Contribution, _Contribution, _Contribution]:
+    """Of the mean and the spread of phi and of the mean of log p, by the delta method."""
     total = float(tokens.sum())
     mean, log_prob_mean = float(phi.sum()) / total, float(log_prob.sum()) / total
     variance = max(0.0, float(phi_squared.sum()) / total - mean**2)
@@ -121,7 +160,7 @@ def _contributions(
     of_std = np.zeros_like(tokens)
     if std > 1e-12:
         of_std = (phi_squared - 2 * mean * phi + (mean**2 - variance) * tokens) / (2 * std * total)
-    return {"phi_mean": (mean, of_mean), "phi_std": (std, of_std), "log_prob_mean": (log_prob_mean, of_log_prob)}
+    return (mean, of_mean), (std, of_std), (log_prob_mean, of_log_prob)
 
 
 def _column(values: array[Any], dtype: Any = np.float64) -> NDArray[Any]:

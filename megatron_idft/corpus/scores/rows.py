@@ -6,7 +6,7 @@ assistant's turns and the tokens that end them.
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,75 @@ PHI_THRESHOLDS = (-1.0, -3.0, -5.0)  # as in the training metrics, and in the au
 WORST_TOKENS = 5
 CONTEXT_TOKENS = 12  # before a worst token
 Decode = Callable[[Sequence[int] | NDArray[np.integer]], str]
+Integers = Sequence[int] | NDArray[np.int32]
+Floats = Sequence[float] | NDArray[np.float32]
+
+
+class RecordPlace(TypedDict):
+    """Where a record stands."""
+
+    id: str
+    file: str
+    line: int
+
+
+class RecordOrigin(RecordPlace):
+    """Which record a sample came from. Equal hashes are equal texts up to white space."""
+
+    source: str | None
+    truncated: bool
+    prompt_hash: str
+    response_hash: str
+
+
+class WorstToken(TypedDict):
+    """One of the tokens of a response with the lowest phi; `context` is the text before it."""
+
+    position: int
+    token_id: int
+    token: str
+    context: str
+    phi: float
+    log_prob: float
+    entropy: float
+
+
+class TokenStatistics(TypedDict, total=False):
+    """Lists with an entry per response token, absent where they were not kept."""
+
+    positions: Integers
+    token_ids: Integers
+    tokens: Sequence[str]
+    log_prob: Floats
+    entropy: Floats
+    phi: Floats
+
+
+class ResponseStatistics(TokenStatistics):
+    """What the model says of a response."""
+
+    num_prompt_tokens: int
+    num_tokens: int
+    ends_turn: bool
+    template_markers: int
+    prompt_overlap: float
+    log_prob_mean: float
+    log_prob_sum: float
+    entropy_mean: float
+    phi_mean: float
+    phi_std: float
+    phi_sum: float
+    phi_below_1: float
+    phi_below_3: float
+    phi_below_5: float
+    worst_tokens: list[WorstToken]
+
+
+class ScoredRow(RecordOrigin, ResponseStatistics):
+    """A row of `TOKEN_SCHEMA`, or of `RECORD_SCHEMA` where it has no lists. index: of the sample in the corpus."""
+
+    index: int
+
 
 _WORST = pa.struct(
     [
@@ -74,17 +143,20 @@ def scored_record(
     decode: Decode,
     end_of_turn_ids: Collection[int],
     special_ids: Collection[int],
-) -> dict[str, Any]:
-    """A row of `TOKEN_SCHEMA`, but for what the record index knows (index, id, file, line, source, …).
+) -> ResponseStatistics:
+    """The statistics of one response. Sums are float64. phi_std is that of the tokens, not of the mean.
 
     Args:
-        ids: [n] token ids of the conversation. mask: [n], 1 where the token is trained.
-        log_prob, entropy: [n - 1] fp32: of token t + 1 given those up to t. Read where mask[1:] is 1.
+        ids: [n] token ids of the conversation.
+        mask: [n], 1 where the token is trained.
+        log_prob: [n - 1] fp32, of token t + 1 given those up to t. Read where mask[1:] is 1.
+        entropy: the same.
         decode: token ids -> text.
         end_of_turn_ids: the tokens that end assistant turns in this corpus.
         special_ids: all tokens that templates write, such as chat markers.
 
-    Sums are float64. phi_std is that of the tokens, not of the mean.
+    Raises:
+        FloatingPointError: the statistics are not finite.
     """
     positions = np.flatnonzero(mask[1:]) + 1
     tokens = ids[positions]
@@ -93,7 +165,7 @@ def scored_record(
     worst = np.argsort(phi, kind="stable")[:WORST_TOKENS]
     last_of_spans = np.append(np.diff(positions) > 1, True)
     markers = np.isin(tokens, list(special_ids)) & ~last_of_spans
-    row: dict[str, Any] = {
+    row: ResponseStatistics = {
         "num_prompt_tokens": int(positions[0]),
         "num_tokens": len(positions),
         "ends_turn": int(tokens[-1]) in end_of_turn_ids,
@@ -105,6 +177,9 @@ def scored_record(
         "phi_mean": float(phi.mean()),
         "phi_std": float(phi.std()),
         "phi_sum": float(phi.sum()),
+        "phi_below_1": float((phi < PHI_THRESHOLDS[0]).mean()),
+        "phi_below_3": float((phi < PHI_THRESHOLDS[1]).mean()),
+        "phi_below_5": float((phi < PHI_THRESHOLDS[2]).mean()),
         "worst_tokens": [
             {
                 "position": int(positions[i]),
@@ -124,9 +199,7 @@ def scored_record(
         "entropy": h.astype(np.float32),
         "phi": phi.astype(np.float32),
     }
-    for threshold in PHI_THRESHOLDS:
-        row[f"phi_below_{-threshold:g}"] = float((phi < threshold).mean())
-    if not all(math.isfinite(row[name]) for name in ("log_prob_mean", "entropy_mean")):
+    if not (math.isfinite(row["log_prob_mean"]) and math.isfinite(row["entropy_mean"])):
         raise FloatingPointError("the model gives NaN or infinite logits for this record")
     return row
 

@@ -12,17 +12,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from heapq import heappush, heappushpop
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idft.corpus.display import bounded, display_record, display_worst_token
+from megatron_idft.corpus.display import (
+    ShownRecord,
+    ShownToken,
+    bounded,
+    display_record,
+    display_worst_token,
+    place_of,
+)
 from megatron_idft.corpus.scores.estimates import ClusterSums
 from megatron_idft.corpus.scores.record_table import RecordTable, hash64
+from megatron_idft.corpus.scores.rows import RecordPlace, ScoredRow
 from megatron_idft.errors import InputError
-
-Row = dict[str, Any]
 
 # Inner edges; the first and the last bin are open. They refine those of integration/loss/metrics.py.
 PHI_EDGES = np.arange(-40, 17) * 0.25  # -10 … 4
@@ -46,12 +52,25 @@ class Tally:
     """How many records something holds for, and the first of them."""
 
     count: int = 0
-    examples: list[dict[str, Any]] = field(default_factory=list)
+    examples: list[RecordPlace] = field(default_factory=list)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: ScoredRow) -> None:
         self.count += 1
         if len(self.examples) < EXAMPLES:
-            self.examples.append({key: row[key] for key in ("id", "file", "line")})
+            self.examples.append(place_of(row))
+
+
+class CurveNumbers(TypedDict):
+    """positions, and at each the mean, the standard deviation and percentiles over records; none without records."""
+
+    records: int
+    records_in_percentiles: int
+    positions: list[int]
+    mean: NotRequired[list[float]]
+    std: NotRequired[list[float]]
+    p10: NotRequired[list[float]]
+    p50: NotRequired[list[float]]
+    p90: NotRequired[list[float]]
 
 
 class Curves:
@@ -80,10 +99,10 @@ class Curves:
         else:
             heappushpop(self._sample, entry)
 
-    def as_json(self) -> dict[str, Any]:
-        """positions, and at each the mean, the standard deviation and percentiles over records."""
+    def as_json(self) -> CurveNumbers:
+        """The curve of the mean record."""
         shown = slice(0, int(np.searchsorted(CURVE_POSITIONS, self.longest)) + 1)
-        data: dict[str, Any] = {"records": self.records, "records_in_percentiles": len(self._sample), "positions": []}
+        data: CurveNumbers = {"records": self.records, "records_in_percentiles": len(self._sample), "positions": []}
         if not self.records:
             return data
         mean = self.sums / self.records
@@ -91,19 +110,18 @@ class Curves:
         data["positions"] = CURVE_POSITIONS[shown].tolist()
         data["mean"], data["std"] = mean[shown].tolist(), np.sqrt(variance)[shown].tolist()
         percentiles = np.percentile([curve for _, _, curve in self._sample], (10, 50, 90), axis=0)
-        for name, values in zip(("p10", "p50", "p90"), percentiles, strict=True):
-            data[name] = values[shown].tolist()
+        data["p10"], data["p50"], data["p90"] = (values[shown].tolist() for values in percentiles)
         return data
 
 
-class Extremes:
+class Extremes[Key: tuple[float, ...], Entry]:
     """The `keep` entries with the smallest keys, one for each `identity`."""
 
     def __init__(self, keep: int):
         self.keep = keep
-        self._entries: list[tuple[Any, str, Any]] = []
+        self._entries: list[tuple[Key, str, Entry]] = []
 
-    def offer(self, key: Any, identity: str, make: Callable[[], Any]) -> None:
+    def offer(self, key: Key, identity: str, make: Callable[[], Entry]) -> None:
         """`make` is called only for an entry that is kept."""
         if not self.keep or (len(self._entries) == self.keep and key >= self._entries[-1][0]):
             return
@@ -115,8 +133,26 @@ class Extremes:
         insort(self._entries, (key, identity, make()), key=lambda entry: entry[0])
         del self._entries[self.keep :]
 
-    def values(self) -> list[Any]:
+    def values(self) -> list[Entry]:
         return [value for _, _, value in self._entries]
+
+
+@dataclass
+class Recurrence:
+    """A token among its records' worst: its text, how often it stands there, and the sum of its phi there."""
+
+    token: str
+    times: int = 0
+    phi: float = 0.0
+
+
+class RecurringToken(TypedDict):
+    """phi_mean: where the token stands among its record's worst."""
+
+    token_id: int
+    token: str
+    times: int
+    phi_mean: float
 
 
 class SourceSummary:
@@ -137,7 +173,7 @@ class CorpusSummary:
     """
 
     def __init__(
-        self, name: str, model: str, *, keep: int = 0, tests: Mapping[str, Callable[[Row], bool]] | None = None
+        self, name: str, model: str, *, keep: int = 0, tests: Mapping[str, Callable[[ScoredRow], bool]] | None = None
     ):
         self.name, self.model, self.keep = name, model, keep
         self.table = RecordTable()
@@ -148,14 +184,15 @@ class CorpusSummary:
         self.not_finite = Tally()
         self._tests = tests or {}
         # One more than shown: least and most must not show the same records of a small corpus.
-        self._least, self._most = Extremes(2 * keep), Extremes(2 * keep)
-        self._worst = Extremes(WORST_TOKENS if keep else 0)
-        self._recurring: dict[int, list[Any]] = {}  # token id -> [token, count, sum of phi]; bounded by the vocabulary
+        self._least, self._most = (Extremes[tuple[float, ...], ShownRecord](2 * keep) for _ in range(2))
+        self._worst = Extremes[tuple[float, ...], ShownToken](WORST_TOKENS if keep else 0)
+        self._recurring: dict[int, Recurrence] = {}  # by token id; bounded by the vocabulary
 
-    def add(self, row: Row) -> None:
-        """One row of `scoring.TOKEN_SCHEMA`; the lists per token may be absent.
+    def add(self, row: ScoredRow) -> None:
+        """Add one row; the lists per token may be absent.
 
-        Raises InputError for a row without a needed column, or with lists of different lengths.
+        Raises:
+            InputError: a row without a needed column, or with lists of different lengths.
         """
         for key in _REQUIRED:
             if row.get(key) is None:
@@ -176,8 +213,10 @@ class CorpusSummary:
                 "phi_squared": tokens * (row["phi_std"] ** 2 + row["phi_mean"] ** 2),
                 "log_prob": tokens * row["log_prob_mean"],
                 "entropy": tokens * row["entropy_mean"],
+                "below_1": tokens * row["phi_below_1"],
+                "below_3": tokens * row["phi_below_3"],
+                "below_5": tokens * row["phi_below_5"],
             }
-            sums |= {f"below_{limit}": tokens * row[f"phi_below_{limit}"] for limit in (1, 3, 5)}
             self.record_histogram[np.searchsorted(RECORD_EDGES, row["phi_mean"], side="right")] += 1
         source = self._source(row)
         if phi is not None:
@@ -197,38 +236,39 @@ class CorpusSummary:
         if tokens and self.keep:
             self._rank(row)
 
-    def _source(self, row: Row) -> SourceSummary:
+    def _source(self, row: ScoredRow) -> SourceSummary:
         name = row.get("source")
         if name not in self.sources and len(self.sources) >= MAX_SOURCES:
             name = FURTHER_SOURCES
         return self.sources.setdefault(name, SourceSummary())
 
-    def _listed_phi(self, row: Row) -> NDArray[np.float64] | None:
-        if row.get("phi") is None or not len(row["phi"]):
+    def _listed_phi(self, row: ScoredRow) -> NDArray[np.float64] | None:
+        phi = row.get("phi")
+        if phi is None or not len(phi):
             return None
-        phi = np.asarray(row["phi"], dtype=np.float64)
-        for key in ("token_ids", "tokens", "log_prob", "entropy", "phi"):
-            if row.get(key) is not None and len(row[key]) != row["num_tokens"]:
+        lists = {"token_ids": row.get("token_ids"), "tokens": row.get("tokens"), "log_prob": row.get("log_prob")}
+        for name, entries in (lists | {"entropy": row.get("entropy"), "phi": phi}).items():
+            if entries is not None and len(entries) != row["num_tokens"]:
                 raise InputError(
-                    f"{self.name}, record {row['id']!r}: {len(row[key])} entries in {key}, but {row['num_tokens']}"
+                    f"{self.name}, record {row['id']!r}: {len(entries)} entries in {name}, but {row['num_tokens']}"
                     " scored tokens"
                 )
-        return phi
+        return np.asarray(phi, dtype=np.float64)
 
-    def _rank(self, row: Row) -> None:
+    def _rank(self, row: ScoredRow) -> None:
         short, tie = row["num_tokens"] < MIN_TOKENS_TO_RANK, hash64(row["id"])
         for extremes, sign in ((self._least, 1), (self._most, -1)):
             extremes.offer((short, sign * row["phi_mean"], tie), row["response_hash"], partial(display_record, row))
         for token in row.get("worst_tokens") or ():
-            if not all(_finite(token[key]) for key in ("phi", "log_prob", "entropy")):
+            if not all(map(_finite, (token["phi"], token["log_prob"], token["entropy"]))):
                 continue
             # Repeated records would fill the table with one token.
             identity = f"{row['response_hash']}:{token['position']}"
             key = (token["phi"], tie, token["position"])
             self._worst.offer(key, identity, partial(display_worst_token, row, token))
-            entry = self._recurring.setdefault(token["token_id"], [bounded(token["token"]), 0, 0.0])
-            entry[1] += 1
-            entry[2] += token["phi"]
+            entry = self._recurring.setdefault(token["token_id"], Recurrence(bounded(token["token"])))
+            entry.times += 1
+            entry.phi += token["phi"]
 
     @property
     def records(self) -> int:
@@ -243,28 +283,28 @@ class CorpusSummary:
             counts += source.histogram
         return counts
 
-    def least(self) -> list[dict[str, Any]]:
+    def least(self) -> list[ShownRecord]:
         """Records for display, the lowest mean phi first."""
         ranked = self._least.values()
         return ranked[: min(self.keep, (len(ranked) + 1) // 2)]
 
-    def most(self) -> list[dict[str, Any]]:
+    def most(self) -> list[ShownRecord]:
         """Records for display, the highest mean phi first; none that `least` shows."""
         shown = {record["response_hash"] for record in self.least()}
         return [record for record in self._most.values() if record["response_hash"] not in shown][: self.keep]
 
-    def worst_tokens(self) -> list[dict[str, Any]]:
+    def worst_tokens(self) -> list[ShownToken]:
         return self._worst.values()
 
-    def recurring_tokens(self) -> list[dict[str, Any]]:
+    def recurring_tokens(self) -> list[RecurringToken]:
         """The tokens that stand most often among their records' worst."""
-        ranked = sorted(self._recurring.items(), key=lambda item: (-item[1][1], item[1][2], item[0]))
+        ranked = sorted(self._recurring.items(), key=lambda item: (-item[1].times, item[1].phi, item[0]))
         return [
-            {"token_id": token_id, "token": token, "times": count, "phi_mean": phi / count}
-            for token_id, (token, count, phi) in ranked[:10]
-            if count > 1
+            {"token_id": token_id, "token": each.token, "times": each.times, "phi_mean": each.phi / each.times}
+            for token_id, each in ranked[:10]
+            if each.times > 1
         ]
 
 
-def _finite(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -134,8 +134,9 @@ class Examples:
 
     def __init__(self) -> None:
         # More than shown, for no turn is shown twice.
-        self._largest, self._smallest = Extremes(2 * EXAMPLES), Extremes(2 * EXAMPLES)
-        self._drawn = Extremes(3 * EXAMPLES)
+        self._largest, self._smallest, self._drawn = (
+            Extremes[tuple[float, ...], dict[str, Any]](keep * EXAMPLES) for keep in (2, 2, 3)
+        )
 
     def add(self, outcome: Outcome) -> None:
         for turn in outcome.turns:

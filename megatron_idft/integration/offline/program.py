@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,6 @@ def claimed(ledger: Ledger | None, share: Callable[[Any], Any]) -> Iterator[int]
             wait = _FIRST_POLL_SECONDS
 
 
-def write_part(path: Path, *, rows: list[dict[str, Any]], schema: Any) -> None:
+def write_part(path: Path, *, rows: Sequence[Mapping[str, object]], schema: pa.Schema) -> None:
     """One chunk's rows as Parquet."""
     pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")

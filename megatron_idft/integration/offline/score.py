@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron_idft.corpus.ledger.ledger import Ledger
 from megatron_idft.corpus.scores.folder import OWN_SAMPLE_TEMPERATURES, OWN_SAMPLES, describe_own_samples, finish_scores
-from megatron_idft.corpus.scores.rows import TOKEN_SCHEMA, scored_record
+from megatron_idft.corpus.scores.rows import TOKEN_SCHEMA, ScoredRow, scored_record
 from megatron_idft.data.chat.show import render_sample
 from megatron_idft.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_idft.data.model_rows import require_rows
@@ -132,7 +132,7 @@ def _from_leader(value: Any) -> Any:
 
 def _rows(
     scorer: ModelScorer, tokenizer: ChatTokenizer, cache: TokenCache, samples: Sequence[int]
-) -> list[dict[str, Any]] | None:
+) -> list[ScoredRow] | None:
     """Scored rows of these samples on the leading rank, None elsewhere."""
     return _score_sequences(scorer, tokenizer, cache, samples, [cache[index] for index in samples])
 
@@ -143,12 +143,12 @@ def _score_sequences(
     cache: TokenCache,
     samples: Sequence[int],
     sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.uint8]]],
-) -> list[dict[str, Any]] | None:
+) -> list[ScoredRow] | None:
     """The same for (token ids, mask) that belong to these samples."""
     statistics = scorer.score([ids for ids, _ in sequences])
     if statistics is None or not _leads():
         return None
-    rows = []
+    rows: list[ScoredRow] = []
     for index, (ids, mask), (log_prob, entropy), record in zip(
         samples, sequences, statistics, cache.records(samples), strict=True
     ):
