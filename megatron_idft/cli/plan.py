@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         print_help()
         return 0
     from megatron_idft.integration.plan.request import plan_from_flags
-    from megatron_idft.planning.plan import as_json
+    from megatron_idft.planning.numbers import as_json
     from megatron_idft.planning.text import format_plan
 
     plan, target = plan_from_flags(argv)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from typing import Any
 
 from megatron_idft.planning.layouts import FULL
-from megatron_idft.planning.plan import Plan, as_json
+from megatron_idft.planning.numbers import PlanNumbers, as_json
+from megatron_idft.planning.plan import Plan
 
 _WIDTH = 110
 
@@ -42,7 +42,7 @@ def _duration(days: float) -> str:
     return f"{days * 86400:.0f} seconds"
 
 
-def _verdict(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
+def _verdict(plan: Plan, numbers: PlanNumbers) -> Iterator[str]:
     worst, machine = plan.worst, plan.machine
     if machine.memory is None:
         yield f"needs {_size(worst.bytes)} on the fullest rank; no limit is known (pass --gpu-memory-gib)"
@@ -54,7 +54,7 @@ def _verdict(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _parameters(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
+def _parameters(plan: Plan, numbers: PlanNumbers) -> Iterator[str]:
     found = numbers["parameters"]
     active = "" if found["active"] == found["model"] else f", {_count(found['active'])} active for a token"
     largest = max(found["per_rank"])
@@ -62,7 +62,7 @@ def _parameters(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
     yield f"\nparameters     {_count(found['model'])}{active}; on a rank at most {_count(largest)}{where}"
 
 
-def _memory(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
+def _memory(plan: Plan, numbers: PlanNumbers) -> Iterator[str]:
     stages = numbers["memory"]["stages"]
     worst = stages[numbers["memory"]["worst_stage"]]
     shown = stages if len(stages) <= 4 else [stages[0], stages[1], stages[-1]]
@@ -82,7 +82,7 @@ def _memory(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
             yield f"    {name:<34}{_size(size):>14}"
 
 
-def _batch(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
+def _batch(plan: Plan, numbers: PlanNumbers) -> Iterator[str]:
     batch, layout = plan.training.batch, plan.training.layout
     found = numbers["batch"]
     yield (
@@ -94,11 +94,11 @@ def _batch(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
         yield f"bubble         {found['pipeline_bubble']:.1%} of a step"
 
 
-def _speed(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
+def _speed(plan: Plan, numbers: PlanNumbers) -> Iterator[str]:
     speed, machine = numbers["speed"], plan.machine
     yield f"flops          {speed['step_flops']:.3e} a step, {speed['flops_per_token']:.3e} a token"
     if speed["step_seconds"] is not None:
-        assert machine.peak is not None
+        assert machine.peak is not None and speed["tokens_per_day"] is not None
         days = "" if speed["training_days"] is None else f"; {_duration(speed['training_days'])} in all"
         yield (
             f"at {machine.efficiency:.0%} MFU     {speed['step_seconds']:.2f} s a step,"
@@ -111,14 +111,14 @@ def _speed(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _cautions(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
+def _cautions(plan: Plan, numbers: PlanNumbers) -> Iterator[str]:
     if plan.cautions:
         yield "\nwarnings"
     for caution in plan.cautions:
         yield textwrap.fill(caution.text, _WIDTH, initial_indent="  - ", subsequent_indent="    ")
 
 
-def _layouts(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
+def _layouts(plan: Plan, numbers: PlanNumbers) -> Iterator[str]:
     if plan.machine.memory is None:
         return
     found = numbers["layouts_that_fit"]
@@ -132,7 +132,7 @@ def _layouts(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
         yield f"    {' '.join(each['flags'])}"
 
 
-def _assumptions(plan: Plan, numbers: dict[str, Any]) -> Iterator[str]:
+def _assumptions(plan: Plan, numbers: PlanNumbers) -> Iterator[str]:
     yield "\nassumptions"
     for text in numbers["assumptions"]:
         yield textwrap.fill(text, _WIDTH, initial_indent="  - ", subsequent_indent="    ")

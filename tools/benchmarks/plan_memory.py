@@ -194,7 +194,7 @@ def compared(plan: dict[str, Any], ranks: list[dict[str, Any]]) -> list[dict[str
 def plan_of(flags: list[str], processes: int) -> dict[str, Any]:
     """What `megatron-idft plan` writes as JSON for these flags."""
     from megatron_idft.integration.plan.request import plan_from_flags
-    from megatron_idft.planning.plan import as_json
+    from megatron_idft.planning.numbers import as_json
 
     return as_json(plan_from_flags(["--gpus", str(processes), *flags])[0])
 

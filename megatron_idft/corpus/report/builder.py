@@ -21,7 +21,15 @@ from megatron_idft.corpus.lint.finding import Finding
 from megatron_idft.corpus.lint.linter import ROW_TESTS, lint, lint_null
 from megatron_idft.corpus.report import figures
 from megatron_idft.corpus.report.html import render
-from megatron_idft.corpus.report.numbers import estimate_json, save_report, token_estimates
+from megatron_idft.corpus.report.numbers import (
+    CorpusNumbers,
+    PartNumbers,
+    ReportNumbers,
+    SourceNumbers,
+    estimate_json,
+    save_report,
+    token_estimates,
+)
 from megatron_idft.corpus.scores.record_table import paired_differences
 from megatron_idft.corpus.scores.rows import ScoredRow
 from megatron_idft.corpus.scores.summary import PHI_EDGES, RECORD_EDGES, CorpusSummary, SourceSummary
@@ -35,16 +43,11 @@ _LENGTH_PERCENTILES = (0, 10, 50, 90, 99, 100)
 class Report:
     """What `ReportBuilder.build` returns: numbers, and the page that shows them."""
 
-    def __init__(self, data: dict[str, Any]):
+    def __init__(self, data: ReportNumbers):
         self._data = data
 
-    def to_json(self) -> dict[str, Any]:
-        """All numbers of the page, as plain types without NaN; `json.dumps` takes it as it is.
-
-        {"corpora": [part], "nulls": [part], "paired": [difference], "phi_edges", "record_edges", "title", "version"}.
-        A part holds name, model, findings, summary, sources, histogram, cumulative, lengths, shares and, of a corpus,
-        the records shown. An estimate is {"value", "se"}; the error is null where there are too few records.
-        """
+    def to_json(self) -> ReportNumbers:
+        """All numbers of the page, as plain types without NaN; `json.dumps` takes it as it is."""
         return self._data
 
     def to_html(self) -> str:
@@ -53,7 +56,7 @@ class Report:
 
     def findings(self) -> list[dict[str, Any]]:
         """The linter's findings on all corpora and own samples, in the order of the page."""
-        return [finding for part in self._data["corpora"] + self._data["nulls"] for finding in part["findings"]]
+        return [finding for part in (*self._data["corpora"], *self._data["nulls"]) for finding in part["findings"]]
 
     def save(self, folder: Path) -> tuple[Path, Path]:
         """Write report.html and report.json; each appears complete or not at all. Returns their paths."""
@@ -99,27 +102,35 @@ class ReportBuilder:
         """The report on what was added so far. Raises InputError where nothing was."""
         if not self._corpora and not self._nulls:
             raise InputError("nothing to report on: add a scored corpus or own samples first")
-        data: dict[str, Any] = {"version": VERSION, "title": self.title}
-        data["phi_edges"], data["record_edges"] = PHI_EDGES.tolist(), [round(float(e), 2) for e in RECORD_EDGES]
-        data["corpora"] = [self._corpus(corpus) for corpus in self._corpora]
-        data["nulls"] = [
-            _numbers(null, lint_null(null, temperature)) | {"temperature": temperature}
-            for (_, temperature), null in self._nulls.items()
-        ]
-        data["paired"] = [
-            {"name": a.name, "before": a.model, "after": b.model} | paired_differences(a.table, b.table)
-            for a, b in combinations(self._corpora, 2)
-            if a.name == b.name
-        ]
-        return Report(data)
+        return Report(
+            {
+                "version": VERSION,
+                "title": self.title,
+                "phi_edges": PHI_EDGES.tolist(),
+                "record_edges": [round(float(edge), 2) for edge in RECORD_EDGES],
+                "corpora": [self._corpus(corpus) for corpus in self._corpora],
+                "nulls": [
+                    {**_numbers(null, lint_null(null, temperature)), "temperature": temperature}
+                    for (_, temperature), null in self._nulls.items()
+                ],
+                "paired": [
+                    {"name": a.name, "before": a.model, "after": b.model, **paired_differences(a.table, b.table)}
+                    for a, b in combinations(self._corpora, 2)
+                    if a.name == b.name
+                ],
+            }
+        )
 
-    def _corpus(self, corpus: CorpusSummary) -> dict[str, Any]:
-        data = _numbers(corpus, lint(corpus, self._nulls.get((corpus.model, 1.0))))
+    def _corpus(self, corpus: CorpusSummary) -> CorpusNumbers:
         sources = sorted(corpus.sources.items(), key=lambda item: (-item[1].sums["tokens"], str(item[0])))
-        data["sources"] = [_source(name, source) for name, source in sources]
-        data["least"], data["most"] = corpus.least(), corpus.most()
-        data["worst_tokens"], data["recurring_tokens"] = corpus.worst_tokens(), corpus.recurring_tokens()
-        return data
+        return {
+            **_numbers(corpus, lint(corpus, self._nulls.get((corpus.model, 1.0)))),
+            "sources": [_source(name, source) for name, source in sources],
+            "least": corpus.least(),
+            "most": corpus.most(),
+            "worst_tokens": corpus.worst_tokens(),
+            "recurring_tokens": corpus.recurring_tokens(),
+        }
 
 
 def _read(summary: CorpusSummary, rows: Iterable[ScoredRow]) -> CorpusSummary:
@@ -128,7 +139,7 @@ def _read(summary: CorpusSummary, rows: Iterable[ScoredRow]) -> CorpusSummary:
     return summary
 
 
-def _numbers(summary: CorpusSummary, findings: list[Finding]) -> dict[str, Any]:
+def _numbers(summary: CorpusSummary, findings: list[Finding]) -> PartNumbers:
     total, lengths = summary.total(), summary.table.lengths()
     shares = {name: tally.count / summary.records for name, tally in summary.tallies.items() if summary.records}
     listed = total["listed_tokens"]
@@ -153,7 +164,7 @@ def _numbers(summary: CorpusSummary, findings: list[Finding]) -> dict[str, Any]:
     }
 
 
-def _source(name: str | None, source: SourceSummary) -> dict[str, Any]:
+def _source(name: str | None, source: SourceSummary) -> SourceNumbers:
     counts = source.histogram.tolist()
     return {
         "source": name,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_idft.corpus.report.numbers import Histogram
 from megatron_idft.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def with_tails(edges: list[float]) -> list[float]:
     return [edges[0] - width, *edges, edges[-1] + width]
 
 
-def phi_histogram(axes: Axes, edges: list[float], histogram: dict[str, Any], **style: Any) -> None:
+def phi_histogram(axes: Axes, edges: list[float], histogram: Histogram, **style: Any) -> None:
     if histogram["tokens"]:
         share = np.array(histogram["counts"]) / histogram["tokens"]
         axes.stairs(np.where(share > 0, share, np.nan), with_tails(edges), baseline=1e-12, **style)

@@ -19,6 +19,7 @@ from megatron_idft.corpus.report.drawing import (
     svg,
 )
 from megatron_idft.corpus.report.html import visible
+from megatron_idft.corpus.report.numbers import CorpusNumbers, NullNumbers, PartNumbers, ReportNumbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +28,7 @@ SHOWN_SOURCES = 12
 _LABEL = 34
 
 
-def distribution_figure(data: dict[str, Any]) -> str:
+def distribution_figure(data: ReportNumbers) -> str:
     """Histograms of phi over tokens (log scale, open tails), and of the records' means."""
 
     series = _series(data)
@@ -53,10 +54,10 @@ def distribution_figure(data: dict[str, Any]) -> str:
     return svg((11, 3.9), draw)
 
 
-def cumulative_figure(data: dict[str, Any]) -> str:
+def cumulative_figure(data: ReportNumbers) -> str:
     """Cumulative phi of every corpus by token position, against what its model's own samples do."""
     corpora = [corpus for corpus in data["corpora"] if corpus["cumulative"]["positions"]]
-    panels: list[tuple[dict[str, Any], dict[str, Any] | None]] = [(c, own_samples(data, c["model"])) for c in corpora]
+    panels: list[tuple[PartNumbers, NullNumbers | None]] = [(c, own_samples(data, c["model"])) for c in corpora]
     panels = panels or [(null, None) for null in data["nulls"] if null["cumulative"]["positions"]]
     if not panels:
         return ""
@@ -88,7 +89,7 @@ def cumulative_figure(data: dict[str, Any]) -> str:
     return svg((11, 3.1 * rows + 0.5), draw)
 
 
-def sources_figure(data: dict[str, Any], corpus: dict[str, Any]) -> str:
+def sources_figure(data: ReportNumbers, corpus: CorpusNumbers) -> str:
     """One small histogram for each of the largest sources, with the whole corpus behind it."""
     sources = [source for source in corpus["sources"] if source["histogram"]["tokens"]][:SHOWN_SOURCES]
     if len(corpus["sources"]) < 2 or not sources:
@@ -118,15 +119,15 @@ def sources_figure(data: dict[str, Any], corpus: dict[str, Any]) -> str:
     return svg((11, 1.75 * rows + 0.3), draw)
 
 
-def own_samples(data: dict[str, Any], model: str) -> dict[str, Any] | None:
+def own_samples(data: ReportNumbers, model: str) -> NullNumbers | None:
     """What `model` sampled at temperature 1, if it was given."""
     return next((n for n in data["nulls"] if n["model"] == model and n["temperature"] == 1), None)
 
 
-def _series(data: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+def _series(data: ReportNumbers) -> list[tuple[str, PartNumbers, dict[str, Any]]]:
     """Label, numbers and style of everything that is compared: own samples first, so that they lie behind."""
     nulls = [part for part in data["nulls"] if part["summary"]["tokens"]]
-    series: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    series: list[tuple[str, PartNumbers, dict[str, Any]]] = []
     for part in nulls:
         filled = part["temperature"] == 1 and sum(null["temperature"] == 1 for null in nulls) == 1
         style = {"color": "#d0d0d0", "fill": True} if filled else {"color": OWN, "linestyle": "--", "linewidth": 1.2}
@@ -145,7 +146,7 @@ def _style(index: int) -> dict[str, Any]:
     }
 
 
-def _label(part: dict[str, Any]) -> str:
+def _label(part: PartNumbers) -> str:
     def short(text: str) -> str:
         text = visible(text)
         return text if len(text) <= _LABEL else f"{text[: _LABEL // 2]}…{text[-_LABEL // 2 :]}"
@@ -153,6 +154,6 @@ def _label(part: dict[str, Any]) -> str:
     return f"{short(part['name'])} · {short(part['model'])}"
 
 
-def _long(part: dict[str, Any]) -> float:
+def _long(part: PartNumbers) -> float:
     """How far the curves are drawn: past the 99th percentile of lengths there is nearly nothing left to move them."""
     return max(4.0, min(float(part["lengths"]["p99"]) * 1.05, float(part["cumulative"]["positions"][-1])))

@@ -7,11 +7,18 @@ import logging
 import re
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from megatron_idft.processes import serve
 
-Reply = dict[str, Any]
+
+class Reply(TypedDict):
+    """What is known of an answer. reason: why it is unknown, or wrong without a comparison."""
+
+    verdict: Literal["right", "wrong", "unknown"]
+    reason: NotRequired[str]
+
+
 Check = Callable[[Any, Any], Reply]
 
 
@@ -54,7 +61,7 @@ def load_math_verify() -> Check:
     def read(text: str, real: bool) -> Any:
         return latex2sympy(text, is_real=real or None, normalization_config=plain, conversion_config=case_matters)
 
-    def compare(answer: Any, reference: Any) -> str:
+    def compare(answer: Any, reference: Any) -> Literal["right", "wrong", "unknown"]:
         """Right and wrong where math-verify, which is not symmetric, says so in both orders, and numbers agree."""
         orders = {
             bool(verify([x], [y], float_rounding=12, allow_set_relation_comp=True, timeout_seconds=None,

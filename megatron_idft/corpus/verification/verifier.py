@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_idft.corpus.verification.answers import FinalAnswer, behind_thoughts, stated_answer
+from megatron_idft.corpus.verification.comparing_process import Reply
 from megatron_idft.corpus.verification.formulas import (
     as_latex,
     decimal_comma,
@@ -132,10 +133,8 @@ class Verifier:
                 tasks.append(Task(place, first))
                 first = Verification(Verdict.UNKNOWN, self._tool, stated.text)
             found.append(first)
-        for task, reply in self._pool.run(tasks):
-            if isinstance(reply, Failure):
-                reason = f"the verifying process ended, {reply.end}" if reply.end else reply.reason
-                reply = {"verdict": "unknown", "reason": reason}
+        for task, answer in self._pool.run(tasks):
+            reply = _reply(answer)
             verdict = Verdict(reply["verdict"])
             found[task.number] = replace(found[task.number], verdict=verdict, reason=reply.get("reason"))
         return found
@@ -192,6 +191,13 @@ class Verifier:
 
 
 _VERDICTS = {True: Verdict.RIGHT, False: Verdict.WRONG, None: Verdict.UNKNOWN}
+
+
+def _reply(answer: Reply | Failure) -> Reply:
+    if not isinstance(answer, Failure):
+        return answer
+    reason = f"the verifying process ended, {answer.end}" if answer.end else answer.reason
+    return {"verdict": "unknown", "reason": reason}
 
 
 def _compare_directly(given: str, wanted: str) -> tuple[Same, str]:
