@@ -177,14 +177,14 @@ plan() {
 
 # check_inputs FLAG…: refuse a model, data or layout that is seen to be wrong, before anything is packed or started.
 check_inputs() {
-    local told line
+    local report line
     if [ "${CHECK_INPUTS:-yes}" = no ]; then return; fi
-    if told=$("$PYTHON" -m megatron_idft convert check "$@" 2>&1); then
-        while IFS= read -r line; do if [ -n "$line" ]; then plan "checked  $line"; fi; done <<<"$told"
+    if report=$("$PYTHON" -m megatron_idft convert check "$@" 2>&1); then
+        while IFS= read -r line; do if [ -n "$line" ]; then plan "checked  $line"; fi; done <<<"$report"
     elif [ -n "$dry_run" ] && ! "$PYTHON" -c 'import megatron_idft' 2>/dev/null; then
         plan "checked  nothing: $PYTHON cannot import megatron_idft here"
     else
-        fail "${told#megatron-idft convert: error: }"
+        fail "${report#megatron-idft convert: error: }"
     fi
 }
 
@@ -202,7 +202,7 @@ start() {
     return "$status"
 }
 
-# start_training COMMAND…: as `start`, but the last line and the status are those that a rank on this node has told
+# start_training COMMAND…: as `start`, but the last line and the status are those that a rank on this node has reported
 # (megatron_idft/integration/platform/outcome.py). torchrun's last line is not ours, and its status is 1 whatever happened. 143
 # and 130 come from a rank alone, which has seen that a checkpoint holds all that was trained.
 start_training() {
@@ -210,20 +210,20 @@ start_training() {
         start "$@"
         return
     fi
-    local status=0 told='' folder
+    local status=0 report='' folder
     folder=$(mktemp -d)
     export MEGATRON_IDFT_OUTCOME=$folder/outcome
     run_and_pass_signals_on "$@" || status=$?
     if [ "$status" -ne 0 ] && [ -s "$MEGATRON_IDFT_OUTCOME" ]; then
-        { read -r status && told=$(cat); } <"$MEGATRON_IDFT_OUTCOME"
+        { read -r status && report=$(cat); } <"$MEGATRON_IDFT_OUTCOME"
     elif [ "$status" -ne 0 ] && [ -n "$stopped_by" ]; then
-        status=1 told="SIG$stopped_by: stopped before training had begun, nothing is lost"
+        status=1 report="SIG$stopped_by: stopped before training had begun, nothing is lost"
     elif [ "$status" -ne 0 ]; then
         if [ "$status" -eq 143 ] || [ "$status" -eq 130 ]; then status=1; fi
-        told="ended with exit code $status, and no process of this node has said why: see the lines above"
+        report="ended with exit code $status, and no process of this node has said why: see the lines above"
     fi
     rm -rf "$folder"
-    if [ -n "$told" ]; then echo "$(basename "$0"): $told" >&2; fi
+    if [ -n "$report" ]; then echo "$(basename "$0"): $report" >&2; fi
     return "$status"
 }
 

@@ -18,7 +18,7 @@
 #
 # There is no rendezvous: tasks start when they get a node, and leave at their time limit, a preemption or scancel;
 # their chunks go to the others, and a task that was stopped is requeued. More tasks may join at any time. prepare is
-# one launch on processors alone: sbatch --array 0 --gpus-per-node 0 launch/slurm_array.sh prepare … CONTAINER_IMAGE and
+# one launch on processors only: sbatch --array 0 --gpus-per-node 0 launch/slurm_array.sh prepare … CONTAINER_IMAGE and
 # CONTAINER_MOUNTS (pyxis), VENV and MAX_REQUEUES as in slurm_train.sh.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

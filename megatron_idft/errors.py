@@ -16,7 +16,7 @@ def verbose() -> bool:
 
 
 class UserError(Exception):
-    """Input, flags or an installation that cannot be used. The message names the remedy; the programs show it alone."""
+    """Input, flags or an installation that cannot be used. The message names the remedy; the programs show nothing else."""
 
     exit_code = 2
 
@@ -45,7 +45,7 @@ class RecordError(UserError, ValueError):
         """The arguments that make this error again."""
         return {key: getattr(self, key) for key in ("file", "line", "field", "message", "raw")}
 
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:  # the default would call __init__ with the text alone
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:  # the default would call __init__ with only the text
         return type(self), tuple(self.parts().values())
 
 

@@ -82,11 +82,11 @@ def value_faults(config: dict[str, Any], names: Iterable[str]) -> list[str]:
         if name in NUMBERS:
             faults.append(NUMBERS[name].fault(name, value))
         elif name in _KINDS:
-            kind, told = _KINDS[name]
+            kind, expected = _KINDS[name]
             right = isinstance(value, kind)
             if isinstance(value, list):
                 right = right and all(isinstance(item, str) for item in value)
-            faults.append(None if right else f"{name} is {shown(value)}, should be {told}")
+            faults.append(None if right else f"{name} is {shown(value)}, should be {expected}")
     return [fault for fault in faults if fault is not None]
 
 

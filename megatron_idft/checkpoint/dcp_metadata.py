@@ -94,9 +94,9 @@ def read_metadata(folder: Path, name: str = NAME) -> Metadata:
             metadata: Metadata = _Unpickler(file).load()
             _check(metadata)
         except Exception as error:  # a damaged pickle ends in an error of any class, from whatever it was building
-            told = str(error)[:300] or type(error).__name__
+            reason = str(error)[:300] or type(error).__name__
             raise UnsafeCheckpointError(
-                f"{path} is not the metadata of a checkpoint and nothing else: {told}."
+                f"{path} is not the metadata of a checkpoint and nothing else: {reason}."
                 " It is damaged, or was made to run code when it is read. Copy the checkpoint again from where it came"
                 " from"
             ) from error
@@ -140,6 +140,6 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _expect(value: Any, kind: type, told: str) -> None:
+def _expect(value: Any, kind: type, name: str) -> None:
     if not isinstance(value, kind):
-        raise ValueError(f"{told} is of class {type(value).__name__}, should be {kind.__name__}")
+        raise ValueError(f"{name} is of class {type(value).__name__}, should be {kind.__name__}")

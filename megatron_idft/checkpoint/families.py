@@ -75,7 +75,7 @@ FINAL_NORM = Rule("final_norm", {"model.norm.weight": ("hidden",)}, "model")  # 
 HEAD = Rule("output_layer.weight", {"lm_head.weight": ("vocab", "hidden")}, "model", "vocabulary")  # unless tied
 
 _ATTENTION = (
-    # Transformer Engine fuses the norm into the linear layer behind it; the local specs use the fused name on disk.
+    # Transformer Engine fuses the norm into the linear layer after it; the local specs use the fused name on disk.
     Rule("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": ("hidden",)}, "attention"),
     Rule(
         "self_attention.linear_qkv.weight",

@@ -30,29 +30,29 @@ def check_inputs(words: Sequence[str], config_only: bool = False) -> list[str]:
         ConversionError, InputError: a model that cannot be converted.
     """
     flags = _flags(words)
-    told = []
+    lines = []
     for folder in flags.get("--hf-model", []):
         if not _seen("--hf-model", folder):
-            told.append(f"{folder}: not seen from here, not checked")
+            lines.append(f"{folder}: not seen from here, not checked")
             continue
         model = check_model(Path(folder), config_only)
         _check_layout(flags, model.heads, model.groups, model.max_positions)
         tensors = "" if config_only else "; its tensors are complete"
-        told.append(f"{folder}: {_described(model)}, can be converted{tensors}")
+        lines.append(f"{folder}: {_described(model)}, can be converted{tensors}")
     if "--hf-model" not in flags and "--num-attention-heads" in flags:
         heads = _number(flags, "--num-attention-heads", 1)
         positions = _number(flags, "--max-position-embeddings", 1 << 62)
         _check_layout(flags, heads, _number(flags, "--num-query-groups", heads), positions)
     paths = [(flag, path) for flag in (*_RECORDS, *_FOLDERS) for path in flags.get(flag, [])]
-    told += [f"{path}: not seen from here, not checked" for flag, path in paths if not _seen(flag, path)]
-    return told
+    lines += [f"{path}: not seen from here, not checked" for flag, path in paths if not _seen(flag, path)]
+    return lines
 
 
 def check_model(folder: Path, config_only: bool = False) -> ModelShape:
     """The shape of a Hugging Face folder that can be converted: its config.json, and every tensor's name and shape.
 
     Raises:
-        ConversionError, InputError: as `to_megatron`, but for what only the weights themselves would tell.
+        ConversionError, InputError: as `to_megatron`, but for faults that only the weights themselves show.
     """
     if not folder.is_dir():
         raise ConversionError(f"{folder} is not a folder")

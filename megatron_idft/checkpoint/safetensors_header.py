@@ -1,8 +1,8 @@
-"""What a Hugging Face folder's safetensors hold, from their headers alone, without torch.
+"""What a Hugging Face folder's safetensors hold, read from their headers, without torch.
 
 The format is a JSON header with each tensor's dtype, shape and place in the file, then the bytes
 (https://github.com/huggingface/safetensors, "Format"). As its own reader does, this refuses headers whose tensors do
-not fill the file exactly: no overlap, no gap, no byte behind the last.
+not fill the file exactly: no overlap, no gap, no byte after the last.
 """
 
 from __future__ import annotations

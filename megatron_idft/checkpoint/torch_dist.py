@@ -209,9 +209,9 @@ class TorchDistCheckpoint:
                 {info.relative_path for index, info in self._metadata.storage_data.items() if index.fqn == key}
             )
             name = re.search(r"GLOBAL (\S+)", str(error))
-            told = f"it names {name[1]}" if name else (str(error).splitlines() or [type(error).__name__])[0]
+            reason = f"it names {name[1]}" if name else (str(error).splitlines() or [type(error).__name__])[0]
             raise ConversionError(
-                f"{self.folder}: {key[:200]}, in {', '.join(files[:4]) or 'no file'}, cannot be read: {told[:300]}"
+                f"{self.folder}: {key[:200]}, in {', '.join(files[:4]) or 'no file'}, cannot be read: {reason[:300]}"
             ) from error
 
     def arguments(self) -> argparse.Namespace:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: megatron-idft VERB ...\n\n" + "\n".join(f"  {verb:8} {help}" for verb, help in VERBS.items()))
-        print(f"\n{EXIT_CODES}\nmegatron-idft VERB --help tells more.")
+        print(f"\n{EXIT_CODES}\nmegatron-idft VERB --help says more.")
         return 0 if argv else 2
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:

@@ -25,7 +25,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 @dataclass(frozen=True)
 class Failure:
-    """What is said, the exit code, and whether the traceback tells more than the message."""
+    """What is said, the exit code, and whether the traceback says more than the message."""
 
     message: str
     exit_code: int
@@ -83,7 +83,7 @@ def _missing_package(error: ModuleNotFoundError, verb: str) -> str | None:
 
     name = (error.name or "").partition(".")[0]
     install = install_line(name)
-    return install and f"`{verb}` needs {name}, which is not installed: {install}; `megatron-idft doctor` tells all"
+    return install and f"`{verb}` needs {name}, which is not installed: {install}; `megatron-idft doctor` lists all"
 
 
 def _of_the_system(error: OSError) -> Failure | None:
@@ -168,6 +168,6 @@ def _tell_agent(text: str, spoke: bool, is_cause: bool) -> None:
         return
     when = int(time.time()) + (0 if is_cause else 1)  # torchrun compares whole seconds
     shown = text if spoke else "the same error as another rank's"
-    told = {"message": shown, "extraInfo": {"py_callstack": shown, "timestamp": str(when)}}
+    report = {"message": shown, "extraInfo": {"py_callstack": shown, "timestamp": str(when)}}
     with contextlib.suppress(OSError):
-        path.write_text(json.dumps({"message": told}), encoding="utf-8")
+        path.write_text(json.dumps({"message": report}), encoding="utf-8")

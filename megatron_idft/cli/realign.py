@@ -55,7 +55,7 @@ def merge(argv: Sequence[str]) -> int:
     counts = merge_records(args.folder, args.output, partial=args.partial)
     print(json.dumps(counts))
     if not counts["kept"]:
-        print(f"no record is kept: {args.output} is empty; `realign report` tells why", file=sys.stderr)
+        print(f"no record is kept: {args.output} is empty; `realign report` says why", file=sys.stderr)
     return 0
 
 

@@ -11,7 +11,7 @@ Fine-tunes a Megatron model on chat records. Every flag of Megatron-LM 0.19 is u
 
 
 def print_help() -> None:
-    """Our flags alone: argparse cannot print Megatron 0.19's, one of whose help texts has a stray percent sign."""
+    """Only our flags: argparse cannot print Megatron 0.19's, one of whose help texts has a stray percent sign."""
     from megatron_idft.integration.loss.arguments import add_arguments
     from megatron_idft.integration.training.arguments import add_data_arguments
 

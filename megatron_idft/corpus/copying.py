@@ -105,7 +105,7 @@ def _copy_to_parquet(chosen: Sequence[tuple[Path, Lines]], path: Path) -> int:
         if not schema.equals(schemas[first]):
             raise InputError(
                 f"{first} and {file} have different columns or types, so no one Parquet file holds both as they are:"
-                " select from each alone, or name an --output that ends in .jsonl"
+                " select from one at a time, or name an --output that ends in .jsonl"
             )
     written = 0
     with pq.ParquetWriter(path, schemas[first], compression="zstd") as writer:
@@ -138,4 +138,4 @@ def _batches(file: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
                 yield before, batch
                 before += batch.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{file}: damaged Parquet file behind row {before}: {error}") from error
+        raise InputError(f"{file}: damaged Parquet file after row {before}: {error}") from error

@@ -95,7 +95,7 @@ def read_records(
 ) -> Iterator[Record]:
     """Stream the records of `paths`, in order.
 
-    on_error: called with each `RecordError`, after which reading goes on behind the bad record (behind the file, where
+    on_error: called with each `RecordError`, after which reading goes on after the bad record (after the file, where
         the compressed stream itself is damaged). None: the error is raised.
     on_bytes: called now and then with the number of bytes read from disk since the last call; they add up to the
     files' sizes.
@@ -147,16 +147,16 @@ _Rows = Iterator[tuple[int, Any]]  # (line, decoded row or the RecordError that 
 
 def _json_rows(path: Path, on_bytes: OnBytes) -> _Rows:
     with open(path, "rb") as raw:
-        told = 0
+        reported = 0
         for line, text in read_lines(path, raw):
             if line % 256 == 0:
-                told, before = raw.tell(), told
-                on_bytes(told - before)
+                reported, before = raw.tell(), reported
+                on_bytes(reported - before)
             if isinstance(text, RecordError):
                 yield line, text
             elif text.strip():
                 yield line, parse_line(text, str(path), line)
-        on_bytes(path.stat().st_size - told)
+        on_bytes(path.stat().st_size - reported)
 
 
 def read_lines(path: Path, raw: IO[bytes]) -> Iterator[tuple[int, bytes | RecordError]]:
@@ -239,7 +239,7 @@ def _parquet_rows(path: Path, on_bytes: OnBytes) -> _Rows:
     import pyarrow as pa  # noqa: PLC0415  lines are read without it
     import pyarrow.parquet as pq  # noqa: PLC0415  lines are read without it
 
-    row, size, told = 0, path.stat().st_size, 0
+    row, size, reported = 0, path.stat().st_size, 0
     try:
         with pq.ParquetFile(path) as table:
             total = table.metadata.num_rows
@@ -247,16 +247,16 @@ def _parquet_rows(path: Path, on_bytes: OnBytes) -> _Rows:
                 for value in parquet_batch_rows(batch, path, row):
                     row += 1
                     yield row, value
-                told, before = size * row // max(total, 1), told
-                on_bytes(told - before)
+                reported, before = size * row // max(total, 1), reported
+                on_bytes(reported - before)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         message = f"damaged Parquet file, the rest of it is unreadable: {error}"
         yield row + 1, RecordError(str(path), row + 1, "", message)
-    on_bytes(size - told)
+    on_bytes(size - reported)
 
 
 def parquet_batch_rows(batch: Any, path: Path, before: int) -> list[Any]:
-    """The rows of a pyarrow RecordBatch behind `before` rows of its file; RecordErrors for those not to be read."""
+    """The rows of a pyarrow RecordBatch that follows `before` rows of its file; RecordErrors for unreadable ones."""
     from megatron_idft.corpus.parquet_values import ValueFault, read_rows  # noqa: PLC0415  imports pyarrow
 
     return [

@@ -1,4 +1,4 @@
-"""Random draws that depend on (seed, record, step) alone: not on the batch, the number of ranks or a restart."""
+"""Random draws that depend only on (seed, record, step), not on the batch, the number of ranks or a restart."""
 
 import hashlib
 from collections.abc import Sequence

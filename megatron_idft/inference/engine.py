@@ -41,7 +41,7 @@ _SCORED_TOKENS = 4096  # the same where logits of all tokens are made
 
 
 class _Sequence:
-    """A response in the making. row, hinted_row: its slots; hinted_row None where the plain stream runs alone."""
+    """A response in the making. row, hinted_row: its slots; hinted_row None where only the plain stream runs."""
 
     __slots__ = ("hinted_row", "request", "row", "split_at", "tail", "tokens", "values")
 
@@ -64,7 +64,7 @@ class DecodeEngine:
         model: what Megatron's training setup returned: one chunk, without pipeline stages.
         vocab_size: rows of the true vocabulary; others are never drawn and take no part in any statistic.
         max_positions: the context; a response that reaches it in either stream ends there.
-        max_rows: responses decoded at once, at most. An eighth more may go on behind their splitter, without the hint.
+        max_rows: responses decoded at once, at most. An eighth more may go on after their splitter, without the hint.
         memory_bytes: for keys and values on this rank, at most. None: a share of what is free now, see memory.py.
         tell: is given a line for a person whenever more memory is allocated for them.
 
@@ -189,7 +189,7 @@ class DecodeEngine:
                 )
             self._admit(waiting, plain, hinted, running, paired)
             values = self._step(plain, hinted, running, paired, settings)
-            # From behind: a row that is freed is filled by the last one, which has been looked at by then.
+            # From the last to the first: the last row, which has been looked at by then, fills a row that is freed.
             for row in reversed(range(len(running))):
                 sequence = running[row]
                 finished = self._append(sequence, values[row], plain, hinted, settings.stopping)
@@ -390,7 +390,7 @@ def _completion(sequence: _Sequence, reason: FinishReason) -> Completion:
 
 
 def _free(bank: Bank, owners: list[_Sequence], sequence: _Sequence, name: str) -> None:
-    """Give up a sequence's slot; the owner of the slot that moves into it is told."""
+    """Give up a sequence's slot; the owner of the slot that moves into it is updated."""
     slot = getattr(sequence, name)
     moved = bank.free(slot)
     last = owners.pop()

@@ -37,7 +37,7 @@ class Mixing(Protocol):
 
     @property
     def first_token_hinted(self) -> bool:
-        """Whether the first token comes from the hinted stream alone."""
+        """Whether the first token comes from the hinted stream only."""
 
     def plain_share(self, hinted_entropy: Tensor) -> Tensor:
         """1 - s in [0, 1] from the entropy of the hinted stream, in nats; both fp32 [n]."""

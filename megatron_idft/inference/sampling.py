@@ -140,7 +140,7 @@ def _from_candidates(
 def _candidates(scores: Tensor, log_probs: Tensor, width: int, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
     """The largest scores of this shard, their ids and log_probs, each [n, width] in the order of ids.
 
-    Where there are fewer: scores of -inf with ids behind all of this shard's and before the next one's.
+    Where there are fewer: scores of -inf with ids between this shard's and the next one's.
     """
     n, columns = scores.shape
     if columns > width:

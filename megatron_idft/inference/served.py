@@ -49,7 +49,7 @@ class ServedModel:
         return embedding.to(self.device)
 
     def hidden_states(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """[s, n, h] behind the last layer, for tokens and positions int64 [n, s]. Collectives: the layers' own."""
+        """[s, n, h] after the last layer, for tokens and positions int64 [n, s]. Collectives: the layers' own."""
         model = self.language_model
         states = model.embedding(input_ids=tokens, position_ids=positions)
         angles = None

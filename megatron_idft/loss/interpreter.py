@@ -35,7 +35,7 @@ def patch_language_once_per_launch() -> None:
     def patch_lang_once(function: Any) -> Any:
         module = id(function.__globals__)
         if module in patched:
-            return None  # a scope to restore is asked for by the launch alone, which comes first
+            return None  # only the launch, which comes first, asks for a scope to restore
         patched.add(module)
         return patch_lang(function)
 

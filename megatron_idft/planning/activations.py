@@ -4,7 +4,7 @@ Derived from what each operation of the layer saves for its backward pass, in me
 
 - local layers: transformer_layer.py, attention.py, dot_product_attention.py, mlp.py, fused_softmax.py and torch's own
   norms and dropout. Attention is written out, so s x s scores are kept.
-- Transformer Engine: norms fused into the linear layer behind them, flash attention (no scores; its output, and one
+- Transformer Engine: norms fused into the linear layer after them, flash attention (no scores; its output, and one
   fp32 number per row), fused SwiGLU. For LayerNorm, GELU of 4 h, one group per head, dropout and sequence parallelism
   this is the 34 s b h / t of Korthikanti et al., arXiv 2205.05198, without scores and rope.
 
@@ -78,7 +78,7 @@ def kept_by(training: Training, sublayer: Sublayer) -> Kept:
 
 
 def norm(training: Training, tokens: int, width: int, output: bool = True) -> int:
-    """Kept by a norm besides its input; `output`: its result, which the matrix behind it keeps."""
+    """Kept by a norm besides its input; `output`: its result, which the matrix after it keeps."""
     e, model = training.precision.weight, training.model
     kept = tokens * width * e * output
     if training.implementation.transformer_engine:

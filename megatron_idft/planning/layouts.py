@@ -66,7 +66,7 @@ def fitting_layouts(training: Training, machine: Machine, limit: int) -> list[Ca
 
     Searched: TP within a node, PP without virtual stages, CP with Transformer Engine, EP with expert TP 1, the
     distributed optimizer where there is data parallelism, no, selective and full recompute, micro-batches of 1 to 8.
-    Of layouts that differ in the micro-batch alone, the one that comes first by the rule is kept. A model of which a
+    Of layouts that differ only in the micro-batch, the one that comes first by the rule is kept. A model of which a
     rank is less than `SMALL_SHARE` full without being cut is not cut by pipeline or context parallelism.
     """
     if machine.memory is None:

@@ -1,6 +1,6 @@
 """Memory of one rank of every pipeline stage, item by item, at the worst moment of a training step.
 
-Why not megatron/training/theoretical_memory_usage.py: it knows bf16 weights with an fp32 optimizer alone, gives every
+Why not megatron/training/theoretical_memory_usage.py: it knows only bf16 weights with an fp32 optimizer, gives every
 stage the same share of the layers, leaves scores, the gate of SwiGLU, query groups and experts out of the activations,
 knows no recompute but the attention's, and refuses HybridModel.
 """

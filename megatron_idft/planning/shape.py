@@ -182,7 +182,7 @@ class Implementation:
     Attributes:
         transformer_engine: its layers with flash attention, else Megatron's local ones with attention written out.
         cpu: torch on a CPU, where dropout keeps its noise in the activations' type.
-        fused_activation: --bias-swiglu-fusion and its likes, which keep the first matrix's output alone.
+        fused_activation: --bias-swiglu-fusion and its likes, which keep only the first matrix's output.
         fused_weight_gradient: gradients of weights are added to the buffer at once (--gradient-accumulation-fusion).
         fused_rope: keeps no cosines and sines of its own for each layer.
         softmax_fp32: local attention's softmax in fp32.

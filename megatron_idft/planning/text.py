@@ -106,7 +106,7 @@ def _speed(plan: Plan, numbers: PlanNumbers) -> Iterator[str]:
         )
     found = numbers["checkpoint"]
     yield (
-        f"checkpoint     {_size(found['with_optimizer'])}, weights alone {_size(found['weights'])};"
+        f"checkpoint     {_size(found['with_optimizer'])}, only weights {_size(found['weights'])};"
         f" {found['seconds']:.0f} s at {machine.disk / 1e9:g} GB/s"
     )
 

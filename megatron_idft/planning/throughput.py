@@ -14,7 +14,7 @@ DAY = 86400.0
 class Machine:
     """What the training runs on. Bytes, flops per second; `memory` and `peak` of one GPU.
 
-    memory: None where no limit is known (CPU). peak: None: no times are told. efficiency: model flops reached, as a
+    memory: None where no limit is known (CPU). peak: None: no times are given. efficiency: model flops reached, as a
     share of the peak (MFU), pipeline bubble included. reserve: bytes that are left for what is not counted.
     """
 
@@ -63,7 +63,7 @@ def bubble(training: Training) -> float:
 
 
 def checkpoint_bytes(training: Training) -> tuple[int, int]:
-    """(weights alone, weights with the optimizer's main weights and moments), each parameter once."""
+    """(weights, weights with the optimizer's main weights and moments), each parameter once."""
     parameters, precision = model_count(training.model), training.precision
     weights = parameters * precision.weight
     return weights, weights + parameters * (precision.main_weight + precision.moments)

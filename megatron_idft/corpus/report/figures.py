@@ -76,7 +76,7 @@ def cumulative_figure(data: ReportNumbers) -> str:
             axes.plot(at, [0, *curve["p50"]], color=color, linewidth=0.9, linestyle=":", label="median record")
             if null and null["cumulative"]["positions"]:
                 own, places = np.array([0, *null["cumulative"]["std"]]), [0, *null["cumulative"]["positions"]]
-                # Behind the longest own sample nothing is known: the lines end there.
+                # Nothing is known past the longest own sample: the lines end there.
                 for sign in (-2, 2):
                     name = "own samples: 0 ± 2 standard deviations" if sign < 0 else None
                     axes.plot(places, sign * own, color="#444444", linewidth=1, linestyle="--", label=name)

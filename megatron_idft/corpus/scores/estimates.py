@@ -124,7 +124,7 @@ class ClusterSums:
         return self.estimate(std, slope)
 
     def first_against_rest(self) -> Estimate | None:
-        """Mean phi of the first tokens less that of the tokens behind them, over records with per-token lists."""
+        """Mean phi of the first tokens less that of the tokens after them, over records with per-token lists."""
         first, rest = self["first_tokens"], self["listed_tokens"] - self["first_tokens"]
         if not first or not rest:
             return None

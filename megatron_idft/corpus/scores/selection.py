@@ -217,7 +217,7 @@ class _Compiler:
         for op, operand in zip(node.ops, node.comparators, strict=True):
             if isinstance(op, ast.In | ast.NotIn):
                 if operand is not node.comparators[-1]:
-                    raise self._refuse(operand, "a chain cannot go on behind a tuple or list; write 'and'")
+                    raise self._refuse(operand, "a chain cannot go on after a tuple or list; write 'and'")
                 links.append((lambda row: None, self._membership(op, operand)))
             else:
                 value, right = self._operand(operand, depth)
@@ -237,7 +237,7 @@ class _Compiler:
 
     def _operand(self, node: ast.expr, depth: int) -> tuple[_Value, str]:
         if isinstance(node, ast.Tuple | ast.List):
-            raise self._refuse(node, "a tuple or list can only stand behind 'in' or 'not in'")
+            raise self._refuse(node, "a tuple or list can only stand after 'in' or 'not in'")
         return self._visit(node, depth + 1)
 
     def _membership(self, op: ast.cmpop, node: ast.expr) -> Callable[[Any, Any], bool]:
@@ -257,7 +257,7 @@ class _Compiler:
                 return lambda a, b: a != b
             case ast.Is() | ast.IsNot():
                 if _MISSING not in (left, right):
-                    raise self._refuse(node, "'is' is for None alone; write == or !=")
+                    raise self._refuse(node, "'is' is only for None; write == or !=")
                 wanted = isinstance(op, ast.Is)
                 return lambda a, b: (a is b) == wanted
         order = _ORDER[type(op)]

@@ -54,13 +54,13 @@ def final_answer(text: str) -> str | None:
 def stated_answer(text: str) -> FinalAnswer:
     r"""The final answer and what makes it doubtful.
 
-    What stands behind the last end of a thought (`</think>` and its kind) counts alone; a thought that never ends has
-    no answer behind it. Of that, the last `<answer>…</answer>`, if there is one. In it, what is stated last:
+    Only text after the last end of a thought (`</think>` and its kind) counts; a thought that never ends has no answer
+    after it. Of that text, the last `<answer>…</answer>`, if there is one. In it, what is stated last:
 
     - a `\boxed{…}` or `\fbox{…}` (of nested ones the outermost; `\boxed 5` too); boxes with nothing but "and", a comma
       or a name between them are one list;
     - a GSM8K line `#### X`, if it is the last line or X is a number: other such lines are headings;
-    - "the answer is X", "answer: X" up to the end of the line or sentence; behind a box only where X is short.
+    - "the answer is X", "answer: X" up to the end of the line or sentence; after a box only where X is short.
 
     A text that ends inside its last box was cut off: it has no boxed answer. An answer is doubtful where the text
     takes it back afterwards ("wait", "that is wrong"), denies it, or asks it as a question.
@@ -74,7 +74,7 @@ def stated_answer(text: str) -> FinalAnswer:
 
 
 def behind_thoughts(text: str) -> str:
-    """What stands behind the last end of a thought; nothing where a thought begins and never ends."""
+    """The text after the last end of a thought; nothing where a thought begins and never ends."""
     ends = list(_THOUGHT_ENDS.finditer(text))
     if ends:
         text = text[ends[-1].end() :]
@@ -103,7 +103,7 @@ def _doubt(before: str, after: str) -> str | None:
     if _DENIED.search(before):
         return "the answer is denied, or only supposed"
     taken = _TAKEN_BACK.search(after)
-    return f"the answer may be taken back behind it: {taken[0]!r}" if taken else None
+    return f"the answer may be taken back after it: {taken[0]!r}" if taken else None
 
 
 def _short(answer: str) -> bool:

@@ -36,7 +36,7 @@ _UNSURE = [
         (r"[A-Z](?:_\{?[0-9n]+\}?\^|\^\{?[0-9n]+\}?_)", "a letter with a lower and an upper number"),
         (r"(?<![\\a-zA-Z])[fghA-Z](?:_\{?\w\}?)?\(", "a function without a definition"),
         (r"(?<![\\a-zA-Z])[A-Z](?:_?\{?[0-9]*\}?)[A-Z]", "capital letters in a row"),
-        (r"(?<![\\a-zA-Z])[a-zA-Z]{1,2} ?[0-9]|\)[0-9]", "a digit right behind a letter or bracket"),
+        (r"(?<![\\a-zA-Z])[a-zA-Z]{1,2} ?[0-9]|\)[0-9]", "a digit right after a letter or bracket"),
         (r"\^(?:\{[^{}]*\}|\w)\^", "a power of a power"),
         (r"/(?:[0-9.]+|[a-zA-Z]) ?(?=[a-zA-Z(0-9]|\\(?:sqrt|pi|frac|sin|cos|tan|ln|log))", "a slash before a product"),
         (r"\\?[0-9]-[0-9]+-", "what may be a date"),

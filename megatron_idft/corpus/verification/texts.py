@@ -47,7 +47,7 @@ def normalised(text: str) -> str:
     r"""The text in which differences of writing are gone.
 
     Gone are white space except between two letters or digits, and in "1, 234"; $ signs and math delimiters; `\left`,
-    `\right`, spaces of LaTeX; `\text{…}` and its kind around their content; the degree sign behind a number; emphasis,
+    `\right`, spaces of LaTeX; `\text{…}` and its kind around their content; the degree sign after a number; emphasis,
     a colon or = in front, and a period at the end; thousands separators, where the whole text is one number; brackets
     around a single letter, as in "(C)". `\dfrac` is `\frac`, `\frac12` is `\frac{1}{2}`, `\%` and "percent" are `%`.
     Digits, signs and brackets of other scripts are ASCII, `²` is `^{2}`. Words of three letters or more, and "no", are
@@ -89,7 +89,7 @@ class _Applies(Enum):
 
 
 NOT_APPLICABLE = _Applies.NOT
-# Of normalised texts. True, False: the same or not; None: it cannot tell; NOT_APPLICABLE: not its kind.
+# Of normalised texts. True, False: the same or not; None: undecided; NOT_APPLICABLE: not its kind.
 Same = bool | None | Literal[_Applies.NOT]
 
 _NAMED = re.compile(
@@ -161,7 +161,7 @@ def _time(found: re.Match[str]) -> tuple[tuple[int, int, int], str | None]:
 
 
 def same_sequence(a: str, b: str) -> Same:
-    """Ratios, dates and ranges of whole numbers: 3:4, 2023-01-31, 5-8. Proportional ratios cannot be told."""
+    """Ratios, dates and ranges of whole numbers: 3:4, 2023-01-31, 5-8. Proportional ratios stay undecided."""
     first, second = _SEQUENCE.fullmatch(a), _SEQUENCE.fullmatch(b)
     if not any(found and found[1] + found[2] != "/" for found in (first, second)):
         return NOT_APPLICABLE

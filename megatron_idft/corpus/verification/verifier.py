@@ -201,7 +201,7 @@ def _reply(answer: Reply | Failure) -> Reply:
 
 
 def _compare_directly(given: str, wanted: str) -> tuple[Same, str]:
-    """Whether both say the same, by what is told: exact or number. None: it cannot be told; NOT_APPLICABLE: ask on."""
+    """Whether both say the same, and how that was found: exact or number. None: undecided; NOT_APPLICABLE: ask on."""
     if same_text(given, wanted):
         return True, "exact"
     if max(len(given), len(wanted)) > MAX_COMPARED:

@@ -95,7 +95,7 @@ class LossMetrics:
             known to starve them until the model never stops.
         gamma_limits: (gamma_min, gamma_max) of IDFT, for the shares at either clamp; None for other objectives.
         vocab_size: the true vocabulary size; `install` fills it in.
-        sources: names of the sources that `add` is told of by number; empty keeps none apart.
+        sources: names of the sources that `add` is given by number; empty keeps none apart.
     """
 
     device: torch.device
@@ -284,7 +284,7 @@ class PhiAlarm:
     """What is printed of `health_warning`, which may hold for a whole training.
 
     One line when it begins and one when it ends; while it lasts, or comes and goes, one in ALARM_INTERVALS. held: the
-    intervals in which it held since it began, or since its last end was told.
+    intervals in which it held since it began, or since its last end was reported.
     """
 
     def __init__(self) -> None:

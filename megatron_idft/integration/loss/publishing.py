@@ -32,7 +32,7 @@ def publish_training(iteration: int, train_iters: int, report: MetricsReport) ->
 def publish_evaluation(iteration: int, suffix: str, report: MetricsReport) -> dict[str, float]:
     """One evaluation of one validation set, under `KEY validation…`, as Megatron names its own.
 
-    suffix: what Megatron puts behind `validation`: nothing, or `-NAME` of the set.
+    suffix: what Megatron appends to `validation`: nothing, or `-NAME` of the set.
 
     Returns what was measured, by key, `lm loss` included, which Megatron itself writes.
     """

@@ -114,7 +114,7 @@ class TrainerIntegration:
         from megatron.training import get_args
 
         loaded = original(*call.args, **call.kwargs)
-        state, _, self._loads_release, _ = loaded  # a release has weights alone
+        state, _, self._loads_release, _ = loaded  # a release has only weights
         if call.arguments["args"].override_opt_param_scheduler and state and "optimizer" in state and "args" in state:
             take_new_rates(state["optimizer"], get_args(), state["args"])
         return loaded
@@ -334,9 +334,9 @@ def true_vocab_size(args: argparse.Namespace) -> int:
     if size is None:
         size = getattr(get_tokenizer(), "vocab_size", None)
     if size is None or not 0 < size <= args.padded_vocab_size:
-        told = "is not known from the tokenizer" if size is None else f"{size} is not within the model's"
+        problem = "is not known from the tokenizer" if size is None else f"{size} is not within the model's"
         raise ArgumentError(
-            f"the true vocabulary size {told}{'' if size is None else f' {args.padded_vocab_size} output rows'}, so"
+            f"the true vocabulary size {problem}{'' if size is None else f' {args.padded_vocab_size} output rows'}, so"
             " padding columns cannot be told from tokens. Pass it as --sft-loss-vocab-size"
         )
     return int(size)

@@ -144,7 +144,7 @@ def load_model(args: argparse.Namespace) -> list[torch.nn.Module]:
 
 
 def model_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What of the model must agree between launches. Layouts may differ: they change rounding alone."""
+    """Settings of the model that must agree between launches. Layouts may differ: they change only rounding."""
     return {
         "model": str(Path(args.load or args.pretrained_checkpoint).resolve()),
         "hf_model": None if args.hf_model is None else Path(args.hf_model).resolve().name,

@@ -1,7 +1,7 @@
 """Flags of the learning-rate schedule that differ from those of the checkpoint that is continued.
 
 Megatron 0.19 compares the numbers of its scheduler and of its parameter groups, each with an assertion of its own. The
-flags behind them are compared here, before it loads the optimizer.
+flags they follow from are compared here, before it loads the optimizer.
 """
 
 from __future__ import annotations

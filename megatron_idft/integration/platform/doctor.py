@@ -251,7 +251,7 @@ def _choices() -> Iterator[Finding]:
     verify = installed("math-verify")
     yield Finding(
         "uses: verification",
-        f"text, numbers, math-verify {verify}" if verify else "text and numbers alone",
+        f"text, numbers, math-verify {verify}" if verify else "text and numbers only",
         remedy="" if verify else 'pip install "megatron-idft[verify]" compares formulas too',
     )
     yield _loss_works()

@@ -19,7 +19,7 @@ def tracked_iteration(save: str | None) -> int | None:
         return None
     try:
         tracked = read_tracker(Path(save))
-    except (DamagedCheckpointError, OSError):  # told when it is looked at
+    except (DamagedCheckpointError, OSError):  # reported when it is read
         return None
     return tracked if isinstance(tracked, int) else None
 

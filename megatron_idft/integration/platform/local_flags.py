@@ -55,7 +55,7 @@ def _flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 def add_missing(
     argv: Sequence[str], needed: Sequence[tuple[str, str | None]], program_name: str, why: str, *, also: str = ""
 ) -> list[str]:
-    """`argv` and those of the needed flags that the user did not give; rank 0 names them in one line, behind `also`."""
+    """`argv` and those of the needed flags that the user did not give; rank 0 names them in one line, after `also`."""
     given = given_flags(argv)
     added = [word for flag, value in needed if flag not in given for word in (flag, value) if word]
     if os.environ.get("RANK", "0") == "0" and (added or also):

@@ -106,7 +106,7 @@ def _unserved(symbol: str, needs: str) -> ModuleSpec:
 _linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 # As models/hybrid/hybrid_layer_specs.py, in local layers. Transformer Engine fuses a norm into the linear layer
-# behind it; the key maps name the local norms in checkpoints as the fused ones, so that checkpoints load into both.
+# after it; the key maps name the local norms in checkpoints as the fused ones, so that checkpoints load into both.
 hybrid_stack_spec = ModuleSpec(
     module=LocalHybridStack,
     submodules=HybridStackSubmodules(

@@ -1,4 +1,4 @@
-"""How a process ended, told to those who started it, so that their last lines say it: torchrun and launch/train.sh."""
+"""Reports how a process ended to those who started it, torchrun and launch/train.sh, whose last lines say it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def begin() -> None:
-    """Forget what processes of this launch, which torchrun starts again, have told before."""
+    """Forget what processes of this launch, which torchrun starts again, have reported before."""
     file = os.environ.get("MEGATRON_IDFT_OUTCOME")
     if file and os.environ.get("LOCAL_RANK", "0") == "0":
         Path(file).unlink(missing_ok=True)
@@ -21,15 +21,15 @@ def tell_launcher(message: str, code: int) -> None:
     tell_script(message, code)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # As torch.distributed.elastic.multiprocessing.errors writes it: its "call stack" is what is shown.
-        told = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        report = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):  # a full disk, say: the message has been printed as well
-            Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
+            Path(file).write_text(json.dumps({"message": report}), encoding="utf-8")
 
 
 def tell_script(message: str, code: int) -> None:
     """Give train.sh the message and the exit code: that of torchrun is 1, whatever it was.
 
-    The first process of a node that tells is heard: the others end because of that one.
+    The first report of a node counts: the other processes end because of that one.
     """
     if file := os.environ.get("MEGATRON_IDFT_OUTCOME"):
         with contextlib.suppress(OSError), open(file, "x", encoding="utf-8") as outcome:

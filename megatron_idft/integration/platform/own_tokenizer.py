@@ -22,7 +22,7 @@ def tokenizer_type(path: str) -> str:
 def own_tokenizer_flags(given: Mapping[str, str], *, of_script: bool = False) -> list[str]:
     """The flags of the tokenizer that lies beside the checkpoint to begin with, where none is given; rank 0 says so.
 
-    given: every flag with its value. of_script: the flags are another script's, which knows Megatron's alone: nothing
+    given: every flag with its value. of_script: the flags are another script's, which knows only Megatron's: nothing
     is added unless they ask for a tokenizer of this type.
     """
     if "--tokenizer-model" in given:
