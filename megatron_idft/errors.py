@@ -16,7 +16,7 @@ def verbose() -> bool:
 
 
 class UserError(Exception):
-    """Input, flags or an installation that cannot be used. The message names the remedy; the programs show nothing else."""
+    """Input, flags or an installation that cannot be used. The programs show its message, which names the remedy."""
 
     exit_code = 2
 

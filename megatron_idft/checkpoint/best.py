@@ -47,7 +47,9 @@ class BestCheckpoints:
             self.measured = {int(iteration): float(value) for iteration, value in state["measured"].items()}
             self.saved = {int(iteration) for iteration in state["saved"]}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is damaged ({error}): delete it, and only coming checkpoints are ranked") from error
+            raise InputError(
+                f"{path} is damaged ({error}): delete it, and only coming checkpoints are ranked"
+            ) from error
         if ranked_by != (self.metric, self.mode):
             raise InputError(
                 f"the checkpoints in {self.folder} are ranked by the {ranked_by[1]} of {ranked_by[0]!r}, not by the"

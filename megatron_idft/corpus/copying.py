@@ -19,7 +19,11 @@ Lines = Collection[int]  # of a file, or rows of a Parquet file, from 1
 
 
 def suffix_of(output: Path) -> str:
-    """Which of `SUFFIXES` a new file has. Raises InputError for another one, and for a file that is there."""
+    """Which of `SUFFIXES` a new file has.
+
+    Raises:
+        InputError: it has another one, or is there already.
+    """
     if output.exists():
         raise InputError(f"{output} exists; name a new file")
     suffix = next((suffix for suffix in SUFFIXES if output.name.endswith(suffix)), None)
@@ -42,13 +46,17 @@ def open_lines(path: Path, suffix: str) -> Iterator[IO[bytes] | Any]:
 
 
 def copy_records(chosen: Sequence[tuple[Path, Lines]], path: Path, suffix: str) -> int:
-    """Write the chosen lines of each file to `path`, in order. Returns how many of them there were.
+    """Write the chosen lines of each file to `path`, in order.
 
     A line is copied with its own bytes, and a row to Parquet with its own values and types. A row of Parquet that
-    becomes a line holds every column by its name; what JSON has no form for is written as `json_text` says.
+    becomes a line holds every column by its name; `json_text` writes values that JSON has no form for.
 
-    Raises InputError where lines would have to become Parquet, where Parquet files have different columns, and for a
-    value that JSON cannot hold; RecordError for a chosen row that cannot be read.
+    Returns:
+        how many lines were written.
+
+    Raises:
+        InputError: lines would have to become Parquet, Parquet files differ in columns, or JSON cannot hold a value.
+        RecordError: a chosen row cannot be read.
     """
     if suffix == ".parquet":
         return _copy_to_parquet(chosen, path)

@@ -11,7 +11,11 @@ from megatron_idft.corpus.parquet_values import iso_duration
 
 
 class UnwritableError(Exception):
-    """A field of a record that JSON cannot hold. column: its name."""
+    """A field of a record that JSON cannot hold.
+
+    Args:
+        column: the field's name.
+    """
 
     def __init__(self, column: str, reason: str):
         super().__init__(f"cannot be written as JSON: {reason}")
@@ -21,7 +25,8 @@ class UnwritableError(Exception):
 def json_text(record: dict[str, Any]) -> str:
     """One line of strict JSON. Dates, times and durations become ISO text, decimals and UUIDs their digits, NaN null.
 
-    Raises UnwritableError for bytes, infinities and whatever else has no JSON.
+    Raises:
+        UnwritableError: a value without JSON: bytes, infinities and others.
     """
     try:
         return json.dumps(record, ensure_ascii=False, allow_nan=False, default=_plain)

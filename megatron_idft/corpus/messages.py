@@ -30,9 +30,15 @@ Bad = Callable[[str, str], Exception]  # (field, message) -> the error to raise
 
 
 def checked_messages(messages: Any, bad: Bad, *, from_parquet: bool = False) -> list[Message]:
-    """The messages of a record in the form above. Raises `bad(field, why)`.
+    """The messages of a record in the form above.
 
-    from_parquet: every object has every key there, so null means absent inside tool calls too.
+    Args:
+        messages: as the record has them.
+        bad: makes the error for a field and the reason.
+        from_parquet: every object has every key there, so null means absent inside tool calls too.
+
+    Raises:
+        RecordError: as `bad` makes it.
     """
     if not isinstance(messages, list):
         raise bad("messages", f"expected a list, found {kind(messages)}")

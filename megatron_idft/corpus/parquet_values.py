@@ -11,7 +11,11 @@ _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 class ValueFault(Exception):
-    """A value that cannot be read. column: of the row."""
+    """A value that cannot be read.
+
+    Args:
+        column: of the row.
+    """
 
     def __init__(self, column: str, reason: str):
         super().__init__(reason)

@@ -34,9 +34,12 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # escaped, alone or one of a pai
 class Record:
     """One conversation.
 
-    messages: dicts with at least `role` (one of `ROLES`) and `content` (str), in the form of messages.py.
-    id: the record's own, else `"{file name}:{line}"`. file, line: where it came from; line (row in Parquet) starts at
-    1. tools: the functions that the assistant may call, in the OpenAI form; `extra` has them too, as they came.
+    Attributes:
+        messages: dicts with at least `role` (one of `ROLES`) and `content` (str), in the form of messages.py.
+        id: the record's own, else `"{file name}:{line}"`.
+        file: where it came from.
+        line: of the file, or row in Parquet, from 1.
+        tools: the functions that the assistant may call, in the OpenAI form; `extra` has them too, as they came.
     """
 
     messages: list[Message]
@@ -95,13 +98,17 @@ def read_records(
 ) -> Iterator[Record]:
     """Stream the records of `paths`, in order.
 
-    on_error: called with each `RecordError`, after which reading goes on after the bad record (after the file, where
-        the compressed stream itself is damaged). None: the error is raised.
-    on_bytes: called now and then with the number of bytes read from disk since the last call; they add up to the
-    files' sizes.
+    Args:
+        paths: of the files.
+        on_error: called with each `RecordError`, after which reading goes on after the bad record (after the file,
+            where the compressed stream itself is damaged). None: the error is raised.
+        on_bytes: called now and then with the number of bytes read from disk since the last call; they add up to the
+            files' sizes.
 
-    Raises InputError for an unknown file type and FileNotFoundError, both before anything is read; RecordError as
-    above.
+    Raises:
+        InputError: an unknown file type, before anything is read.
+        FileNotFoundError: a missing file, before anything is read.
+        RecordError: a bad record, without `on_error`.
     """
     files = check_files([paths] if isinstance(paths, str | Path) else paths)
     names = Counter(file.name for file in files)
@@ -132,7 +139,12 @@ def read_records(
 
 
 def check_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The record files. Raises InputError for an unknown type, FileNotFoundError for one that is not there."""
+    """The record files.
+
+    Raises:
+        InputError: an unknown file type.
+        FileNotFoundError: a missing file.
+    """
     files = [Path(path) for path in paths]
     for file in files:
         if not str(file).endswith(SUFFIXES):
@@ -266,7 +278,11 @@ def parquet_batch_rows(batch: Any, path: Path, before: int) -> list[Any]:
 
 
 def to_record(row: Any, file: str, line: int, default_id: str) -> Record:
-    """A decoded row as a record. Raises RecordError naming the field."""
+    """A decoded row as a record.
+
+    Raises:
+        RecordError: naming the field.
+    """
 
     def bad(field: str, message: str) -> RecordError:
         return RecordError(file, line, field, message)

@@ -28,7 +28,13 @@ INPUT = "residual stream"
 
 @dataclass(frozen=True)
 class Kept:
-    """items: name -> bytes until the backward pass. extra: see the module's text. input: what recompute keeps."""
+    """Bytes that a sublayer keeps.
+
+    Attributes:
+        items: name -> bytes until the backward pass.
+        extra: see the module's text.
+        input: the bytes that recompute keeps.
+    """
 
     items: dict[str, int]
     extra: int

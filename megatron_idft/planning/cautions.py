@@ -15,7 +15,12 @@ BUBBLE = 0.2  # share of the step from which the bubble is worth a word
 
 @dataclass(frozen=True)
 class Caution:
-    """key: stable, for programs. text: what is so, and what to do about it."""
+    """A warning.
+
+    Attributes:
+        key: stable, for programs.
+        text: what is so, and what to do about it.
+    """
 
     key: str
     text: str

@@ -9,7 +9,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory_gib: what the driver shows as total. peak_tflops: dense bf16, without sparsity."""
+    """A GPU that `plan` knows.
+
+    Attributes:
+        memory_gib: the total that the driver shows.
+        peak_tflops: dense bf16, without sparsity.
+    """
 
     name: str
     memory_gib: float

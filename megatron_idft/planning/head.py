@@ -15,9 +15,11 @@ _PER_TOKEN = 64  # labels, masks, per-token statistics: some fp32 and int64 numb
 class Head:
     """Bytes of one micro-batch on the last stage.
 
-    kept: final norm and its input. logits: logits, their copies and the loss at the worst moment. after: what the
-    output layer's backward pass needs when the loss has written the gradient of the logits. tied: the gradient of a
-    tied embedding, which waits for the other one to the end of the backward pass.
+    Attributes:
+        kept: final norm and its input.
+        logits: logits, their copies and the loss at the worst moment.
+        after: kept for the output layer's backward pass when the loss has written the gradient of the logits.
+        tied: the gradient of a tied embedding, which waits for the other one to the end of the backward pass.
     """
 
     kept: int

@@ -62,7 +62,11 @@ def worst(stages: list[StageMemory]) -> StageMemory:
 
 
 def check_layout(training: Training) -> None:
-    """Raises PlanError where GPUs, batch, sequence or model cannot be divided as the layout wants."""
+    """Refuse a layout that cannot be.
+
+    Raises:
+        PlanError: GPUs, batch, sequence or model cannot be divided as the layout wants.
+    """
     layout, batch = training.layout, training.batch
     model_parallel = layout.tensor * layout.pipeline * layout.context
     if layout.gpus % model_parallel:

@@ -13,7 +13,12 @@ from megatron_idft.planning.throughput import bubble, checkpoint_bytes
 
 
 class Parameters(TypedDict):
-    """active: of those, the ones that a token meets. per_rank: by pipeline stage."""
+    """Counts of parameters.
+
+    Attributes:
+        active: those that one token meets.
+        per_rank: by pipeline stage.
+    """
 
     model: int
     active: int
@@ -32,7 +37,11 @@ class Stage(TypedDict):
 
 
 class Memory(TypedDict):
-    """In bytes. limit: of a GPU, null where it is not known."""
+    """Memory of the ranks, in bytes.
+
+    Attributes:
+        limit: of a GPU, null where it is not known.
+    """
 
     worst_stage: int
     worst_bytes: int
@@ -73,7 +82,11 @@ class Checkpoint(TypedDict):
 
 
 class FittingLayout(TypedDict):
-    """share: of a GPU's memory."""
+    """A layout that fits.
+
+    Attributes:
+        share: of a GPU's memory.
+    """
 
     flags: list[str]
     bytes: int

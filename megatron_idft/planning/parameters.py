@@ -11,8 +11,13 @@ from megatron_idft.planning.shape import Layer, Layout, Model, Sublayer, sublaye
 
 @dataclass(frozen=True)
 class Count:
-    """dense: of everything but routed experts, replicated over data-parallel ranks. expert: of routed experts, over
-    expert-data-parallel ranks. largest: the largest single matrix."""
+    """Parameters of one rank's kind.
+
+    Attributes:
+        dense: all but routed experts, replicated over data-parallel ranks.
+        expert: routed experts, replicated over expert-data-parallel ranks.
+        largest: the largest single matrix.
+    """
 
     dense: int = 0
     expert: int = 0
@@ -27,7 +32,11 @@ class Count:
 
 
 def check_divisions(model: Model, layout: Layout) -> None:
-    """Raises PlanError where tensor or expert parallelism does not divide what it cuts."""
+    """Refuse parallel sizes that do not divide the model.
+
+    Raises:
+        PlanError: tensor or expert parallelism does not divide what it cuts.
+    """
     wanted = [
         (model.heads, layout.tensor, "attention heads", "--tensor-model-parallel-size"),
         (model.ffn, layout.tensor, "columns of the MLP", "--tensor-model-parallel-size"),

@@ -133,7 +133,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Batch:
-    """seq_length: of the whole sequence, before context parallelism."""
+    """Sequences of a step.
+
+    Attributes:
+        seq_length: of the whole sequence, before context parallelism.
+    """
 
     seq_length: int
     micro: int
@@ -204,7 +208,11 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Training:
-    """All that a plan is made of. offload: share of the optimizer's states that lies on the host."""
+    """All that a plan is made of.
+
+    Attributes:
+        offload: share of the optimizer's states that lies on the host.
+    """
 
     model: Model
     layout: Layout

@@ -12,10 +12,13 @@ DAY = 86400.0
 
 @dataclass(frozen=True)
 class Machine:
-    """What the training runs on. Bytes, flops per second; `memory` and `peak` of one GPU.
+    """The GPUs or processes that the training runs on. Bytes, flops per second; `memory` and `peak` of one GPU.
 
-    memory: None where no limit is known (CPU). peak: None: no times are given. efficiency: model flops reached, as a
-    share of the peak (MFU), pipeline bubble included. reserve: bytes that are left for what is not counted.
+    Attributes:
+        memory: None where no limit is known (CPU).
+        peak: None where it is not known: then no times are given.
+        efficiency: model flops reached, as a share of the peak (MFU), pipeline bubble included.
+        reserve: bytes that are left for memory that is not counted.
     """
 
     name: str
@@ -49,7 +52,13 @@ class Throughput:
 
 
 def throughput(training: Training, machine: Machine, step_flops: float) -> Throughput:
-    """step_flops: of one global batch, forward and backward, recompute not counted, as the trainer logs them."""
+    """Time and tokens of a step.
+
+    Args:
+        training: the layout and batch.
+        machine: the GPUs.
+        step_flops: of one global batch, forward and backward, recompute not counted, as the trainer logs them.
+    """
     tokens = training.batch.global_ * training.batch.seq_length
     reached = machine.peak and machine.peak * machine.efficiency * training.layout.gpus
     return Throughput(step_flops, tokens, step_flops / reached if reached else None)

@@ -28,7 +28,8 @@ def finished_parts(folder: Path, suffix: str) -> dict[int, Path]:
 def plain_errors(folder: Path, attempt: str, foreign_code: bool = False) -> Iterator[None]:
     """Turn errors of the operating system into LedgerErrors that name the remedy.
 
-    foreign_code: other people's code runs here; only a full disk and missing rights in the folder are our concern.
+    Args:
+        foreign_code: other people's code runs here; only a full disk and missing rights in the folder are our concern.
     """
     try:
         yield

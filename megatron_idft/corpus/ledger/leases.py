@@ -66,7 +66,10 @@ class Owner:
 class Lease:
     """The valid generation of one chunk's lease. Times in seconds by the file system's clock.
 
-    owner: None if its owner died while writing it. age: since it was taken. silence: since it was last renewed.
+    Attributes:
+        owner: None if its owner died while writing it.
+        age: since it was taken.
+        silence: since it was last renewed.
     """
 
     chunk: int
@@ -80,7 +83,8 @@ class Lease:
 class Leases:
     """The leases of one folder, as one launch sees them. Thread-safe; every method may raise OSError.
 
-    lease_seconds: a lease of this launch that was not renewed for so long may be taken over by others.
+    Args:
+        lease_seconds: others may take over a lease of this launch that was not renewed for so long.
     """
 
     def __init__(self, folder: Path, owner: Owner, lease_seconds: float):

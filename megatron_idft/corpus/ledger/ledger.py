@@ -44,15 +44,21 @@ __all__ = ["Ledger", "LedgerError", "SettingsMismatch", "Status", "status_of"]
 class Ledger:
     """One launch's access to a job's folder. Use it as a context manager: leaving releases what is claimed.
 
-    settings: JSON-able; whatever the content of the parts depends on (model, tokenizer, template, data, flags). The
-        first launch records it, every later one must bring the same.
-    part_suffix: of the parts' names, and part of what launches must agree on.
-    lease_seconds: a launch that shows no sign of life for so long loses its chunk to others. Signs come from a thread:
-        a call that keeps the GIL for longer costs the lease. NFS clients may see signs a minute late: 90 or more there.
-    current: gives settings that an earlier version recorded the names that they have now, before they are compared.
+    One thread may call claim, finish and release; any may call `holds` and `status`.
 
-    claim, finish and release may be called from one thread; `holds` and `status` from any.
-    Raises SettingsMismatch; LedgerError where the folder cannot be used; TypeError for settings that are not JSON.
+    Args:
+        settings: JSON-able; everything that the content of the parts depends on (model, tokenizer, template, data,
+            flags). The first launch records it, every later one must bring the same.
+        part_suffix: of the parts' names; launches must agree on it too.
+        lease_seconds: a launch that shows no sign of life for so long loses its chunk to others. Signs come from a
+            thread: a call that keeps the GIL for longer costs the lease. NFS clients may see signs a minute late: 90 or
+            more there.
+        current: gives settings that an earlier version recorded the names that they have now, before they are compared.
+
+    Raises:
+        SettingsMismatch: the folder is that of another job.
+        LedgerError: the folder cannot be used.
+        TypeError: the settings are not JSON.
     """
 
     def __init__(
@@ -112,11 +118,13 @@ class Ledger:
     def finish(self, chunk: int, write: Callable[[Path], None]) -> bool:
         """Have `write` write the chunk to the path that it is given, then make that the chunk's part, durably.
 
-        Returns True if it is the part now; False if another launch has finished the chunk, whose part is left as it is,
-        or has taken it over. (A launch that lost its lease may still be the first to finish.)
+        Returns:
+            True if it is the part now; False if another launch has taken the chunk over, or has finished it, and its
+            part stays. (A launch that lost its lease may still be the first to finish.)
 
-        Raises LedgerError when the disk is full or the folder not writable, and whatever `write` raises; nothing half
-        is left and the chunk stays claimed.
+        Raises:
+            LedgerError: the disk is full or the folder not writable. This, and any error of `write`, leaves nothing
+                half written and the chunk claimed.
         """
         if not 0 <= chunk < self.num_chunks:
             raise ValueError(f"chunk {chunk} is none of 0 … {self.num_chunks - 1}")
@@ -209,9 +217,10 @@ class Ledger:
 
 
 def status_of(folder: str | Path) -> Status:
-    """The status of whatever job has this folder, for somebody who only looks; the folder may be read-only.
+    """The status of the job that has this folder, for somebody who only looks; the folder may be read-only.
 
-    Raises LedgerError if it is no job's folder.
+    Raises:
+        LedgerError: it is no job's folder.
     """
     folder = Path(folder)
     with plain_errors(folder, "read the status"):

@@ -24,8 +24,16 @@ def agree(
 ) -> None:
     """Record the job in the folder, or compare it with the one that is recorded there. Atomic: one launch records.
 
-    unfinished: where to write a temporary file. token: this launch's own. current: applied to the recorded settings.
-    Raises SettingsMismatch, LedgerError, OSError.
+    Args:
+        folder: of the job.
+        unfinished: where to write a temporary file.
+        token: this launch's own.
+        job: what to record or compare.
+        current: applied to the recorded settings.
+
+    Raises:
+        SettingsMismatch: the recorded job is another one.
+        LedgerError, OSError: the folder cannot be used.
     """
     manifest, parts = folder / "manifest.json", folder / "parts"
     job = {"format": FORMAT} | json.loads(json.dumps(job))  # tuples become the lists that are read back
@@ -55,7 +63,12 @@ def agree(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """`format`, `num_chunks`, `part_suffix`, `settings` and `versions` of the job. Raises LedgerError, OSError."""
+    """`format`, `num_chunks`, `part_suffix`, `settings` and `versions` of the job.
+
+    Raises:
+        LedgerError: it is no job's folder.
+        OSError: it cannot be read.
+    """
     path = folder / "manifest.json"
     if not path.exists():
         raise LedgerError(f"{folder} holds no manifest.json: it is not the output folder of a job")

@@ -13,9 +13,13 @@ _RATE_PARTS = 32  # the rate follows launches that join and leave
 class Status:
     """A job at one moment. Seconds by the file system's clock.
 
-    leased: chunks somebody works on. stale: chunks whose owner is gone. left: chunks that a launch may claim now, the
-    stale ones among them. rate: chunks per second of all launches together, over the last finished parts; None before
-    the second one. eta_seconds: for all that is not finished, at that rate. since_last: age of the latest part.
+    Attributes:
+        leased: chunks somebody works on.
+        stale: chunks whose owner is gone.
+        left: chunks that a launch may claim now, the stale ones among them.
+        rate: chunks per second of all launches together, over the last finished parts; None before the second one.
+        eta_seconds: for all unfinished chunks, at that rate.
+        since_last: age of the latest part.
     """
 
     num_chunks: int
@@ -44,7 +48,17 @@ class Status:
 
 
 def measure(num_chunks: int, finished: Mapping[int, Path], leases: Leases, now: float) -> Status:
-    """Look at the folder. finished: chunk -> part. now: the file system's time. Raises OSError."""
+    """Look at the folder.
+
+    Args:
+        num_chunks: of the job.
+        finished: chunk -> part.
+        leases: of the folder.
+        now: the file system's time.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
     open_chunks = sorted((chunk, newest) for chunk, newest in leases.newest().items() if chunk not in finished)
     seen = [leases.read(chunk, newest, now) for chunk, newest in open_chunks]
     leased = [lease for lease in seen if lease is not None and lease.state == "held"]

@@ -51,10 +51,12 @@ ROW_TESTS: dict[str, Callable[[ScoredRow], bool]] = {
 
 
 def lint(corpus: CorpusSummary, null: CorpusSummary | None = None) -> list[Finding]:
-    """All findings on a corpus, in a fixed order. `corpus` must have tallied `ROW_TESTS`.
+    """All findings on a corpus, in a fixed order.
 
-    null: what the same model sampled itself at temperature 1, scored the same way. Not used where it fails its own
-    check, or holds too few records.
+    Args:
+        corpus: which has tallied `ROW_TESTS`.
+        null: samples of the same model at temperature 1, scored the same way. Not used where it fails its own check, or
+            holds too few records.
     """
     if not corpus.records:
         return []

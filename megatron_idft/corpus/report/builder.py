@@ -81,7 +81,8 @@ class ReportBuilder:
     def add_corpus(self, name: str, model: str, rows: Iterable[ScoredRow]) -> None:
         """Read a scored corpus to its end. The same name under two models gives paired differences by record id.
 
-        Raises InputError for rows that `score` did not write, or a pair of name and model that is there already.
+        Raises:
+            InputError: `score` did not write these rows, or this pair of name and model is there already.
         """
         if any((corpus.name, corpus.model) == (name, model) for corpus in self._corpora):
             raise InputError(f"corpus {name!r} scored by {model!r} was added twice; give one of them another name")
@@ -90,7 +91,8 @@ class ReportBuilder:
     def add_null(self, model: str, temperature: float, rows: Iterable[ScoredRow]) -> None:
         """Read responses that `model` sampled itself, scored like a corpus. Corpora are judged against temperature 1.
 
-        Raises InputError as `add_corpus`, and for a temperature that is not above 0.
+        Raises:
+            InputError: as in `add_corpus`, or the temperature is not above 0.
         """
         if not temperature > 0:
             raise InputError(f"own samples at temperature {temperature:g}: it should be above 0")
@@ -99,7 +101,11 @@ class ReportBuilder:
         self._nulls[model, temperature] = _read(CorpusSummary(f"own samples, T = {temperature:g}", model), rows)
 
     def build(self) -> Report:
-        """The report on what was added so far. Raises InputError where nothing was."""
+        """The report on what was added so far.
+
+        Raises:
+            InputError: nothing was added.
+        """
         if not self._corpora and not self._nulls:
             raise InputError("nothing to report on: add a scored corpus or own samples first")
         return Report(

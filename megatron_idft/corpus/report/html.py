@@ -67,7 +67,9 @@ def _visible(character: str) -> str:
 def token(text: str, blanks: bool = False) -> Markup:
     """A token for `white-space: pre-wrap`: line ends and tabs are marked, as are lone blanks.
 
-    blanks: mark all blanks, where a token stands alone.
+    Args:
+        text: of the token.
+        blanks: mark all blanks, for a token in a place of its own.
     """
     if blanks or not text.strip(" "):
         return escape(visible(text).replace(" ", "␣") or "∅")
@@ -95,6 +97,8 @@ def number(value: float, digits: int = 3, sign: bool = False) -> str:
 def level(value: float, levels: Sequence[tuple[float | None, str, str]]) -> str:
     """The class of the first level whose lower bound `value` reaches; the last level has none.
 
-    levels: lower bound, class and meaning of each, the highest first.
+    Args:
+        value: the number.
+        levels: lower bound, class and meaning of each, the highest first.
     """
     return next(name for low, name, _ in levels if low is None or value >= low)

@@ -138,7 +138,12 @@ class ClusterSums:
         return self.estimate(at_first - behind, slope)
 
     def estimate(self, value: float, slope: Mapping[str, float]) -> Estimate:
-        """value: of a function of the sums that scaling them all does not change; slope: its derivative by field."""
+        """A function of the sums that does not change when all of them are scaled, with its standard error.
+
+        Args:
+            value: of the function.
+            slope: its derivative by field.
+        """
         if self.records < 2:
             return Estimate(value, None)
         gradient = np.zeros(len(self.fields))

@@ -39,9 +39,14 @@ def merge_parts(output: Path, parts: Sequence[Path], *, per_token: bool) -> Path
 
 
 def read_scored(output: Path, *, per_token: bool = False) -> Iterator[ScoredRow]:
-    """Rows of a finished or unfinished output folder, in input order. per_token: with the lists per token, if kept.
+    """Rows of a finished or unfinished output folder, in input order.
 
-    Raises InputError where nothing is scored.
+    Args:
+        output: the folder.
+        per_token: with the lists per token, if kept.
+
+    Raises:
+        InputError: nothing is scored.
     """
     parts = sorted((output / "parts").glob("chunk-*.parquet"))
     if not parts:
@@ -100,7 +105,8 @@ def describe_own_samples(output: Path) -> str:
 def report_on(folders: Sequence[Path], output: Path, title: str) -> tuple[Path, Path]:
     """Write report.html and report.json on scored folders into `output`; own samples of the same model are their null.
 
-    Raises InputError where a folder holds no scores.
+    Raises:
+        InputError: a folder holds no scores.
     """
     builder = ReportBuilder(title)
     manifests = [read_manifest(folder)["settings"] for folder in folders]
@@ -129,9 +135,13 @@ def _labels(models: Sequence[tuple[str, int, str | None]]) -> list[str]:
 def select_records(folder: Path, expression: str, data: Sequence[str], output: Path) -> dict[str, int]:
     """Copy the records of `data` whose scores fulfil `expression` to a new file, as they were; see `copy_records`.
 
-    Returns {"scored", "kept", "unscored"}: rows of the scores, those that were copied, and the records of `data` that
-    have no row, and so are left out. Raises SelectionError for the expression; InputError where the output exists or
-    has another suffix than record files, or where the scores are not of this data.
+    Returns:
+        "scored", the rows of the scores; "kept", the copied records; "unscored", the records of `data` without a row,
+        which are left out.
+
+    Raises:
+        SelectionError: the expression cannot be used.
+        InputError: the output exists or has another suffix than record files, or the scores are not of this data.
     """
     suffix = suffix_of(output)
     keep = compile_selection(expression, RECORD_SCHEMA.names)

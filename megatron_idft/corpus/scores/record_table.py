@@ -30,7 +30,13 @@ class RepeatedGroup(TypedDict):
 
 
 class Repeats(TypedDict):
-    """repeats: records that are not the first of their group. largest: the groups with the most records."""
+    """Equal records.
+
+    Attributes:
+        repeats: records that are not the first of their group.
+        groups: how many.
+        largest: the groups with the most records.
+    """
 
     repeats: int
     groups: int
@@ -46,7 +52,12 @@ class Difference(TypedDict):
 
 
 class PairedDifferences(TypedDict):
-    """Of the records in both tables; the means are absent where there are no tokens. unpaired: of either table."""
+    """Of the records in both tables; the means are absent where there are no tokens.
+
+    Attributes:
+        pairs: records in both.
+        unpaired: the other records of either table.
+    """
 
     pairs: int
     unpaired: list[int]
@@ -69,7 +80,15 @@ class RecordTable:
         return len(self._line)
 
     def add(self, row: ScoredRow, tokens: int, phi: float, phi_squared: float, log_prob: float) -> None:
-        """tokens: of the response. phi, phi_squared, log_prob: their sums over those."""
+        """Keep one record.
+
+        Args:
+            row: of the record.
+            tokens: of the response.
+            phi: sum over the tokens.
+            phi_squared: sum over the tokens.
+            log_prob: sum over the tokens.
+        """
         self._ids += row["id"].encode("utf-8", "surrogatepass")
         self._id_ends.append(len(self._ids))
         self._file.append(self._files.setdefault(row["file"], len(self._files)))

@@ -38,7 +38,11 @@ class RecordOrigin(RecordPlace):
 
 
 class WorstToken(TypedDict):
-    """One of the tokens of a response with the lowest phi; `context` is the text before it."""
+    """One of the tokens of a response with the lowest phi.
+
+    Attributes:
+        context: the text before it.
+    """
 
     position: int
     token_id: int
@@ -81,7 +85,11 @@ class ResponseStatistics(TokenStatistics):
 
 
 class ScoredRow(RecordOrigin, ResponseStatistics):
-    """A row of `TOKEN_SCHEMA`, or of `RECORD_SCHEMA` where it has no lists. index: of the sample in the corpus."""
+    """A row of `TOKEN_SCHEMA`, or of `RECORD_SCHEMA` where it has no lists.
+
+    Attributes:
+        index: of the sample in the corpus.
+    """
 
     index: int
 

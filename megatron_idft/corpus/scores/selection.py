@@ -51,7 +51,11 @@ _BOOLEAN, _NUMBER, _TEXT, _MISSING, _ANY = "a condition", "a number", "text", "N
 
 
 class Selection:
-    """A compiled expression: `selection(record)` is True or False. columns: the names that it uses, sorted."""
+    """A compiled expression: `selection(record)` is True or False.
+
+    Attributes:
+        columns: the names that it uses, sorted.
+    """
 
     def __init__(self, expression: str, columns: Collection[str]):
         compiler = _Compiler(expression, columns)
@@ -77,8 +81,9 @@ def compile_selection(expression: str, columns: Collection[str]) -> Selection:
     The test takes a mapping from column to value (Python's own types, as JSON and `to_pylist` of Parquet give) and
     raises SelectionError for a record that the expression cannot be applied to.
 
-    Raises SelectionError, with the position, for anything that the module's description does not list, for unknown
-    columns, for operands that can never fit, and beyond MAX_LENGTH characters or MAX_DEPTH nested operations.
+    Raises:
+        SelectionError: with the position: syntax that the module's description does not list, unknown columns, operands
+            that can never fit, more than MAX_LENGTH characters or MAX_DEPTH nested operations.
     """
     return Selection(expression, columns)
 

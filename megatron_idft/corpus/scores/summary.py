@@ -147,7 +147,11 @@ class Recurrence:
 
 
 class RecurringToken(TypedDict):
-    """phi_mean: where the token stands among its record's worst."""
+    """A token that stands among the worst of several records.
+
+    Attributes:
+        phi_mean: of the token there.
+    """
 
     token_id: int
     token: str

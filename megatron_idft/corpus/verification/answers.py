@@ -40,7 +40,12 @@ _BETWEEN_BOXES = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class FinalAnswer:
-    """text: None where there is none. doubt: why it cannot be counted as right even if it agrees."""
+    """The answer that a response states.
+
+    Attributes:
+        text: None where there is none.
+        doubt: why it cannot be counted as right even if it agrees.
+    """
 
     text: str | None
     doubt: str | None = None

@@ -13,7 +13,11 @@ from megatron_idft.processes import serve
 
 
 class Reply(TypedDict):
-    """What is known of an answer. reason: why it is unknown, or wrong without a comparison."""
+    """The verdict on an answer.
+
+    Attributes:
+        reason: why it is unknown, or wrong without a comparison.
+    """
 
     verdict: Literal["right", "wrong", "unknown"]
     reason: NotRequired[str]
@@ -23,7 +27,11 @@ Check = Callable[[Any, Any], Reply]
 
 
 def load_plugin(spec: str) -> Check:
-    """Raises ValueError where `module:function` names no function."""
+    """The function of the user's as a check.
+
+    Raises:
+        ValueError: `module:function` names no function.
+    """
     module_name, _, attribute = spec.partition(":")
     try:
         module = import_module(module_name)
@@ -119,7 +127,11 @@ def _parts(value: Any) -> tuple[Any, Any] | None:
 
 
 def load(plugin: str | None) -> Callable[[Any, bytes], Reply]:
-    """plugin: `module:function`; None: math-verify. A task is [response or answers, reference or references]."""
+    """The answer to a task, [response or answers, reference or references].
+
+    Args:
+        plugin: `module:function`; None: math-verify.
+    """
     check = load_plugin(plugin) if plugin else load_math_verify()
     return lambda task, _: check(*task)
 

@@ -69,7 +69,8 @@ class LeakFilter:
     def from_file(cls, path: str | Path) -> Self:
         r"""One phrase per line; empty lines and lines that start with # do not count, `\#` starts a phrase with #.
 
-        Raises InputError where the file cannot be read or holds no phrase.
+        Raises:
+            InputError: the file cannot be read or holds no phrase.
         """
         try:
             lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]

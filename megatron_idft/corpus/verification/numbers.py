@@ -110,7 +110,12 @@ def same_number(a: str, b: str) -> Same:
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """unit: as written, singular. plain: the unit only says what is counted, so that the number may stand alone."""
+    """A number with its unit.
+
+    Attributes:
+        unit: as written, singular.
+        plain: the unit only says what is counted, so that the number may stand by itself.
+    """
 
     value: Fraction
     unit: str

@@ -45,10 +45,12 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What is known of one response.
+    """The verdict on one response.
 
-    verified_by: exact, number, math-verify or the plug-in's `module:function`, whichever was asked last; None: none.
-    extracted: the final answer found in the response. reason: why it is unknown, or wrong without a comparison.
+    Attributes:
+        verified_by: exact, number, math-verify or the plug-in's `module:function`, the last that was asked; None: none.
+        extracted: the final answer found in the response.
+        reason: why it is unknown, or wrong without a comparison.
     """
 
     verdict: Verdict
@@ -60,13 +62,16 @@ class Verification:
 class Verifier:
     """Compares responses with reference answers. A context manager: leaving it ends its processes.
 
-    plugin: `module:function`, called as function(response: str, reference) -> bool | None (None: it cannot tell), asked
-    instead of all else; what it prints is dropped, but for the last line on stderr of a process that ended. workers:
-    processes for math-verify or the plug-in, started when first needed. timeout_seconds: wall clock, for each response.
-    memory_mb: address space of each process.
+    Args:
+        plugin: `module:function`, called as function(response: str, reference) -> bool | None (None: undecided), asked
+            instead of all else. Its output is dropped, but for the last line on stderr of a process that ended.
+        workers: processes for math-verify or the plug-in, started when first needed.
+        timeout_seconds: wall clock, for each response.
+        memory_mb: address space of each process.
 
-    Raises InputError for settings that cannot be used; for a plug-in that cannot be loaded, entering the context
-    raises WorkerError (a UserError), as `verify` does without it.
+    Raises:
+        InputError: settings that cannot be used.
+        WorkerError: a plug-in that cannot be loaded, on entering the context, or in `verify` without it.
     """
 
     def __init__(
