@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from megatron_idft.corpus.records import Record
 from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate
 from megatron_idft.corpus.verification.answers import final_answer
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import InputError
+from megatron_idft.hinted_decoding.output.outcomes import OutcomeRow
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.stages.tasks import RealignInput, RecordTask
 
@@ -72,7 +72,7 @@ class EstimateSums(ClusterSums):
     fields = ("one", "kept", "errors", "before", "before_tokens", "after", "after_tokens")
 
 
-def summary_row(row: Mapping[str, Any]) -> dict[str, float]:
+def summary_row(row: OutcomeRow) -> dict[str, float]:
     """The fields of EstimateSums for a row of OUTCOME_SCHEMA."""
     kept = row["status"] == "kept"
     found = dict.fromkeys(EstimateSums.fields, 0.0) | {"one": 1.0, "kept": kept, "errors": row["status"] == "error"}

@@ -54,6 +54,7 @@ def _kept(folder: Path, counts: Counter[str], methods: Counter[str]) -> Iterator
     for row in read_outcomes(folder, ["index", "status", "record", *METHOD_COLUMNS]):
         counts[row["status"]] += 1
         if row["status"] == "kept":
+            assert row["record"] is not None
             methods.update(count_methods(row["turns"]))
             yield row["record"]
 

@@ -1,96 +1,134 @@
-"""What became of each record: one Parquet row, with the provenance of every assistant turn and of every try at it."""
+"""The rows of a realignment: an outcome for each record, with every assistant turn and every try at it.
+
+Each column is declared once: its Python type, which mypy follows from the stages to the report, and its Arrow type,
+which the parts are written with. A row that an earlier version wrote may lack columns.
+"""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Literal, TypedDict, get_type_hints
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from megatron_idft.corpus.display import bounded
 
-# One try at a turn. stage: how it was made. accepted: it went into the output.
-CANDIDATE = pa.struct(
-    [
-        ("stage", pa.string()),  # rollout | hinted | retry
-        ("seed", pa.int64()),
-        ("slope", pa.float64()),  # of the mixing; null for rollouts
-        ("accepted", pa.bool_()),
-        ("rejected_because", pa.string()),  # wrong | unverified | unfinished | leak | null
-        ("verdict", pa.string()),  # right | wrong | unknown; null where nothing could be compared
-        ("verified_by", pa.string()),  # exact | number | math-verify | module:function
-        ("extracted", pa.string()),  # the final answer found in the text
-        ("leak", pa.string()),  # the phrase that betrays the hint
-        ("finish_reason", pa.string()),  # eos | length | context | repetition
-        ("text", pa.string()),
-        ("num_tokens", pa.int32()),
-        ("split_at", pa.int32()),  # tokens before the hinted stream was dropped; null: never
-        ("hint_share_mean", pa.float32()),  # over the tokens drawn from two streams; null for rollouts
-        ("hint_share_min", pa.float32()),
-        ("log_prob_sum", pa.float64()),  # nats, under the plain prompt at temperature 1, as phi
-        ("entropy_sum", pa.float64()),
-        ("phi_sum", pa.float64()),
-        ("phi_squared_sum", pa.float64()),
-        ("phi_below_1", pa.int32()),  # tokens
-        ("phi_below_3", pa.int32()),
-        ("phi_below_5", pa.int32()),
-    ]
-)
+Stage = Literal["rollout", "hinted", "retry"]
+TurnStage = Literal["rollout", "hinted", "retry", "original"]
+Rejection = Literal["wrong", "unverified", "unfinished", "leak"]
+Status = Literal["kept", "dropped", "error"]
 
-# Why a stage that was run, or was to be run, gave a turn no text.
-FAILURE = pa.struct(
-    [
-        ("stage", pa.string()),  # as of a candidate
-        ("reason", pa.string()),  # of its candidates' rejections, each once; or why there was none
-    ]
-)
+Text = Annotated[str | None, pa.string()]
+Count = Annotated[int, pa.int32()]
+Share = Annotated[float | None, pa.float32()]
+Sum = Annotated[float, pa.float64()]
+Integers = Annotated[Sequence[int] | NDArray[np.int32], pa.list_(pa.int32())]
+Floats = Annotated[Sequence[float] | NDArray[np.float32], pa.list_(pa.float32())]
 
-# One assistant turn of the record.
-TURN = pa.struct(
-    [
-        ("message", pa.int32()),  # its index in `messages`
-        ("stage", pa.string()),  # rollout | hinted | retry | original; null where the record was dropped here
-        ("reason", pa.string()),  # why no candidate was accepted, by the last stage; null where one was
-        ("num_prompt_tokens", pa.int32()),
-        ("num_hinted_prompt_tokens", pa.int32()),  # null where no hinted stream ran
-        ("analysis_tokens", pa.int32()),  # written by the model; null: none, or read from a file
-        ("analysis_text", pa.string()),  # the head of one without a marker, to see what went wrong; else null
-        ("original_text", pa.string()),
-        # The original response under the plain prompt.
-        ("original_num_tokens", pa.int32()),
-        ("original_log_prob_sum", pa.float64()),
-        ("original_entropy_sum", pa.float64()),
-        ("original_phi_sum", pa.float64()),
-        ("original_phi_squared_sum", pa.float64()),
-        ("original_phi_below_1", pa.int32()),
-        ("original_phi_below_3", pa.int32()),
-        ("original_phi_below_5", pa.int32()),
-        ("candidates", pa.list_(CANDIDATE)),
-        ("failures", pa.list_(FAILURE)),  # by stage, in order; empty where a candidate was accepted
-        # Of the accepted candidate, per token; empty where the turn is the original.
-        ("token_ids", pa.list_(pa.int32())),
-        ("tokens", pa.list_(pa.string())),
-        ("hint_share", pa.list_(pa.float32())),  # 0 where the plain stream ran alone
-        ("phi", pa.list_(pa.float32())),
-        ("entropy", pa.list_(pa.float32())),  # of the plain stream
-        ("hinted_entropy", pa.list_(pa.float32())),  # NaN without a hinted stream
-    ]
-)
 
-OUTCOME_SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),  # of the record in the input
-        ("id", pa.string()),
-        ("file", pa.string()),
-        ("line", pa.int64()),
-        ("source", pa.string()),
-        ("status", pa.string()),  # kept | dropped | error
-        ("reason", pa.string()),  # why it was not kept
-        ("record", pa.string()),  # the record to write, as JSON; null unless kept
-        ("token_ids", pa.list_(pa.int32())),  # of the whole conversation; null where the template is to tokenize it
-        ("loss_mask", pa.list_(pa.uint8())),
-        ("turns", pa.list_(TURN)),
-    ]
-)
+def _fields(row: type) -> list[tuple[str, pa.DataType]]:
+    return [(name, hint.__metadata__[0]) for name, hint in get_type_hints(row, include_extras=True).items()]
+
+
+class TokenSums(TypedDict):
+    """Sums over the tokens of a response under the plain prompt, in nats at temperature 1; below: numbers of tokens."""
+
+    log_prob_sum: Sum
+    entropy_sum: Sum
+    phi_sum: Sum
+    phi_squared_sum: Sum
+    phi_below_1: Count
+    phi_below_3: Count
+    phi_below_5: Count
+
+
+class ResponseSums(TokenSums):
+    num_tokens: Count
+
+
+class _Try(TypedDict):
+    stage: Annotated[Stage, pa.string()]
+    seed: Annotated[int | None, pa.int64()]
+    slope: Annotated[float | None, pa.float64()]  # of the mixing; null for rollouts
+    accepted: Annotated[bool, pa.bool_()]  # it went into the output
+    rejected_because: Annotated[Rejection | None, pa.string()]
+    verdict: Text  # right | wrong | unknown; null where nothing could be compared
+    verified_by: Text  # exact | number | math-verify | module:function
+    extracted: Text  # the final answer found in the text
+    leak: Text  # the phrase that betrays the hint
+    finish_reason: Annotated[str, pa.string()]  # eos | length | context | repetition
+    text: Annotated[str, pa.string()]
+    split_at: Annotated[int | None, pa.int32()]  # tokens before the hinted stream was dropped; null: never
+    hint_share_mean: Share  # over the tokens drawn from two streams; null for rollouts
+    hint_share_min: Share
+
+
+class CandidateRow(_Try, ResponseSums):
+    """One try at a turn."""
+
+
+class FailureRow(TypedDict):
+    """Why a stage that was run, or was to be run, gave a turn no text."""
+
+    stage: Annotated[Stage, pa.string()]
+    reason: Annotated[str, pa.string()]  # of its candidates' rejections, each once; or why there was none
+
+
+CANDIDATE, FAILURE = pa.struct(_fields(CandidateRow)), pa.struct(_fields(FailureRow))
+
+
+class TurnRow(TypedDict):
+    """One assistant turn of the record."""
+
+    message: Count  # its index in `messages`
+    stage: Annotated[TurnStage | None, pa.string()]  # null where the record was dropped here
+    reason: Text  # why no candidate was accepted, by the last stage; null where one was
+    num_prompt_tokens: Count
+    num_hinted_prompt_tokens: Annotated[int | None, pa.int32()]  # null where no hinted stream ran
+    analysis_tokens: Annotated[int | None, pa.int32()]  # written by the model; null: none, or read from a file
+    analysis_text: Text  # the head of one without a marker, to see what went wrong; else null
+    original_text: Annotated[str, pa.string()]
+    # The original response under the plain prompt.
+    original_num_tokens: Count
+    original_log_prob_sum: Sum
+    original_entropy_sum: Sum
+    original_phi_sum: Sum
+    original_phi_squared_sum: Sum
+    original_phi_below_1: Count
+    original_phi_below_3: Count
+    original_phi_below_5: Count
+    candidates: Annotated[list[CandidateRow], pa.list_(CANDIDATE)]
+    failures: Annotated[list[FailureRow], pa.list_(FAILURE)]  # by stage, in order; empty where one was accepted
+    # Of the accepted candidate, per token; empty where the turn is the original.
+    token_ids: Integers
+    tokens: Annotated[Sequence[str], pa.list_(pa.string())]
+    hint_share: Floats  # 0 where only the plain stream ran
+    phi: Floats
+    entropy: Floats  # of the plain stream
+    hinted_entropy: Floats  # NaN without a hinted stream
+
+
+TURN = pa.struct(_fields(TurnRow))
+
+
+class OutcomeRow(TypedDict):
+    """What became of a record."""
+
+    index: Annotated[int, pa.int64()]  # of the record in the input
+    id: Annotated[str, pa.string()]
+    file: Annotated[str, pa.string()]
+    line: Annotated[int, pa.int64()]
+    source: Text
+    status: Annotated[Status, pa.string()]
+    reason: Text  # why it was not kept
+    record: Text  # the record to write, as JSON; null unless kept
+    token_ids: Annotated[NDArray[np.int32] | None, pa.list_(pa.int32())]  # of all; null where a template is to write it
+    loss_mask: Annotated[NDArray[np.uint8] | None, pa.list_(pa.uint8())]
+    turns: Annotated[list[TurnRow], pa.list_(TURN)]
+
+
+OUTCOME_SCHEMA = pa.schema(_fields(OutcomeRow))
 
 STAGE_NAMES = {"rollout": "own response", "hinted": "hinted", "retry": "retry"}  # for a person
 UNVERIFIED, ORIGINAL = "UNVERIFIED", "original"
@@ -100,7 +138,7 @@ FAILURE_COLUMNS = [f"{_TURNS}.failures.list.element.{name}" for name in ("stage"
 METHOD_COLUMNS = [f"{_TURNS}.stage"] + [f"{_CANDIDATES}.{name}" for name in ("accepted", "verdict", "verified_by")]
 
 
-def describe_reason(row: Mapping[str, Any]) -> str | None:
+def describe_reason(row: OutcomeRow) -> str | None:
     """Why a record was not kept: what failed in each stage of the turn that it was given up for, else its reason.
 
     Folders written before there were `failures` have the last stage's reason alone.
@@ -111,12 +149,12 @@ def describe_reason(row: Mapping[str, Any]) -> str | None:
     return "; ".join(by_stage) or row.get("reason")
 
 
-def count_methods(turns: Iterable[Mapping[str, Any]]) -> Counter[str]:
+def count_methods(turns: Iterable[TurnRow]) -> Counter[str]:
     """By what the text of each of these kept turns was found right: verified_by; UNVERIFIED: by nothing; original."""
     return Counter(map(_method, turns))
 
 
-def _method(turn: Mapping[str, Any]) -> str:
+def _method(turn: TurnRow) -> str:
     accepted = next((candidate for candidate in turn["candidates"] or () if candidate["accepted"]), None)
     if accepted is None:
         return ORIGINAL

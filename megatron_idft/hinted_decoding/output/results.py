@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 
@@ -15,13 +15,14 @@ from megatron_idft.corpus.ledger.manifest import read_manifest
 from megatron_idft.errors import InputError
 from megatron_idft.files import write_atomically
 from megatron_idft.hinted_decoding.output.former_names import current_row, current_settings
+from megatron_idft.hinted_decoding.output.outcomes import OutcomeRow
 
 RETRIES = "retries"  # its folders 001, 002, … are ledgers of their own, for records that were errors before
 _INDICES = "indices.json"
 _NUMBER = re.compile(r"\d{3,}")
 
 
-def read_outcomes(folder: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+def read_outcomes(folder: Path, columns: Sequence[str] | None = None) -> Iterator[OutcomeRow]:
     """Rows of OUTCOME_SCHEMA of a finished or unfinished folder. Of a retried record the latest row that is no error.
 
     A folder that an earlier version wrote lacks the columns that it did not know; those that it named otherwise come
@@ -86,14 +87,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return current_settings(read_manifest(folder)["settings"])
 
 
-def _rows(folder: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+def _rows(folder: Path, columns: Sequence[str] | None) -> Iterator[OutcomeRow]:
     for part in sorted((folder / "parts").glob("chunk-*.parquet")):
         yield from _read(part, columns)
 
 
-def _read(part: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+def _read(part: Path, columns: Sequence[str] | None) -> Iterator[OutcomeRow]:
     with pq.ParquetFile(part) as file:
         former = file.schema_arrow.field("turns").type.value_type.get_field_index("mix_weight") >= 0
         for batch in file.iter_batches(batch_size=64, columns=columns):
             rows = batch.to_pylist()
-            yield from map(current_row, rows) if former else rows
+            yield from cast(list[OutcomeRow], [current_row(row) for row in rows] if former else rows)

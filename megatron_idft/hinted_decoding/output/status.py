@@ -22,7 +22,7 @@ def count_outcomes(folder: Path) -> dict[str, Counter[str]]:
     for row in read_outcomes(folder, ["index", "status", "reason", *METHOD_COLUMNS, *FAILURE_COLUMNS]):
         counts["status"][row["status"]] += 1
         if row["status"] == "kept":
-            counts["stage"].update(turn["stage"] for turn in row["turns"])
+            counts["stage"].update(str(turn["stage"]) for turn in row["turns"])
             counts["method"].update(count_methods(row["turns"]))
         else:
             counts["reason"][f"{row['status']}: {describe_reason(row)}"] += 1

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _SHOWN_SOURCES = 12
 _BEFORE, _AFTER = COLORS[1], COLORS[0]
-_STAGE_COLORS = dict(zip(STAGES, (COLORS[2], COLORS[0], COLORS[5]), strict=True))
+_STAGE_COLORS: dict[str, str] = dict(zip(STAGES, (COLORS[2], COLORS[0], COLORS[5]), strict=True))
 _FATES = {**_STAGE_COLORS, "original": COLORS[4], "dropped": "#c9c9c9", "error": "#555555"}
 _MARKERS = dict(zip(STAGES, "osD", strict=True))
 _ENTROPIES = (("entropy", "plain stream", COLORS[1], "-"), ("hinted_entropy", "hinted stream", COLORS[0], "--"))

@@ -15,7 +15,7 @@ from megatron_idft.corpus.lint.thresholds import STANDARD_ERRORS, can_tell
 from megatron_idft.corpus.report.numbers import estimate_json, token_estimates
 from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate
 from megatron_idft.corpus.scores.summary import PHI_EDGES, RECORD_EDGES
-from megatron_idft.hinted_decoding.output.outcomes import count_methods, describe_reason
+from megatron_idft.hinted_decoding.output.outcomes import CandidateRow, count_methods, describe_reason
 from megatron_idft.hinted_decoding.report.mixing_numbers import MixingSummary
 from megatron_idft.hinted_decoding.report.outcome import (
     ORIGINAL,
@@ -24,7 +24,6 @@ from megatron_idft.hinted_decoding.report.outcome import (
     SUMS,
     VERDICTS,
     Outcome,
-    Row,
     Sums,
     added,
     sums_of,
@@ -59,7 +58,7 @@ class CorpusNumbers:
         self._phi = {text: ClusterSums() for text in (*TEXTS, *BY_STAGE)}
         self._turn_phi = {text: _zeros(RECORD_EDGES) for text in TEXTS}
         self._differences = _zeros(DIFFERENCE_EDGES)
-        self._token_phi = {stage: _zeros(PHI_EDGES) for stage in STAGES}
+        self._token_phi: dict[str, NDArray[np.int64]] = {stage: _zeros(PHI_EDGES) for stage in STAGES}
         self._lengths = {text: Lengths() for text in TEXTS}
         self._paired = PairedSums()
         self._mixing = MixingSummary()
@@ -204,7 +203,7 @@ class StageSummary:
         if counts["turns"]:
             self._sums.add(counts)
 
-    def _candidate(self, candidate: Row, counts: dict[str, float], accepted: bool) -> None:
+    def _candidate(self, candidate: CandidateRow, counts: dict[str, float], accepted: bool) -> None:
         verdict = candidate.get("verdict")
         counts["candidates"] += 1
         counts[verdict or "not_compared"] += 1

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_idft.errors import InputError
+from megatron_idft.hinted_decoding.output.outcomes import (
+    CandidateRow,
+    OutcomeRow,
+    ResponseSums,
+    Stage,
+    TurnRow,
+    TurnStage,
+)
 
-STAGES = ("rollout", "hinted", "retry")
+STAGES: tuple[Stage, ...] = get_args(Stage)
 ORIGINAL = "original"
 STATUSES = ("kept", "dropped", "error")
 VERDICTS = ("right", "wrong", "unknown")
 
-# Field of the sums -> column of a candidate; the original's columns have a prefix.
-SUMS = {
+_Column = Literal[
+    "num_tokens", "phi_sum", "phi_squared_sum", "log_prob_sum", "entropy_sum", "phi_below_1", "phi_below_3",
+    "phi_below_5",
+]  # fmt: skip
+_TokenList = Literal["token_ids", "tokens", "hint_share", "phi", "entropy", "hinted_entropy"]
+
+# Field of the sums -> column of a response.
+SUMS: dict[str, _Column] = {
     "tokens": "num_tokens",
     "phi": "phi_sum",
     "phi_squared": "phi_squared_sum",
@@ -28,10 +42,9 @@ SUMS = {
     "below_3": "phi_below_3",
     "below_5": "phi_below_5",
 }
-_TOKEN_LISTS = ("token_ids", "tokens", "hint_share", "phi", "entropy", "hinted_entropy")
+_TOKEN_LISTS: tuple[_TokenList, ...] = get_args(_TokenList)
 _REQUIRED = ("id", "file", "line", "status")
 
-Row = dict[str, Any]
 Sums = dict[str, float]
 
 
@@ -56,21 +69,21 @@ class Turn:
     new and tokens are only there where the record was kept and this turn was rewritten.
     """
 
-    row: Row
-    stage: str | None
+    row: TurnRow
+    stage: TurnStage | None
     original: Sums | None
-    accepted: Row | None
+    accepted: CandidateRow | None
     new: Sums | None
     tokens: TokenNumbers | None
 
     @property
-    def candidates(self) -> list[Row]:
-        return list(_items(self.row.get("candidates")))
+    def candidates(self) -> list[CandidateRow]:
+        return candidates_of(self.row)
 
 
 @dataclass
 class Outcome:
-    row: Row
+    row: OutcomeRow
     turns: list[Turn]
     not_finite: int  # responses with a score that is no number
 
@@ -79,30 +92,33 @@ class Outcome:
         return bool(self.row["status"] == "kept")
 
 
-def read_outcome(row: Row) -> Outcome:
-    """A row of OUTCOME_SCHEMA. Raises InputError for one that `realign` cannot have written."""
+def read_outcome(row: OutcomeRow) -> Outcome:
+    """Raises InputError for a row that `realign` cannot have written."""
     for key in _REQUIRED:
         if row.get(key) is None:
             raise InputError(f"record {row.get('id')!r}: no {key}; is this a row that `realign` wrote?")
     if row["status"] not in STATUSES:
         raise _fault(row, f"status {row['status']!r}, which should be one of {', '.join(STATUSES)}")
-    turns = [_turn(row, turn) for turn in _items(row.get("turns"))]
-    not_finite = sum(
-        broken(candidate) for turn in turns for candidate in (*turn.candidates, _original(turn.row)) if candidate
-    )
+    turns = [_turn(row, turn) for turn in _listed(row.get("turns"))]
+    responses = (response for turn in turns for response in (*turn.candidates, _original(turn.row)))
+    not_finite = sum(map(broken, responses))
     return Outcome(row, turns, not_finite)
 
 
-def sums_of(candidate: Mapping[str, Any]) -> Sums | None:
+def sums_of(response: ResponseSums) -> Sums | None:
     """By field; None for a response without tokens, or with a number that is missing or not finite."""
-    if not candidate.get("num_tokens") or any(not _finite(candidate.get(column)) for column in SUMS.values()):
+    if not response.get("num_tokens") or any(not _finite(response.get(column)) for column in SUMS.values()):
         return None
-    return {field: float(candidate[column]) for field, column in SUMS.items()}
+    return {field: float(response[column]) for field, column in SUMS.items()}
 
 
-def broken(candidate: Mapping[str, Any]) -> bool:
+def broken(response: ResponseSums) -> bool:
     """Whether the response has tokens, but not their scores."""
-    return bool(candidate.get("num_tokens")) and sums_of(candidate) is None
+    return bool(response.get("num_tokens")) and sums_of(response) is None
+
+
+def candidates_of(turn: TurnRow) -> list[CandidateRow]:
+    return list(_listed(turn.get("candidates")))
 
 
 def added(parts: Iterable[Sums]) -> Sums:
@@ -114,11 +130,11 @@ def added(parts: Iterable[Sums]) -> Sums:
     return whole
 
 
-def _turn(row: Row, turn: Row) -> Turn:
+def _turn(row: OutcomeRow, turn: TurnRow) -> Turn:
     stage = turn.get("stage")
     if stage is not None and stage not in (*STAGES, ORIGINAL):
         raise _fault(row, f"a turn with stage {stage!r}, which should be one of {', '.join((*STAGES, ORIGINAL))}")
-    candidates = list(_items(turn.get("candidates")))
+    candidates = candidates_of(turn)
     for candidate in candidates:
         if candidate["stage"] not in STAGES:
             raise _fault(row, f"a candidate of stage {candidate['stage']!r}, should be one of {', '.join(STAGES)}")
@@ -133,25 +149,34 @@ def _turn(row: Row, turn: Row) -> Turn:
     return Turn(turn, stage, original, accepted, sums_of(accepted), _tokens(row, turn, accepted))
 
 
-def _tokens(row: Row, turn: Row, accepted: Row) -> TokenNumbers | None:
+def _tokens(row: OutcomeRow, turn: TurnRow, accepted: CandidateRow) -> TokenNumbers | None:
     lists = {key: turn[key] for key in _TOKEN_LISTS if turn.get(key) is not None and len(turn[key])}
     for key, values in lists.items():
         if len(values) != accepted["num_tokens"]:
             raise _fault(row, f"{len(values)} entries in {key}, but {accepted['num_tokens']} accepted tokens")
-    if any(key not in lists for key in ("hint_share", "phi", "entropy", "hinted_entropy")):
+    if not {"hint_share", "phi", "entropy", "hinted_entropy"} <= lists.keys():
         return None
-    arrays = {
-        key: np.asarray(lists[key], dtype=np.float64) for key in ("hint_share", "phi", "entropy", "hinted_entropy")
+    columns = (turn["hint_share"], turn["phi"], turn["entropy"], turn["hinted_entropy"])
+    share, phi, entropy, hinted = (np.asarray(values, dtype=np.float64) for values in columns)
+    finite = all(np.isfinite(values).all() for values in (share, phi, entropy))
+    return TokenNumbers(share, phi, entropy, hinted) if finite else None
+
+
+def _original(turn: TurnRow) -> ResponseSums:
+    """The original's sums; a row that an earlier version wrote may lack them."""
+    return {
+        "num_tokens": turn.get("original_num_tokens", 0),
+        "log_prob_sum": turn.get("original_log_prob_sum", math.nan),
+        "entropy_sum": turn.get("original_entropy_sum", math.nan),
+        "phi_sum": turn.get("original_phi_sum", math.nan),
+        "phi_squared_sum": turn.get("original_phi_squared_sum", math.nan),
+        "phi_below_1": turn.get("original_phi_below_1", 0),
+        "phi_below_3": turn.get("original_phi_below_3", 0),
+        "phi_below_5": turn.get("original_phi_below_5", 0),
     }
-    finite = all(np.isfinite(arrays[key]).all() for key in ("hint_share", "phi", "entropy"))
-    return TokenNumbers(**arrays) if finite else None
 
 
-def _original(turn: Row) -> Row:
-    return {column: turn.get(f"original_{column}") for column in SUMS.values()}
-
-
-def _items(values: Any) -> Iterable[Row]:
+def _listed[T](values: Iterable[T] | None) -> Iterable[T]:
     return () if values is None else values
 
 
@@ -159,5 +184,5 @@ def _finite(value: Any) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _fault(row: Row, what: str) -> InputError:
+def _fault(row: OutcomeRow, what: str) -> InputError:
     return InputError(f"{row['file']}:{row['line']}, record {row['id']!r}: {what}; is this a row that `realign` wrote?")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from megatron_idft.corpus.scores.summary import (
     RECORD_EDGES,
     Extremes,
 )
-from megatron_idft.hinted_decoding.output.outcomes import describe_methods
+from megatron_idft.hinted_decoding.output.outcomes import OutcomeRow, describe_methods
 from megatron_idft.hinted_decoding.report import figures
 from megatron_idft.hinted_decoding.report.numbers import DIFFERENCE_EDGES, CorpusNumbers, judge_null
 from megatron_idft.hinted_decoding.report.outcome import ORIGINAL, STAGES, Outcome, Turn, read_outcome
@@ -35,7 +35,7 @@ HEAD_TOKENS, TAIL_TOKENS = 500, 200  # of a new text that are shown
 
 
 def write_report(
-    rows: Iterable[dict[str, Any]], settings: Mapping[str, Any], output: Path, title: str
+    rows: Iterable[OutcomeRow], settings: Mapping[str, Any], output: Path, title: str
 ) -> tuple[Path, Path]:
     """Write report.html and report.json into the folder `output`; returns their paths.
 
@@ -86,7 +86,7 @@ def flat_settings(settings: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [(prefix, "none" if settings is None or settings == {} else settings)] if prefix else []
 
 
-def summarize(rows: Iterable[dict[str, Any]], settings: Mapping[str, Any], title: str) -> dict[str, Any]:
+def summarize(rows: Iterable[OutcomeRow], settings: Mapping[str, Any], title: str) -> dict[str, Any]:
     """All numbers of the page, as plain types without NaN; `json.dumps` takes it as it is.
 
     {"version", "title", "settings", "null", "corpus": part, "sources": [part with "source"], "examples", "phi_edges",
@@ -129,6 +129,47 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+class Ends(TypedDict):
+    """A text, or its two ends and the number of characters between them."""
+
+    head: str
+    tail: str
+    left_out: int
+
+
+class Excerpt(TypedDict):
+    """Tokens from `start` on: [text, hint share, phi, entropy, hinted entropy; null where one stream ran]."""
+
+    start: int
+    tokens: list[list[Any]]
+
+
+class Example(TypedDict):
+    """A rewritten turn, before and after."""
+
+    id: str
+    file: str
+    line: int
+    source: str | None
+    draw: str
+    message: int | None
+    stage: str | None
+    phi_before: float
+    phi_after: float
+    gain: float
+    tokens_before: int
+    tokens_after: int
+    seed: int | None
+    slope: float | None
+    verdict: str | None
+    finish_reason: str | None
+    split_at: int | None
+    extracted: str | None
+    original: Ends
+    excerpts: list[Excerpt]
+    text: str
+
+
 class Examples:
     """Equal rows give equal examples, in whatever order they come."""
 
@@ -145,13 +186,13 @@ class Examples:
             before, after = (side["phi"] / side["tokens"] for side in (turn.original, turn.new))
             short = min(turn.original["tokens"], turn.new["tokens"]) < MIN_TOKENS_TO_RANK
             draw = hash64(f"{outcome.row['id']}\0{turn.row.get('message')}")
-            texts = f"{turn.row.get('original_text')}\0{(turn.accepted or {}).get('text')}"
+            texts = f"{turn.row.get('original_text')}\0{turn.accepted['text'] if turn.accepted else None}"
             identity, make = str(hash64(texts)), partial(_shown, outcome.row, turn, identity=draw)
             self._largest.offer((short, before - after, draw), identity, make)
             self._smallest.offer((short, after - before, draw), identity, make)
             self._drawn.offer((draw,), identity, make)
 
-    def as_json(self) -> dict[str, list[dict[str, Any]]]:
+    def as_json(self) -> dict[str, list[Example]]:
         """largest, smallest, drawn: no turn twice."""
         ranked, shown, data = self._largest.values(), set(), {}
         data["largest"] = ranked[: min(EXAMPLES, (len(ranked) + 1) // 2)]
@@ -162,29 +203,45 @@ class Examples:
         return data
 
 
-def _shown(row: dict[str, Any], turn: Turn, identity: int) -> dict[str, Any]:
+def _shown(row: OutcomeRow, turn: Turn, identity: int) -> Example:
     assert turn.original is not None and turn.new is not None and turn.accepted is not None
-    example = {key: row[key] for key in ("id", "file", "line")} | {"source": row.get("source")}
-    # As text: a reader of JSON may hold whole numbers in 53 bits.
-    example |= {"draw": f"{identity:016x}", "message": turn.row.get("message"), "stage": turn.stage}
-    for name, side in (("before", turn.original), ("after", turn.new)):
-        example |= {f"phi_{name}": side["phi"] / side["tokens"], f"tokens_{name}": int(side["tokens"])}
-    example["gain"] = example["phi_after"] - example["phi_before"]
-    example |= {key: turn.accepted.get(key) for key in ("seed", "slope", "verdict", "finish_reason", "split_at")}
-    example["extracted"] = None if turn.accepted.get("extracted") is None else bounded(turn.accepted["extracted"])
-    text = turn.row.get("original_text") or ""
-    kept = MAX_CHARACTERS // 2
-    whole = len(text) <= MAX_CHARACTERS
-    example["original"] = {
-        "head": text if whole else text[:kept],
-        "tail": "" if whole else text[-kept:],
-        "left_out": 0 if whole else len(text) - 2 * kept,
+    accepted, text = turn.accepted, turn.row.get("original_text") or ""
+    before, after = (side["phi"] / side["tokens"] for side in (turn.original, turn.new))
+    extracted = accepted.get("extracted")
+    return {
+        "id": row["id"],
+        "file": row["file"],
+        "line": row["line"],
+        "source": row.get("source"),
+        "draw": f"{identity:016x}",  # as text: a reader of JSON may hold whole numbers in 53 bits
+        "message": turn.row.get("message"),
+        "stage": turn.stage,
+        "phi_before": before,
+        "phi_after": after,
+        "gain": after - before,
+        "tokens_before": int(turn.original["tokens"]),
+        "tokens_after": int(turn.new["tokens"]),
+        "seed": accepted.get("seed"),
+        "slope": accepted.get("slope"),
+        "verdict": accepted.get("verdict"),
+        "finish_reason": accepted.get("finish_reason"),
+        "split_at": accepted.get("split_at"),
+        "extracted": None if extracted is None else bounded(extracted),
+        "original": _ends(text),
+        "excerpts": _excerpts(turn),
+        "text": bounded(accepted.get("text") or ""),
     }
-    return example | {"excerpts": _excerpts(turn), "text": bounded(turn.accepted.get("text") or "")}
 
 
-def _excerpts(turn: Turn) -> list[dict[str, Any]]:
-    """The first and the last tokens: [text, hint share, phi, entropy, hinted entropy; null where one stream ran]."""
+def _ends(text: str) -> Ends:
+    if len(text) <= MAX_CHARACTERS:
+        return {"head": text, "tail": "", "left_out": 0}
+    kept = MAX_CHARACTERS // 2
+    return {"head": text[:kept], "tail": text[-kept:], "left_out": len(text) - 2 * kept}
+
+
+def _excerpts(turn: Turn) -> list[Excerpt]:
+    """The first and the last tokens."""
     if turn.tokens is None:
         return []
     numbers, count = turn.tokens, len(turn.tokens.phi)

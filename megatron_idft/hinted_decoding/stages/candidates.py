@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_idft.corpus.scores.rows import PHI_THRESHOLDS
+from megatron_idft.hinted_decoding.output.outcomes import CandidateRow, Rejection, ResponseSums, Stage
 from megatron_idft.inference.requests import Completion
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int32]
-Stage = Literal["rollout", "hinted", "retry"]
-Rejection = Literal["wrong", "unverified", "unfinished", "leak"]
+
+
+class Provenance(TypedDict):
+    """What a merged record says of a rewritten turn under `realigned`. phi: of a token; below: shares of the tokens."""
+
+    stage: Stage
+    finish_reason: str
+    verdict: str | None
+    verified_by: str | None
+    seed: int | None
+    slope: float | None
+    hint_share_mean: float | None
+    hint_share_min: float | None
+    phi_mean: float
+    phi_below_1: float
+    phi_below_3: float
+    phi_below_5: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,8 +67,8 @@ class Candidate:
     def phi(self) -> Floats:
         return self.log_prob + self.entropy
 
-    def row(self) -> dict[str, Any]:
-        """As CANDIDATE of outcomes.py."""
+    def row(self) -> CandidateRow:
+        """As it is written."""
         two_streams = ~np.isnan(self.hinted_entropy)
         shares = self.hint_share[two_streams]
         return {
@@ -67,20 +83,29 @@ class Candidate:
             "leak": self.leak,
             "finish_reason": self.finish_reason,
             "text": self.text,
-            "num_tokens": len(self.token_ids),
             "split_at": self.split_at,
             "hint_share_mean": float(shares.mean(dtype=np.float64)) if len(shares) else None,
             "hint_share_min": float(shares.min()) if len(shares) else None,
-            **statistics(self.log_prob, self.entropy),
+            **response_sums(self.log_prob, self.entropy),
         }
 
-    def provenance(self) -> dict[str, Any]:
-        """What the record says of this candidate where it was accepted."""
+    def provenance(self) -> Provenance:
+        """Of an accepted candidate."""
         row, tokens = self.row(), max(len(self.token_ids), 1)
-        found = {name: row[name] for name in ("stage", "finish_reason", "verdict", "verified_by", "seed", "slope")}
-        found |= {name: row[name] for name in ("hint_share_mean", "hint_share_min")}
-        found["phi_mean"] = row["phi_sum"] / tokens
-        return found | {f"phi_below_{-limit:g}": row[f"phi_below_{-limit:g}"] / tokens for limit in PHI_THRESHOLDS}
+        return {
+            "stage": row["stage"],
+            "finish_reason": row["finish_reason"],
+            "verdict": row["verdict"],
+            "verified_by": row["verified_by"],
+            "seed": row["seed"],
+            "slope": row["slope"],
+            "hint_share_mean": row["hint_share_mean"],
+            "hint_share_min": row["hint_share_min"],
+            "phi_mean": row["phi_sum"] / tokens,
+            "phi_below_1": row["phi_below_1"] / tokens,
+            "phi_below_3": row["phi_below_3"] / tokens,
+            "phi_below_5": row["phi_below_5"] / tokens,
+        }
 
 
 def from_completion(
@@ -128,13 +153,21 @@ def from_text(text: str, ids: Ids, fits: bool, log_prob: Floats, entropy: Floats
     )
 
 
-def statistics(log_prob: Floats, entropy: Floats) -> dict[str, Any]:
-    """Sums over tokens in float64, and the numbers of tokens with phi below each threshold."""
+def response_sums(log_prob: Floats, entropy: Floats) -> ResponseSums:
+    """Sums over the n tokens of a response, in float64.
+
+    Args:
+        log_prob, entropy: fp32 [n], nats.
+    """
     phi = log_prob.astype(np.float64) + entropy.astype(np.float64)
+    below = [int((phi < limit).sum()) for limit in PHI_THRESHOLDS]
     return {
+        "num_tokens": len(phi),
         "log_prob_sum": float(log_prob.sum(dtype=np.float64)),
         "entropy_sum": float(entropy.sum(dtype=np.float64)),
         "phi_sum": float(phi.sum()),
         "phi_squared_sum": float((phi * phi).sum()),
-        **{f"phi_below_{-limit:g}": int((phi < limit).sum()) for limit in PHI_THRESHOLDS},
+        "phi_below_1": below[0],
+        "phi_below_3": below[1],
+        "phi_below_5": below[2],
     }

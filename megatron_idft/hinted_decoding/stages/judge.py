@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from megatron_idft.corpus.verification.answers import final_answer
 from megatron_idft.corpus.verification.leaks import LeakFilter
 from megatron_idft.corpus.verification.verifier import Verification
-from megatron_idft.hinted_decoding.stages.candidates import Candidate, Rejection
+from megatron_idft.hinted_decoding.output.outcomes import Rejection
+from megatron_idft.hinted_decoding.stages.candidates import Candidate
 from megatron_idft.hinted_decoding.stages.tasks import Turn
 
 

@@ -20,9 +20,10 @@ from megatron_idft.corpus.verification.leaks import LeakFilter
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import NonFiniteLogitsError, UserError
 from megatron_idft.hinted_decoding.mixing import EntropyMixing
+from megatron_idft.hinted_decoding.output.outcomes import OutcomeRow, Stage
 from megatron_idft.hinted_decoding.prompts import cut_at_marker
 from megatron_idft.hinted_decoding.settings import RealignSettings
-from megatron_idft.hinted_decoding.stages.candidates import Candidate, Floats, Ids, Stage, from_completion, from_text
+from megatron_idft.hinted_decoding.stages.candidates import Candidate, Floats, Ids, from_completion, from_text
 from megatron_idft.hinted_decoding.stages.conversation import encode, encode_after
 from megatron_idft.hinted_decoding.stages.judge import Judge, Verifies
 from megatron_idft.hinted_decoding.stages.tasks import RealignInput, RecordTask, Turn
@@ -66,8 +67,8 @@ class Realigner:
         self._fingerprint = tokenizer.fingerprint()
         self._piece = lru_cache(maxsize=None)(lambda token: tokenizer.decode([token]))
 
-    def realign(self, records: Sequence[RealignInput]) -> list[dict[str, Any]]:
-        """Rows of OUTCOME_SCHEMA, in the order of `records`. What is wrong with one record stands in its row."""
+    def realign(self, records: Sequence[RealignInput]) -> list[OutcomeRow]:
+        """What became of the records, in the order of `records`. What is wrong with one record stands in its row."""
         tasks = [RecordTask(given, self._tokenizer, self._settings.max_positions) for given in records]
         for number in range(max((task.num_turns for task in tasks), default=0)):
             begun = [(task, task.begin(number)) for task in tasks]

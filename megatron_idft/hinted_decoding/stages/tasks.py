@@ -14,11 +14,11 @@ from megatron_idft.corpus.records import Record
 from megatron_idft.corpus.verification.answers import final_answer
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import InputError, UserError
-from megatron_idft.hinted_decoding.stages.candidates import Candidate, Ids, statistics
+from megatron_idft.hinted_decoding.output.outcomes import FailureRow, OutcomeRow, Stage, TurnRow, TurnStage
+from megatron_idft.hinted_decoding.stages.candidates import Candidate, Ids, response_sums
 from megatron_idft.hinted_decoding.stages.conversation import RunningConversation, TurnPrompt
 
-_NONE = np.zeros(0, dtype=np.float32)
-_PER_TOKEN = ("token_ids", "tokens", "hint_share", "phi", "entropy", "hinted_entropy")
+_NONE, _NO_IDS = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Turn:
     analysis_tokens: int | None = None
     failed_analysis: str | None = None
     not_hinted: str | None = None
-    stage: str | None = None
+    stage: TurnStage | None = None
     reason: str | None = None
 
     @property
@@ -66,11 +66,11 @@ class Turn:
         return next((candidate for candidate in self.candidates if candidate.accepted), None)
 
     @property
-    def failures(self) -> list[dict[str, str]]:
+    def failures(self) -> list[FailureRow]:
         """Why each stage gave no text, in order; nothing where one did."""
         if self.accepted is not None:
             return []
-        found: dict[str, dict[str, None]] = {}  # a dict for a set in order
+        found: dict[Stage, dict[str, None]] = {}  # a dict for a set in order
         for candidate in self.candidates:
             if candidate.rejected_because is not None:
                 found.setdefault(candidate.stage, {})[candidate.rejected_because] = None
@@ -89,11 +89,11 @@ class Turn:
     def question(self) -> str:
         return "\n".join(str(message["content"]) for message in self.history)
 
-    def row(self, decode: Callable[[Ids], str]) -> dict[str, Any]:
-        """As TURN of outcomes.py."""
-        log_prob, entropy = self.original
-        candidate = self.accepted
-        row: dict[str, Any] = {
+    def row(self, decode: Callable[[Ids], str]) -> TurnRow:
+        """As it is written."""
+        original, candidate = response_sums(*self.original), self.accepted
+        ids = _NO_IDS if candidate is None else candidate.token_ids
+        return {
             "message": self.prompt.message,
             "stage": self.stage,
             "reason": self.reason,
@@ -102,21 +102,22 @@ class Turn:
             "analysis_tokens": self.analysis_tokens,
             "analysis_text": self.failed_analysis,
             "original_text": self.original_text,
-            "original_num_tokens": len(log_prob),
-            **{f"original_{name}": value for name, value in statistics(log_prob, entropy).items()},
+            "original_num_tokens": original["num_tokens"],
+            "original_log_prob_sum": original["log_prob_sum"],
+            "original_entropy_sum": original["entropy_sum"],
+            "original_phi_sum": original["phi_sum"],
+            "original_phi_squared_sum": original["phi_squared_sum"],
+            "original_phi_below_1": original["phi_below_1"],
+            "original_phi_below_3": original["phi_below_3"],
+            "original_phi_below_5": original["phi_below_5"],
             "candidates": [candidate.row() for candidate in self.candidates],
             "failures": self.failures,
-        }
-        if candidate is None:
-            return row | {name: [] for name in _PER_TOKEN}
-        ids = candidate.token_ids
-        return row | {
             "token_ids": ids,
             "tokens": [decode(ids[i : i + 1]) for i in range(len(ids))],
-            "hint_share": candidate.hint_share,
-            "phi": candidate.phi,
-            "entropy": candidate.entropy,
-            "hinted_entropy": candidate.hinted_entropy,
+            "hint_share": _NONE if candidate is None else candidate.hint_share,
+            "phi": _NONE if candidate is None else candidate.phi,
+            "entropy": _NONE if candidate is None else candidate.entropy,
+            "hinted_entropy": _NONE if candidate is None else candidate.hinted_entropy,
         }
 
 
@@ -161,13 +162,21 @@ class RecordTask:
     def fail(self, reason: str) -> None:
         self.error = reason
 
-    def row(self, provenance: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
-        """As OUTCOME_SCHEMA of outcomes.py. provenance: of the job. fingerprint: of tokenizer and chat template."""
+    def row(self, provenance: Mapping[str, Any], fingerprint: str) -> OutcomeRow:
+        """As it is written.
+
+        Args:
+            provenance: of the job.
+            fingerprint: of tokenizer and chat template.
+        """
         record, conversation = self.record, self._conversation
         kept = self.in_progress
-        row: dict[str, Any] = {
+        row: OutcomeRow = {
             "index": self.given.index,
-            **{name: getattr(record, name) for name in ("id", "file", "line", "source")},
+            "id": record.id,
+            "file": record.file,
+            "line": record.line,
+            "source": record.source,
             "status": "kept" if kept else "error" if self.error is not None else "dropped",
             "reason": self.error if self.error is not None else self.dropped,
             "record": None,
@@ -187,7 +196,8 @@ class RecordTask:
             written["tokenizer_fingerprint"] = fingerprint
         turns = [{"stage": turn.stage} if turn.accepted is None else turn.accepted.provenance() for turn in self.turns]
         written["realigned"] = {**provenance, "turns": turns}
-        return row | {"record": json.dumps(written, ensure_ascii=False)}
+        row["record"] = json.dumps(written, ensure_ascii=False)
+        return row
 
     def _open(self) -> RunningConversation:
         if self.record.tools:

@@ -34,6 +34,7 @@ from megatron_idft.integration.offline.replica import Replica
 if TYPE_CHECKING:
     from megatron_idft.corpus.verification.verifier import Verifier
     from megatron_idft.data.chat.tokenizer import ChatTokenizer
+    from megatron_idft.hinted_decoding.output.outcomes import OutcomeRow
     from megatron_idft.hinted_decoding.prompts import HintTemplate
     from megatron_idft.hinted_decoding.settings import RealignSettings
     from megatron_idft.hinted_decoding.stages.pipeline import Realigner
@@ -159,7 +160,7 @@ class _Job:
             describe_estimate([row for part in parts for row in part["rows"]], seconds, total, replica.count)
         )
 
-    def _realign(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def _realign(self, indices: Sequence[int]) -> list[OutcomeRow]:
         """Rows of these records. All ranks of the replica call it together."""
         return self.realigner.realign(self.replica.share(self.inputs.read(indices)))
 
@@ -271,7 +272,7 @@ class _Progress:
         self._bar = tqdm(total=chunks, desc="realigning", unit="chunk", disable=not shown, file=sys.stderr)
         self._start, self._tokens, self._kept, self._records = time.monotonic(), 0, 0, 0
 
-    def update(self, finished: int, rows: Sequence[dict[str, Any]]) -> None:
+    def update(self, finished: int, rows: Sequence[OutcomeRow]) -> None:
         turns = [turn for row in rows for turn in row["turns"]]
         self._tokens += sum(turn["analysis_tokens"] or 0 for turn in turns)
         self._tokens += sum(candidate["num_tokens"] for turn in turns for candidate in turn["candidates"])
