@@ -22,7 +22,7 @@ from megatron_idft.hinted_decoding.output.merge import merge
 from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA, TURN
 from megatron_idft.hinted_decoding.output.results import open_retry, read_outcomes, read_settings, retry_folders
 from megatron_idft.hinted_decoding.output.status import describe_status
-from megatron_idft.hinted_decoding.report.page import summarize
+from megatron_idft.hinted_decoding.report.summary import summarize
 from megatron_idft.integration.offline.program import write_part
 
 

@@ -21,7 +21,7 @@ from megatron_idft.hinted_decoding.output.outcomes import (
 )
 from megatron_idft.hinted_decoding.preview import describe_unreferenced
 from megatron_idft.hinted_decoding.prompts import HintTemplate
-from megatron_idft.hinted_decoding.report.page import summarize
+from megatron_idft.hinted_decoding.report.summary import summarize
 from megatron_idft.hinted_decoding.settings import RealignSettings
 from megatron_idft.hinted_decoding.stages.pipeline import Realigner
 from megatron_idft.hinted_decoding.stages.tasks import RealignInput

@@ -16,7 +16,8 @@ from megatron_idft.corpus.report.html import number
 from megatron_idft.errors import InputError
 from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA
 from megatron_idft.hinted_decoding.report.numbers import MAX_NAMES, Lengths
-from megatron_idft.hinted_decoding.report.page import summarize, write_report
+from megatron_idft.hinted_decoding.report.page import write_report
+from megatron_idft.hinted_decoding.report.summary import summarize
 
 PLAIN = {"samples": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 SETTINGS = {

@@ -18,9 +18,11 @@ from megatron_idft.corpus.report.drawing import (
     svg,
 )
 from megatron_idft.corpus.report.html import visible
+from megatron_idft.corpus.scores.estimates import EstimateNumbers
 from megatron_idft.hinted_decoding.report.mixing_numbers import SHARE_BINS
-from megatron_idft.hinted_decoding.report.numbers import SPLIT_BINS
+from megatron_idft.hinted_decoding.report.numbers import SPLIT_BINS, Part, Text
 from megatron_idft.hinted_decoding.report.outcome import STAGES
+from megatron_idft.hinted_decoding.report.summary import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,11 +33,14 @@ _BEFORE, _AFTER = COLORS[1], COLORS[0]
 _STAGE_COLORS: dict[str, str] = dict(zip(STAGES, (COLORS[2], COLORS[0], COLORS[5]), strict=True))
 _FATES = {**_STAGE_COLORS, "original": COLORS[4], "dropped": "#c9c9c9", "error": "#555555"}
 _MARKERS = dict(zip(STAGES, "osD", strict=True))
-_ENTROPIES = (("entropy", "plain stream", COLORS[1], "-"), ("hinted_entropy", "hinted stream", COLORS[0], "--"))
-_LENGTHS = (("original", OWN, "all originals"), ("original_changed", _BEFORE, "before"), ("new", _AFTER, "after"))
+_TEXTS: tuple[tuple[Text, str, str], ...] = (
+    ("original", OWN, "all originals"),
+    ("original_changed", _BEFORE, "before"),
+    ("new", _AFTER, "after"),
+)
 
 
-def fate_figure(data: dict[str, Any]) -> str:
+def fate_figure(data: Report) -> str:
     """Turns by what became of them, and accuracy by stage: of the corpus and of its largest sources."""
     parts = [(name, part) for name, part in _parts(data) if part["turns"]["total"]]
     if not parts:
@@ -77,7 +82,7 @@ def fate_figure(data: dict[str, Any]) -> str:
     return svg((11, 1.6 + 0.3 * len(parts)), draw)
 
 
-def phi_figure(data: dict[str, Any]) -> str:
+def phi_figure(data: Report) -> str:
     """Mean phi of turns before and after, the paired differences, and the tokens of the new text."""
     part = data["corpus"]
     turns, tokens = part["turn_histograms"], part["token_histograms"]
@@ -90,8 +95,8 @@ def phi_figure(data: dict[str, Any]) -> str:
         edges = data["record_edges"]
         if data["null"]["own_samples"]:
             record_histogram(means, edges, turns["rollouts"], color="#d0d0d0", fill=True, label="all rollouts")
-        shown = (("original", OWN, "all originals", "--"), ("original_changed", _BEFORE, "before", "-"))
-        for text, color, label, line in (*shown, ("new", _AFTER, "after", "-")):
+        for text, color, label in _TEXTS:
+            line = "--" if text == "original" else "-"
             record_histogram(means, edges, turns[text], color=color, label=label, linewidth=1.5, linestyle=line)
         means.set(xlabel="mean φ of a turn, nats", ylabel="share of turns per bin", ylim=(0, None))
         means.set_title("turns", loc="left")
@@ -117,7 +122,7 @@ def phi_figure(data: dict[str, Any]) -> str:
     return svg((11, 3.7), draw)
 
 
-def sources_figure(data: dict[str, Any]) -> str:
+def sources_figure(data: Report) -> str:
     """Mean phi of the rewritten turns of each source, before and after."""
     parts = [(name, part) for name, part in _parts(data) if part["phi"]["new"]["tokens"]]
     if len(data["sources"]) < 2 or len(parts) < 2:
@@ -139,10 +144,10 @@ def sources_figure(data: dict[str, Any]) -> str:
     return svg((11, 1.2 + 0.28 * len(parts)), draw)
 
 
-def lengths_figure(data: dict[str, Any]) -> str:
+def lengths_figure(data: Report) -> str:
     """Lengths of the rewritten turns, before and after."""
     lengths = data["corpus"]["lengths"]
-    shown = [(lengths[text], color, label) for text, color, label in _LENGTHS if lengths[text]["count"]]
+    shown = [(lengths[text], color, label) for text, color, label in _TEXTS if lengths[text]["count"]]
     if not shown:
         return ""
 
@@ -161,7 +166,7 @@ def lengths_figure(data: dict[str, Any]) -> str:
     return svg((11, 2.7), draw)
 
 
-def mixing_figure(data: dict[str, Any]) -> str:
+def mixing_figure(data: Report) -> str:
     """The hint share and both streams' entropies along the response; the share's histogram; where the splitter fell."""
     mixing, splits = data["corpus"]["mixing"], _split_places(data["corpus"])
     if not mixing["tokens"]:
@@ -176,8 +181,8 @@ def mixing_figure(data: dict[str, Any]) -> str:
             share, entropy = grid[0, column], grid[1, column]
             _line(share, places, part["hint_share"], color=COLORS[2])
             share.set(ylim=(-0.02, 1.02), ylabel="mean hint share")
-            for name, label, color, style in _ENTROPIES:
-                _line(entropy, places, part[name], color=color, linestyle=style, label=label)
+            _line(entropy, places, part["entropy"], color=COLORS[1], linestyle="-", label="plain stream")
+            _line(entropy, places, part["hinted_entropy"], color=COLORS[0], linestyle="--", label="hinted stream")
             entropy.set(ylim=(0, None), ylabel="mean entropy, nats")
             entropy.legend(fontsize=8.5)
         for axes in grid[:, 0]:
@@ -194,7 +199,7 @@ def mixing_figure(data: dict[str, Any]) -> str:
     return svg((11, 5.4), draw)
 
 
-def _dots(axes: Axes, values: list[dict[str, Any] | None], color: str, marker: str, label: str) -> None:
+def _dots(axes: Axes, values: list[EstimateNumbers | None], color: str, marker: str, label: str) -> None:
     shown = [(row, value) for row, value in enumerate(values) if value is not None]
     axes.errorbar(
         [value["value"] for _, value in shown],
@@ -207,14 +212,14 @@ def _dots(axes: Axes, values: list[dict[str, Any] | None], color: str, marker: s
     )
 
 
-def _parts(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _parts(data: Report) -> list[tuple[str, Part]]:
     """The whole corpus, and its largest sources where there is more than one."""
     sources = data["sources"] if len(data["sources"]) > 1 else []
     named = [(visible(source_name(source["source"], 30)), source) for source in sources[:_SHOWN_SOURCES]]
     return [("whole corpus", data["corpus"]), *named]
 
 
-def _line(axes: Axes, places: Any, values: list[dict[str, Any] | None], **style: Any) -> None:
+def _line(axes: Axes, places: Any, values: list[EstimateNumbers | None], **style: Any) -> None:
     known = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
     at, mean = [place for place, _ in known], np.array([value["value"] for _, value in known])
     error = np.array([value["se"] or 0 for _, value in known])
@@ -243,6 +248,6 @@ def _splitter(axes: Axes, places: list[int]) -> None:
     axes.set(xlim=(0, 1), xlabel="where the splitter stood in the candidate", ylabel="share of split candidates")
 
 
-def _split_places(part: dict[str, Any]) -> list[int]:
+def _split_places(part: Part) -> list[int]:
     by_stage = [part["stages"][stage]["splitter"]["places"] for stage in ("hinted", "retry")]
     return [sum(counts) for counts in zip(*by_stage, strict=True)]

@@ -4,19 +4,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Literal, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_idft.corpus.scores.estimates import EstimateNumbers
 from megatron_idft.hinted_decoding.report.outcome import Outcome
 
 SHARE_BINS = 20  # between 0 and 1; tokens at exactly 0 and at exactly 1 have bins of their own
-NAMES = ("hint_share", "entropy", "hinted_entropy", "phi")
-_OVERALL = (*NAMES, "at_0", "at_1")
+Quantity = Literal["hint_share", "entropy", "hinted_entropy", "phi", "at_0", "at_1"]
+NAMES: tuple[Quantity, ...] = ("hint_share", "entropy", "hinted_entropy", "phi")
 DECILES = 10
 # First token of each bucket, counted from 0: the first and the second alone, then doubling.
 POSITIONS = np.array([0, *(2**power for power in range(21))])
+
+
+class Means(TypedDict):
+    """Over all tokens; null where there are none. at_0, at_1: shares of the tokens with that hint share."""
+
+    hint_share: EstimateNumbers | None
+    entropy: EstimateNumbers | None
+    hinted_entropy: EstimateNumbers | None
+    phi: EstimateNumbers | None
+    at_0: EstimateNumbers | None
+    at_1: EstimateNumbers | None
+
+
+class MeansAlong(TypedDict):
+    """By place in the response: counts, and means that are null where a place has no token."""
+
+    of_response: list[int]
+    tokens: list[int]
+    records: list[int]
+    hint_share: list[EstimateNumbers | None]
+    entropy: list[EstimateNumbers | None]
+    hinted_entropy: list[EstimateNumbers | None]
+    phi: list[EstimateNumbers | None]
+
+
+_From = TypedDict("_From", {"from": list[int]})  # a keyword of Python's
+
+
+class MeansByPosition(_From, MeansAlong):
+    """from: the first token of each bucket, counted from 0."""
+
+
+class MixingNumbers(TypedDict):
+    """Of the tokens from two streams."""
+
+    turns: int
+    records: int
+    tokens: int
+    tokens_of_response: int
+    means: Means
+    histogram: list[int]
+    deciles: MeansAlong
+    positions: MeansByPosition
 
 
 class MixingSummary:
@@ -24,7 +68,7 @@ class MixingSummary:
 
     def __init__(self) -> None:
         self.turns = 0
-        self._overall = MeansByPlace(1, _OVERALL)
+        self._overall = MeansByPlace(1, get_args(Quantity))
         self._deciles, self._positions = MeansByPlace(DECILES, NAMES), MeansByPlace(len(POSITIONS), NAMES)
         self._histogram = np.zeros(SHARE_BINS + 2, dtype=np.int64)
 
@@ -34,9 +78,15 @@ class MixingSummary:
             return
         self.turns += len(parts)
         two = np.concatenate([part.two_streams for part in parts])
-        values = {name: np.concatenate([getattr(part, name) for part in parts])[two] for name in NAMES}
-        share = values["hint_share"]
-        values |= {"at_0": (share == 0).astype(np.float64), "at_1": (share == 1).astype(np.float64)}
+        share = np.concatenate([part.hint_share for part in parts])[two]
+        values: dict[Quantity, NDArray[np.float64]] = {
+            "hint_share": share,
+            "entropy": np.concatenate([part.entropy for part in parts])[two],
+            "hinted_entropy": np.concatenate([part.hinted_entropy for part in parts])[two],
+            "phi": np.concatenate([part.phi for part in parts])[two],
+            "at_0": (share == 0).astype(np.float64),
+            "at_1": (share == 1).astype(np.float64),
+        }
         self._overall.add(np.zeros(len(two), dtype=np.int64), two, values)
         lengths = [len(part.phi) for part in parts]
         self._deciles.add(np.concatenate([deciles(length) for length in lengths]), two, values)
@@ -45,21 +95,26 @@ class MixingSummary:
         bins = np.where(share == 0, 0, np.where(share == 1, SHARE_BINS + 1, bins))
         self._histogram += np.bincount(bins, minlength=SHARE_BINS + 2)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> MixingNumbers:
         """Means over tokens from two streams: overall, by tenth of the response, and by position from its start."""
-        overall = self._overall.as_json()
-        data = {name: overall[name][0] for name in _OVERALL}
+        overall = self._overall
         shown = int(np.flatnonzero(self._positions.of_response).max(initial=-1)) + 1
-        by_position = {name: values[:shown] for name, values in self._positions.as_json().items()}
         return {
             "turns": self.turns,
-            "records": overall["records"][0],
-            "tokens": overall["tokens"][0],
-            "tokens_of_response": overall["of_response"][0],
-            "means": data,
+            "records": int(overall.records[0]),
+            "tokens": int(overall.tokens[0]),
+            "tokens_of_response": int(overall.of_response[0]),
+            "means": {
+                "hint_share": overall.mean("hint_share", 0),
+                "entropy": overall.mean("entropy", 0),
+                "hinted_entropy": overall.mean("hinted_entropy", 0),
+                "phi": overall.mean("phi", 0),
+                "at_0": overall.mean("at_0", 0),
+                "at_1": overall.mean("at_1", 0),
+            },
             "histogram": self._histogram.tolist(),
-            "deciles": self._deciles.as_json(),
-            "positions": {"from": POSITIONS[:shown].tolist()} | by_position,
+            "deciles": self._deciles.along(DECILES),
+            "positions": {"from": POSITIONS[:shown].tolist(), **self._positions.along(shown)},
         }
 
 
@@ -79,7 +134,7 @@ class MeansByPlace:
     Kept per place and quantity: the sum and what its error needs, products of a record's sum and its tokens.
     """
 
-    def __init__(self, places: int, names: tuple[str, ...]):
+    def __init__(self, places: int, names: tuple[Quantity, ...]):
         self.names = names
         self.tokens = np.zeros(places)
         self.records = np.zeros(places, dtype=np.int64)
@@ -88,7 +143,7 @@ class MeansByPlace:
         self._sums, self._mixed, self._squares = (np.zeros((len(names), places)) for _ in range(3))
 
     def add(
-        self, places: NDArray[np.int64], two_streams: NDArray[np.bool_], values: Mapping[str, NDArray[np.float64]]
+        self, places: NDArray[np.int64], two_streams: NDArray[np.bool_], values: Mapping[Quantity, NDArray[np.float64]]
     ) -> None:
         """One record: places of its tokens and which came from two streams, [n] each; values of the latter, by name."""
         count = len(self.tokens)
@@ -104,19 +159,21 @@ class MeansByPlace:
             self._mixed[index] += sums * tokens
             self._squares[index] += sums**2
 
-    def as_json(self) -> dict[str, Any]:
-        """of_response, tokens, records: counts by place. By name: {"value", "se"} by place, null without tokens."""
-        data: dict[str, Any] = {
-            "of_response": self.of_response.astype(np.int64).tolist(),
-            "tokens": self.tokens.astype(np.int64).tolist(),
-            "records": self.records.tolist(),
+    def along(self, places: int) -> MeansAlong:
+        """The first `places` of them."""
+        return {
+            "of_response": self.of_response[:places].astype(np.int64).tolist(),
+            "tokens": self.tokens[:places].astype(np.int64).tolist(),
+            "records": self.records[:places].tolist(),
+            "hint_share": [self.mean("hint_share", place) for place in range(places)],
+            "entropy": [self.mean("entropy", place) for place in range(places)],
+            "hinted_entropy": [self.mean("hinted_entropy", place) for place in range(places)],
+            "phi": [self.mean("phi", place) for place in range(places)],
         }
-        for index, name in enumerate(self.names):
-            data[name] = [self._mean(index, place) for place in range(len(self.tokens))]
-        return data
 
-    def _mean(self, index: int, place: int) -> dict[str, float | None] | None:
-        tokens, records = self.tokens[place], int(self.records[place])
+    def mean(self, name: Quantity, place: int) -> EstimateNumbers | None:
+        """At one place; None where it has no token."""
+        index, tokens, records = self.names.index(name), self.tokens[place], int(self.records[place])
         if not tokens:
             return None
         mean = float(self._sums[index, place] / tokens)

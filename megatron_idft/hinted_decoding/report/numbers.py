@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, Required, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_idft.corpus.display import bounded
 from megatron_idft.corpus.lint.thresholds import STANDARD_ERRORS, can_tell
-from megatron_idft.corpus.report.numbers import estimate_json, token_estimates
-from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate
+from megatron_idft.corpus.report.numbers import Histogram, TokenEstimates, estimate_json, token_estimates
+from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate, EstimateNumbers
 from megatron_idft.corpus.scores.summary import PHI_EDGES, RECORD_EDGES
-from megatron_idft.hinted_decoding.output.outcomes import CandidateRow, count_methods, describe_reason
-from megatron_idft.hinted_decoding.report.mixing_numbers import MixingSummary
+from megatron_idft.hinted_decoding.output.outcomes import CandidateRow, Stage, count_methods, describe_reason
+from megatron_idft.hinted_decoding.report.mixing_numbers import MixingNumbers, MixingSummary
 from megatron_idft.hinted_decoding.report.outcome import (
     ORIGINAL,
     STAGES,
@@ -31,17 +31,118 @@ from megatron_idft.hinted_decoding.report.outcome import (
 
 DIFFERENCE_EDGES = 0.0 - RECORD_EDGES[::-1]  # of a turn's mean phi, after less before: -1.5 … 3
 
-# Whose phi is told. original: all responses of the input. original_changed, new: the turns that were rewritten, before
-# and after. output: the responses of the kept records, rewritten or not. rollouts: all of them, right or wrong.
-TEXTS = ("original", "original_changed", "new", "output", "rollouts")
+# Whose phi is reported. original: all responses of the input. original_changed, new: the turns that were rewritten,
+# before and after. output: the responses of the kept records, rewritten or not. rollouts: all of them, right or wrong.
+Text = Literal["original", "original_changed", "new", "output", "rollouts"]
+TEXTS: tuple[Text, ...] = get_args(Text)
 BY_STAGE = tuple(f"new_{stage}" for stage in STAGES)
-_MEANS = ("phi", "log_prob", "entropy", "below_1", "below_3", "below_5")  # whose paired differences are told
 
 SPLIT_BINS = 10  # tenths of a candidate in which the splitter can stand
-PERCENTILES = (0, 10, 50, 90, 99, 100)  # of lengths
 MAX_NAMES = 200
 FURTHER_NAMES = "(further)"
 OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
+
+
+class NameCount(TypedDict):
+    name: str
+    count: int
+
+
+class LengthNumbers(TypedDict, total=False):
+    """Lengths in tokens; only `count` where there are none. pN: the N-th percentile."""
+
+    count: Required[int]
+    mean: float
+    p0: int
+    p10: int
+    p50: int
+    p90: int
+    p99: int
+    p100: int
+    histogram: list[int]
+
+
+class SplitterNumbers(TypedDict):
+    """Where the splitter stood in the candidates that wrote it. places: by tenth of the candidate."""
+
+    never: int
+    places: list[int]
+    tokens_before: LengthNumbers
+    tokens_behind: LengthNumbers
+
+
+class StageNumbers(TypedDict):
+    """Counts of turns and candidates; accuracy and shares with standard errors over records; names with counts."""
+
+    turns: int
+    turns_right: int
+    turns_accepted: int
+    candidates: int
+    right: int
+    wrong: int
+    unknown: int
+    not_compared: int
+    compared: int
+    decided: int
+    leak: int
+    unfinished: int
+    accepted: int
+    records: int
+    accuracy: EstimateNumbers | None
+    accuracy_of_decided: EstimateNumbers | None
+    turns_right_share: EstimateNumbers | None
+    turns_accepted_share: EstimateNumbers | None
+    accepted_share: EstimateNumbers | None
+    finish_reasons: list[NameCount]
+    finish_reasons_of_accepted: list[NameCount]
+    rejected_because: list[NameCount]
+    verified_by: list[NameCount]
+    leaks: list[NameCount]
+    splitter: SplitterNumbers
+
+
+class PairedNumbers(TypedDict):
+    """After less before, of the turns that were rewritten."""
+
+    records: int
+    turns: int
+    phi_mean: EstimateNumbers | None
+    log_prob_mean: EstimateNumbers | None
+    entropy_mean: EstimateNumbers | None
+    phi_below_1: EstimateNumbers | None
+    phi_below_3: EstimateNumbers | None
+    phi_below_5: EstimateNumbers | None
+    phi_std: EstimateNumbers | None
+    turns_risen: EstimateNumbers | None
+    length_ratio: EstimateNumbers | None
+
+
+class Part(TypedDict):
+    """The numbers of the whole corpus or of one source. Keys of `phi` are TEXTS and BY_STAGE."""
+
+    records: dict[str, int]
+    reasons: dict[str, list[NameCount]]
+    turns: dict[str, int]
+    turn_reasons: list[NameCount]
+    failures: dict[Stage, list[NameCount]]
+    kept_turns: dict[str, int]
+    stages: dict[Stage, StageNumbers]
+    phi: dict[str, TokenEstimates]
+    paired: PairedNumbers
+    turn_histograms: dict[Text, list[int]]
+    difference_histogram: list[int]
+    token_histograms: dict[Stage, Histogram]
+    lengths: dict[Text, LengthNumbers]
+    mixing: MixingNumbers
+    responses_not_finite: int
+
+
+class Null(TypedDict):
+    """Whether the rollouts are the model's own samples, why, and whether their mean phi is 0 within its error."""
+
+    own_samples: bool
+    why: str
+    check: str
 
 
 class CorpusNumbers:
@@ -55,10 +156,10 @@ class CorpusNumbers:
         self._failures = {stage: Names() for stage in STAGES}  # of the turns that no stage rewrote
         self._methods: Counter[str] = Counter()  # of the turns of kept records
         self._stages = {stage: StageSummary() for stage in STAGES}
-        self._phi = {text: ClusterSums() for text in (*TEXTS, *BY_STAGE)}
+        self._phi: dict[str, ClusterSums] = {text: ClusterSums() for text in (*TEXTS, *BY_STAGE)}
         self._turn_phi = {text: _zeros(RECORD_EDGES) for text in TEXTS}
         self._differences = _zeros(DIFFERENCE_EDGES)
-        self._token_phi: dict[str, NDArray[np.int64]] = {stage: _zeros(PHI_EDGES) for stage in STAGES}
+        self._token_phi = {stage: _zeros(PHI_EDGES) for stage in STAGES}
         self._lengths = {text: Lengths() for text in TEXTS}
         self._paired = PairedSums()
         self._mixing = MixingSummary()
@@ -83,21 +184,26 @@ class CorpusNumbers:
             summary.add(outcome, stage)
         for text, responses in _responses(outcome).items():
             self._add_text(text, responses)
+        for stage in STAGES:
+            self._add_phi(f"new_{stage}", [turn.new for turn in outcome.turns if turn.stage == stage])
         self._add_pairs(outcome)
         self._mixing.add(outcome)
         for turn in outcome.turns:
-            if turn.tokens is not None and turn.stage is not None:
+            if turn.tokens is not None and turn.accepted is not None:
                 bins = np.searchsorted(PHI_EDGES, turn.tokens.phi, side="right")
-                self._token_phi[turn.stage] += np.bincount(bins, minlength=len(PHI_EDGES) + 1)
+                self._token_phi[turn.accepted["stage"]] += np.bincount(bins, minlength=len(PHI_EDGES) + 1)
 
-    def _add_text(self, text: str, responses: list[Sums]) -> None:
-        if not responses:
-            return
-        self._phi[text].add(added(responses))
-        if text in TEXTS:
-            for sums in responses:
-                self._turn_phi[text][_bin(RECORD_EDGES, sums["phi"] / sums["tokens"])] += 1
-                self._lengths[text].add(int(sums["tokens"]))
+    def _add_text(self, text: Text, responses: list[Sums | None]) -> None:
+        for sums in self._add_phi(text, responses):
+            self._turn_phi[text][_bin(RECORD_EDGES, sums["phi"] / sums["tokens"])] += 1
+            self._lengths[text].add(int(sums["tokens"]))
+
+    def _add_phi(self, name: str, responses: list[Sums | None]) -> list[Sums]:
+        """Those of the responses that are scored."""
+        scored = [sums for sums in responses if sums is not None]
+        if scored:
+            self._phi[name].add(added(scored))
+        return scored
 
     def _add_pairs(self, outcome: Outcome) -> None:
         pairs = changed_turns(outcome)
@@ -116,7 +222,7 @@ class CorpusNumbers:
     def rollouts(self) -> ClusterSums:
         return self._phi["rollouts"]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Part:
         """Plain types without NaN."""
         turns = {stage: self._turns[stage] for stage in (*STAGES, ORIGINAL, "none", "dropped", "error")}
         return {
@@ -146,21 +252,19 @@ def changed_turns(outcome: Outcome) -> list[tuple[Sums, Sums]]:
     return [(turn.original, turn.new) for turn in outcome.turns if turn.original is not None and turn.new is not None]
 
 
-def _responses(outcome: Outcome) -> dict[str, list[Sums]]:
-    """The sums of each response, by the text that it belongs to."""
+def _responses(outcome: Outcome) -> dict[Text, list[Sums | None]]:
+    """The sums of each response, by the text that it belongs to; None where it is not scored."""
     turns = outcome.turns
     rewritten = [turn for turn in turns if turn.new is not None]
     kept = [turn.original if turn.stage == ORIGINAL else turn.new for turn in turns] if outcome.kept else []
-    rollouts = [sums_of(c) for turn in turns for c in turn.candidates if c["stage"] == STAGES[0]]
-    texts = {
+    rollouts = [sums_of(c) for turn in turns for c in turn.candidates if c["stage"] == "rollout"]
+    return {
         "original": [turn.original for turn in turns],
         "original_changed": [turn.original for turn in rewritten],
         "new": [turn.new for turn in rewritten],
         "output": kept,
         "rollouts": rollouts,
     }
-    texts |= {f"new_{stage}": [turn.new for turn in rewritten if turn.stage == stage] for stage in STAGES}
-    return {text: [sums for sums in responses if sums is not None] for text, responses in texts.items()}
 
 
 def _zeros(edges: NDArray[np.floating]) -> NDArray[np.int64]:
@@ -231,26 +335,40 @@ class StageSummary:
         self._before_split.add(split_at)
         self._behind_split.add(tokens - split_at)
 
-    def as_json(self) -> dict[str, Any]:
-        """Counts; accuracy and shares with standard errors over records; names with counts; where the splitter fell."""
-        data: dict[str, Any] = {field: int(self._sums[field]) for field in StageSums.fields}
-        data["records"] = self._sums.records
-        data["accuracy"] = estimate_json(self._sums.ratio("right", "compared"))
-        data["accuracy_of_decided"] = estimate_json(self._sums.ratio("right", "decided"))
-        data["turns_right_share"] = estimate_json(self._sums.ratio("turns_right", "turns"))
-        data["turns_accepted_share"] = estimate_json(self._sums.ratio("turns_accepted", "turns"))
-        data["accepted_share"] = estimate_json(self._sums.ratio("accepted", "candidates"))
-        data["finish_reasons"] = self._finish.as_json()
-        data["finish_reasons_of_accepted"] = self._finish_accepted.as_json()
-        data["rejected_because"] = self._rejected.as_json()
-        data["verified_by"], data["leaks"] = self._verified_by.as_json(), self._leaks.as_json()
-        data["splitter"] = {
-            "never": self._never_split,
-            "places": self._split_places.tolist(),
-            "tokens_before": self._before_split.as_json(),
-            "tokens_behind": self._behind_split.as_json(),
+    def as_json(self) -> StageNumbers:
+        sums = self._sums
+        return {
+            "turns": int(sums["turns"]),
+            "turns_right": int(sums["turns_right"]),
+            "turns_accepted": int(sums["turns_accepted"]),
+            "candidates": int(sums["candidates"]),
+            "right": int(sums["right"]),
+            "wrong": int(sums["wrong"]),
+            "unknown": int(sums["unknown"]),
+            "not_compared": int(sums["not_compared"]),
+            "compared": int(sums["compared"]),
+            "decided": int(sums["decided"]),
+            "leak": int(sums["leak"]),
+            "unfinished": int(sums["unfinished"]),
+            "accepted": int(sums["accepted"]),
+            "records": sums.records,
+            "accuracy": estimate_json(sums.ratio("right", "compared")),
+            "accuracy_of_decided": estimate_json(sums.ratio("right", "decided")),
+            "turns_right_share": estimate_json(sums.ratio("turns_right", "turns")),
+            "turns_accepted_share": estimate_json(sums.ratio("turns_accepted", "turns")),
+            "accepted_share": estimate_json(sums.ratio("accepted", "candidates")),
+            "finish_reasons": self._finish.as_json(),
+            "finish_reasons_of_accepted": self._finish_accepted.as_json(),
+            "rejected_because": self._rejected.as_json(),
+            "verified_by": self._verified_by.as_json(),
+            "leaks": self._leaks.as_json(),
+            "splitter": {
+                "never": self._never_split,
+                "places": self._split_places.tolist(),
+                "tokens_before": self._before_split.as_json(),
+                "tokens_behind": self._behind_split.as_json(),
+            },
         }
-        return data
 
 
 class PairedSums(ClusterSums):
@@ -296,14 +414,20 @@ class PairedSums(ClusterSums):
                 slope[f"{side}_tokens"] = (mean**2 - variance) * scale
         return self.estimate(value, slope)
 
-    def as_json(self) -> dict[str, Any]:
-        data: dict[str, Any] = {"records": self.records, "turns": int(self["turns"])}
-        names = {field: f"phi_{field}" if field.startswith("below") else f"{field}_mean" for field in _MEANS}
-        data |= {name: estimate_json(self.difference(field)) for field, name in names.items()}
-        data["phi_std"] = estimate_json(self.spread_difference())
-        data["turns_risen"] = estimate_json(self.ratio("rose", "turns"))
-        data["length_ratio"] = estimate_json(self.ratio("after_tokens", "before_tokens"))
-        return data
+    def as_json(self) -> PairedNumbers:
+        return {
+            "records": self.records,
+            "turns": int(self["turns"]),
+            "phi_mean": estimate_json(self.difference("phi")),
+            "log_prob_mean": estimate_json(self.difference("log_prob")),
+            "entropy_mean": estimate_json(self.difference("entropy")),
+            "phi_below_1": estimate_json(self.difference("below_1")),
+            "phi_below_3": estimate_json(self.difference("below_3")),
+            "phi_below_5": estimate_json(self.difference("below_5")),
+            "phi_std": estimate_json(self.spread_difference()),
+            "turns_risen": estimate_json(self.ratio("rose", "turns")),
+            "length_ratio": estimate_json(self.ratio("after_tokens", "before_tokens")),
+        }
 
 
 class Names:
@@ -318,8 +442,8 @@ class Names:
             name = FURTHER_NAMES
         self._counts[name] += 1
 
-    def as_json(self) -> list[dict[str, Any]]:
-        """[{"name", "count"}, …], the most frequent first."""
+    def as_json(self) -> list[NameCount]:
+        """The most frequent first."""
         return [
             {"name": name, "count": count}
             for name, count in sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))
@@ -335,8 +459,8 @@ class Lengths:
     def add(self, length: int) -> None:
         self._counts[length] += 1
 
-    def as_json(self) -> dict[str, Any]:
-        """count, mean and percentiles (the next length from below, never one that did not occur), and a histogram.
+    def as_json(self) -> LengthNumbers:
+        """Percentiles are the next length from below, never one that did not occur.
 
         Bin b of the histogram counts the lengths from 2^(b/2) to below 2^((b+1)/2); lengths of 0 are in bin 0.
         """
@@ -345,18 +469,23 @@ class Lengths:
         lengths = np.array(sorted(self._counts))
         counts = np.array([self._counts[int(length)] for length in lengths])
         total, reached = int(counts.sum()), np.cumsum(counts)
-        ranks = [max(1, -(-percent * total // 100)) for percent in PERCENTILES]
+        ranks = [max(1, -(-percent * total // 100)) for percent in (0, 10, 50, 90, 99, 100)]
+        at = lengths[np.searchsorted(reached, ranks)].tolist()
         bins = np.floor(2 * np.log2(np.maximum(1, lengths)) + 1e-9).astype(np.int64)
-        data: dict[str, Any] = {"count": total, "mean": float(lengths @ counts / total)}
-        data |= {
-            f"p{percent}": int(lengths[np.searchsorted(reached, rank)])
-            for percent, rank in zip(PERCENTILES, ranks, strict=True)
+        return {
+            "count": total,
+            "mean": float(lengths @ counts / total),
+            "p0": at[0],
+            "p10": at[1],
+            "p50": at[2],
+            "p90": at[3],
+            "p99": at[4],
+            "p100": at[5],
+            "histogram": np.bincount(bins, weights=counts).astype(np.int64).tolist(),
         }
-        return data | {"histogram": np.bincount(bins, weights=counts).astype(np.int64).tolist()}
 
 
-def judge_null(settings: Mapping[str, Any], rollouts: ClusterSums) -> dict[str, Any]:
-    """{"own_samples": bool, "why", "check"}. check: whether the own samples' mean phi is 0 within its error."""
+def judge_null(settings: Mapping[str, Any], rollouts: ClusterSums) -> Null:
     sampling = settings.get("rollouts")
     if not isinstance(sampling, Mapping):
         return _theory("there were no rollouts")
@@ -380,5 +509,5 @@ def judge_null(settings: Mapping[str, Any], rollouts: ClusterSums) -> dict[str, 
     }
 
 
-def _theory(why: str) -> dict[str, Any]:
+def _theory(why: str) -> Null:
     return {"own_samples": False, "why": why, "check": NOT_CHECKED}
