@@ -147,7 +147,7 @@ REFUSED = {
     "marks the last turn only": (
         "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}"
         "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
-        "exactly one around each",
+        "stands outside of its {% generation %} block",
     ),
     "edits a marked block": (
         "{% for m in messages %}{% set x %}{% if m.role == 'assistant' %}{% generation %} {{ m.content }} {% endgeneration %}"

@@ -3,7 +3,7 @@
 import pytest
 from chat_templates import CHATML, ENDS_IN_THE_NEXT_MESSAGE, FAMILIES, QWEN3, REFUSED
 
-from megatron_idft.data.chat import long_conversations
+from megatron_idft.data.chat import mask_proof
 from megatron_idft.data.chat.conversations import render_conversation
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.errors import ConversationError, TemplateError
@@ -50,7 +50,7 @@ def tokenizer(sentencepiece_model, tmp_path_factory):
 
 def one_by_one(monkeypatch, tokenizer, messages):
     with monkeypatch.context() as patch:
-        patch.setattr(long_conversations, "MANY", 10**9)
+        patch.setattr(mask_proof, "MANY", 10**9)
         return render_conversation(tokenizer, messages)
 
 

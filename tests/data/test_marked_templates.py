@@ -104,3 +104,52 @@ def test_what_a_block_leaves_out_of_its_answer_is_counted(tokenizer):
     assert rendered.unwritten and [rendered.text[a:b] for a, b in rendered.spans] == ["an answer of more le<|im_end|>"]
     thought = render_conversation(tokenizer(QWEN3_MARKED), conversation(("q", "<think>\n1\n</think>\n\n7"), ("q", "8")))
     assert thought.unwritten
+
+
+# Blocks for the parts of a turn, as some templates write them; `BETWEEN` stands between the answer and its end.
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' }}{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content %}{% generation %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endgeneration %}"
+    "{{ '\n' }}{% endif %}{% generation %}{{ m.content }}{% endgeneration %}BETWEEN{% generation %}"
+    "{{ '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+THOUGHT = [{"role": "assistant", "content": "answer", "reasoning_content": "why"}]
+
+
+def test_blocks_in_a_row_are_one_turn(tokenizer):
+    messages = [*conversation(("q", "a"), ("again", "answer"))[:3], *THOUGHT, *conversation(("q", "<|im_end|>"))]
+    rendered = render_conversation(tokenizer(PARTS.replace("BETWEEN", "")), messages)
+    assert [rendered.text[a:b] for a, b in rendered.spans] == [
+        "a<|im_end|>",
+        "<think>why</think>\nanswer<|im_end|>",
+        "<|im_end|><|im_end|>",
+    ]
+
+
+def test_a_turn_in_blocks_with_text_between_is_refused(tokenizer):
+    between = tokenizer(PARTS.replace("BETWEEN", "{{ messages[0].content }}"))
+    with pytest.raises(TemplateError, match="never ends the assistant's turn"):
+        render_conversation(between, conversation(("q", "a")))
+    apart = tokenizer(PARTS.replace("BETWEEN", "").replace("'\n' }}{% endif", "'\nSo: ' }}{% endif"))
+    with pytest.raises(ConversationError, match="or in several with other text between them"):
+        render_conversation(apart, [*conversation(("q", "a"))[:1], *THOUGHT])
+    assert render_conversation(apart, conversation(("q", "a"))).spans
+
+
+def test_what_stands_between_blocks_may_not_depend_on_the_answer(tokenizer):
+    blanks = tokenizer(PARTS.replace("BETWEEN", "{{ ' ' * (m.content | length) }}"))
+    with pytest.raises((ConversationError, TemplateError), match="cannot be proven"):
+        render_conversation(blanks, conversation(("q", "answer")))
+
+
+def test_a_block_around_somebody_else_is_refused(tokenizer):
+    with pytest.raises(TemplateError, match=r"holds some of it: messages\[0\], of the role 'user'"):
+        render_conversation(
+            tokenizer(
+                CHATML.replace(
+                    "{{ m.content }}<|im_end|>", "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+                )
+            ),
+            conversation(("q", "a")),
+        )

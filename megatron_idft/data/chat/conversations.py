@@ -3,7 +3,7 @@
 Trained is what the assistant says in each of its turns, content, reasoning and tool calls as the template writes them,
 and the special token that ends the turn; nothing else, neither what inference writes for the model (the generation
 prompt) nor a newline that the template writes behind that token. The conversation is rendered once and tokenised once,
-as inference would see it; the assistant's characters in it are found and proven by spans.py.
+as inference would see it; the assistant's characters in it are found and proven by mask_proof.py.
 
 Templates that edit earlier turns (Qwen3's drops their reasoning) are rendered once as a whole: an earlier turn is
 trained as it stands there, its reasoning left out. To train every turn with its reasoning, write one record for each,
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from megatron_idft.corpus.messages import trained_weight
 from megatron_idft.corpus.records import Message
 from megatron_idft.data.chat.mask_proof import Tools, prove_spans
+from megatron_idft.data.chat.probes import Span
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
-from megatron_idft.data.chat.turn_ends import Span
 from megatron_idft.errors import ConversationError, TemplateError
 
 # They change what the model should say, and are not rendered here: training without them would be silently wrong.

@@ -1,4 +1,4 @@
-"""The proof of spans.py for conversations of many turns, by a number of renderings that does not grow with them.
+"""The proof of mask_proof.py for conversations of many turns, by a number of renderings that does not grow with them.
 
 Turn by turn the proof renders the conversation some six times for each turn, which costs the square of their number:
 minutes for an agent's 600 steps. Here
@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_idft.corpus.records import Message
-from megatron_idft.data.chat.turn_ends import Span
+from megatron_idft.data.chat.probes import Span
 from megatron_idft.errors import ConversationError, TemplateError
 
 if TYPE_CHECKING:
     from megatron_idft.data.chat.mask_proof import Finder
 
-MANY, _GROUPS = 24, 8
+_GROUPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +47,10 @@ class _DifferentError(Exception):
 
 
 def prove_together(finder: Finder, turns: list[int]) -> list[Span] | None:
-    """The spans of the turns in `finder.text`; None where they are too few, or have to be proven one by one.
+    """The spans of the turns in `finder.text`; None where they have to be proven one by one.
 
     Raises ConversationError and TemplateError, as `finder.probed` does for the turns that it is asked for.
     """
-    if len(turns) < MANY:
-        return None
     rendered = finder.text
     try:
         classes = _classes(finder, turns)
@@ -97,16 +95,9 @@ def _classes(finder: Finder, turns: list[int]) -> list[list[int]]:
 
 def _places(finder: Finder, text: str) -> dict[int, Span]:
     """From the first probe to the last of each message, found in one pass. All must be there, a text only once."""
-    owners = {
-        probe: (i, field)
-        for i, fields in enumerate(finder.conversation.probes)
-        for field, probes in fields.items()
-        for probe in probes
-    }
     places: dict[int, Span] = {}
     once = set()
-    for match in re.finditer(finder.conversation.pattern, text):
-        i, field = owners[match.group()]
+    for match, i, field in finder.conversation.found(text):
         if field != "tool_calls" and match.group() in once:
             raise _DifferentError
         once.add(match.group())

@@ -35,6 +35,8 @@ BUILTIN_TEMPLATES = {
     ),
 }
 
+QUESTION: list[Message] = [{"role": "user", "content": "Xquestion"}]
+
 # Private-use characters, so that no honest text holds them; a text that does is refused before they are looked for.
 _OPEN, _CLOSE = "\ue0f0\ue0f2\ue0f1", "\ue0f0\ue0f3\ue0f1"
 
@@ -127,19 +129,29 @@ class ChatTemplate:
             what = f"{type(error).__name__}: {error}"[:_SHOWN]
             raise TemplateError(f"the chat template cannot be compiled: {what}") from error
         self._template.globals = dict(self._template.globals)  # Jinja's chain of maps is read whole at each rendering
+        self._prompts: dict[bool | None, str] = {}
 
     @property
     def has_generation_blocks(self) -> bool:
         return self._env.generation_blocks > 0
 
     def render(
-        self, messages: list[Message], *, add_generation_prompt: bool = False, tools: list[dict[str, Any]] | None = None
+        self,
+        messages: list[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        thinking: bool | None = None,
     ) -> str:
-        """The conversation as text. Raises ConversationError if the template rejects it, TemplateError if it fails."""
+        """The conversation as text. Raises ConversationError if the template rejects it, TemplateError if it fails.
+
+        thinking: `enable_thinking`, by which templates open or close the model's reasoning; None leaves it undefined.
+        """
+        variables = dict(self.variables, messages=messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        if thinking is not None:
+            variables["enable_thinking"] = thinking
         try:
-            return self._write(
-                dict(self.variables, messages=messages, add_generation_prompt=add_generation_prompt, tools=tools)
-            )
+            return self._write(variables)
         except _RejectedError as error:
             raise ConversationError(f"the chat template rejects it: {str(error.message)[:_SHOWN]}") from error
         except EndlessTemplateError as error:
@@ -152,6 +164,24 @@ class ChatTemplate:
             )
             what = f"{type(error).__name__}: {error}"[:_SHOWN]
             raise TemplateError(f"the chat template failed: {what}{hint}") from error
+
+    def generation_prompt(self, thinking: bool | None = None) -> str:
+        """What `add_generation_prompt` appends to a question; nothing where the template rejects one by itself."""
+        if thinking not in self._prompts:
+            try:
+                without = self.render(QUESTION, thinking=thinking)
+                prompt = self.render(QUESTION, add_generation_prompt=True, thinking=thinking).removeprefix(without)
+            except ConversationError:  # a template that wants a system message, say
+                prompt = ""
+            self._prompts[thinking] = prompt
+        return self._prompts[thinking]
+
+    def first_header(self) -> str:
+        """What a conversation begins with, up to the words of its first question."""
+        try:
+            return self.render(QUESTION).partition(str(QUESTION[0]["content"]))[0]
+        except ConversationError:
+            return ""
 
     def _write(self, variables: dict[str, Any]) -> str:
         self._env.loop_steps, left = 0, MAX_CHARACTERS
