@@ -101,10 +101,6 @@ class ConversationError(UserError, ValueError):
     """One conversation cannot be encoded, and the conversation is at fault: a bad record, in the words of `corpus`."""
 
 
-class CacheError(UserError, RuntimeError):
-    """There is no usable token cache: it was not built, it is damaged, or nothing is left to train on."""
-
-
 class PrepareError(UserError, RuntimeError):
     """`prepare` cannot go on: a process died, the disk is full. What is finished is kept."""
 

@@ -19,20 +19,19 @@ from megatron_idft.errors import InputError
 if TYPE_CHECKING:
     from megatron_idft.corpus.records import Record
     from megatron_idft.data.packed.store import PackedStore
-    from megatron_idft.data.token_cache import TokenCache
 
 _BATCH = 1 << 24  # ids looked at together
 _SHOWN = 5
 
 
-def require_rows(data: TokenCache | PackedStore, tokenizer: ChatTokenizer, rows: int | None) -> None:
+def require_rows(data: PackedStore, tokenizer: ChatTokenizer, rows: int | None) -> None:
     """Raises InputError, naming the tokens, a place and the remedy, where the data holds ids from `rows` on.
 
     rows: of the model's true vocabulary; None where it is not known.
     """
     if rows is None or tokenizer.vocab_size <= rows:
         return
-    largest = data.meta.get("largest_id")  # caches and packs of earlier versions do not say
+    largest = data.meta.get("largest_id")  # packs of earlier versions do not say
     if largest is not None and largest < rows:
         return
     tokens = data.token_ids

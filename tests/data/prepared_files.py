@@ -3,6 +3,9 @@
 import json
 import random
 
+from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.data.packed.records import tokenize_records
+
 WORDS = [
     "user", "assistant", "hello", "world", "what", "is", "the", "capital", "of", "France", "Paris", "fox", "dog",
     "3 + 4 = 7", "naïve", "你好 😀",
@@ -31,11 +34,22 @@ def write(path, rows):
 
 
 def files(prefix):
-    """The bytes of everything that was written; the report says its own prefix."""
+    """The bytes of everything that was written; the report without its own name."""
     found = {
         path.name[len(prefix.name) :]: path.read_bytes()
         for path in prefix.parent.glob(prefix.name + ".*")
         if path.is_file()
     }
-    found[".report.txt"] = found[".report.txt"].replace(str(prefix).encode(), b"PREFIX")
+    text = found[".report.txt"].replace(f"{prefix.name}.errors".encode(), b"PREFIX.errors")
+    _, _, found[".report.txt"] = text.partition(b"\n")
     return found
+
+
+def unpacked(paths, seq_length, **options):
+    """Settings for one document to a pack."""
+    return PrepareSettings(tuple(map(str, paths)), seq_length, packing=False, **options)
+
+
+def tokenized(tokenizer, cache_dir, *paths, seq_length=64, **options):
+    """Records tokenized into a cache, or opened there."""
+    return tokenize_records(unpacked(paths, seq_length, **options), tokenizer, cache_dir, progress=False)

@@ -399,10 +399,11 @@ def test_importing_the_data_package_needs_neither_torch_nor_transformers(sentenc
         "import sys\n"
         "from megatron_idft.data.chat.show import render_sample\n"
         "from megatron_idft.data.chat.tokenizer import load_tokenizer\n"
-        "from megatron_idft.data.token_cache import build_token_cache\n"
+        "from megatron_idft.data.packed.pack_settings import PrepareSettings\n"
+        "from megatron_idft.data.packed.records import tokenize_records\n"
         "model, records, folder = sys.argv[1:]\n"
         "tokenizer = load_tokenizer(model, 'chatml')\n"
-        "cache = build_token_cache([records], tokenizer=tokenizer, seq_length=64, cache_dir=folder)\n"
+        "cache = tokenize_records(PrepareSettings((records,), 64, packing=False), tokenizer, folder)\n"
         "print(render_sample(*cache[0], tokenizer))\n"
         "assert not {'torch', 'transformers', 'megatron'} & set(sys.modules)"
     )

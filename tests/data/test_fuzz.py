@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from chat_templates import FAMILIES, QWEN3, QWEN3_MARKED
 from fuzzing import json_case, parquet_table
+from prepared_files import tokenized
 
 from megatron_idft.corpus.json_text import json_text
 from megatron_idft.corpus.parquet_values import read_rows
@@ -25,7 +26,6 @@ from megatron_idft.data.packed.blocks import read_blocks
 from megatron_idft.data.packed.encoding import BlockEncoder
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.prepare import prepare
-from megatron_idft.data.token_cache import build_token_cache
 from megatron_idft.errors import RecordError
 from megatron_idft.hinted_decoding.input.record_store import RecordStore, build_store
 
@@ -78,9 +78,8 @@ def test_every_record_is_trained_as_it_says_or_refused_by_name(name, huggingface
     tokenizer = load_tokenizer(huggingface_folder("byte-level", template))
     rng = random.Random(f"{SEED} {name}")
     corpus = Corpus(tmp_path / "data", rng, RECORDS // len(TEMPLATES))
-    arguments = {"tokenizer": tokenizer, "seq_length": LENGTH, "progress": False}
-    cache = build_token_cache(corpus.files, cache_dir=tmp_path / "cache", on_bad_record="skip", **arguments)
-    errors = read_errors(cache.path / "errors.jsonl")
+    cache = tokenized(tokenizer, tmp_path / "cache", *corpus.files, seq_length=LENGTH, bad_records="skip")
+    errors = read_errors(cache.path / "records.errors.jsonl")
     kept = {(row["file"], row["line"]): index for index, row in enumerate(cache.records())}
     blank = {place for place, line in corpus.lines.items() if not line.strip()}
     assert errors.keys() | kept.keys() | blank == corpus.cases.keys() and not errors.keys() & kept.keys()
@@ -90,7 +89,7 @@ def test_every_record_is_trained_as_it_says_or_refused_by_name(name, huggingface
     for place, index in kept.items():
         case, (ids, mask) = corpus.cases[place], cache[index]
         assert case.fault is None and case.unreadable is None, (place, case)
-        weights = cache.weights(index)
+        weights = cache.pack(index).weights
         lost += check_tokens(case, ids, mask if weights is None else weights, tokenizer, span)
     assert lost == cache.counts.straddling_spans
     assert len(kept) > len(corpus.cases) / 10 and len(errors) > len(corpus.cases) / 20
@@ -101,7 +100,7 @@ def test_every_record_is_trained_as_it_says_or_refused_by_name(name, huggingface
     first = next(place for place in corpus.cases if place in errors)  # in the order of the files
     before = listing(tmp_path)
     with pytest.raises(RecordError) as stopped:
-        build_token_cache(corpus.files, cache_dir=tmp_path / "cache", on_bad_record="stop", **arguments)
+        tokenized(tokenizer, tmp_path / "cache", *corpus.files, seq_length=LENGTH, bad_records="stop")
     assert (stopped.value.file, stopped.value.line) == first and len(str(stopped.value)) < 1500
     assert listing(tmp_path) == before
     assert {path.split("/")[0] for path in before} == {"data", "cache", "store", "scores"}
@@ -162,7 +161,7 @@ def check_blocks(corpus, tokenizer, cache, kept, errors):
         for line, end, length in zip(chunk.lines.tolist(), ends.tolist(), chunk.lengths.tolist(), strict=True):
             index = kept[block.file, line]
             ids, mask = cache[index]
-            weights = cache.weights(index)
+            weights = cache.pack(index).weights
             assert np.array_equal(chunk.ids[end - length : end], ids)
             assert np.array_equal(chunk.loss[end - length : end], mask if weights is None else weights)
             found += 1

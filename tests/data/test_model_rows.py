@@ -4,6 +4,7 @@ import json
 
 import pytest
 from chat_templates import CHATML
+from prepared_files import tokenized
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
@@ -13,7 +14,6 @@ from megatron_idft.data.model_rows import require_rows, require_rows_of_records
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.prepare import prepare
 from megatron_idft.data.packed.store import PackedStore
-from megatron_idft.data.token_cache import build_token_cache
 from megatron_idft.errors import InputError
 
 
@@ -50,7 +50,7 @@ def test_tokens_without_rows_are_named_before_they_are_trained(tokenizer, tmp_pa
     tokenizer, rows = tokenizer
     pairs, names = USES[name]
     file = records(tmp_path / "data.jsonl", *PLAIN, *pairs, *PLAIN)
-    cache = build_token_cache([file], tokenizer=tokenizer, seq_length=128, cache_dir=tmp_path, progress=False)
+    cache = tokenized(tokenizer, tmp_path, file, seq_length=128)
     store = prepare(PrepareSettings((file,), 128), tokenizer, tmp_path / "packs", workers=1, progress=False).store
 
     def check_all(rows):
@@ -75,7 +75,7 @@ def test_tokens_without_rows_are_named_before_they_are_trained(tokenizer, tmp_pa
 def test_caches_and_packs_of_earlier_versions_are_looked_at(tokenizer, tmp_path):
     tokenizer, rows = tokenizer
     file = records(tmp_path / "data.jsonl", *PLAIN, *USES["a prompt"][0])
-    cache = build_token_cache([file], tokenizer=tokenizer, seq_length=128, cache_dir=tmp_path, progress=False)
+    cache = tokenized(tokenizer, tmp_path, file, seq_length=128)
     prepare(PrepareSettings((file,), 128), tokenizer, tmp_path / "packs", workers=1, progress=False)
     store = PackedStore(tmp_path / "packs")
     for data in (cache, store):

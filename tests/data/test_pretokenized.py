@@ -6,13 +6,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chat_templates import CHATML
+from prepared_files import tokenized
 
 from megatron_idft.corpus.records import read_records
-from megatron_idft.data import token_cache
 from megatron_idft.data.chat.conversations import encode_conversation
 from megatron_idft.data.chat.tokenizer import load_tokenizer
-from megatron_idft.data.dataset import IGNORED_LABEL, ChatDataset
-from megatron_idft.data.token_cache import build_token_cache, open_token_cache
+from megatron_idft.data.packed import encoding, pack_settings
+from megatron_idft.data.packed.dataset import IGNORED_LABEL, PackedDataset
 from megatron_idft.errors import RecordError
 
 
@@ -29,12 +29,8 @@ def byte_level(huggingface_folder):
 @pytest.fixture
 def build(tokenizer, tmp_path):
     def build(*paths, seq_length=64, **options):
-        options = {"tokenizer": tokenizer, "cache_dir": tmp_path / "cache", "progress": False} | options
-        built = build_token_cache(paths, seq_length=seq_length, **options)
-        del options["progress"]
-        cache = open_token_cache(paths, seq_length=seq_length, **options)
-        assert cache.path == built.path
-        return cache
+        used = options.pop("tokenizer", tokenizer)
+        return tokenized(used, tmp_path / "cache", *paths, seq_length=seq_length, **options)
 
     return build
 
@@ -89,7 +85,7 @@ def test_the_ids_are_kept_though_the_text_tokenizes_otherwise(build, byte_level,
     cache = build(file, tokenizer=byte_level)
     assert contents(cache) == [(ids, mask), ([9, 8, 7, 6], [0, 1, 0, 1])]
     assert cache.counts.pretokenized == cache.counts.kept == 2
-    tokens = ChatDataset(cache, 64, byte_level.pad_id)[1]
+    tokens = PackedDataset({"": cache}, 64, byte_level.pad_id, bounds=False)[1]
     assert tokens["tokens"][:3].tolist() == [9, 8, 7]
     assert tokens["labels"][:4].tolist() == [8, IGNORED_LABEL, 6, IGNORED_LABEL]
 
@@ -98,7 +94,7 @@ def test_the_ids_are_kept_though_the_text_tokenizes_otherwise(build, byte_level,
 def test_own_tokens_stand_in_order_among_ordinary_records_over_many_batches(
     build, tokenizer, tmp_path, monkeypatch, suffix
 ):
-    monkeypatch.setattr(token_cache, "_BATCH_RECORDS", 7)
+    monkeypatch.setattr(encoding, "_BATCH_RECORDS", 7)
     rows, expected = [], []
     for i in range(60):
         ids, mask = [10 + i, 11, 12 + i, 13][: 2 + i % 3], [0, 1, 1, 0][: 2 + i % 3]
@@ -119,9 +115,9 @@ def test_a_corpus_without_own_tokens_says_nothing_of_them(build, tmp_path):
 
 
 def test_a_batch_of_own_tokens_is_bounded_in_ids_too(build, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", 50)
-    held, inner = [], token_cache.tokenize
-    monkeypatch.setattr(token_cache, "tokenize", lambda *args: held.append(1) or inner(*args))
+    monkeypatch.setattr(encoding, "_BATCH_CHARACTERS", 50)
+    held, inner = [], encoding.tokenize
+    monkeypatch.setattr(encoding, "tokenize", lambda *args: held.append(1) or inner(*args))
     rows = [own(list(range(20)), [0] + [1] * 19)] * 9
     assert len(build(write_jsonl(tmp_path / "a.jsonl", *rows))) == 9
     assert len(held) == 4  # three records pass the bound, and the rest
@@ -218,8 +214,8 @@ def test_a_mask_may_hold_weights(build, tmp_path):
     for suffix, writer in WRITERS.items():
         cache = build(writer(tmp_path / f"a.{suffix}", *rows))
         assert contents(cache) == [(IDS, [0, 1, 1]), ([5, 6, 7, 8], [0, 1, 0, 1]), (IDS, [0, 1, 0])]
-        assert cache.weights(0) is None and cache.weights(2) is None
-        assert cache.weights(1).tolist() == [0, 0.5, 0, 2] and cache.counts.weighted == 1
+        weights = [cache.pack(i).weights.tolist() for i in range(3)]
+        assert weights == [[0, 1, 1], [0, 0.5, 0, 2], [0, 1, 0]] and cache.counts.weighted == 1
 
 
 def test_weights_that_json_alone_can_spell_are_refused(build, tmp_path):
@@ -249,10 +245,10 @@ def test_ids_end_at_the_vocabulary(build, tokenizer, tmp_path):
 def test_refused_columns_are_skipped_and_written_down_when_asked(build, tokenizer, tmp_path):
     bad = own([5, 6], [1, 1])
     file = write_jsonl(tmp_path / "a.jsonl", plain(), bad, own([5, 6], [0, 1]), bad)
-    cache = build(file, on_bad_record="skip")
+    cache = build(file, bad_records="skip")
     assert contents(cache) == [tokens_of(tokenizer, plain()), ([5, 6], [0, 1])]
     assert (cache.counts.records, cache.counts.bad, cache.counts.pretokenized) == (4, 2, 1)
-    errors = [json.loads(line) for line in (cache.path / "errors.jsonl").read_text().splitlines()]
+    errors = [json.loads(line) for line in (cache.path / "records.errors.jsonl").read_text().splitlines()]
     assert [(error["line"], error["field"]) for error in errors] == [(2, "loss_mask[0]"), (4, "loss_mask[0]")]
     assert "world" in errors[0]["raw"]
 
@@ -272,7 +268,7 @@ def test_another_chat_template_refuses_the_ids_but_not_the_text(build, tokenizer
 def test_a_cache_of_the_format_before_own_tokens_is_built_again(build, tmp_path, monkeypatch):
     file = write_jsonl(tmp_path / "a.jsonl", own([5, 6], [0, 1]))
     with monkeypatch.context() as older:
-        older.setattr(token_cache, "FORMAT", 2)
+        older.setattr(pack_settings, "CHUNK_FORMAT", 2)
         before = build(file)
     assert build(file).path != before.path
 

@@ -102,7 +102,7 @@ def continue_packed(
     flags = f"--load {start} --ckpt-step 2 --override-opt_param-scheduler --train-iters 7 --exit-interval 5"
     flags += f" --global-batch-size {len(PACKS)} {layout} {MODELS[model]}"
     output = train(corpus, folder, corpus / "packs", flags, nproc, script)
-    assert "WARNING: this run continues a checkpoint that was trained on tokens-" in output
+    assert "WARNING: this run continues a checkpoint that was trained on data-" in output
 
 
 def assert_same_training(reference: Path, folder: Path, steps=range(3, 6)) -> None:

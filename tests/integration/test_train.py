@@ -58,8 +58,8 @@ def test_an_epoch_trains_every_token_once_and_validation_reads_every_record_once
     output = train(corpus, tmp_path / "a", flags, launch=torchrun)  # as a user starts it
     train(corpus, tmp_path / "b", f"--train-iters 4 --global-batch-size 6 --micro-batch-size 3 {valid}")
     assert "2 epochs of 22 records: 6 iterations" in output
-    cache = next(path for path in (corpus / "cache").iterdir() if f"token cache {path}" in output)
-    counts = json.loads((cache / "meta.json").read_text())["counts"]
+    cache = next(path for path in (corpus / "cache").iterdir() if f"tokenized records {path}" in output)
+    counts = json.loads((cache / "records.json").read_text())["counts"]
     first, second = load_scalars(tmp_path / "a" / "tensorboard"), load_scalars(tmp_path / "b" / "tensorboard")
     assert counts["kept"] in (22, 8)
     trained = {c["kept"]: c["trained_tokens"] for c in _counts(corpus)}
@@ -71,7 +71,7 @@ def test_an_epoch_trains_every_token_once_and_validation_reads_every_record_once
 
 
 def _counts(corpus: Path) -> list[dict]:
-    return [json.loads(path.read_text())["counts"] for path in (corpus / "cache").glob("tokens-*/meta.json")]
+    return [json.loads(path.read_text())["counts"] for path in (corpus / "cache").glob("tokens-*/records.json")]
 
 
 def test_start_shows_the_data_and_the_resolved_loss(corpus, tmp_path):
@@ -198,7 +198,7 @@ def test_a_forgotten_flag_is_pointed_out(corpus, tmp_path):
     assert "another loss: --sft-loss: idft in the checkpoint, None now" in output
     assert "continues a checkpoint that was trained on" not in output
     output = train(corpus, tmp_path, f"{flags} --train-iters 3 --override-opt_param-scheduler --sft-truncation drop")
-    assert "WARNING: this run continues a checkpoint that was trained on tokens-" in output
+    assert "WARNING: this run continues a checkpoint that was trained on data-" in output
 
 
 def test_another_schedule_than_the_checkpoints_is_explained_and_each_remedy_works(corpus, tmp_path):

@@ -8,17 +8,17 @@ from megatron_idft.cli.train import main
 def plant() -> None:
     from megatron.training import get_args
 
-    from megatron_idft.integration.training import packed_batches
+    from megatron_idft.integration.training import batches
 
-    honest = packed_batches.get_batch
+    honest = batches.get_batch
 
     def get_batch(data_iterator, vp_stage, *args, **kwargs):
         batch = honest(data_iterator, vp_stage, *args, **kwargs)
-        if not any(packed_batches.stage_reads(get_args(), vp_stage)):
+        if not any(batches.stage_reads(get_args(), vp_stage)):
             batch["attention_mask"] = None
         return batch
 
-    packed_batches.get_batch = get_batch
+    batches.get_batch = get_batch
 
 
 if __name__ == "__main__":

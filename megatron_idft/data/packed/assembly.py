@@ -10,9 +10,17 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idft.data.packed.chunks import ChunkInfo, read_chunk, read_info, read_lengths, read_origins
+from megatron_idft.data.packed.chunks import (
+    ChunkInfo,
+    index_part,
+    read_chunk,
+    read_info,
+    read_lengths,
+    read_origins,
+)
 from megatron_idft.data.packed.pack_settings import PrepareSettings
-from megatron_idft.data.packed.packing import Packs, best_fit_decreasing
+from megatron_idft.data.packed.packing import Packs, best_fit_decreasing, one_each
+from megatron_idft.data.packed.record_index import join_index_parts
 from megatron_idft.data.packed.store import companion, write_index
 from megatron_idft.files import sync
 from megatron_idft.processes import Task
@@ -39,8 +47,11 @@ class Assembly:
         self.folder = folder / f"assembling-{uuid.uuid4().hex[:8]}"
         self.folder.mkdir()
         self.lengths = np.concatenate([read_lengths(folder, info) for info in infos])
-        self.packs: Packs = best_fit_decreasing(
-            positions(self.lengths, settings.pad_multiple), settings.seq_length, settings.seed
+        self._packing = settings.packing
+        self.packs: Packs = (
+            best_fit_decreasing(positions(self.lengths, settings.pad_multiple), settings.seq_length, settings.seed)
+            if settings.packing
+            else one_each(len(self.lengths))
         )
         self.weighted = any(info.weighted for info in infos)
         self.sources = list(dict.fromkeys(name for info in infos for name in info.sources))
@@ -65,7 +76,10 @@ class Assembly:
             write_index(file.write, np.diff(np.append(pack_begins, ends[-1])))
 
     def write_origins(self) -> None:
-        """The source and the record of every document."""
+        """The source and the record of every document; without packing, the index of the records."""
+        if not self._packing:
+            parts = (index_part(self._folder, info.index) for info in self._infos)
+            join_index_parts(self.folder / ".records.parquet", parts)
         numbers = {name: number for number, name in enumerate(self.sources)}
         sources = np.empty(len(self.lengths), dtype="<i4")
         records = np.empty((len(self.lengths), 2), dtype="<i8")

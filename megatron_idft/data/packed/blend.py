@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from megatron_idft.data.dataset import Sample, shuffled
-from megatron_idft.data.packed.dataset import PackedDataset
+from megatron_idft.data.packed.dataset import PackedDataset, Sample
+from megatron_idft.data.packed.packing import permutation
 from megatron_idft.errors import InputError
 
 
@@ -97,11 +97,11 @@ class Blend:
             start, end = self._given(source, epoch), self._given(source, epoch + 1)
             for number in range(start // size, -(-end // size)):
                 # Every shuffle has a stream of its own: 0 is the blend's, then the sources'.
-                order = shuffled(size, self.seed, (source + 1) << 40 | number)
+                order = permutation(size, self.seed, (source + 1) << 40 | number)
                 packs.append(first + order[max(start - number * size, 0) : end - number * size])
             first += size
         together = np.concatenate(packs)
-        return together[shuffled(len(together), self.seed, epoch)]
+        return together[permutation(len(together), self.seed, epoch)]
 
 
 class BlendedEpochs(Dataset[Sample]):
@@ -131,7 +131,7 @@ class BlendedEpochs(Dataset[Sample]):
         return self.dataset.untrained_sample() if pack is None else self.dataset[pack]
 
     def pack_number(self, index: int) -> int | None:
-        """Which pack sample `index` is; None behind the last epoch. Raises IndexError outside [0, num_samples)."""
+        """Which pack sample `index` is; None after the last epoch. Raises IndexError outside [0, num_samples)."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
         if self.num_epochs is not None and index >= self.blend.samples_before(self.num_epochs):

@@ -2,6 +2,7 @@
 
 The .bin file holds one array behind the other: lines int64 [documents], ids int32 [tokens], lengths int32 [documents],
 sources int32 [documents], and what each token counts for in the loss, uint8 (the mask) or float32 (weights) [tokens].
+Without packing, `….parquet` holds a row for each document, see record_index.py.
 """
 
 import json
@@ -13,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_idft.corpus.ledger.files import part_name
-from megatron_idft.data.token_counts import Counts
+from megatron_idft.corpus.scores.rows import RecordOrigin
+from megatron_idft.data.packed.counts import Counts
+from megatron_idft.data.packed.record_index import write_index_part
 from megatron_idft.files import complete_file, write_atomically
 
 
@@ -43,7 +46,10 @@ class ChunkInfo:
 
 @dataclass(slots=True)
 class Chunk:
-    """lines int64, lengths int32, sources int32: [documents]. ids int32, loss uint8 or float32: [tokens]."""
+    """lines int64, lengths int32, sources int32: [documents]. ids int32, loss uint8 or float32: [tokens].
+
+    records: a row for each document, only where they are not packed and the chunk was not read from its files.
+    """
 
     info: ChunkInfo
     lines: NDArray[np.int64]
@@ -51,6 +57,7 @@ class Chunk:
     lengths: NDArray[np.int32]
     sources: NDArray[np.int32]
     loss: NDArray[Any]
+    records: list[RecordOrigin] | None = None
 
 
 def is_finished(folder: Path, index: int) -> bool:
@@ -58,7 +65,7 @@ def is_finished(folder: Path, index: int) -> bool:
 
 
 def write_chunk(folder: Path, chunk: Chunk) -> None:
-    """Both files, the JSON last: where it stands, the chunk is whole. Two writers at once write the same bytes."""
+    """All files, the JSON last: where it stands, the chunk is whole. Two writers at once write the same bytes."""
     arrays = (
         chunk.lines.astype("<i8", copy=False),
         chunk.ids.astype("<i4", copy=False),
@@ -69,7 +76,15 @@ def write_chunk(folder: Path, chunk: Chunk) -> None:
     with complete_file(folder / part_name(chunk.info.index, ".bin")) as path, open(path, "wb") as file:
         for array in arrays:
             file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+    if chunk.records is not None:
+        with complete_file(index_part(folder, chunk.info.index)) as path:
+            write_index_part(path, chunk.records)
     write_atomically(folder / part_name(chunk.info.index, ".json"), json.dumps(asdict(chunk.info), ensure_ascii=False))
+
+
+def index_part(folder: Path, index: int) -> Path:
+    """Of a chunk, without packing: the rows of its records."""
+    return folder / part_name(index, ".parquet")
 
 
 def read_info(folder: Path, index: int) -> ChunkInfo:

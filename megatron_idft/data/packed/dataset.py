@@ -1,5 +1,6 @@
-"""Training samples from packs: several documents in one sequence, each of them trained as if it were alone."""
+"""Training samples from packs: the documents of a sequence, each of them trained as if it were alone."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Protocol
@@ -9,8 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from megatron_idft.data.dataset import IGNORED_LABEL, NO_SOURCE, Sample
 from megatron_idft.errors import InputError
+
+IGNORED_LABEL = -100
+NO_SOURCE = -1
+Sample = dict[str, torch.Tensor]
 
 INPUTS = ("tokens", "position_ids")
 LABELS = ("labels", "loss_mask")
@@ -44,13 +48,13 @@ class PackReader(Protocol):
 class PackedDataset(Dataset[Sample]):
     """The packs of one or more readers, numbered through, padded on the right.
 
-    A document of n ids takes n - 1 positions, as in `ChatDataset`: its last token is read by nobody. The first token
+    A document of n ids takes n - 1 positions: its last token is read by nobody. The first token
     of a document is never a label, so no label crosses a border. What is left of the sequence is one more document,
     of padding. A sample holds, of shape [seq_length] unless said otherwise:
 
-        bounds        int32    [seq_length + 1] 0, then the end of each document, then seq_length
+        bounds        int32    (bounds) [seq_length + 1] 0, then the end of each document, then seq_length
         tokens        int64    (inputs) the documents' ids[:-1], and pad_id
-        position_ids  int64    (inputs) 0, 1, … within each document
+        position_ids  int64    (inputs) 0, 1, … within each document; without `bounds` in the whole sequence
         labels        int64    (labels) the documents' ids[1:] where trained, else -100
         loss_mask     float32  (labels) the token's weight where trained (1 where the reader gives none), else 0
         sources       int64    (labels, and only with `sources`) the number of the document's source, -1 in padding
@@ -58,7 +62,9 @@ class PackedDataset(Dataset[Sample]):
     Args:
         readers: name, for messages -> reader.
         inputs, labels: whether samples hold these. A pipeline stage with neither end of the model needs the bounds
-            alone, and then no id, mask or weight is read.
+            only, and then no id, mask or weight is read.
+        bounds: whether samples hold these. Where each pack is one document, nobody needs them: attention is causal,
+            so padding on the right is seen by nobody.
         multiple_of: every document is padded to a multiple of so many positions; context parallelism over c ranks
             cuts each document in 2 c parts.
         sources: for each reader its sources' numbers through all readers, by their numbers in the reader.
@@ -74,11 +80,12 @@ class PackedDataset(Dataset[Sample]):
         *,
         inputs: bool = True,
         labels: bool = True,
+        bounds: bool = True,
         multiple_of: int = 1,
         sources: Sequence[Sequence[int]] | None = None,
     ):
         self.readers, self.seq_length, self.pad_id = dict(readers), seq_length, pad_id
-        self.inputs, self.labels, self.multiple_of = inputs, labels, multiple_of
+        self.inputs, self.labels, self.bounds, self.multiple_of = inputs, labels, bounds, multiple_of
         self._sources = [np.array(numbers, dtype=np.int64) for numbers in sources or ()]
         self.sizes = [len(reader) for reader in self.readers.values()]
         self._ends = list(accumulate(self.sizes))
@@ -121,7 +128,7 @@ class PackedDataset(Dataset[Sample]):
         bounds = np.full(self.seq_length + 1, self.seq_length, dtype=np.int32)
         bounds[0] = 0
         bounds[1 : len(ends) + 1] = ends
-        sample = {"bounds": torch.from_numpy(bounds)}
+        sample = {"bounds": torch.from_numpy(bounds)} if self.bounds else {}
         begins = bounds[: len(ends)].astype(np.int64)
         # Where the ids of all documents stand in the pack, and where they go in the sequence.
         within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -131,9 +138,10 @@ class PackedDataset(Dataset[Sample]):
             if pack is not None:
                 tokens[target] = pack.ids[source]
             positions = np.arange(self.seq_length)
-            own_begin = bounds[np.searchsorted(bounds, positions, side="right") - 1]
+            if self.bounds:
+                positions -= bounds[np.searchsorted(bounds, positions, side="right") - 1]
             sample["tokens"] = torch.from_numpy(tokens)
-            sample["position_ids"] = torch.from_numpy(positions - own_begin)
+            sample["position_ids"] = torch.from_numpy(positions)
         if self.labels:
             labels = np.full(self.seq_length, IGNORED_LABEL, dtype=np.int64)
             loss_mask = np.zeros(self.seq_length, dtype=np.float32)
@@ -150,3 +158,38 @@ class PackedDataset(Dataset[Sample]):
             numbers[: taken.sum()] = np.repeat(sources, taken)
             sample["sources"] = torch.from_numpy(numbers)
         return sample
+
+
+class IndexedSamples(Protocol):
+    """A dataset that can fill up a batch."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Sample: ...
+    def untrained_sample(self) -> Sample: ...
+
+
+class RepeatedRounds(Dataset[Sample]):
+    """The same samples over and over, in order: each round of an evaluation reads one set after the other.
+
+    sets: datasets, and how many samples of each a round has. A set with fewer is filled up with untrained samples, so
+        it is read exactly once.
+    num_samples: at least this many, in whole rounds.
+    """
+
+    def __init__(self, sets: Sequence[tuple[IndexedSamples, int]], num_samples: int):
+        if not sets or min(size for _, size in sets) < 1:
+            raise ValueError(f"every set needs at least one sample in a round, got {[size for _, size in sets]}")
+        self.datasets = [dataset for dataset, _ in sets]
+        self._ends = list(accumulate(size for _, size in sets))
+        self.num_samples = -(-num_samples // self._ends[-1]) * self._ends[-1]
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        index %= self._ends[-1]
+        which = bisect_right(self._ends, index)
+        dataset, record = self.datasets[which], index - (self._ends[which - 1] if which else 0)
+        return dataset[record] if record < len(dataset) else dataset.untrained_sample()

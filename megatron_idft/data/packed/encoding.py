@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from megatron_idft.corpus.records import Record
+from megatron_idft.corpus.scores.rows import RecordOrigin
 from megatron_idft.data.chat.conversations import (
     EncodedConversation,
     RenderedConversation,
@@ -17,6 +18,7 @@ from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.data.packed.blocks import Block, parse_block
 from megatron_idft.data.packed.chunks import Chunk, ChunkInfo
 from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.data.packed.record_index import indexed
 from megatron_idft.data.packed.rendering import Renderer
 from megatron_idft.errors import ConversationError, RecordError, TemplateError
 
@@ -96,6 +98,7 @@ class _Builder:
         self.info, self.counts, self._settings = info, info.counts, settings
         self._documents: list[EncodedConversation] = []
         self._lines: list[int] = []
+        self._records: list[RecordOrigin] = []
         self._sources: list[int] = []
         self._numbers: dict[str, int] = {}
         self._number_of: dict[str | None, int] = {}  # by what records say; all of the block are from one file
@@ -117,6 +120,7 @@ class _Builder:
         self.counts.records += 1
         figures["records"] += 1
         self._lengths[len(encoded.ids).bit_length()] += 1
+        length = len(encoded.ids)
         trained = self._fit(record, encoded, figures)
         if not trained:
             return
@@ -134,6 +138,8 @@ class _Builder:
         self._documents.append(encoded)
         self._lines.append(record.line)
         self._sources.append(source)
+        if not self._settings.packing:
+            self._records.append(indexed(record, truncated=tokens < length))
 
     def _source(self, name: str) -> int:
         source = self._numbers.setdefault(name, len(self._numbers))
@@ -187,4 +193,5 @@ class _Builder:
             np.array([len(document.ids) for document in documents], dtype=np.int32),
             np.array(self._sources, dtype=np.int32),
             np.concatenate(losses or [np.empty(0, np.uint8)]),
+            None if self._settings.packing else self._records,
         )

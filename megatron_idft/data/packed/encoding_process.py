@@ -1,6 +1,6 @@
 """What a process of `prepare` does: it encodes blocks, and copies documents to their places in the packs.
 
-It imports neither torch nor transformers.
+It imports neither torch nor transformers. Small inputs need no other process: `answers` serves them in this one.
 """
 
 import gc
@@ -19,8 +19,10 @@ from megatron_idft.data.packed.worker_tokenizer import rebuild_tokenizer
 from megatron_idft.errors import RecordError, TemplateError
 from megatron_idft.processes import serve
 
+Answer = Callable[[dict[str, Any], bytes], dict[str, Any]]
 
-def load(path: str) -> Callable[[dict[str, Any], bytes], dict[str, Any]]:
+
+def load(path: str) -> Answer:
     """path: of the file that `tasks.encoding_processes` has written."""
     setup = json.loads(Path(path).read_text(encoding="utf-8"))
     settings = PrepareSettings(**setup["settings"] | {"paths": tuple(setup["settings"]["paths"])})
@@ -28,6 +30,11 @@ def load(path: str) -> Callable[[dict[str, Any], bytes], dict[str, Any]]:
     encoder = BlockEncoder(rebuild_tokenizer(setup["tokenizer"], Path(path).parent), settings)
     gc.freeze()  # the tokenizer lives as long as the process: no collection need look at it
     gc.set_threshold(10_000)  # nor at every few records: they are many small objects, none of which refers to itself
+    return answers(encoder, folder)
+
+
+def answers(encoder: BlockEncoder, folder: Path) -> Answer:
+    """What is done with (header, payload) of a task. folder: of the chunks."""
 
     def answer(header: dict[str, Any], payload: bytes) -> dict[str, Any]:
         begin = time.process_time()

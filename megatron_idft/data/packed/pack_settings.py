@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
-from megatron_idft.data.token_cache import BadRecords, Truncation
 from megatron_idft.errors import InputError
 from megatron_idft.files import describe_source
 
 CHUNK_FORMAT = 3  # raise it whenever the same corpus would give other bytes
+Truncation = Literal["truncate", "drop", "error"]
+BadRecords = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class PrepareSettings:
     pad_multiple: a document takes up a multiple of so many positions; context parallelism needs 2 x its size.
     seed: of the order of the packs, and of which documents of one length share a pack.
     chunk_bytes: records are cut into chunks of about so many bytes of text, each the work of one process.
+    packing: False puts one document in each pack, in the order of the input, and writes an index of the records.
 
     Raises InputError for values that cannot be used.
     """
@@ -36,6 +38,7 @@ class PrepareSettings:
     pad_multiple: int = 1
     seed: int = 1234
     chunk_bytes: int = 8 << 20
+    packing: bool = True
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -70,4 +73,4 @@ class PrepareSettings:
             "truncation": self.truncation,
             "last_turn_only": self.last_turn_only,
             "limit": self.limit,
-        }
+        } | ({} if self.packing else {"packing": False})  # packs of earlier versions do not say

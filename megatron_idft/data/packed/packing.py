@@ -53,6 +53,11 @@ def best_fit_decreasing(lengths: NDArray[np.integer], capacity: int, seed: int |
     return packs if seed is None else _shuffled(packs, seed)
 
 
+def one_each(documents: int) -> Packs:
+    """Each document in a pack of its own, in their order."""
+    return Packs(np.arange(documents), np.arange(documents + 1))
+
+
 def _groups(counts: NDArray[np.int64], capacity: int) -> list[tuple[int, _Content]]:
     """(number of packs, what each of them holds), by best-fit decreasing over documents of counts[length] each."""
     by_room: dict[int, list[tuple[int, _Content]]] = {}
@@ -128,7 +133,11 @@ def _shuffled(packs: Packs, seed: int) -> Packs:
 
 
 def permutation(n: int, seed: int, stream: int) -> NDArray[np.int64]:
-    """A permutation of range(n), int64 [n], the same with every release of numpy: see data/dataset.py `shuffled`."""
+    """A permutation of range(n), int64 [n], a pure function of (n, seed, stream).
+
+    Sorted random keys rather than `Generator.permutation`: numpy promises the same raw bits of Philox in every
+    release, but not the same permutation, and a run may be resumed in another container.
+    """
     return np.argsort(np.random.Philox(key=[seed % 2**64, stream]).random_raw(n), kind="stable")
 
 

@@ -10,6 +10,7 @@ Held in memory: a chunk in each process, and about 60 bytes for each document in
 chunks need as much space as the packs, until they are deleted.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -21,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from megatron_idft.corpus.ledger.files import plain_errors
 from megatron_idft.corpus.ledger.manifest import agree
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
@@ -30,9 +33,9 @@ from megatron_idft.data.packed.blocks import Block, read_blocks
 from megatron_idft.data.packed.chunks import ChunkInfo, is_finished, read_info
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.store import FORMAT, PackedStore, companion
-from megatron_idft.data.packed.tasks import encoding_processes, run_tasks
+from megatron_idft.data.packed.tasks import Workers, encoding_workers, run_tasks
 from megatron_idft.errors import InputError, PrepareError, SettingsMismatch
-from megatron_idft.processes import ProcessPool, Task
+from megatron_idft.processes import Task
 
 
 @dataclass(slots=True)
@@ -60,15 +63,16 @@ def prepare(
 ) -> Prepared:
     """Write the packs of these records to `output`, a prefix of file names, or open them if they are there.
 
-    workers: processes; None: one for each processor that this one may use. keep_chunks: leave PREFIX.chunks in place.
+    workers: processes; None: one for each processor that this one may use; 0: none beside this one.
+    keep_chunks: leave PREFIX.chunks in place.
 
     Raises RecordError naming file, line and field; TemplateError when the chat template does not prove the loss mask;
     SettingsMismatch when `output` was begun with other settings; InputError when `output` belongs to something else or
     no record is left; PrepareError when a process dies or the disk is full.
     """
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    if workers < 1:
-        raise InputError(f"workers must be at least 1, got {workers}")
+    if workers < 0:
+        raise InputError(f"workers must not be negative, got {workers}")
     prefix, folder = Path(output), companion(output, ".chunks")
     read_blocks(settings.paths, settings.chunk_bytes)  # for its checks of the files
     fingerprint = tokenizer.fingerprint()
@@ -76,7 +80,7 @@ def prepare(
         store = _open_finished(prefix, settings.of_packs(fingerprint))
         if folder.exists() and not keep_chunks:
             shutil.rmtree(folder)
-        return Prepared(store, companion(prefix, ".report.txt").read_text(encoding="utf-8").rstrip("\n"))
+        return Prepared(store, summary.read(prefix))
     if not folder.exists() and (taken := [s for s in (".bin", ".idx") if companion(prefix, s).exists()]):
         raise InputError(
             f"{companion(prefix, taken[0])} is there, but no {companion(prefix, '.json').name} beside it: it was not "
@@ -87,7 +91,7 @@ def prepare(
         with _locked(folder):
             job = {"settings": settings.of_chunks(fingerprint), "num_chunks": None, "part_suffix": ".json"}
             agree(folder, folder, f"{os.getpid()}", job)
-            with closing(encoding_processes(workers, tokenizer, settings, folder)) as pool:
+            with closing(encoding_workers(workers, tokenizer, settings, folder)) as pool:
                 run = _Run(settings, prefix, folder, pool, progress)
                 infos = run.tokenize()
                 prepared = run.pack(infos, tokenizer, fingerprint)
@@ -97,9 +101,9 @@ def prepare(
 
 
 class _Run:
-    def __init__(self, settings: PrepareSettings, prefix: Path, folder: Path, pool: ProcessPool, progress: bool):
+    def __init__(self, settings: PrepareSettings, prefix: Path, folder: Path, workers: Workers, progress: bool):
         self._settings, self._prefix, self._folder = settings, prefix, folder
-        self._pool, self._progress = pool, progress
+        self._workers, self._progress = workers, progress
         self._figures: dict[str, Any] = {"chunks": 0, "resumed_chunks": 0, "tokens": 0, "cpu_seconds": 0.0}
         self._figures["peak_worker_bytes"] = 0
 
@@ -124,7 +128,7 @@ class _Run:
                 yield Task(block.index, _header(block), block.data, f"{block.file} from line {block.first} on")
 
         with self._bar("tokenizing", "B", total) as bar:
-            for task, reply in run_tasks(self._pool, tasks()):
+            for task, reply in run_tasks(self._workers, tasks()):
                 figures["chunks"] += 1
                 figures["tokens"] += reply["tokens"]
                 self._note(reply)
@@ -139,18 +143,20 @@ class _Run:
         """Write the packs of all chunks."""
         counts = summary.total(infos)
         if not counts.kept:
-            empty = summary.numbers(infos, positions(_no_lengths(), 1), 0, self._settings.seq_length)
+            empty = summary.numbers(infos, self._settings)
             raise InputError(
                 "no record is left to train on: pass a longer --seq-length, or records with trained turns\n"
                 + summary.text(empty, str(self._prefix))
             )
         assembly = Assembly(self._folder, infos, self._settings)
-        sizes = positions(assembly.lengths, self._settings.pad_multiple)
-        numbers = summary.numbers(infos, sizes, len(assembly.packs), self._settings.seq_length)
+        numbers = summary.numbers(infos, self._settings)
+        if self._settings.packing:
+            sizes = positions(assembly.lengths, self._settings.pad_multiple)
+            numbers |= summary.packing_numbers(sizes, len(assembly.packs), self._settings.seq_length)
         assembly.write_index()
         assembly.write_origins()
         with self._bar("packing", " tokens", assembly.tokens) as bar:
-            for _, reply in run_tasks(self._pool, assembly.place_tasks()):
+            for _, reply in run_tasks(self._workers, assembly.place_tasks()):
                 bar.update(reply["tokens"])
                 self._note(reply)
         description = {
@@ -173,21 +179,19 @@ class _Run:
             "sources": assembly.sources,
             "files": list(self._settings.paths),
         }
-        text = summary.text(numbers, str(self._prefix))
-        others = {".report.json": _json(numbers), ".report.txt": (text + "\n").encode()}
+        others = {".report.json": _json(numbers)}
+        others[".report.txt"] = (summary.text(numbers, self._prefix.name) + "\n").encode()
         if counts.bad:
             lines = [json.dumps(error, ensure_ascii=False) for info in infos for error in info.errors]
             others[".errors.jsonl"] = ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
         assembly.publish(self._prefix, others, _json(description))
-        return Prepared(PackedStore(self._prefix), text, **self._figures)
+        return Prepared(PackedStore(self._prefix), summary.text(numbers, str(self._prefix)), **self._figures)
 
     def _note(self, reply: dict[str, Any]) -> None:
         self._figures["cpu_seconds"] += reply["cpu_seconds"]
         self._figures["peak_worker_bytes"] = max(self._figures["peak_worker_bytes"], reply["peak_bytes"])
 
     def _bar(self, name: str, unit: str, total: int) -> Any:
-        from tqdm import tqdm
-
         return tqdm(
             total=total,
             desc=name,
@@ -228,13 +232,10 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PrepareError(f"another prepare is at work in {folder}: wait for it, or stop it") from None
+        except OSError as error:  # a file system without locks: two at once write the same bytes
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
         yield
-
-
-def _no_lengths() -> Any:
-    import numpy as np
-
-    return np.empty(0, dtype=np.int32)
 
 
 def _json(values: dict[str, Any]) -> bytes:

@@ -8,6 +8,7 @@
     PREFIX.sources.bin       int32 [documents], an index into `sources` of the JSON
     PREFIX.records.bin       int64 [documents, 2], an index into `files` of the JSON, and the line (row) there, from 1
     PREFIX.json              settings and fingerprints, counts, names; written last
+    PREFIX.records.parquet   only where each pack is one document: a row for each record, see record_index.py
     PREFIX.report.txt, .report.json, .errors.jsonl
 
 A pack holds whole documents, each with all of its n tokens. As input a document takes n - 1 positions, ids[:-1],
@@ -89,15 +90,13 @@ class PackedStore:
             if self.meta["kind"] != "megatron-idft packs":
                 raise ValueError("it is no description of packs")
             if self.meta["format"] != FORMAT:
-                raise InputError(
-                    f"{path}: format {self.meta['format']}, this version reads {FORMAT}: prepare the data again"
-                )
+                raise InputError(f"{path}: format {self.meta['format']}, this version reads {FORMAT}: {self._again()}")
             packs, documents, tokens = (int(self.meta[key]) for key in ("packs", "documents", "tokens"))
             loss = (".weight.bin", 4 * tokens) if self.meta["weighted"] else (".mask.bin", tokens)
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{path} is damaged or of another program ({error}): prepare the data again") from error
+            raise InputError(f"{path} is damaged or of another program ({error}): {self._again()}") from error
         for suffix, size in (
             (".bin", 4 * tokens),
             (".idx", len(INDEX_HEADER) + _INDEX_COUNTS.size + 20 * packs + 8),
@@ -110,8 +109,12 @@ class PackedStore:
             file = companion(prefix, suffix)
             found = file.stat().st_size if file.exists() else None
             if found != size:
-                raise InputError(f"{file} should hold {size} bytes, found {found}: prepare the data again")
+                raise InputError(f"{file} should hold {size} bytes, found {found}: {self._again()}")
         self._arrays: dict[str, NDArray[Any]] = {}
+
+    def _again(self) -> str:
+        """The remedy for damage."""
+        return "prepare the data again"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.prefix,)
@@ -122,6 +125,16 @@ class PackedStore:
     @property
     def seq_length(self) -> int:
         return int(self.meta["seq_length"])
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of all sources, in the order in which they come up."""
+        return list(self.meta["sources"])
+
+    @property
+    def end_of_turn_ids(self) -> list[int]:
+        """The token ids that end assistant turns."""
+        return list(self.meta["end_of_turn_ids"])
 
     def pack(self, index: int) -> Pack:
         """Raises IndexError outside [0, len)."""
@@ -149,6 +162,11 @@ class PackedStore:
         starts = self.pack(index).starts
         document = int(np.searchsorted(starts, position - self._tokens_of(index)[0], side="right")) - 1
         return self.origins(index)[document]
+
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each pack, int32 [packs]."""
+        head = len(INDEX_HEADER) + _INDEX_COUNTS.size
+        return self._map(".idx", np.uint8)[head : head + 4 * len(self)].view("<i4")
 
     def origins(self, index: int) -> list[tuple[str, int]]:
         """The file and line (row) of each document of a pack."""

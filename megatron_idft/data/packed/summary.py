@@ -1,16 +1,19 @@
 """What `prepare` met and made, as numbers and as text."""
 
+import json
 from collections import Counter
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_idft.data.packed.chunks import ChunkInfo
+from megatron_idft.data.packed.counts import Counts
 from megatron_idft.data.packed.encoding import SOURCE_FIGURES
+from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.packing import best_fit_decreasing, efficiency, first_fit
-from megatron_idft.data.token_counts import Counts
 
 _COMPARED = 200_000  # documents: first-fit is slow in Python
 
@@ -20,8 +23,8 @@ def total(infos: list[ChunkInfo]) -> Counts:
     return Counts(**{f.name: sum(getattr(info.counts, f.name) for info in infos) for f in fields(Counts)})
 
 
-def numbers(infos: list[ChunkInfo], sizes: NDArray[np.int32], packs: int, seq_length: int) -> dict[str, Any]:
-    """The report as JSON. sizes: int32 [documents], the positions that each takes up, in the order of the input."""
+def numbers(infos: list[ChunkInfo], settings: PrepareSettings) -> dict[str, Any]:
+    """The report as JSON, without what `packing_numbers` adds where there is packing."""
     counts = total(infos)
     per_source: dict[str, dict[str, int]] = {}
     lengths: Counter[int] = Counter()
@@ -31,13 +34,6 @@ def numbers(infos: list[ChunkInfo], sizes: NDArray[np.int32], packs: int, seq_le
             for key in SOURCE_FIGURES:
                 sums[key] += figures[key]
         lengths.update({int(bits): number for bits, number in info.lengths.items()})
-    compared = sizes[:_COMPARED]
-    alike = {
-        "documents": len(compared),
-        "best_fit_decreasing": efficiency(compared, len(best_fit_decreasing(compared, seq_length)), seq_length),
-        "first_fit": efficiency(compared, first_fit(compared.tolist(), seq_length), seq_length),
-        "one_record_per_pack": efficiency(compared, len(compared), seq_length),
-    }
     return {
         "counts": asdict(counts),
         "trained_share": counts.trained_tokens / max(counts.tokens, 1),
@@ -45,15 +41,36 @@ def numbers(infos: list[ChunkInfo], sizes: NDArray[np.int32], packs: int, seq_le
             {"from": 1 << max(bits - 1, 0), "to": (1 << bits) - 1, "records": lengths[bits]} for bits in sorted(lengths)
         ],
         "per_source": per_source,
-        "seq_length": seq_length,
-        "packs": packs,
-        "efficiency": efficiency(sizes, packs, seq_length),
-        "compared": alike,
+        "seq_length": settings.seq_length,
     }
 
 
+def packing_numbers(sizes: NDArray[np.int32], packs: int, seq_length: int) -> dict[str, Any]:
+    """What a report says of the packing.
+
+    Args:
+        sizes: int32 [documents], the positions that each takes up, in the order of the input.
+        packs: how many there are.
+        seq_length: the positions of each.
+    """
+    compared = sizes[:_COMPARED]
+    alike = {
+        "documents": len(compared),
+        "best_fit_decreasing": efficiency(compared, len(best_fit_decreasing(compared, seq_length)), seq_length),
+        "first_fit": efficiency(compared, first_fit(compared.tolist(), seq_length), seq_length),
+        "one_record_per_pack": efficiency(compared, len(compared), seq_length),
+    }
+    return {"packs": packs, "efficiency": efficiency(sizes, packs, seq_length), "compared": alike}
+
+
+def read(prefix: str | Path) -> str:
+    """The report of finished packs, for a person."""
+    values = json.loads(Path(f"{prefix}.report.json").read_text(encoding="utf-8"))
+    return text(values, str(prefix))
+
+
 def text(values: dict[str, Any], prefix: str) -> str:
-    """The report for a person."""
+    """The report for a person; without packing, only what was read and kept."""
     counts, seq_length = values["counts"], values["seq_length"]
     mean = counts["tokens"] / max(counts["kept"], 1)
     rows = [
@@ -75,9 +92,13 @@ def text(values: dict[str, Any], prefix: str) -> str:
         "unwritten": ("records not fully written", "the template leaves out or rewrites a message"),
     }
     rows += [(name, counts[key], note) for key, (name, note) in notes.items() if counts.get(key)]
-    rows.append(("packs", values["packs"], f"of {seq_length} positions, {_percent(values['efficiency'])} full"))
-    compared = values["compared"]
+    packing = "packs" in values
+    if packing:
+        rows.append(("packs", values["packs"], f"of {seq_length} positions, {_percent(values['efficiency'])} full"))
     lines = [f"{name:<34}{value:>16,}   {note}".rstrip() for name, value, note in rows]
+    if not packing:
+        return "\n".join([f"tokenized records {prefix}", *(f"  {line}" for line in lines)])
+    compared = values["compared"]
     lines.append(f"packing the first {compared['documents']:,} documents in three ways:")
     for key, name in (
         ("best_fit_decreasing", "best-fit decreasing, as here"),

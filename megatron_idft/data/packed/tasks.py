@@ -1,21 +1,46 @@
 """Blocks to encode and documents to place, given to processes; and how their failures end `prepare`."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
+from megatron_idft.data.packed.encoding import BlockEncoder
+from megatron_idft.data.packed.encoding_process import answers
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.worker_tokenizer import describe_tokenizer
 from megatron_idft.errors import PrepareError, RecordError, TemplateError
 from megatron_idft.processes import Failure, ProcessPool, Task
 
 
-def encoding_processes(count: int, tokenizer: ChatTokenizer, settings: PrepareSettings, folder: Path) -> ProcessPool:
-    """Up to `count` processes. folder: of the chunks; a file in it tells every process what it begins with."""
+class Workers(Protocol):
+    """Who works on tasks: a `ProcessPool`, or this process."""
+
+    def run(self, tasks: Iterable[Task], /) -> Iterator[tuple[Task, Any]]: ...
+    def close(self) -> None: ...
+
+
+class ThisProcess:
+    """The work of the processes done in this one: before a process has started, a small input is tokenized."""
+
+    def __init__(self, tokenizer: ChatTokenizer, settings: PrepareSettings, folder: Path):
+        self._answer = answers(BlockEncoder(tokenizer, settings), folder)
+
+    def run(self, tasks: Iterable[Task], /) -> Iterator[tuple[Task, Any]]:
+        for task in tasks:
+            yield task, self._answer(task.header, task.payload)
+
+    def close(self) -> None:
+        pass
+
+
+def encoding_workers(count: int, tokenizer: ChatTokenizer, settings: PrepareSettings, folder: Path) -> Workers:
+    """Up to `count` processes; 0: this one. folder: of the chunks; a file in it says what every process begins with."""
+    if count == 0:
+        return ThisProcess(tokenizer, settings, folder)
     setup = folder / "setup.json"
     values = {"tokenizer": describe_tokenizer(tokenizer), "settings": asdict(settings), "folder": str(folder)}
     setup.write_text(json.dumps(values), encoding="utf-8")
@@ -23,7 +48,7 @@ def encoding_processes(count: int, tokenizer: ChatTokenizer, settings: PrepareSe
     return ProcessPool("megatron_idft.data.packed.encoding_process", str(setup), count, not_started=not_started)
 
 
-def run_tasks(pool: ProcessPool, tasks: Iterator[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
+def run_tasks(workers: Workers, tasks: Iterator[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
     """Each task with its reply, as they come. Tasks have rising numbers, and are taken as they are needed.
 
     Where tasks fail, those before the first that failed are finished, and its error is raised: the same one whatever
@@ -35,7 +60,7 @@ def run_tasks(pool: ProcessPool, tasks: Iterator[Task]) -> Iterator[tuple[Task, 
         while not failed and (task := next(tasks, None)) is not None:
             yield task
 
-    for task, reply in pool.run(until_one_fails()):
+    for task, reply in workers.run(until_one_fails()):
         if isinstance(reply, Failure):
             failed[task.number] = _error(reply, f"on {task.label}")
             if reply.end is not None:

@@ -26,7 +26,7 @@ from megatron_idft.corpus.scores.rows import TOKEN_SCHEMA, ScoredRow, scored_rec
 from megatron_idft.data.chat.show import render_sample
 from megatron_idft.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_idft.data.model_rows import require_rows
-from megatron_idft.data.token_cache import TokenCache, open_token_cache
+from megatron_idft.data.packed.records import TokenizedRecords
 from megatron_idft.errors import ArgumentError, UnservedModelError
 from megatron_idft.inference.engine import DecodeEngine
 from megatron_idft.inference.served import require_served, require_served_layout
@@ -34,7 +34,7 @@ from megatron_idft.integration.offline import program
 from megatron_idft.integration.offline.score_arguments import add_score_arguments
 from megatron_idft.integration.offline.scorer import ModelScorer
 from megatron_idft.integration.platform.ranks import gather
-from megatron_idft.integration.training.record_data import build_shared_token_cache
+from megatron_idft.integration.training.data import shared_records
 
 _CALIBRATION_ROWS = 64  # own answers decoded at once
 
@@ -48,21 +48,21 @@ def score() -> None:
     if args.calibrate is not None:
         with _calibration_refused_with_its_remedy():
             require_served_layout(args.sequence_parallel)
-    tokenizer, cache = _open_data(args)
+    tokenizer, records = _open_data(args)
     if args.dry_run:
-        print_rank_0("> first record, scored spans in brackets:\n" + render_sample(*cache[0], tokenizer))
+        print_rank_0("> first record, scored spans in brackets:\n" + render_sample(*records[0], tokenizer))
         return
     scorer = _load_scorer(args)
     if args.calibrate is not None:
         with _calibration_refused_with_its_remedy():
             require_served(scorer.model)
-    total = min(len(cache), args.limit or len(cache))
+    total = min(len(records), args.limit or len(records))
     if args.estimate:
-        _estimate(args, scorer, tokenizer, cache, total)
+        _estimate(args, scorer, tokenizer, records, total)
         return
-    _score_chunks(args, scorer, tokenizer, cache, total)
+    _score_chunks(args, scorer, tokenizer, records, total)
     if args.calibrate is not None:
-        _calibrate(args, scorer, tokenizer, cache, total)
+        _calibrate(args, scorer, tokenizer, records, total)
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def _parse() -> argparse.Namespace:
     return program.parse(add_score_arguments, ("tokens_per_batch", "calibrate", "calibrate_max_tokens"))
 
 
-def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenCache]:
+def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenizedRecords]:
     from megatron.training.utils import print_rank_0
 
     tokenizer = load_tokenizer(
@@ -89,19 +89,10 @@ def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenCache]:
         trust_remote_code=args.trust_remote_code,
         template_date=args.sft_template_date,
     )
-    settings = {
-        "tokenizer": tokenizer,
-        "seq_length": args.seq_length,
-        "cache_dir": args.sft_cache or str(Path(args.sft_data[0]).resolve().parent / ".megatron-idft-cache"),
-        "truncation": args.sft_truncation,
-        "on_bad_record": args.sft_bad_records,
-        "last_turn_only": args.sft_last_turn_only,
-    }
-    build_shared_token_cache("--sft-data", args.sft_data, settings)
-    cache = open_token_cache(args.sft_data, **settings)
-    require_rows(cache, tokenizer, args.sft_loss_vocab_size)
-    print_rank_0(cache.report())
-    return tokenizer, cache
+    records = shared_records(args, tokenizer, "--sft-data", args.sft_data)
+    require_rows(records, tokenizer, args.sft_loss_vocab_size)
+    print_rank_0(records.report())
+    return tokenizer, records
 
 
 def _load_scorer(args: argparse.Namespace) -> ModelScorer:
@@ -131,16 +122,16 @@ def _from_leader(value: Any) -> Any:
 
 
 def _rows(
-    scorer: ModelScorer, tokenizer: ChatTokenizer, cache: TokenCache, samples: Sequence[int]
+    scorer: ModelScorer, tokenizer: ChatTokenizer, records: TokenizedRecords, samples: Sequence[int]
 ) -> list[ScoredRow] | None:
     """Scored rows of these samples on the leading rank, None elsewhere."""
-    return _score_sequences(scorer, tokenizer, cache, samples, [cache[index] for index in samples])
+    return _score_sequences(scorer, tokenizer, records, samples, [records[index] for index in samples])
 
 
 def _score_sequences(
     scorer: ModelScorer,
     tokenizer: ChatTokenizer,
-    cache: TokenCache,
+    records: TokenizedRecords,
     samples: Sequence[int],
     sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.uint8]]],
 ) -> list[ScoredRow] | None:
@@ -150,7 +141,7 @@ def _score_sequences(
         return None
     rows: list[ScoredRow] = []
     for index, (ids, mask), (log_prob, entropy), record in zip(
-        samples, sequences, statistics, cache.records(samples), strict=True
+        samples, sequences, statistics, records.records(samples), strict=True
     ):
         try:
             row = scored_record(
@@ -159,7 +150,7 @@ def _score_sequences(
                 log_prob,
                 entropy,
                 decode=tokenizer.decode,
-                end_of_turn_ids=cache.end_of_turn_ids,
+                end_of_turn_ids=records.end_of_turn_ids,
                 special_ids=tokenizer.special_ids.values(),
             )
         except FloatingPointError as error:
@@ -169,24 +160,24 @@ def _score_sequences(
 
 
 def _score_chunks(
-    args: argparse.Namespace, scorer: ModelScorer, tokenizer: ChatTokenizer, cache: TokenCache, total: int
+    args: argparse.Namespace, scorer: ModelScorer, tokenizer: ChatTokenizer, records: TokenizedRecords, total: int
 ) -> None:
     chunks = -(-total // args.chunk_records)
     with ExitStack() as stack:
         ledger = None
         if _leads():
-            settings = _settings(args, cache, total)
+            settings = _settings(args, records, total)
             ledger = stack.enter_context(Ledger(args.output, settings, chunks, lease_seconds=args.lease_seconds))
         bar = tqdm(total=chunks, desc="scoring", unit="chunk", disable=ledger is None, file=sys.stderr, mininterval=1.0)
         stack.callback(bar.close)
         tokens = 0
         for chunk in program.claimed(ledger, _from_leader):
             samples = range(chunk * args.chunk_records, min((chunk + 1) * args.chunk_records, total))
-            rows = _rows(scorer, tokenizer, cache, samples)
+            rows = _rows(scorer, tokenizer, records, samples)
             if ledger is None or rows is None:
                 continue
             ledger.finish(chunk, functools.partial(program.write_part, rows=rows, schema=TOKEN_SCHEMA))
-            tokens += sum(len(cache[index][0]) for index in samples)
+            tokens += sum(len(records[index][0]) for index in samples)
             bar.n = len(ledger.parts())
             bar.set_postfix_str(f"{tokens / bar.format_dict['elapsed']:,.0f} tokens/s in this launch", refresh=False)
             bar.refresh()
@@ -195,18 +186,18 @@ def _score_chunks(
             print(finish_scores(Path(args.output), ledger.parts(), per_token=args.per_token), flush=True)
 
 
-def _settings(args: argparse.Namespace, cache: TokenCache, total: int) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, records: TokenizedRecords, total: int) -> dict[str, Any]:
     """What must agree between launches on one output folder."""
     return program.model_settings(args) | {
         "data": [Path(path).name for path in args.sft_data],
-        "tokens": cache.path.name,  # the fingerprint of records, tokenizer, template and length
+        "tokens": records.path.name,  # the fingerprint of records, tokenizer, template and length
         "records": total,
         "chunk_records": args.chunk_records,
     }
 
 
 def _calibrate(
-    args: argparse.Namespace, scorer: ModelScorer, tokenizer: ChatTokenizer, cache: TokenCache, total: int
+    args: argparse.Namespace, scorer: ModelScorer, tokenizer: ChatTokenizer, records: TokenizedRecords, total: int
 ) -> None:
     """Own answers to prompts spread over the corpus, scored like records: a ledger with one part per temperature."""
     engine = DecodeEngine(
@@ -218,11 +209,11 @@ def _calibrate(
     )
     _print_on_leader(engine.describe())
     samples = sorted({int(index) for index in np.linspace(0, total - 1, min(total, args.calibrate))})
-    prompts = [ids[: int(np.flatnonzero(mask)[0])] for ids, mask in (cache[index] for index in samples)]
+    prompts = [ids[: int(np.flatnonzero(mask)[0])] for ids, mask in (records[index] for index in samples)]
     with ExitStack() as stack:
         ledger = None
         if _leads():
-            settings = _settings(args, cache, total) | {
+            settings = _settings(args, records, total) | {
                 "answers": len(samples),
                 "max_tokens": args.calibrate_max_tokens,
                 "seed": args.seed,
@@ -237,14 +228,14 @@ def _calibrate(
                 max_tokens=args.calibrate_max_tokens,
                 temperature=OWN_SAMPLE_TEMPERATURES[chunk],
                 seed=args.seed,
-                stop_ids={*cache.end_of_turn_ids, tokenizer.eos_id},
+                stop_ids={*records.end_of_turn_ids, tokenizer.eos_id},
             )
             answered = [(i, p, a) for i, p, a in zip(samples, prompts, answers, strict=True) if len(a)]
             sequences = [
                 (np.concatenate([p, a]).astype(np.int32), np.repeat([0, 1], [len(p), len(a)]).astype(np.uint8))
                 for _, p, a in answered
             ]
-            rows = _score_sequences(scorer, tokenizer, cache, [index for index, _, _ in answered], sequences)
+            rows = _score_sequences(scorer, tokenizer, records, [index for index, _, _ in answered], sequences)
             if ledger is not None and rows is not None:
                 ledger.finish(chunk, functools.partial(program.write_part, rows=rows, schema=TOKEN_SCHEMA))
     if ledger is not None:
@@ -252,17 +243,17 @@ def _calibrate(
 
 
 def _estimate(
-    args: argparse.Namespace, scorer: ModelScorer, tokenizer: ChatTokenizer, cache: TokenCache, total: int
+    args: argparse.Namespace, scorer: ModelScorer, tokenizer: ChatTokenizer, records: TokenizedRecords, total: int
 ) -> None:
     samples = sorted({int(index) for index in np.linspace(0, total - 1, min(total, 200))})
-    _rows(scorer, tokenizer, cache, samples[:1])  # compiles and allocates
+    _rows(scorer, tokenizer, records, samples[:1])  # compiles and allocates
     start = time.monotonic()
-    rows = _rows(scorer, tokenizer, cache, samples)
+    rows = _rows(scorer, tokenizer, records, samples)
     elapsed = time.monotonic() - start
     if rows is None:
         return
-    tokens = sum(len(cache[index][0]) for index in samples)
-    all_tokens = int(cache.lengths()[:total].sum())
+    tokens = sum(len(records[index][0]) for index in samples)
+    all_tokens = int(records.lengths()[:total].sum())
     phi = np.array([row["phi_mean"] for row in rows])
     print(
         f"> {len(rows)} records, {tokens:,} tokens in {elapsed:.1f} s: {tokens / elapsed:,.0f} tokens/s\n"

@@ -39,7 +39,7 @@ from megatron_idft.integration.platform.gpu_libraries import find_gpu_libraries
 from megatron_idft.integration.platform.hf_model import expand, recorded_vocab_size
 from megatron_idft.integration.platform.local_flags import add_local_flags, given_flags
 from megatron_idft.integration.training.arguments import add_data_arguments, validate_data_arguments
-from megatron_idft.integration.training.packed_data import prepared_data
+from megatron_idft.integration.training.data import named_data
 from megatron_idft.planning.hardware import GIB, GPUS
 from megatron_idft.planning.plan import Length, Plan, make_plan
 from megatron_idft.planning.shape import Training
@@ -210,7 +210,7 @@ def _parse(words: list[str], data_arguments: Any) -> argparse.Namespace:
     if args.sft_data:
         # A length that follows from the data is no reason to refuse here.
         call("the data flags", lambda: validate_data_arguments(args))
-        prepared_data(args)
+        named_data(args)
     args.world_size = args.gpus
     flag_checks.check_layout(args)
     flag_checks.check_model(args)

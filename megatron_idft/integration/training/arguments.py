@@ -34,6 +34,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     flags.add_truncation(group)
     flags.add_bad_records(group)
     flags.add_cache(group)
+    group.add_argument(
+        "--sft-packing",
+        action="store_true",
+        help="Pack the records: several whole conversations to a sequence, none of which sees another, as `prepare`"
+        " does. An epoch then counts packs. By default each sequence is one record.",
+    )
     checkpoints.add_checksum_argument(group)
     stops.add_signal_argument(group)
     hf_model.add_hf_model_arguments(group)
@@ -63,7 +69,7 @@ def validate_data_arguments(args: argparse.Namespace) -> None:
         "multiple_validation_sets": "name the sets as --sft-valid-data NAME=FILE …; drop --multiple-validation-sets",
         "validation_set_names": "name the sets as --sft-valid-data NAME=FILE …; drop --validation-set-names",
         "hybrid_context_parallel": "it needs packed sequences; drop --hybrid-context-parallel",
-        "dataloader_inter_document_masking": "records are not packed here; drop --dataloader-inter-document-masking",
+        "dataloader_inter_document_masking": "documents are never mixed here; drop --dataloader-inter-document-masking",
         "overlap_moe_expert_parallel_comm": "this program does not build schedule plans; drop"
         " --overlap-moe-expert-parallel-comm, or use `run` with a script that does",
     }

@@ -9,67 +9,85 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
+from megatron_idft.data.packed.dataset import INPUTS, LABELS
+from megatron_idft.integration.training.packed_attention import (
+    cumulative_lengths,
+    document_mask,
+    packed_sequence_parameters,
+    stage_reads,
+    takes_mask,
+)
+
+_DTYPES = {
+    "bounds": torch.int32,
+    "tokens": torch.int64,
+    "position_ids": torch.int64,
+    "labels": torch.int64,
+    "loss_mask": torch.float32,
+    "sources": torch.int64,
+}
 
 
 def get_batch(
-    data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None, micro_batch_size: int, sources: bool = False
+    data_iterator: Iterator[dict[str, Tensor]],
+    vp_stage: int | None,
+    micro_batch_size: int,
+    *,
+    packed: bool,
+    sources: bool = False,
 ) -> dict[str, Any]:
-    """This rank's share of the next micro-batch, or Nones on pipeline stages that need none.
+    """This rank's share of the next micro-batch.
 
-    sources: whether samples hold `sources`.
+    Stock `get_batch` gives the pipeline stages in the middle nothing at all: with packs, their layers would see one
+    long document. Here each stage of a packed training gets the bounds.
+
+    Args:
+        data_iterator: of samples of `PackedDataset`; read only where this stage reads any of a sample.
+        vp_stage: the virtual stage.
+        micro_batch_size: b.
+        packed: whether samples hold `bounds`.
+        sources: whether samples hold `sources`.
 
     Returns:
-        tokens, labels, position_ids [b, s/cp] int64 and loss_mask [b, s/cp] fp32; what a stage does not read is None.
-        With `sources`, those: [b, 1] int64. Collectives: broadcasts over the tensor-parallel group.
+        tokens, labels, position_ids, sources [b, s/cp] int64 and loss_mask [b, s/cp] fp32, each None on stages that do
+        not read it. With packs every stage has either attention_mask [b, 1, s, s] bool or packed_seq_params, the other
+        is None; without, both are: attention is causal, and padding on the right is seen by nobody.
+        Collectives: one broadcast per tensor over the tensor-parallel group. THD synchronises with the host.
     """
     from megatron.core import mpu
-    from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
-    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+    from megatron.core.utils import get_batch_on_this_cp_rank
     from megatron.training import get_args
-    from megatron.training.arguments import core_transformer_config_from_args
-    from megatron.training.utils import is_first_or_last_pipeline_stage
 
     args = get_args()
-    mtp = False
-    if args.mtp_num_layers:
-        mtp = mtp_on_this_rank(
-            layout=core_transformer_config_from_args(args).pipeline_model_parallel_layout,
-            mtp_num_layers=args.mtp_num_layers,
-            ignore_virtual=False,
-            vp_stage=vp_stage,
-        )
-    if not is_first_or_last_pipeline_stage(vp_stage) and not mtp:
-        return dict.fromkeys(_KEYS)
-    tp_rank = mpu.get_tensor_model_parallel_rank()
-    batch: dict[str, Any] = dict.fromkeys(_KEYS)
-    if tp_rank == 0:
-        batch |= {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
-    of_records = batch.pop("sources", None)
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=False,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=tp_rank,
-        micro_batch_size=micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=mtp,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-    )
-    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
-    if sources:
-        if tp_rank != 0:
-            of_records = torch.empty((micro_batch_size, 1), dtype=torch.int64, device=torch.cuda.current_device())
-        torch.distributed.broadcast(
-            of_records, mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group()
-        )
-        batch["sources"] = of_records
+    inputs, labels = stage_reads(args, vp_stage)
+    batch: dict[str, Any] = dict.fromkeys((*_DTYPES, "attention_mask", "packed_seq_params"))
+    of_labels = (*LABELS, "sources") if sources else LABELS
+    keys = [*(("bounds",) if packed else ()), *(INPUTS if inputs else ()), *(of_labels if labels else ())]
+    sample = next(data_iterator) if keys and mpu.get_tensor_model_parallel_rank() == 0 else None
+    for key in keys:
+        shape = (micro_batch_size, args.seq_length + (key == "bounds"))
+        if sample is None:
+            batch[key] = torch.empty(shape, dtype=_DTYPES[key], device=torch.cuda.current_device())
+        else:
+            batch[key] = sample[key].cuda(non_blocking=True)
+        if mpu.get_tensor_model_parallel_world_size() > 1:
+            source, group = mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group()
+            torch.distributed.broadcast(batch[key], source, group=group)
+    bounds = batch.pop("bounds")
+    lengths: dict[str, Any] = {}
+    if packed and takes_mask(args):
+        batch["attention_mask"] = document_mask(bounds)
+        return batch
+    if packed:
+        cu_seqlens = cumulative_lengths(bounds[0])
+        batch["packed_seq_params"] = packed_sequence_parameters(cu_seqlens, args.context_parallel_size)
+        lengths = {"cu_seqlens": cu_seqlens[None], "cu_seqlens_padded": None}
+    if args.context_parallel_size > 1 and (inputs or labels):
+        # The sequence, or each document of a pack, in 2 c parts, this rank's first and last: core/utils.py.
+        share = partial(get_batch_on_this_cp_rank, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+        if batch["sources"] is not None:  # it shares out four keys by name, and this is none of them
+            batch["sources"] = share({"tokens": batch["sources"], **lengths})["tokens"]
+        batch = share(batch | lengths)
     return batch
 
 
@@ -106,7 +124,11 @@ OnSources = Callable[[Tensor | None], None] | None
 
 
 def forward_step(
-    data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module, on_sources: OnSources = None
+    data_iterator: Iterator[dict[str, Tensor]],
+    model: torch.nn.Module,
+    *,
+    packed: bool,
+    on_sources: OnSources = None,
 ) -> tuple[Tensor, Any]:
     """One micro-batch through `model`; returns its output and the bound loss function."""
     from megatron.core.utils import get_attr_wrapped_model
@@ -118,16 +140,18 @@ def forward_step(
         data_iterator,
         get_attr_wrapped_model(model, "vp_stage"),
         args.micro_batch_size if model.training else args.eval_micro_batch_size,
+        packed=packed,
         sources=on_sources is not None,
     )
     get_timers()("batch-generator").stop()
     if on_sources is not None:
-        on_sources(batch.get("sources"))
+        on_sources(batch["sources"])
     output = model(
         batch["tokens"],
         batch["position_ids"],
         batch["attention_mask"],
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        **({"packed_seq_params": batch["packed_seq_params"]} if packed else {}),
     )
     return output, partial(loss_func, batch["loss_mask"])

@@ -15,6 +15,9 @@ from datetime import timedelta
 from multiprocessing.managers import SyncManager
 from typing import Any
 
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import DistError
+
 from megatron_idft.integration.platform import upstream
 from megatron_idft.integration.platform.signals import STOPS, die_with_parent
 
@@ -39,9 +42,6 @@ def use_fresh_store() -> None:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
-    from torch._C._distributed_c10d import TCPStore
-    from torch.distributed import DistError
-
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     key, patience = "megatron-idft/store", 300.0
     agents = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=patience))

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_idft.checkpoint.best import BestCheckpoints
+from megatron_idft.data.packed.dataset import RepeatedRounds
 from megatron_idft.errors import ArgumentError
 
 MOST_SOURCES = 64  # of which metrics are kept without being asked
@@ -112,8 +115,6 @@ def evaluation_rounds(
     """The validation dataset of `pretrain()`, None without a set. num_samples: what Megatron asks for."""
     from megatron.core.datasets.utils import Split
 
-    from megatron_idft.data.dataset import RepeatedRounds
-
     if not sets:
         return None
     size = args.eval_global_batch_size
@@ -166,8 +167,6 @@ def abandon_evaluation(model: Sequence[Any], config: Any) -> None:
 
 def best_checkpoints(args: argparse.Namespace, sets: Sequence[ValidationSet]) -> BestCheckpoints | None:
     """What `--sft-keep-best` asks for; on the rank that knows what evaluations measure, the last one."""
-    import torch
-
     if args.sft_keep_best is None or torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
         return None
     metric = args.sft_keep_best_metric or f"lm loss validation{sets[0].suffix}"

@@ -6,18 +6,21 @@ import argparse
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from megatron_idft.checkpoint.best import BestCheckpoints
+from megatron_idft.data.chat.show import render_sample
+from megatron_idft.data.chat.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_idft.data.model_rows import require_rows
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.loss.publishing import print_rank_last
 from megatron_idft.integration.loss.trainer import TrainerIntegration
 from megatron_idft.integration.platform import flag_checks, hf_model, upstream
 from megatron_idft.integration.platform.ranks import print_on_rank_0
 from megatron_idft.integration.platform.restricted_loading import restrict_checkpoint_reading
-from megatron_idft.integration.training import checkpoints, elastic, stops
+from megatron_idft.integration.training import batches, checkpoints, elastic, stops
 from megatron_idft.integration.training.arguments import NEVER, add_data_arguments, validate_data_arguments
+from megatron_idft.integration.training.data import NamedData, TrainingData, named_data
 from megatron_idft.integration.training.evaluation import (
     EvaluationInterrupted,
     ValidationSet,
@@ -29,14 +32,10 @@ from megatron_idft.integration.training.evaluation import (
     reported_sources,
     validation_sets,
 )
-from megatron_idft.integration.training.packed_batches import check_attention
-from megatron_idft.integration.training.packed_data import PackedData, prepared_data
-from megatron_idft.integration.training.record_data import RecordData
+from megatron_idft.integration.training.packed_attention import check_attention
 
 if TYPE_CHECKING:
     import torch
-
-    from megatron_idft.data.chat.tokenizer import ChatTokenizer
 
 
 class ChatTraining(TrainerIntegration):
@@ -45,8 +44,8 @@ class ChatTraining(TrainerIntegration):
     def __init__(self) -> None:
         super().__init__(end_of_turn_ids=self._corpus_end_of_turn_ids)
         self.tokenizer: ChatTokenizer | None = None
-        self.data: PackedData | RecordData | None = None
-        self._prepared: tuple[dict[str, Fraction], dict[str, list[str]]] | None = None
+        self.data: TrainingData | None = None
+        self._named: NamedData | None = None  # until the flags are parsed
         self._validation_sets: list[ValidationSet] = []
         self._source_names: tuple[str, ...] = ()
         self._best: BestCheckpoints | None = None
@@ -59,8 +58,8 @@ class ChatTraining(TrainerIntegration):
 
     @property
     def trains_packs(self) -> bool:
-        """Whether the flags name packs rather than records. Known when they are parsed."""
-        return self._prepared is not None
+        """Whether samples hold several documents. Known when the flags are parsed."""
+        return self._named is not None and self._named.packed
 
     def wrappers(self) -> dict[str, upstream.Wrapper]:
         return super().wrappers() | {
@@ -75,8 +74,8 @@ class ChatTraining(TrainerIntegration):
         call.arguments["extra_args_provider"] = add_data_arguments
         args = super()._parse_args(original, call)
         validate_data_arguments(args)
-        self._prepared = prepared_data(args)
-        flag_checks.check_train(args, reads_records=self._prepared is None)
+        self._named = named_data(args)
+        flag_checks.check_train(args, reads_records=self._named.prefixes is None)
         self._export = hf_model.HuggingFaceExport(args)
         self.stops.postpone_signal_handler(args)
         return args
@@ -148,10 +147,6 @@ class ChatTraining(TrainerIntegration):
     def _open_data(self, args: argparse.Namespace) -> None:
         from megatron.training.utils import print_rank_0
 
-        from megatron_idft.data.chat.show import render_sample
-        from megatron_idft.data.chat.tokenizer import load_tokenizer
-        from megatron_idft.data.model_rows import require_rows
-
         self.tokenizer = load_tokenizer(
             args.tokenizer_model,
             chat_template=args.chat_template,
@@ -163,10 +158,8 @@ class ChatTraining(TrainerIntegration):
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens but the model {args.padded_vocab_size} output"
                 " rows. Pass the tokenizer that the model was trained with as --tokenizer-model"
             )
-        if self._prepared is not None:
-            self.data = PackedData(args, self.tokenizer, *self._prepared)
-        else:
-            self.data = RecordData(args, self.tokenizer)
+        assert self._named is not None
+        self.data = TrainingData(args, self.tokenizer, self._named)
         for opened in self.data.opened:
             require_rows(opened, self.tokenizer, args.sft_loss_vocab_size or hf_model.recorded_vocab_size(args))
         print_rank_0(self.data.report())
@@ -191,10 +184,8 @@ class ChatTraining(TrainerIntegration):
 
     def forward_step(self, data_iterator: Any, model: torch.nn.Module) -> Any:
         """The `forward_step_func` of `pretrain()`: one micro-batch of records or of packs."""
-        from megatron_idft.integration.training import batches, packed_batches
-
-        step = packed_batches.forward_step if self.trains_packs else batches.forward_step
-        return step(data_iterator, model, self._note_sources if self._source_names else None)
+        on_sources = self._note_sources if self._source_names else None
+        return batches.forward_step(data_iterator, model, packed=self.trains_packs, on_sources=on_sources)
 
     def _note_sources(self, sources: torch.Tensor | None) -> None:
         for hook in self._hooks:

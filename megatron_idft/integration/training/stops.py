@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_idft.errors import LostRankError, TrainingStoppedError, UserError
 from megatron_idft.integration.platform import early_ending, signals, upstream
@@ -169,8 +170,6 @@ class Stops:
 
     def explain(self, error: BaseException, args: argparse.Namespace) -> BaseException:
         """What to raise for an error that ended the training: itself, where there is nothing to add."""
-        from torch.distributed.checkpoint.api import CheckpointException
-
         chain = list(_chain(error))
         if isinstance(error, SystemExit):
             return self._explain_exit(error, args)

@@ -8,7 +8,7 @@ from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_idft.errors import ArgumentError
-from megatron_idft.integration.training.packed_batches import (
+from megatron_idft.integration.training.packed_attention import (
     check_attention,
     cumulative_lengths,
     document_mask,

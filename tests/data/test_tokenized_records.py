@@ -1,4 +1,4 @@
-"""The token cache: what it counts, when it is reused, and that no half of one is ever used."""
+"""Records tokenized into a cache: what is counted, when it is reused, and that no half of one is ever used."""
 
 import json
 import os
@@ -15,14 +15,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chat_templates import REFUSED
+from prepared_files import files as files_of
+from prepared_files import tokenized, unpacked
 from tool_templates import QWEN25
 
 from megatron_idft import files
 from megatron_idft.data.chat.conversations import encode_conversation
 from megatron_idft.data.chat.tokenizer import load_tokenizer
-from megatron_idft.data.dataset import ChatDataset
-from megatron_idft.data.token_cache import TokenCache, build_token_cache, open_token_cache
-from megatron_idft.errors import CacheError, RecordError, TemplateError
+from megatron_idft.data.packed import records as records_module
+from megatron_idft.data.packed.dataset import PackedDataset
+from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.data.packed.prepare import prepare
+from megatron_idft.data.packed.records import TokenizedRecords, open_tokenized_records, tokenize_records
+from megatron_idft.data.packed.store import PackedStore
+from megatron_idft.errors import InputError, RecordError, TemplateError
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,8 +50,8 @@ def tokenizer(sentencepiece_model):
 @pytest.fixture
 def build(tokenizer, tmp_path):
     def build(*paths, seq_length=64, **options):
-        options = {"tokenizer": tokenizer, "cache_dir": tmp_path / "cache", "progress": False} | options
-        return build_token_cache([str(path) for path in paths], seq_length=seq_length, **options)
+        used = options.pop("tokenizer", tokenizer)
+        return tokenized(used, tmp_path / "cache", *paths, seq_length=seq_length, **options)
 
     return build
 
@@ -106,7 +112,7 @@ def test_conversations_without_an_answer_are_empty(build, tmp_path):
     prompt = {"messages": [{"role": "user", "content": "hello"}]}
     cache = build(write(tmp_path / "a.jsonl", prompt, record()))
     assert (cache.counts.records, cache.counts.kept, cache.counts.empty) == (2, 1, 1)
-    with pytest.raises(CacheError, match=r"no record is left(.|\n)*empty, left out +1 "):
+    with pytest.raises(InputError, match=r"no record is left(.|\n)*empty, left out +1 "):
         build(write(tmp_path / "b.jsonl", prompt))
     assert not list((tmp_path / "cache").glob(".building*"))
 
@@ -119,14 +125,14 @@ def test_bad_records_stop_the_build_or_are_skipped_and_written_down(build, token
     with pytest.raises(RecordError, match=r"a\.jsonl, line 2: not JSON"):
         build(file)
     assert not list((tmp_path / "cache").iterdir())
-    cache = build(file, on_bad_record="skip")
+    cache = build(file, bad_records="skip")
     expected = [tokens_of(tokenizer, row) for row in (record(), record(answer="again"), record())]
     assert contents(cache) == [(ids.tolist(), mask.tolist()) for ids, mask in expected]
     assert (cache.counts.records, cache.counts.bad, cache.counts.kept) == (6, 3, 3)
-    errors = [json.loads(line) for line in (cache.path / "errors.jsonl").read_text().splitlines()]
+    errors = [json.loads(line) for line in (cache.path / "records.errors.jsonl").read_text().splitlines()]
     assert [error["line"] for error in errors] == [2, 4, 5]
     assert "tool_calls" in errors[1]["message"] and "tools" in errors[2]["message"]
-    assert str(cache.path / "errors.jsonl") in cache.report()
+    assert str(cache.path / "records.errors.jsonl") in cache.report()
 
 
 def test_a_template_that_proves_nothing_stops_the_build_even_when_skipping(build, sentencepiece_model, tmp_path):
@@ -135,7 +141,7 @@ def test_a_template_that_proves_nothing_stops_the_build_even_when_skipping(build
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
     file = write(tmp_path / "a.jsonl", record(), {"messages": turns})
     with pytest.raises(TemplateError, match=r"a\.jsonl, line 2: messages\[1\]: nothing of it stands"):
-        build(file, tokenizer=tokenizer, on_bad_record="skip")
+        build(file, tokenizer=tokenizer, bad_records="skip")
 
 
 def messages_of(*contents, **fields):
@@ -171,31 +177,37 @@ def test_weights_are_kept_where_some_record_has_them(build, tokenizer, tmp_path)
     untrained["messages"][1]["loss"] = 0
     file = write(tmp_path / "a.jsonl", plain, weighted, untrained, plain, weighted, plain)
     cache = build(file)
-    assert (cache.counts.kept, cache.counts.weighted) == (6, 2) and "records with weights" in cache.report()
-    assert [cache.weights(i) is None for i in range(6)] == [True, False, True, True, False, True]
+    assert (cache.counts.kept, cache.counts.weighted) == (6, 2) and "weighted records" in cache.report()
+    as_mask = [bool((cache.pack(i).weights == cache[i][1]).all()) for i in range(6)]
+    assert as_mask == [True, False, True, True, False, True]
     ids, mask = cache[1]
-    for weights in (cache.weights(1), cache.weights(4), pickle.loads(pickle.dumps(cache)).weights(1)):
+    for store, index in ((cache, 1), (cache, 4), (pickle.loads(pickle.dumps(cache)), 1)):
+        weights = store.pack(index).weights
         assert weights.dtype == np.float32 and ((weights > 0) == mask).all()
         assert tokenizer.decode(ids[weights == 1]) == "first<|im_end|>"
         assert tokenizer.decode(ids[weights == 0.5]) == "second<|im_end|>"
     assert tokenizer.decode(cache[2][0][cache[2][1] == 1]) == "second<|im_end|>"
-    sample = ChatDataset(cache, 64, tokenizer.pad_id)[1]
-    assert sample["loss_mask"][: len(ids) - 1].tolist() == cache.weights(1)[1:].tolist()
+    sample = PackedDataset({"": cache}, 64, tokenizer.pad_id, bounds=False)[1]
+    assert sample["loss_mask"][: len(ids) - 1].tolist() == cache.pack(1).weights[1:].tolist()
     assert ((sample["labels"] >= 0) == (sample["loss_mask"] > 0)).all() and not sample["loss_mask"][len(ids) :].any()
     assert cache.counts.trained_tokens == sum(int(cache[i][1].sum()) for i in range(6))  # never the sum of weights
     ones = build(write(tmp_path / "b.jsonl", plain, messages_of("a", "b", loss=1), messages_of("a", "b", loss=True)))
-    assert not (ones.path / "weights.bin").exists() and ones.weights(1) is None and "with weights" not in ones.report()
-    damaged = cache.path / "weights.bin"
+    assert (
+        not (ones.path / "records.weight.bin").exists()
+        and ones.pack(1).weights is None
+        and "weighted" not in ones.report()
+    )
+    damaged = cache.path / "records.weight.bin"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    with pytest.raises(CacheError, match=r"weights\.bin should hold"):
+    with pytest.raises(InputError, match=r"records\.weight\.bin should hold"):
         build(file)
 
 
 def test_weights_are_cut_with_their_tokens(build, tmp_path):
     file = write(tmp_path / "a.jsonl", messages_of("hello", "world " * 40, loss=0.5), record())
     cache = build(file, seq_length=40)
-    assert len(cache[0][0]) == len(cache.weights(0)) == 41 and set(cache.weights(0).tolist()) == {0, 0.5}
-    assert cache.weights(1) is None
+    assert len(cache[0][0]) == len(cache.pack(0).weights) == 41 and set(cache.pack(0).weights.tolist()) == {0, 0.5}
+    assert set(cache.pack(1).weights.tolist()) == {0, 1}
 
 
 def test_the_last_turn_alone_is_trained_when_asked(build, tokenizer, tmp_path):
@@ -203,9 +215,8 @@ def test_the_last_turn_alone_is_trained_when_asked(build, tokenizer, tmp_path):
     whole, last = build(file), build(file, last_turn_only=True)
     assert last[0][0].tolist() == whole[0][0].tolist()
     assert tokenizer.decode(last[0][0][last[0][1] == 1]) == "second<|im_end|>"
-    assert open_token_cache(
-        [file], tokenizer=tokenizer, seq_length=64, cache_dir=tmp_path / "cache", last_turn_only=True
-    ).path == last.path  # fmt: skip
+    settings = unpacked([file], 64, last_turn_only=True)
+    assert open_tokenized_records(settings, tokenizer, tmp_path / "cache").path == last.path
     untrained = write(tmp_path / "b.jsonl", messages_of("hello", "first", "again", "second", loss=0), record())
     assert build(untrained, last_turn_only=True).counts.empty == 1
 
@@ -219,14 +230,14 @@ def test_the_report_counts_what_a_person_should_know(build, tmp_path):
 def test_the_same_arguments_reuse_and_anything_else_rebuilds(build, sentencepiece_model, tmp_path):
     file = write(tmp_path / "a.jsonl", *[record(f"question {i}") for i in range(5)])
     first = build(file)
-    stamp = (first.path / "tokens.bin").stat().st_mtime_ns
-    assert build(file).path == first.path and (first.path / "tokens.bin").stat().st_mtime_ns == stamp
+    stamp = (first.path / "records.bin").stat().st_mtime_ns
+    assert build(file).path == first.path and (first.path / "records.bin").stat().st_mtime_ns == stamp
     paths = {first.path}
     plain = load_tokenizer(sentencepiece_model, "plain")
     for options in (
         {"seq_length": 65},
         {"truncation": "drop"},
-        {"on_bad_record": "skip"},
+        {"bad_records": "skip"},
         {"tokenizer": plain},
         {"last_turn_only": True},
     ):
@@ -236,7 +247,7 @@ def test_the_same_arguments_reuse_and_anything_else_rebuilds(build, sentencepiec
     text = file.read_bytes()
     file.write_bytes(text.replace(b"question 4", b"question 5"))  # the same size; a later time
     assert (edited := build(file)).path not in paths
-    assert contents(edited) != contents(first) and contents(TokenCache(first.path)) == contents(first)
+    assert contents(edited) != contents(first) and contents(TokenizedRecords(first.path)) == contents(first)
 
 
 def test_an_edit_that_keeps_size_and_time_is_seen_in_head_and_tail(build, tmp_path):
@@ -259,21 +270,21 @@ def test_an_edit_in_the_middle_is_seen_by_its_time(build, tmp_path, monkeypatch)
 
 def test_other_ranks_open_what_one_rank_built(build, tokenizer, tmp_path):
     file = write(tmp_path / "a.jsonl", record())
-    same = {"tokenizer": tokenizer, "seq_length": 64, "cache_dir": tmp_path / "cache"}
-    with pytest.raises(CacheError, match="build_token_cache must finish first"):
-        open_token_cache([file], **same)
+    same = tokenizer, tmp_path / "cache"
+    with pytest.raises(InputError, match="tokenize_records must finish first"):
+        open_tokenized_records(unpacked([file], 64), *same)
     built = build(file)
-    assert open_token_cache([file], **same).path == built.path
-    with pytest.raises(CacheError, match="build_token_cache must finish first"):
-        open_token_cache([file], **(same | {"seq_length": 63}))
+    assert open_tokenized_records(unpacked([file], 64), *same).path == built.path
+    with pytest.raises(InputError, match="tokenize_records must finish first"):
+        open_tokenized_records(unpacked([file], 63), *same)
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "loss_mask.bin", "offsets.bin", "sources.bin", "meta.json"])
+@pytest.mark.parametrize("name", [".bin", ".idx", ".mask.bin", ".packs.bin", ".sources.bin", ".json"])
 def test_a_damaged_cache_is_refused(build, tmp_path, name):
     file = write(tmp_path / "a.jsonl", record())
-    damaged = build(file).path / name
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    with pytest.raises(CacheError, match=str(damaged.parent)):
+    damaged = build(file).path / f"records{name}"
+    damaged.write_bytes(damaged.read_bytes()[:-2])
+    with pytest.raises(InputError, match=f"delete {damaged.parent} to tokenize"):
         build(file)
 
 
@@ -282,23 +293,25 @@ def test_a_damaged_cache_is_refused(build, tmp_path, name):
     [
         ({"seq_length": 0}, "seq_length"),
         ({"truncation": "cut"}, "truncation"),
-        ({"on_bad_record": "ignore"}, "on_bad_record"),
+        ({"bad_records": "ignore"}, "bad_records"),
     ],
 )
 def test_wrong_settings_are_told(build, tmp_path, options, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(InputError, match=words):
         build(write(tmp_path / "a.jsonl", record()), **options)
-    with pytest.raises(ValueError, match="no record files"):
+    with pytest.raises(InputError, match="no record files"):
         build()
 
 
 BUILD = """
 import sys
 from megatron_idft.data.chat.tokenizer import load_tokenizer
-from megatron_idft.data.token_cache import build_token_cache
+from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.data.packed.records import tokenize_records
 model, records, cache = sys.argv[1:]
 tokenizer = load_tokenizer(model, "chatml")
-print(build_token_cache([records], tokenizer=tokenizer, seq_length=256, cache_dir=cache).counts.kept)
+settings = PrepareSettings((records,), 256, packing=False, chunk_bytes=1 << 18)
+print(tokenize_records(settings, tokenizer, cache).counts.kept)
 """
 
 
@@ -308,20 +321,18 @@ def builder(model, records, cache):
 
 
 def test_a_killed_build_leaves_nothing_that_is_used(build, sentencepiece_model, tokenizer, tmp_path):
-    file, cache = (
-        write(tmp_path / "a.jsonl", *[record(f"question {i}", "world " * 20) for i in range(20_000)]),
-        tmp_path / "cache",
-    )
+    rows = [record(f"question {i}", "world " * 20) for i in range(20_000)]
+    file, cache = write(tmp_path / "a.jsonl", *rows), tmp_path / "cache"
     process = builder(sentencepiece_model, file, cache)
     deadline = time.monotonic() + 60
-    while not any(part.stat().st_size for part in cache.glob(".building*/tokens.bin")):
+    while not list(cache.glob(".building*/records.chunks/chunk-*.json")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert list(cache.glob(".building*")) and not list(cache.glob("tokens-*"))
-    with pytest.raises(CacheError, match="must finish first"):
-        open_token_cache([file], tokenizer=tokenizer, seq_length=256, cache_dir=cache)
+    with pytest.raises(InputError, match="must finish first"):
+        open_tokenized_records(unpacked([file], 256), tokenizer, cache)
     assert len(build(file, seq_length=256)) == 20_000
     assert [path.name.split("-")[0] for path in cache.iterdir()] == ["tokens"]  # the dead build is swept away
 
@@ -336,33 +347,46 @@ def test_concurrent_builders_agree(sentencepiece_model, tmp_path):
 
 
 def test_the_loser_of_a_race_takes_the_winners_cache(build, tmp_path, monkeypatch):
-    from megatron_idft.data import token_cache
-
     file = write(tmp_path / "a.jsonl", record())
-    inner = token_cache._build
+    inner, winner = records_module.prepare, []
 
-    def slow(*args):
-        monkeypatch.setattr(token_cache, "_build", inner)
+    def slow(*args, **kwargs):
+        monkeypatch.setattr(records_module, "prepare", inner)
         winner.append(build(file))
-        inner(*args)
+        inner(*args, **kwargs)
 
-    winner = []
-    monkeypatch.setattr(token_cache, "_build", slow)
+    monkeypatch.setattr(records_module, "prepare", slow)
     assert build(file).path == winner[0].path and len(list((tmp_path / "cache").iterdir())) == 1
 
 
-@pytest.mark.parametrize(("bound", "value"), [("_BATCH_RECORDS", 16), ("_BATCH_CHARACTERS", 30_000)])
-def test_building_holds_a_batch_not_the_corpus(build, tmp_path, monkeypatch, bound, value):
-    from megatron_idft.data import token_cache
-
-    monkeypatch.setattr(token_cache, bound, value)
+def test_building_holds_a_chunk_not_the_corpus(tokenizer, tmp_path):
     row = json.dumps(record("question", "world hello " * 150)).encode()
     few, many = write(tmp_path / "few.jsonl", *[row] * 100), write(tmp_path / "many.jsonl", *[row] * 800)
     peaks = []
-    build(few, seq_length=2047)  # what is loaded once
-    for file in (few, many):
+    for number, file in enumerate((few, few, many)):  # the first loads what is loaded once
         tracemalloc.start()
-        build(file, seq_length=2048)
+        settings = unpacked([file], 2048, chunk_bytes=1 << 16)
+        prepare(settings, tokenizer, tmp_path / f"{number}", workers=0, progress=False)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0], peaks
+    assert peaks[2] < 1.5 * peaks[1], peaks
+
+
+def test_processes_and_this_one_write_the_same_bytes(tokenizer, tmp_path):
+    rows = [record(f"question {i}", f"answer {i}" * (1 + i % 7)) for i in range(400)]
+    settings = unpacked([write(tmp_path / "a.jsonl", *rows)], 32, chunk_bytes=1 << 13)
+    for workers in (0, 2):
+        prepare(settings, tokenizer, tmp_path / f"{workers}", workers=workers, progress=False)
+    assert files_of(tmp_path / "0") == files_of(tmp_path / "2")
+    indices = [TokenizedRecords.records(PackedStore(tmp_path / name)) for name in ("0", "2")]
+    assert indices[0] == indices[1] and len(indices[0]) == 400
+
+
+def test_records_are_packed_when_asked(tokenizer, tmp_path):
+    rows = [record(f"question {i}") for i in range(30)]
+    file = write(tmp_path / "a.jsonl", *rows)
+    settings = PrepareSettings((str(file),), 64)
+    store = tokenize_records(settings, tokenizer, tmp_path / "cache", progress=False)
+    assert len(store) < 30 and sum(len(store.pack(i).starts) for i in range(len(store))) == 30
+    assert "best-fit decreasing" in store.report()
+    assert store.path != tokenized(tokenizer, tmp_path / "cache", file).path

@@ -1,17 +1,21 @@
-"""Padded samples and epochs."""
+"""Samples of one record each, padded; shuffles; rounds of evaluation."""
 
 import json
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from prepared_files import tokenized
 from torch.utils.data import DataLoader
 
 from megatron_idft.data.chat.conversations import encode_conversation
 from megatron_idft.data.chat.tokenizer import load_tokenizer
-from megatron_idft.data.dataset import ChatDataset, RepeatedRounds, ShuffledEpochs, shuffled
-from megatron_idft.data.token_cache import build_token_cache
+from megatron_idft.data.packed.blend import BlendedEpochs
+from megatron_idft.data.packed.dataset import PackedDataset, RepeatedRounds
+from megatron_idft.data.packed.packing import permutation
+from megatron_idft.errors import InputError
 
 CONVERSATIONS = [
     [{"role": role, "content": f"{text} {i}"} for role, text in (("user", "hello"), ("assistant", "world")) * turns]
@@ -24,15 +28,15 @@ def tokenizer(sentencepiece_model):
     return load_tokenizer(sentencepiece_model, chat_template="chatml")
 
 
-def cache_of(tokenizer, folder, seq_length):
-    (folder / "a.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in CONVERSATIONS))
-    return build_token_cache(
-        [folder / "a.jsonl"], tokenizer=tokenizer, seq_length=seq_length, cache_dir=folder / "cache", progress=False
-    )
+def dataset_of(tokenizer, folder, seq_length, padded_to=None, **options):
+    file = folder / "a.jsonl"
+    file.write_text("".join(json.dumps({"messages": m}) + "\n" for m in CONVERSATIONS))
+    store = tokenized(tokenizer, folder / "cache", file, seq_length=seq_length)
+    return PackedDataset({"": store}, padded_to or seq_length, tokenizer.pad_id, bounds=False, **options)
 
 
 def test_samples_are_what_get_batch_expects(tokenizer, tmp_path):
-    data = ChatDataset(cache_of(tokenizer, tmp_path, 128), 128, pad_id=tokenizer.pad_id)
+    data = dataset_of(tokenizer, tmp_path, 128)
     assert len(data) == len(CONVERSATIONS)
     for i, messages in enumerate(CONVERSATIONS):
         ids, mask = encode_conversation(tokenizer, messages)
@@ -55,69 +59,42 @@ def test_samples_are_what_get_batch_expects(tokenizer, tmp_path):
 
 
 def test_a_cut_record_fills_the_sample(tokenizer, tmp_path):
-    data = ChatDataset(cache_of(tokenizer, tmp_path, 24), 24, pad_id=tokenizer.pad_id)
+    data = dataset_of(tokenizer, tmp_path, 24)
     ids, mask = encode_conversation(tokenizer, CONVERSATIONS[3])
     assert len(ids) > 25
     assert data[3]["tokens"].tolist() == ids[:24].tolist()
     assert data[3]["labels"].tolist() == [int(i) if m else -100 for i, m in zip(ids[1:25], mask[1:25], strict=True)]
 
 
-def test_a_cache_of_longer_records_is_refused(tokenizer, tmp_path):
-    cache = cache_of(tokenizer, tmp_path, 64)
-    with pytest.raises(ValueError, match="64, more than 32"):
-        ChatDataset(cache, 32, pad_id=0)
-    assert ChatDataset(cache, 96, pad_id=0)[0]["tokens"].shape == (96,)
+def test_longer_records_than_samples_are_refused(tokenizer, tmp_path):
+    with pytest.raises(InputError, match="more than --seq-length 16"):
+        dataset_of(tokenizer, tmp_path, 64, padded_to=16)[3]
+    assert dataset_of(tokenizer, tmp_path, 64, padded_to=96)[0]["tokens"].shape == (96,)
 
 
 def test_loader_workers_and_copies_read_the_same(tokenizer, tmp_path):
-    data = ChatDataset(cache_of(tokenizer, tmp_path, 64), 64, pad_id=0)
+    data = dataset_of(tokenizer, tmp_path, 64)
     stacked = torch.stack([data[i]["tokens"] for i in range(5)])
     assert torch.equal(next(iter(DataLoader(data, batch_size=5, num_workers=1)))["tokens"], stacked)
     copy = pickle.dumps(data)
     assert len(copy) < 2000 and torch.equal(pickle.loads(copy)[4]["tokens"], stacked[4])
 
 
-def test_epochs_visit_every_record_once_in_another_order(tokenizer, tmp_path):
-    class Numbers(torch.utils.data.Dataset):
-        def __len__(self):
-            return 50
-
-        def __getitem__(self, index):
-            return {"n": torch.tensor(index)}
-
-    stream = ShuffledEpochs(Numbers(), seed=1, num_samples=125)
-    order = [int(stream[i]["n"]) for i in range(125)]
-    assert len(stream) == 125
-    assert sorted(order[:50]) == sorted(order[50:100]) == list(range(50)) and len(set(order[100:])) == 25
-    assert order[:50] != order[50:100] != list(range(50))
-    # Whatever was asked for before: a resumed run asks for the rest only, ranks ask for their shares.
-    assert [ShuffledEpochs(Numbers(), 1, 125).record_index(i) for i in (124, 60, 3, 99)] == [
-        order[i] for i in (124, 60, 3, 99)
-    ]
-    assert [ShuffledEpochs(Numbers(), 1, 1000).record_index(i) for i in range(125)] == order
-    assert [ShuffledEpochs(Numbers(), 2, 125).record_index(i) for i in range(125)] != order
-    for index in (-1, 125):
-        with pytest.raises(IndexError):
-            stream[index]
-    with pytest.raises(ValueError, match="0 records"):
-        ShuffledEpochs([], 1, 10)
-
-
 def test_the_order_is_frozen():
     """A run may be resumed years later: these numbers must never change."""
-    assert shuffled(8, seed=1234, epoch=0).tolist() == [7, 3, 0, 1, 4, 2, 5, 6]
-    assert shuffled(8, seed=1234, epoch=1).tolist() == [0, 5, 6, 4, 2, 1, 7, 3]
+    assert permutation(8, seed=1234, stream=0).tolist() == [7, 3, 0, 1, 4, 2, 5, 6]
+    assert permutation(8, seed=1234, stream=1).tolist() == [0, 5, 6, 4, 2, 1, 7, 3]
 
 
 def test_the_order_is_a_fair_shuffle():
-    positions = np.array([shuffled(10, seed, epoch).argmin() for seed in range(40) for epoch in range(50)])
+    positions = np.array([permutation(10, seed, epoch).argmin() for seed in range(40) for epoch in range(50)])
     assert np.abs(np.bincount(positions, minlength=10) - 200).max() < 5 * np.sqrt(200)
 
 
 def test_a_last_batch_is_filled_up_with_samples_that_train_nothing(tokenizer, tmp_path):
-    data = ChatDataset(cache_of(tokenizer, tmp_path, 64), 64, pad_id=tokenizer.pad_id)
-    samples = ShuffledEpochs(data, seed=3, num_samples=12, num_epochs=2)
-    drawn = [samples.record_index(i) for i in range(12)]
+    data = dataset_of(tokenizer, tmp_path, 64)
+    samples = BlendedEpochs(data, [Fraction(1)], seed=3, num_samples=12, num_epochs=2)
+    drawn = [samples.pack_number(i) for i in range(12)]
     assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list(range(5)) and drawn[10:] == [None, None]
     filler = samples[11]
     assert not filler["loss_mask"].any() and (filler["labels"] == -100).all()
@@ -128,7 +105,7 @@ def test_a_last_batch_is_filled_up_with_samples_that_train_nothing(tokenizer, tm
 @pytest.mark.parametrize(("round_size", "num_samples"), [(8, 16), (5, 10), (3, 7), (8, 1)])
 def test_every_round_reads_the_same_records_each_once(tokenizer, tmp_path, round_size, num_samples):
     """A round longer than the data, exactly as long, shorter, and a request for less than one round."""
-    data = ChatDataset(cache_of(tokenizer, tmp_path, 64), 64, pad_id=tokenizer.pad_id)
+    data = dataset_of(tokenizer, tmp_path, 64)
     rounds = RepeatedRounds([(data, round_size)], num_samples)
     assert len(rounds) >= num_samples and len(rounds) % round_size == 0
     for start in range(0, len(rounds), round_size):
@@ -142,14 +119,14 @@ def test_every_round_reads_the_same_records_each_once(tokenizer, tmp_path, round
         rounds[len(rounds)]
 
 
-def test_a_round_reads_its_sets_one_behind_the_other(tokenizer, tmp_path):
+def test_a_round_reads_its_sets_one_after_the_other(tokenizer, tmp_path):
     (tmp_path / "other").mkdir()
-    data = ChatDataset(cache_of(tokenizer, tmp_path, 64), 64, tokenizer.pad_id, {"a.jsonl": 3})
-    short = ChatDataset(cache_of(tokenizer, tmp_path / "other", 32), 64, tokenizer.pad_id, {"a.jsonl": 4})
+    data = dataset_of(tokenizer, tmp_path, 64, sources=[[3]])
+    short = dataset_of(tokenizer, tmp_path / "other", 32, padded_to=64, sources=[[4]])
     rounds = RepeatedRounds([(data, 4), (short, 6)], num_samples=11)
     assert len(rounds) == 20
     for start in (0, 10):
         for at, (dataset, index) in enumerate([*((data, i) for i in range(4)), *((short, i) for i in range(5))]):
             assert torch.equal(rounds[start + at]["tokens"], dataset[index]["tokens"])
-        assert [rounds[start + at]["sources"].tolist() for at in range(10)] == [[3]] * 4 + [[4]] * 5 + [[-1]]
+        assert [int(rounds[start + at]["sources"][0]) for at in range(10)] == [3] * 4 + [4] * 5 + [-1]
         assert not rounds[start + 9]["loss_mask"].any()

@@ -1,0 +1,248 @@
+"""The data of a run: record files tokenized once or packs that `prepare` has made, as Megatron's datasets."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_idft.data.packed.blend import Blend, BlendedEpochs, prepared_prefixes
+from megatron_idft.data.packed.dataset import PackedDataset
+from megatron_idft.data.packed.pack_settings import PrepareSettings
+from megatron_idft.data.packed.records import TokenizedRecords, open_tokenized_records, tokenize_records
+from megatron_idft.data.packed.store import PackedStore
+from megatron_idft.data.validation_sets import named_sets
+from megatron_idft.errors import ArgumentError
+from megatron_idft.integration.platform.ranks import build_once
+from megatron_idft.integration.training.packed_attention import stage_reads, validate_packed_arguments
+
+if TYPE_CHECKING:
+    from megatron_idft.data.chat.tokenizer import ChatTokenizer
+
+# What `prepare` has decided; the flag, and where it stands when nobody passed it.
+_DECIDED = {
+    "sft_truncation": "truncate",
+    "sft_bad_records": "stop",
+    "sft_cache": None,
+    "sft_last_turn_only": False,
+    "sft_packing": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NamedData:
+    """What `--sft-data` and `--sft-valid-data` name.
+
+    Attributes:
+        prefixes: of the packs to train on, with their weights; None where the flags name record files.
+        valid: name of a validation set -> prefixes of its packs, or its record files.
+        packed: whether samples hold several documents.
+    """
+
+    prefixes: dict[str, Fraction] | None
+    valid: dict[str, list[str]]
+    packed: bool
+
+
+def named_data(args: argparse.Namespace) -> NamedData:
+    """What the flags name.
+
+    Raises:
+        InputError, ArgumentError: for mixtures of packs and records, and for flags that have no effect on packs or
+            cannot go with them.
+    """
+    train = prepared_prefixes(args.sft_data or ())
+    files = named_sets(args.sft_valid_data or ())
+    valid = {name: prepared_prefixes(words) for name, words in files.items()}
+    if train is None and not any(valid.values()):
+        packing = getattr(args, "sft_packing", False)
+        if packing:
+            validate_packed_arguments(args)
+        return NamedData(None, files, packing)
+    if train is None or None in valid.values():
+        packed, records = ("--sft-data", "--sft-valid-data") if train else ("--sft-valid-data", "--sft-data")
+        raise ArgumentError(
+            f"{packed} is prepared data but {records} is not: a run trains and validates on packs or on records."
+            f" Prepare {records} too"
+        )
+    for name, default in _DECIDED.items():
+        if getattr(args, name, default) != default:
+            raise ArgumentError(
+                f"--{name.replace('_', '-')} has no effect on packs: `prepare` decided it. Drop it, or prepare again"
+            )
+    weighted = [prefix for each in valid.values() for prefix, weight in (each or {}).items() if weight != 1]
+    if weighted:
+        raise ArgumentError(f"--sft-valid-data {weighted[0]}: every pack is read once; drop the weight")
+    validate_packed_arguments(args)
+    return NamedData(train, {name: list(prefixes or ()) for name, prefixes in valid.items()}, packed=True)
+
+
+class TrainingData:
+    """The stores of one run. Opening maps them into memory; what a sample holds is read when it is trained.
+
+    Args:
+        args: Megatron's.
+        tokenizer: must be the one that packs were prepared with; they refuse another.
+        named: what the flags name.
+    """
+
+    def __init__(self, args: argparse.Namespace, tokenizer: ChatTokenizer, named: NamedData):
+        self.tokenizer, self.packed = tokenizer, named.packed
+        self.train: dict[str, PackedStore]
+        self.valid: dict[str, dict[str, PackedStore]]
+        if named.prefixes is None:
+            self.weights = [Fraction(1)]
+            self.train = {"--sft-data": shared_records(args, tokenizer, "--sft-data", args.sft_data)}
+            self.valid = {
+                name: {name: shared_records(args, tokenizer, f"--sft-valid-data {name}".rstrip(), files)}
+                for name, files in named.valid.items()
+            }
+        else:
+            self.weights = list(named.prefixes.values())
+            self.train = {prefix: _open(args, tokenizer, prefix) for prefix in named.prefixes}
+            self.valid = {
+                name: {prefix: _open(args, tokenizer, prefix) for prefix in prefixes}
+                for name, prefixes in named.valid.items()
+            }
+        self.blend = Blend([len(store) for store in self.train.values()], self.weights, args.seed)
+
+    @property
+    def unit(self) -> str:
+        """What one sample is."""
+        return "packs" if self.packed else "records"
+
+    @property
+    def opened(self) -> list[PackedStore]:
+        """Everything that is read."""
+        return [*self.train.values(), *(store for stores in self.valid.values() for store in stores.values())]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what the order of samples follows from: the data, how it was made, and the weights."""
+        stores = zip(self.train.values(), self.weights, strict=True)
+        parts = [(store.meta["settings"], str(weight)) for store, weight in stores]
+        return "data-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def validation_sizes(self) -> dict[str, int]:
+        """How many samples each validation set has."""
+        return {name: sum(map(len, stores.values())) for name, stores in self.valid.items()}
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources of all stores."""
+        return [name for store in self.opened for name in store.sources]
+
+    @property
+    def end_of_turn_ids(self) -> list[int]:
+        return sorted({i for store in self.train.values() for i in store.end_of_turn_ids})
+
+    def samples(self, epochs: int) -> int:
+        """How many samples so many epochs are."""
+        return self.blend.samples_before(epochs)
+
+    def report(self) -> str:
+        records = [store.report() for store in self.opened if isinstance(store, TokenizedRecords)]
+        if records:
+            return "\n".join(records)
+        lines = [
+            f"  {prefix}: {len(store):,} packs, weight {float(weight):g}"
+            for (prefix, store), weight in zip(self.train.items(), self.weights, strict=True)
+        ]
+        for name, stores in self.valid.items():
+            use = f"validation set {name}" if name else "validation"
+            lines += [f"  {prefix}: {len(store):,} packs, for {use}" for prefix, store in stores.items()]
+        return "\n".join(["> training from packs", *lines])
+
+    def first_document(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask of the first document of the first pack."""
+        pack = next(iter(self.train.values())).pack(0)
+        tokens = pack.documents()[0]
+        return pack.ids[tokens], pack.mask[tokens]
+
+    def datasets(
+        self, args: argparse.Namespace, num_samples: int, vp_stage: int | None, sources: Mapping[str, int] | None
+    ) -> tuple[BlendedEpochs, dict[str, PackedDataset]]:
+        """Training data and validation sets for this pipeline stage; what another stage needs is not read here.
+
+        Args:
+            args: Megatron's.
+            num_samples: of training.
+            vp_stage: the virtual stage.
+            sources: a number for each of `sources`; None leaves them out of the samples.
+        """
+        inputs, labels = stage_reads(args, vp_stage)
+
+        def numbers(stores: Mapping[str, PackedStore]) -> list[list[int]] | None:
+            return None if sources is None else [[sources[name] for name in store.sources] for store in stores.values()]
+
+        def dataset(stores: Mapping[str, PackedStore]) -> PackedDataset:
+            return PackedDataset(
+                stores,
+                args.seq_length,
+                self.tokenizer.pad_id,
+                inputs=inputs,
+                labels=labels,
+                bounds=self.packed,
+                multiple_of=_multiple_of(args) if self.packed else 1,
+                sources=numbers(stores),
+            )
+
+        train = BlendedEpochs(
+            dataset(self.train), self.weights, args.seed, num_samples=num_samples, num_epochs=args.train_epochs
+        )
+        return train, {name: dataset(stores) for name, stores in self.valid.items()}
+
+
+def shared_records(
+    args: argparse.Namespace, tokenizer: ChatTokenizer, flag: str, paths: Sequence[str]
+) -> TokenizedRecords:
+    """The records of `paths`, tokenized by one process per file system unless they are there, opened on every rank.
+
+    Args:
+        args: with the flags of records, see data/flags.py.
+        tokenizer: of the model.
+        flag: what names the files; unique in the process's life.
+        paths: the files.
+
+    Raises:
+        ArgumentError: the cache cannot be written.
+    """
+    packing = getattr(args, "sft_packing", False)
+    settings = PrepareSettings(
+        tuple(paths),
+        args.seq_length,
+        truncation=args.sft_truncation,
+        bad_records=args.sft_bad_records,
+        last_turn_only=args.sft_last_turn_only,
+        packing=packing,
+        pad_multiple=_multiple_of(args) if packing else 1,
+    )
+    cache = args.sft_cache or str(Path(paths[0]).resolve().parent / ".megatron-idft-cache")
+
+    def build(progress: bool) -> None:
+        try:
+            tokenize_records(settings, tokenizer, cache, progress=progress)
+        except PermissionError as error:
+            raise ArgumentError(f"the tokenized records cannot be kept ({error}): pass --sft-cache DIR") from error
+
+    build_once(flag, build)
+    return open_tokenized_records(settings, tokenizer, cache)
+
+
+def _open(args: argparse.Namespace, tokenizer: ChatTokenizer, prefix: str) -> PackedStore:
+    store = PackedStore(prefix)
+    store.require(tokenizer, args.seq_length, _multiple_of(args))
+    return store
+
+
+def _multiple_of(args: argparse.Namespace) -> int:
+    """What documents are padded to: context parallelism over c ranks cuts each of them in 2 c parts."""
+    return 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
