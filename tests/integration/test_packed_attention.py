@@ -93,5 +93,6 @@ def test_packed_sequences_and_cuda_graphs_are_refused_by_name(given, name):
         "cuda_graph_impl": "none",
     }
     validate_packed_arguments(Namespace(**args))
-    with pytest.raises(ArgumentError, match=f"{name} cannot be used with packs.*Drop the flag, or train on records"):
+    wanted = f"{name} cannot be used with packs.*Drop the flag, or train on unpacked records"
+    with pytest.raises(ArgumentError, match=wanted):
         validate_packed_arguments(Namespace(**args | given))

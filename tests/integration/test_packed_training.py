@@ -96,13 +96,21 @@ def unpacked(corpus, tmp_path_factory):
 
 
 def continue_packed(
-    corpus: Path, start: Path, folder: Path, model: str, layout: str, nproc: int, script: Path | None = None
-) -> None:
+    corpus: Path,
+    start: Path,
+    folder: Path,
+    model: str,
+    layout: str,
+    nproc: int,
+    script: Path | None = None,
+    data: str = "packs",
+) -> str:
     """Steps 3 to 5 of an unpacked run, over packs. What its steps counted in samples is twice as much."""
     flags = f"--load {start} --ckpt-step 2 --override-opt_param-scheduler --train-iters 7 --exit-interval 5"
     flags += f" --global-batch-size {len(PACKS)} {layout} {MODELS[model]}"
-    output = train(corpus, folder, corpus / "packs", flags, nproc, script)
+    output = train(corpus, folder, corpus / data, flags, nproc, script)
     assert "WARNING: this run continues a checkpoint that was trained on data-" in output
+    return output
 
 
 def assert_same_training(reference: Path, folder: Path, steps=range(3, 6)) -> None:
@@ -150,6 +158,13 @@ def test_packs_train_like_their_documents(corpus, unpacked, tmp_path, model, pro
     compared = unpacked(model)
     continue_packed(corpus, compared, tmp_path, model, layout, processes)
     assert_same_training(compared, tmp_path)
+
+
+def test_records_that_the_run_packs_train_like_their_documents(corpus, unpacked, tmp_path):
+    layout = "--micro-batch-size 2 --sft-packing"
+    output = continue_packed(corpus, unpacked("gpt"), tmp_path, "gpt", layout, 1, data="packs.jsonl")
+    assert "best-fit decreasing" in output
+    assert_same_training(unpacked("gpt"), tmp_path)
 
 
 def test_a_middle_stage_without_the_mask_is_noticed(corpus, unpacked, tmp_path):
@@ -239,6 +254,8 @@ def refused(corpus: Path, folder: Path, data: str, flags: str) -> str:
         ("packs packs.jsonl", "", "a run trains on packs or on records"),
         ("packs", "--sft-valid-data {corpus}/packs.jsonl", "Prepare --sft-valid-data too"),
         ("packs", "--sft-truncation drop", "--sft-truncation has no effect on packs"),
+        ("packs", "--sft-packing", "--sft-packing has no effect on packs"),
+        ("packs.jsonl", "--sft-packing --context-parallel-size 2", "with packs needs Transformer Engine"),
         ("packs", "--mtp-num-layers 1", "--mtp-num-layers with packs needs Transformer Engine"),
         ("packs", "--context-parallel-size 2", "--context-parallel-size 2 with packs needs Transformer Engine"),
         ("packs", "--window-size 4,0", "sliding window"),

@@ -73,9 +73,10 @@ def text(values: dict[str, Any], prefix: str) -> str:
     """The report for a person; without packing, only what was read and kept."""
     counts, seq_length = values["counts"], values["seq_length"]
     mean = counts["tokens"] / max(counts["kept"], 1)
+    packing = "packs" in values
     rows = [
         ("records read", counts["records"], ""),
-        ("  kept as documents", counts["kept"], f"{mean:,.1f} tokens on average"),
+        ("  kept as documents" if packing else "  kept", counts["kept"], f"{mean:,.1f} tokens on average"),
         ("  bad, skipped", counts["bad"], f"see {prefix}.errors.jsonl" if counts["bad"] else ""),
         ("  empty, left out", counts["empty"], "no trained token within the sequence length"),
         ("  too long, left out", counts["dropped"], f"more than {seq_length} + 1 tokens"),
@@ -92,7 +93,6 @@ def text(values: dict[str, Any], prefix: str) -> str:
         "unwritten": ("records not fully written", "the template leaves out or rewrites a message"),
     }
     rows += [(name, counts[key], note) for key, (name, note) in notes.items() if counts.get(key)]
-    packing = "packs" in values
     if packing:
         rows.append(("packs", values["packs"], f"of {seq_length} positions, {_percent(values['efficiency'])} full"))
     lines = [f"{name:<34}{value:>16,}   {note}".rstrip() for name, value, note in rows]
