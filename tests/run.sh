@@ -10,6 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/python.sh
 source launch/python.sh
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+# Without bytecode every interpreter that a test starts would compile torch, transformers and this package anew.
+unset PYTHONDONTWRITEBYTECODE
 
 # install ENVIRONMENT [PIP FLAGS]: makes the environment, and makes it anew where setup.py changed
 install() {
