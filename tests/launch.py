@@ -44,9 +44,18 @@ def torchrun(
     does not end within `timeout` seconds (all its processes are then stopped).
     """
     command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-    command += [str(arg) for arg in args]
+    return _output([*command, *args], cwd, env or {}, timeout)
+
+
+def started(args: Sequence[str | Path], cwd: Path | str = ROOT, timeout: float = 300) -> str:
+    """Like `torchrun` with one rank, and without an agent, which costs an import of torch more."""
+    return _output([sys.executable, *args], cwd, _variables(0, 1, free_port()), timeout)
+
+
+def _output(words: Sequence[str | Path], cwd: Path | str, env: Mapping[str, str], timeout: float) -> str:
+    command = [str(word) for word in words]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    merged = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **(env or {})}
+    merged = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **env}
     process = subprocess.Popen(
         command,
         cwd=cwd,

@@ -80,9 +80,7 @@ def test_two_nodes_stopped_by_sigterm_go_on_where_they_were_in_one_wandb_run(mad
     }  # fmt: skip
     logs = [tmp_path / "node0.log", tmp_path / "node1.log"]
 
-    # One of the four starts is as a user's; where the others fork, the rest is the same.
-    pythons = [sys.executable, forking_python()]
-    nodes = [start_node(rank, log, settings | {"PYTHON": pythons[rank]}) for rank, log in enumerate(logs)]
+    nodes = [start_node(rank, log, settings) for rank, log in enumerate(logs)]
     deadline = time.monotonic() + 120
     # Megatron writes its lines on the last rank, and a rendezvous numbers the nodes as it likes.
     while not any(re.search(r"iteration +2/", log.read_text()) for log in logs) and time.monotonic() < deadline:

@@ -113,14 +113,6 @@ def test_recompute_with_dropout_changes_nothing(undisturbed, tmp_path):
     assert Run(tmp_path / "run", 2, flags, recompute).trace() == undisturbed("tensor and sequence parallel").trace()
 
 
-def test_tensor_parallel_resumes_as_pipeline_parallel(tmp_path):
-    tensor = Run(tmp_path / "tensor", 2, TP2, NO_DROPOUT, f"--save {tmp_path}/tensor/saved --save-interval 2")
-    start = tensor.checkpoint_of(2, tmp_path / "start")
-    pipeline = Run(tmp_path / "pipeline", 2, "--pipeline-model-parallel-size 2", NO_DROPOUT, f"--load {start}")
-    expected = tensor.mean_losses(after=2)
-    assert pipeline.mean_losses() == pytest.approx(expected, rel=1e-5) and len(expected) == 3  # 2 steps, and evaluation
-
-
 HYBRID = (
     "--hybrid-layer-pattern=*E*-/*- --mtp-num-layers 1 --num-experts 4 --moe-router-topk 2 --disable-bias-linear"
     " --moe-shared-expert-intermediate-size 32 --moe-aux-loss-coeff 0.01 --moe-router-load-balancing-type aux_loss"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from integration.checkpoints import load_scalars
 
-from launch import forked, torchrun
+from launch import forked, started, torchrun
 
 HERE = Path(__file__).parent
 TINY = """
@@ -43,7 +43,7 @@ def test_the_script_sees_what_python_would_show_it(tmp_path):
 
 
 def test_both_ways_of_building_a_model_train_the_same(tmp_path):
-    run(HERE / "stock_pretrain.py", "--sft-loss idft", tmp_path / "config", launch=torchrun)
+    run(HERE / "stock_pretrain.py", "--sft-loss idft", tmp_path / "config")
     run(HERE / "variants.py", "--sft-loss idft", tmp_path / "provider", "model_provider")
     config, provider = (load_scalars(tmp_path / name / "tensorboard") for name in ("config", "provider"))
     for key in ("lm loss", "sft loss", "grad-norm", "lm loss validation"):
@@ -101,7 +101,7 @@ def test_mixed_installations_are_refused(tmp_path):
     (tmp_path / "megatron" / "training" / "__init__.py").write_text("")
     script = tmp_path / "pretrain.py"
     script.write_text("import megatron.training\n")
-    message = failure(script, "", tmp_path, launch=torchrun)
+    message = failure(script, "", tmp_path, launch=started)
     assert "two installations are mixed" in message and str(tmp_path) in message
 
 

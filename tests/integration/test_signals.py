@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from integration.small_tokenizer import write_additions
 
-from launch import ROOT, TAIL, forked, forked_codes
+from launch import ROOT, TAIL, forked, forked_codes, forking_python
 
 MODEL = """
     --num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48
@@ -260,7 +260,7 @@ def test_every_process_of_a_step_is_told_as_slurm_does_it(corpus, tmp_path):
     places = ["2-0", "2-1"]
     for place in places:
         orders.wait_at(place)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [forking_python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "megatron_idft", *words(corpus, f"--save {save} --tensor-model-parallel-size 2")]
     with open(tmp_path / "log", "wb") as log:
         torchrun = subprocess.Popen(
