@@ -102,7 +102,7 @@ class ConversationError(UserError, ValueError):
 
 
 class PrepareError(UserError, RuntimeError):
-    """`prepare` cannot go on: a process died, the disk is full. What is finished is kept."""
+    """`prepare` cannot go on: a process died, the disk is full. Finished work is kept."""
 
 
 # ---- models and checkpoints

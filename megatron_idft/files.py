@@ -29,7 +29,12 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def synced_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file that is on the disk when the context ends without an error. mode: "w" or "wb"; text is UTF-8."""
+    """A file that is on the disk when the context ends without an error.
+
+    Args:
+        path: of the file.
+        mode: "w" or "wb"; text is UTF-8.
+    """
     with open(path, mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
         file.flush()
@@ -40,7 +45,11 @@ def synced_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 def complete_file(path: Path, *, once: bool = False) -> Iterator[Path]:
     """A name beside `path` to write to, which becomes `path` at the end, and is gone after an error.
 
-    A reader finds the old file or the new one, also after the machine has died. once: a file that is there stays.
+    A reader finds the old file or the new one, also after the machine has died.
+
+    Args:
+        path: of the file.
+        once: a file that is there stays.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
@@ -79,7 +88,7 @@ def put(temporary: Path, final: Path) -> bool:
 
 
 def describe_source(path: Path) -> dict[str, Any]:
-    """What identifies a source file without reading it whole, at every launch, on every rank.
+    """Identifies a source file without reading it whole, at every launch, on every rank.
 
     An edit changes the size or the modification time; the hash of head and tail catches files that were swapped or
     copied with their times. A file that is merely touched is tokenised again, which costs time but never correctness.
@@ -153,7 +162,7 @@ def remove_dead_builds(parent: Path) -> None:
 
 
 def _boot() -> bytes:
-    """What processes share that share a kernel, all of whose locks each of them sees. Empty where it is not known."""
+    """The identity of this kernel, whose processes see each other's locks. Empty where it is not known."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
     except OSError:

@@ -19,8 +19,11 @@ def leads_out(folder: Path, path: Path) -> bool:
 
 
 def refuse_links_out(folder: Path, paths: Iterable[Path]) -> None:
-    """Raises InputError at the first of `paths`, files of a model's folder, that is a link to somewhere else or to
-    nothing."""
+    """Refuse links in a model's folder that lead out of it.
+
+    Raises:
+        InputError: at the first of `paths` that is a link to somewhere else or to nothing.
+    """
     for path in paths:
         if leads_out(folder, path):
             raise InputError(

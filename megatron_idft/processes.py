@@ -45,7 +45,13 @@ class Failure:
 
 
 class Task(NamedTuple):
-    """What a process gets: a header of JSON, and bytes as they are. number, label: for who gives the task."""
+    """What a process gets.
+
+    Attributes:
+        number: for the giver of the task, as `label` is.
+        header: JSON.
+        payload: bytes as they are.
+    """
 
     number: int
     header: Any
@@ -140,14 +146,24 @@ class ProcessPool:
         weakref.finalize(self, _kill_all, self._processes, self._owner)  # at the latest when Python exits
 
     def start(self) -> None:
-        """Start one process now, and wait until it has loaded. Raises what `not_started` makes."""
+        """Start one process now, and wait until it has loaded.
+
+        Raises:
+            Exception: made by `not_started`.
+        """
         list(self.run((), at_least=1))
 
     def run(self, tasks: Iterable[Task], at_least: int = 0) -> Iterator[tuple[Task, Any]]:
-        """Each task with its reply, or a Failure, as they come. at_least: processes that start even without tasks.
+        """Each task with its reply, or a Failure, as they come.
 
         Tasks are taken as processes can do them. Leaving this iterator early ends the processes.
-        Raises what `not_started` makes.
+
+        Args:
+            tasks: in any number.
+            at_least: processes that start even without tasks.
+
+        Raises:
+            Exception: made by `not_started`.
         """
         if os.getpid() != self._owner:  # a fork: the processes belong to the parent
             self._processes = []
@@ -232,8 +248,9 @@ def _kill_all(processes: list[_Process], owner: int) -> None:
 def serve(load: Callable[[Any], Callable[[Any, bytes], Any]]) -> None:
     """The life of a process that a pool has started: `python -P -m MODULE FD WATCHED SETTINGS`, never by hand.
 
-    load: takes the pool's settings and returns what answers the header and the payload of a task. What either raises
-    reaches the pool.
+    Args:
+        load: takes the pool's settings and returns a function from the header and the payload of a task to the reply.
+            Errors of either reach the pool.
     """
     _die_with_the_program(int(sys.argv[2]))
     os.set_inheritable(int(sys.argv[1]), False)  # not for programs that the task starts

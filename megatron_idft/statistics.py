@@ -49,7 +49,7 @@ def centered_log_likelihood(log_prob: Tensor, entropy: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class TokenStatistics:
-    """What an objective may know about each token.
+    """The statistics of each token that an objective may use.
 
     Attributes:
         log_prob: [...] fp32, log p_y in nats; 0 at ignored positions.

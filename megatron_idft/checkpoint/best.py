@@ -17,7 +17,7 @@ STATE = "best_checkpoints.json"
 class BestCheckpoints:
     """The `keep` best of the checkpoints that a run has saved in a folder, and always its latest, which a resume needs.
 
-    In one process of the run. What is known lies in FOLDER/best_checkpoints.json, so a resumed run goes on with it;
+    In one process of the run. The results lie in FOLDER/best_checkpoints.json, so a resumed run goes on with it;
     checkpoints that are not recorded there as the run's own are never deleted.
 
     Args:
@@ -58,7 +58,7 @@ class BestCheckpoints:
             )
 
     def measure(self, iteration: int, values: dict[str, float]) -> None:
-        """What the evaluation at `iteration` has measured, by metric key.
+        """The results of the evaluation at `iteration`, by metric key.
 
         Raises:
             InputError: the metric is not among them.

@@ -77,8 +77,13 @@ def check_checkpoint(
 ) -> dict[str, str]:
     """The name under which each piece's tensor is stored, of those it may have.
 
-    stored: name -> global shape and dtype. Refuses a checkpoint whose tensors are not those of the plan, naming every
-    difference; an optimizer's are passed over.
+    Args:
+        stored: name -> global shape and dtype. An optimizer's tensors are passed over.
+        plan: the pieces of the model.
+        folder: of the checkpoint.
+
+    Raises:
+        ConversionError: the tensors are not those of the plan; names every difference.
     """
     expected: dict[str, tuple[int, ...]] = {}
     keys: dict[str, str] = {}

@@ -140,7 +140,7 @@ def sum_files(folder: Path, names: Sequence[str], contents: bool = True) -> dict
 
 
 def problems(folder: Path, files: dict[str, FileEntry], contents: bool = True) -> list[str]:
-    """What is wrong with the files, one line for each that is; reads them only where the size is right."""
+    """The faults of the files, a line for each; reads files only where the size is right."""
 
     def problem(name: str) -> str | None:
         path, wanted = folder / name, files[name]

@@ -22,17 +22,19 @@ from megatron_idft.checkpoint.families import FAMILIES, NEUTRAL, READ, READ_EXPE
 from megatron_idft.errors import ConversionError, InputError, UnknownFamilyError
 from megatron_idft.links import refuse_links_out
 
-# What megatron/core/models/common/embeddings/rotary_pos_embedding.py (_apply_scaling) has written out.
+# Constants of megatron/core/models/common/embeddings/rotary_pos_embedding.py (_apply_scaling).
 _LLAMA3_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 _MOST_BYTES = 4 << 20  # of config.json: those of published models have a few thousand
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What decides the tensors and the Megatron flags of a model.
+    """The fields of config.json that decide the tensors and the Megatron flags of a model.
 
-    vocab: rows of the Hugging Face embedding, the true vocabulary. rope_scaling_factor: of Llama 3's scaling, None
-    without. experts, expert_ffn, experts_per_token: 0 in a dense model.
+    Attributes:
+        vocab: rows of the Hugging Face embedding, the true vocabulary.
+        rope_scaling_factor: of Llama 3's scaling, None without.
+        experts: 0 in a dense model, as `expert_ffn` and `experts_per_token` are.
     """
 
     family: Family

@@ -16,14 +16,18 @@ _LINES = 60  # of one message
 
 @dataclass(frozen=True)
 class Number:
-    """A number from `low` to `high`. whole: no fraction and no decimal point."""
+    """A number from `low` to `high`.
+
+    Attributes:
+        whole: no fraction and no decimal point.
+    """
 
     low: float
     high: float
     whole: bool = True
 
     def fault(self, name: str, value: Any) -> str | None:
-        """What is wrong with a value, None if nothing is. NaN is never within a range, and true is no number."""
+        """The fault of a value, None if there is none. NaN is never within a range, and true is no number."""
         kinds = (int,) if self.whole else (int, float)
         if type(value) in kinds and self.low <= value <= self.high:
             return None
@@ -73,7 +77,7 @@ _MOST_EXPERTS = 1 << 17
 
 
 def value_faults(config: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """What is wrong with the fields `names`, each by itself. A null is as good as leaving the field out."""
+    """The faults of the fields `names`, each by itself. A null is as good as leaving the field out."""
     faults = []
     for name in sorted(names):
         value = config.get(name)
@@ -119,14 +123,23 @@ def _at(config: dict[str, Any], place: str) -> Any:
 
 
 def _plain(value: Any) -> tuple[bool, Any] | None:
-    """What is compared of a value; None of one that is left out, or that is no number, name or switch."""
+    """The value to compare; None for one that is left out, or that is no number, name or switch."""
     if isinstance(value, str):
         return False, value.removeprefix("torch.")
     return (isinstance(value, bool), value) if isinstance(value, bool | int | float) else None
 
 
 def shape_faults(*, hidden: int, heads: int, groups: int, head_dim: int | None, layers: int, experts: int) -> list[str]:
-    """What is wrong between values that are right by themselves. head_dim: None where hidden / heads decides it."""
+    """The faults between values that are right by themselves.
+
+    Args:
+        hidden: size of a token's state.
+        heads: of queries.
+        groups: heads of keys and values.
+        head_dim: None where hidden / heads decides it.
+        layers: of the model.
+        experts: 0 in a dense model.
+    """
     faults = []
     if head_dim is None and hidden % heads:
         faults.append(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and there is no head_dim")

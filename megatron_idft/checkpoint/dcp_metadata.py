@@ -35,7 +35,7 @@ NAME = ".metadata"
 
 
 def _member(owner: Any, name: Any) -> Any:
-    """What Python 3.11 wrote for a member of an enumeration: `getattr` of it. Of these two enumerations only."""
+    """`getattr` of a member of these two enumerations, as Python 3.11 pickled it."""
     if owner not in (_MEM_FORMAT_ENCODING, planner.WriteItemType) or name not in owner.__members__:
         raise pickle.UnpicklingError("it names builtins.getattr of anything but a member of an enumeration")
     return owner[name]

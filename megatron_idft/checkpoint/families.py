@@ -43,7 +43,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Family:
-    """What is converted, and what config.json may say.
+    """The tensors of a family, and the fields that config.json may have.
 
     Attributes:
         architecture: the class in transformers; config.json's `architectures` must name it, or nothing.
@@ -251,7 +251,7 @@ NEUTRAL = frozenset(
 )
 _ADVICE_BRIDGE = "Megatron-Bridge may serve it: pip install megatron-bridge, then run the same command"
 _OFF = (False, None)
-# What Megatron's models take for granted in all of these families; with another value they compute something else.
+# Megatron's models take these values for granted in all families; with another value they compute something else.
 REQUIRED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu",), _ADVICE_BRIDGE),
     "attention_bias": (_OFF, "biases of the attention's output have no place in the mapping; " + _ADVICE_BRIDGE),

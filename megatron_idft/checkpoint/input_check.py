@@ -23,7 +23,9 @@ _FOLDERS = ("--tokenizer-model", "--pretrained-checkpoint")
 def check_inputs(words: Sequence[str], config_only: bool = False) -> list[str]:
     """One line on each input that `words`, the flags of a program, name. Flags that name none are passed over.
 
-    config_only: of the model's folder only config.json is there yet.
+    Args:
+        words: the flags.
+        config_only: only config.json of the model's folder is there yet.
 
     Raises:
         ArgumentError: a file that is not there, or a layout that does not fit the model.

@@ -105,7 +105,7 @@ def megatron_settings(model: ModelShape, model_class: ModelClass) -> list[Settin
 
 
 def checkpoint_args(model: ModelShape, model_class: ModelClass) -> argparse.Namespace:
-    """What Megatron reads of a checkpoint's arguments, in training/checkpointing.py, for a model at rest.
+    """The arguments of a checkpoint that Megatron reads, in training/checkpointing.py, for a model at rest.
 
     `load_args_from_checkpoint` (--use-checkpoint-args) takes most of the model's settings from them, and
     `check_checkpoint_args` compares some. Plain values only: they are loaded with `weights_only`.

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder's safetensors hold, read from their headers, without torch.
+"""The tensors of a Hugging Face folder, read from the headers of its safetensors, without torch.
 
 The format is a JSON header with each tensor's dtype, shape and place in the file, then the bytes
 (https://github.com/huggingface/safetensors, "Format"). As its own reader does, this refuses headers whose tensors do
@@ -32,7 +32,11 @@ _ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies. dtype: the format's name of it, which may be one that is not served."""
+    """Where a tensor lies.
+
+    Attributes:
+        dtype: the format's name of it, which may be one that is not served.
+    """
 
     file: Path
     dtype: str

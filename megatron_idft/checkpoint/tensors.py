@@ -40,9 +40,13 @@ class Part:
 class Piece:
     """A box of one Megatron tensor, made of parts of Hugging Face tensors.
 
-    key, also: names in the checkpoint; the first is read, all are written. shape: of the whole tensor, with leading
-    axes for layers and experts. offset: where the box begins. size: of the box without the leading axes, each of which
-    it fills one element of. parts: joined by `layout`; none means zeros.
+    Attributes:
+        key: name in the checkpoint.
+        also: further names; `key` is read, all are written.
+        shape: of the whole tensor, with leading axes for layers and experts.
+        offset: where the box begins.
+        size: of the box without the leading axes, each of which it fills one element of.
+        parts: joined by `layout`; none means zeros.
     """
 
     key: str

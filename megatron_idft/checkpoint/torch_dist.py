@@ -201,7 +201,7 @@ class TorchDistCheckpoint:
 
     @contextmanager
     def _explained(self, key: str) -> Iterator[None]:
-        """What torch says of content that it cannot read is of many classes, and names no file."""
+        """torch's errors on content that it cannot read have many classes, and name no file."""
         try:
             yield
         except (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:

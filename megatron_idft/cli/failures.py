@@ -1,4 +1,4 @@
-"""What a verb that fails leaves on the console: one message with the remedy. The traceback goes to a file."""
+"""A verb that fails leaves one message with the remedy on the console. The traceback goes to a file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 @dataclass(frozen=True)
 class Failure:
-    """What is said, the exit code, and whether the traceback says more than the message."""
+    """The message, the exit code, and whether the traceback says more than the message."""
 
     message: str
     exit_code: int

@@ -9,7 +9,7 @@ import megatron_idft
 from megatron_idft.errors import InitError
 from megatron_idft.parsing import Parser
 
-# What is copied out of a checkout; setup.py puts the same into the wheel, as the folder `scripts` of the package.
+# Folders that are copied out of a checkout; setup.py puts them into the wheel, as the folder `scripts` of the package.
 FOLDERS = ("launch", "examples/smoke", "examples/numinamath")
 CHECKOUT_ONLY = ("quickstart.sh", "python.sh", "__pycache__")
 

@@ -1,4 +1,4 @@
-"""What the verbs have in common that run a model over a corpus: sub-verbs without a model, help, start."""
+"""Shared by the verbs that run a model over a corpus: sub-verbs without a model, help, start."""
 
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What of a record goes into a report: its numbers, and its tokens up to a bound, so that a page stays a page."""
+"""A record in a report: its numbers, and its tokens up to a bound, so that a page stays a page."""
 
 from typing import TypedDict
 

@@ -86,13 +86,13 @@ def checked_content(value: Any, role: str, at: str, bad: Bad, *, may_be_empty: b
 
 
 def trained_weight(message: Message) -> float:
-    """What a checked message's tokens weigh in the loss: its `loss`; without one, 1 for an assistant's, else 0."""
+    """The weight of a checked message's tokens in the loss: its `loss`; without one, 1 for an assistant's, else 0."""
     loss = message.get("loss")
     return float(message["role"] == "assistant") if loss is None else float(loss)
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, for error messages."""
+    """The kind of a JSON value, for error messages."""
     if value is None:
         return "nothing"
     return {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}.get(type(value)) or shown(value)

@@ -1,8 +1,8 @@
 """Conversation records in, as a stream: JSONL (.gz, .zst) and Parquet.
 
 A record is `{"messages": [{"role", "content"}, …]}` or `{"prompt", "response"}`, with optional `id`, `answer`,
-`source` and `tools`; every other column is carried through in `extra`. What messages may hold stands in messages.py,
-the keys that make or change a conversation in conversation_keys.py.
+`source` and `tools`; every other column is carried through in `extra`. messages.py says what messages may hold,
+conversation_keys.py which keys make or change a conversation.
 Memory stays bounded by one line, or one small batch of Parquet rows.
 """
 
@@ -205,7 +205,7 @@ def _decompressed(path: Path, raw: IO[bytes]) -> Any:
 
 
 def parse_line(text: bytes, file: str, line: int) -> Any:
-    """What the JSON of a line says, or the RecordError that stands in its place."""
+    """The value of a line of JSON, or a RecordError in its place."""
     excerpt = text[: 2 * RAW_EXCERPT].decode("utf-8", errors="backslashreplace")
     try:
         row = json.loads(text.rstrip(b"\r\n").decode("utf-8"))  # else what is cut would be missed in another line

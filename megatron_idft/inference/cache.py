@@ -78,7 +78,9 @@ class _Prefill:
 class BankStep:
     """One bank's part of a decode step: rows [begin, begin + n) of the batch, which are its slots [0, n).
 
-    lengths: int64 [n], where the new token's key and value go. read: how many positions are looked at.
+    Attributes:
+        lengths: int64 [n], where the new token's key and value go.
+        read: how many positions are looked at.
     """
 
     bank: Bank
@@ -161,9 +163,11 @@ class SlotAttention(torch.nn.Module):
 
 
 class KeyValueCache:
-    """The memory behind the banks, and the attention modules that use it.
+    """The memory of the banks, and the attention modules that use it.
 
-    memory_bytes: what keys and values may take on this rank. cudnn: whether attention may be cuDNN's.
+    Args:
+        memory_bytes: the most that keys and values may take on this rank.
+        cudnn: whether attention may be cuDNN's.
     """
 
     def __init__(self, model: ServedModel, memory_bytes: int) -> None:
@@ -196,7 +200,7 @@ class KeyValueCache:
 
     @property
     def allocated_bytes(self) -> int:
-        """What the slots take now: made for the largest call so far, within `memory_bytes`."""
+        """Memory of the slots now: made for the largest call so far, within `memory_bytes`."""
         return 0 if self._storage is None else self._storage.numel() * self._storage.element_size()
 
     def banks(self, shapes: Sequence[tuple[int, int]]) -> list[Bank]:

@@ -16,7 +16,8 @@ _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch 2.9 rena
 def leave_graphs_unregistered(program: str) -> None:
     """Set NCCL_GRAPH_REGISTER=0 in this process unless it is set, and say so on rank 0.
 
-    Raises GraphRegistrationError where it is set to something else and segments are expandable.
+    Raises:
+        GraphRegistrationError: it is set to another value and segments are expandable.
     """
     if _VARIABLE not in os.environ:
         os.environ[_VARIABLE] = "0"
@@ -26,7 +27,11 @@ def leave_graphs_unregistered(program: str) -> None:
 
 
 def require_unregistered_graphs() -> None:
-    """Raises GraphRegistrationError unless captured collectives are safe with this environment."""
+    """Refuse an environment in which captured collectives are not safe.
+
+    Raises:
+        GraphRegistrationError: NCCL would register the graphs' memory, and segments are expandable.
+    """
     expandable = [name for name in _ALLOCATOR if "expandable_segments:true" in os.environ.get(name, "").lower()]
     if expandable and os.environ.get(_VARIABLE) != "0":
         found = os.environ.get(_VARIABLE)

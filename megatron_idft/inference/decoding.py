@@ -1,4 +1,4 @@
-"""What callers need of a decoder, the choice of one, and the plainest: all anew for every token, without a cache."""
+"""The interface of decoders, the choice of one, and the plainest, which computes all anew for every token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Decoder(Protocol):
         """Continuations of `prompts`, each up to and with its first stop token, or of `max_tokens` tokens.
 
         Called by all ranks with the same arguments; returns the same on all of them. A draw depends on (seed, record
-        id, step) alone. temperature 1 is the model's own distribution, 0 the most probable token.
+        id, step) and nothing else. temperature 1 is the model's own distribution, 0 the most probable token.
         """
 
 
@@ -45,7 +45,13 @@ def decoder_for(
 ) -> tuple[Decoder, str]:
     """The decode engine where it serves the model and its layout, else RecomputingDecoder; and what to say of it.
 
-    tell: see DecodeEngine.
+    Args:
+        model: the chunks of this rank, as Megatron's training setup returns them.
+        vocab_size: rows of the true vocabulary.
+        max_positions: the context.
+        max_rows: responses decoded at once, at most.
+        tokens_per_batch: padded tokens of a forward pass without a cache.
+        tell: see DecodeEngine.
     """
     try:
         engine = DecodeEngine(model, vocab_size, max_positions=max_positions, max_rows=max_rows, tell=tell)

@@ -22,7 +22,10 @@ def uniform(seed: int, record_ids: Sequence[str], step: int) -> NDArray[np.float
 def sample(logits: NDArray[np.floating], temperature: float, draws: NDArray[np.float64]) -> NDArray[np.int64]:
     """Token ids [b] by inversion of the cumulative distribution, in float64.
 
-    logits: [b, V] over the true vocabulary. temperature: > 0 divides the logits; 0 takes the first largest. draws: [b].
+    Args:
+        logits: [b, V] over the true vocabulary.
+        temperature: > 0 divides the logits; 0 takes the first largest.
+        draws: [b], uniform in [0, 1).
     """
     if temperature == 0:
         return logits.argmax(-1)

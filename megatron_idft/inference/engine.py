@@ -68,7 +68,8 @@ class DecodeEngine:
         memory_bytes: for keys and values on this rank, at most. None: a share of what is free now, see memory.py.
         tell: is given a line for a person whenever more memory is allocated for them.
 
-    Raises UnservedModelError.
+    Raises:
+        UnservedModelError: the model or its layout is not served.
     """
 
     def __init__(

@@ -21,8 +21,13 @@ FIRST_CANDIDATES = 64  # of each shard; four times as many until they are enough
 
 
 class Chosen(NamedTuple):
-    """tokens: int64 [n]. log_prob: float64 [n], of the token in `log_probs`. kept: the most tokens that a row's cut
-    left, 0 without a cut. The same on every rank."""
+    """The tokens of a step, the same on every rank.
+
+    Attributes:
+        tokens: int64 [n].
+        log_prob: float64 [n], of the token in `log_probs`.
+        kept: the most tokens that a row's cut left, 0 without a cut.
+    """
 
     tokens: Tensor
     log_prob: Tensor

@@ -24,7 +24,8 @@ class ServedModel:
         model: what Megatron's training setup returned: one chunk, wrapped or not.
         max_positions: the longest sequence.
 
-    Raises what `require_served` does.
+    Raises:
+        UnservedModelError: as in `require_served`.
     """
 
     def __init__(self, model: Sequence[torch.nn.Module], max_positions: int) -> None:
@@ -71,7 +72,8 @@ class ServedModel:
 def require_served(model: Sequence[torch.nn.Module]) -> Any:
     """The language model itself, if the engine can decode from it.
 
-    Raises UnservedModelError, naming every reason.
+    Raises:
+        UnservedModelError: it cannot; names every reason.
     """
     from megatron.core.utils import unwrap_model
 
@@ -82,9 +84,10 @@ def require_served(model: Sequence[torch.nn.Module]) -> Any:
 
 
 def require_served_layout(sequence_parallel: bool) -> None:
-    """What can be refused before a model is loaded: pipeline stages, context parallelism, sequence parallelism.
+    """Refuse, before a model is loaded, pipeline stages, context parallelism and sequence parallelism.
 
-    Raises UnservedModelError, naming every reason.
+    Raises:
+        UnservedModelError: the layout is not served; names every reason.
     """
     from megatron.core import mpu
 

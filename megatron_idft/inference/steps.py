@@ -20,7 +20,7 @@ _KEPT_GRAPHS = 32  # the captured shapes that were used last
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What a graph is good for. banks: of each (address of its keys, slots, capacity, rows, positions read)."""
+    """The shapes of a captured graph. banks: of each (address of its keys, slots, capacity, rows, positions read)."""
 
     banks: tuple[tuple[int, int, int, int, int], ...]
 

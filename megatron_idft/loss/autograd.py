@@ -31,7 +31,7 @@ class TokenResults(NamedTuple):
 
 
 class Backend(Protocol):
-    """What a backend module defines. Labels [...] are int64 of any strides; one is ignored unless 0 <= label <
+    """The functions of a backend module. Labels [...] are int64 of any strides; one is ignored unless 0 <= label <
     vocab_size. Nothing here synchronises with the host or allocates a tensor of the logits' size.
     """
 

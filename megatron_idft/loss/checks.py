@@ -1,4 +1,4 @@
-"""What `vocab_parallel_loss` refuses, each with its remedy."""
+"""The refusals of `vocab_parallel_loss`, each with its remedy."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What one micro-batch leaves behind in a sublayer until its backward pass, in bytes, item by item.
+"""Bytes that one micro-batch keeps in a sublayer until its backward pass, item by item.
 
 Derived from what each operation of the layer saves for its backward pass, in megatron/core 0.19:
 
@@ -75,7 +75,7 @@ class Sizes:
 
 
 def kept_by(training: Training, sublayer: Sublayer) -> Kept:
-    """What one micro-batch leaves in a sublayer, with the selective recompute that the training asks for."""
+    """The bytes of one micro-batch in a sublayer, with the selective recompute that the training asks for."""
     if sublayer == "attention":
         return _attention_te(training) if training.implementation.transformer_engine else _attention_local(training)
     if sublayer == "mlp":

@@ -1,4 +1,4 @@
-"""What a person who knows Megatron would say on reading the flags."""
+"""Warnings that a person who knows Megatron would give on reading the flags."""
 
 from __future__ import annotations
 

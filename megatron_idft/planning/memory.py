@@ -46,7 +46,7 @@ class StageMemory:
 
 
 def plan_memory(training: Training, ends: bool = False) -> list[StageMemory]:
-    """Of every pipeline stage, or only of both ends: between equal stages the fullest is always one of them.
+    """The memory of every pipeline stage, or with `ends` of the first and the last: the fullest is always one of them.
 
     Raises:
         PlanError: a layout that does not divide model, batch or GPUs.

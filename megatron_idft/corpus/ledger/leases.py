@@ -184,7 +184,7 @@ class Leases:
                 (self._folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Stop the heartbeat. What is still held goes stale."""
+        """Stop the heartbeat. Leases that are still held go stale."""
         self._stop.set()
         if self._heart is not None and self._heart is not threading.current_thread():
             self._heart.join()

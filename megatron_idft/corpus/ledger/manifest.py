@@ -1,4 +1,4 @@
-"""What a ledger's folder is for: settings that every launch of the job must share."""
+"""The job of a ledger's folder: settings that every launch must share."""
 
 import json
 import os

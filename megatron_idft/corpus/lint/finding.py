@@ -1,4 +1,4 @@
-"""What a check of the linter says."""
+"""The result of a check of the linter."""
 
 from __future__ import annotations
 

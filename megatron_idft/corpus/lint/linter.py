@@ -39,7 +39,7 @@ def _words(row: ScoredRow) -> int:
     return int(row["num_tokens"]) - bool(row["ends_turn"])
 
 
-# What `CorpusSummary` tallies for the linter while the rows pass by.
+# `CorpusSummary` tallies the rows that fulfil these.
 ROW_TESTS: dict[str, Callable[[ScoredRow], bool]] = {
     "no end of turn": lambda row: not row["ends_turn"] and not row["truncated"],
     "truncated": lambda row: bool(row["truncated"]),

@@ -1,4 +1,4 @@
-"""The linter's thresholds, each with its source. What is ours says how it was chosen."""
+"""The linter's thresholds, each with its source. Our own say how they were chosen."""
 
 from megatron_idft.corpus.scores.estimates import Estimate
 

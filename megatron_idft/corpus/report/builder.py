@@ -41,7 +41,7 @@ _LENGTH_PERCENTILES = (0, 10, 50, 90, 99, 100)
 
 
 class Report:
-    """What `ReportBuilder.build` returns: numbers, and the page that shows them."""
+    """The numbers of a report, and the page that shows them."""
 
     def __init__(self, data: ReportNumbers):
         self._data = data

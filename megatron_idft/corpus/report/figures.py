@@ -120,7 +120,7 @@ def sources_figure(data: ReportNumbers, corpus: CorpusNumbers) -> str:
 
 
 def own_samples(data: ReportNumbers, model: str) -> NullNumbers | None:
-    """What `model` sampled at temperature 1, if it was given."""
+    """The samples of `model` at temperature 1, if they were given."""
     return next((n for n in data["nulls"] if n["model"] == model and n["temperature"] == 1), None)
 
 

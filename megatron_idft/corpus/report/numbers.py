@@ -44,7 +44,7 @@ class SourceNumbers(TypedDict):
 
 
 class PartNumbers(TypedDict):
-    """What corpora and own samples have in common."""
+    """The numbers of any text: a corpus, or own samples."""
 
     name: str
     model: str

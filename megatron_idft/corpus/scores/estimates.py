@@ -15,8 +15,8 @@ from typing import ClassVar, NamedTuple, Self, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-# What a record adds to the sums. listed_…: only records that came with per-token lists. first_…: their first tokens.
-# end_…: the token that ends the turn.
+# Contributions of a record to the sums. listed_…: only records that came with per-token lists. first_…: their first
+# tokens. end_…: the token that ends the turn.
 FIELDS = (
     "tokens",
     "phi",

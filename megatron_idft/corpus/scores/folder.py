@@ -123,7 +123,7 @@ def report_on(folders: Sequence[Path], output: Path, title: str) -> tuple[Path, 
 
 
 def _labels(models: Sequence[tuple[str, int, str | None]]) -> list[str]:
-    """What the page calls each (checkpoint, iteration, Hugging Face folder): short, unless that fits two of them."""
+    """The page's name of each (checkpoint, iteration, Hugging Face folder): short, unless that fits two of them."""
     short = [name or f"{Path(path).name}, iteration {iteration}" for path, iteration, name in models]
     long = [f"{label} ({path})" for label, (path, _, _) in zip(short, models, strict=True)]
     meant: dict[str, set[tuple[str, int]]] = {}
@@ -171,7 +171,7 @@ def select_records(folder: Path, expression: str, data: Sequence[str], output: P
 
 
 def describe_unscored(counts: Mapping[str, int], folder: Path) -> str:
-    """What became of the records without a score in a selection, for a person; empty where all have one."""
+    """Says why records are left out of a selection, for a person; empty where all have a score."""
     if not counts["unscored"]:
         return ""
     return (

@@ -1,4 +1,4 @@
-"""What must be kept of every record to find duplicates and to pair two checkpoints: about 100 bytes each."""
+"""Keeps about 100 bytes of every record, to find duplicates and to pair two checkpoints."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class TokenStatistics(TypedDict, total=False):
 
 
 class ResponseStatistics(TokenStatistics):
-    """What the model says of a response."""
+    """The statistics of a response under the model."""
 
     num_prompt_tokens: int
     num_tokens: int

@@ -15,7 +15,7 @@ A missing value (None, or no such key in a record) makes arithmetic missing, and
 `==`, `!=`, `is`, and `in` a list that names None. As a condition it counts as False. So `not x > 1` holds where x is
 missing and `x <= 1` does not. NaN compares as in Python.
 
-Errors are SelectionErrors. What can be known from the expression is said by `compile_selection`, with the position; a
+Errors are SelectionErrors. `compile_selection` reports those that the expression shows, with the position; a
 record that does not fit (text where a number is needed, division by zero) stops the selection and is named: a rule that
 means nothing for a record neither keeps nor drops it silently. Guard such terms: `n != 0 and total / n > 2`.
 """

@@ -1,6 +1,6 @@
-"""One pass over the rows of a scored corpus: what the report and the linter need, in memory that tokens do not fill.
+"""Sums up a scored corpus for the report and the linter, in one pass and in memory that tokens do not fill.
 
-Kept are sums, histograms, a sample of cumulative curves and the extreme records; per record only the hashes and sums of
+It keeps sums, histograms, a sample of cumulative curves and the extreme records; per record only the hashes and sums of
 `RecordTable`. Equal rows give an equal summary: where a choice must be made, a hash of the record's id makes it.
 """
 

@@ -52,7 +52,7 @@ class FinalAnswer:
 
 
 def final_answer(text: str) -> str | None:
-    """What a response gives as its final answer, as it stands there; None where it gives none. See `stated_answer`."""
+    """The final answer of a response, as it stands there; None where it gives none. See `stated_answer`."""
     return stated_answer(text).text
 
 

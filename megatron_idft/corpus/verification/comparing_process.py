@@ -1,4 +1,4 @@
-"""What a process that compares answers does: it asks math-verify, or a function of the user's.
+"""A process that compares answers: it asks math-verify, or a function of the user's.
 
 It imports neither torch nor Megatron by itself.
 """

@@ -1,4 +1,4 @@
-"""What stands between two answers and math-verify: plain notation as LaTeX, and pairs that it would misread.
+"""Prepares two answers for math-verify: plain notation as LaTeX, and pairs that it would misread.
 
 It is asked about formulas of which every sign is known to be read as meant; all else stays unknown. Math-Verify 0.9
 drops primes, subscripts and powers of units, multiplies the letters of words, takes `1/2x` for 1/(2x), 3:45 for a
@@ -78,7 +78,7 @@ def unreadable(answer: str) -> str | None:
 
 
 def members(answer: str) -> list[str]:
-    """What a chain such as 3*4=12 says is equal: all of it must agree; of `x=5` the value; else the answer itself."""
+    """The sides of a chain such as 3*4=12, which must all agree; of `x=5` the value; else the answer itself."""
     _, value = without_name(answer)
     parts = value.split("=")
     if len(parts) > 1 and not re.search(r"[,;<>]|\\(?:le|ge|ne|lt|gt)(?![a-z])", value):

@@ -114,7 +114,7 @@ class Verifier:
         return WorkerError(f"{tool}: {failure.reason}" + ("; more memory_mb may be needed" if failure.end else ""))
 
     def describe(self) -> str:
-        """What answers are compared by, in one line."""
+        """The means by which answers are compared, in one line."""
         limits = f"{self.workers} processes, {self.timeout_seconds:g} s and {self.memory_mb} MB for each answer"
         if self.plugin:
             return f"answers verified by {self.plugin} ({limits})"

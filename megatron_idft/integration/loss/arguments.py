@@ -21,7 +21,7 @@ IDFT_DEFAULTS = {
     "idft_lambda_warmup": 0.0,
     "idft_lambda_ramp": 0.0,
 }
-# What must agree between a checkpoint and the run that continues it for the objective to be the same.
+# These must agree between a checkpoint and the run that continues it for the objective to be the same.
 OBJECTIVE_ARGUMENTS = (
     "sft_loss",
     *IDFT_DEFAULTS,
@@ -241,7 +241,11 @@ def _token(word: str) -> int | str:
 def resolve_exempt_tokens(
     tokens: Sequence[int | str], end_of_turn_ids: Callable[[], Sequence[int]], special_ids: Mapping[str, int]
 ) -> list[int]:
-    """The ids of `--sft-loss-exempt-tokens`, in the order given, each once. Raises ArgumentError for unknown names."""
+    """The ids of `--sft-loss-exempt-tokens`, in the order given, each once.
+
+    Raises:
+        ArgumentError: unknown names.
+    """
     ids: list[int] = []
     for token in tokens:
         if token == END_OF_TURN:

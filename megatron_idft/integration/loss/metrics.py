@@ -1,4 +1,4 @@
-"""What the objective did to the tokens of a step, summed on the device and reported at the log interval.
+"""The effect of the objective on the tokens of a step, summed on the device and reported at the log interval.
 
 Two buffers make the numbers right whatever the trainer does. `begin_step` zeroes the step's sums at the start of
 every forward-backward, because Megatron's rerun machine may repeat one; `commit_step` adds them to the interval once
@@ -281,7 +281,7 @@ def health_warning(scalars: dict[str, float]) -> str | None:
 
 
 class PhiAlarm:
-    """What is printed of `health_warning`, which may hold for a whole training.
+    """Repeats `health_warning`, which may hold for a whole training, now and then.
 
     One line when it begins and one when it ends; while it lasts, or comes and goes, one in ALARM_INTERVALS. held: the
     intervals in which it held since it began, or since its last end was reported.
@@ -289,27 +289,27 @@ class PhiAlarm:
 
     def __init__(self) -> None:
         self.held = 0
-        self._told = False  # that it holds
-        self._since_told = ALARM_INTERVALS
+        self._reported = False  # that it holds
+        self._since_report = ALARM_INTERVALS
 
     def line(self, scalars: dict[str, float]) -> str | None:
         """For a person, of one log interval; None where there is nothing new to say."""
         if "ddt/phi mean" not in scalars:
             return None
         warning = health_warning(scalars)
-        self._since_told += 1
+        self._since_report += 1
         if warning is None:
-            return self._end(scalars) if self._told else None
+            return self._end(scalars) if self._reported else None
         self.held += 1
-        if self._since_told < ALARM_INTERVALS:
+        if self._since_report < ALARM_INTERVALS:
             return None
-        self._told, self._since_told = True, 0
+        self._reported, self._since_report = True, 0
         if self.held == 1:
             return f"WARNING: {warning}"
         return f"WARNING: phi has run away in {self.held} log intervals by now: {_mean_and_spread(scalars)}"
 
     def _end(self, scalars: dict[str, float]) -> str:
-        held, self.held, self._told, self._since_told = self.held, 0, False, 0
+        held, self.held, self._reported, self._since_report = self.held, 0, False, 0
         return f"> phi is back within its alarms: {_mean_and_spread(scalars)}; it had run away in {held} log intervals"
 
 

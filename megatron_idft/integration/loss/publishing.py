@@ -32,9 +32,13 @@ def publish_training(iteration: int, train_iters: int, report: MetricsReport) ->
 def publish_evaluation(iteration: int, suffix: str, report: MetricsReport) -> dict[str, float]:
     """One evaluation of one validation set, under `KEY validation…`, as Megatron names its own.
 
-    suffix: what Megatron appends to `validation`: nothing, or `-NAME` of the set.
+    Args:
+        iteration: of the training.
+        suffix: appended by Megatron to `validation`: nothing, or `-NAME` of the set.
+        report: of the evaluation.
 
-    Returns what was measured, by key, `lm loss` included, which Megatron itself writes.
+    Returns:
+        the values by key, with `lm loss`, which Megatron itself writes.
     """
     head, ending = f"validation{suffix} at iteration {iteration}", f" validation{suffix}"
     scalars = evaluation_scalars(report.scalars)

@@ -68,7 +68,7 @@ class TrainerIntegration:
             upstream.restore(target)
 
     def wrappers(self) -> dict[str, upstream.Wrapper]:
-        """What is wrapped by what: targets of `upstream.CHANGES`, which says why."""
+        """The wrapper of each target of `upstream.CHANGES`, which says why."""
         return {
             "megatron.training.arguments:parse_args": self._parse_args,
             "megatron.training.checkpointing:check_checkpoint_args": self._check_checkpoint_args,
@@ -268,7 +268,7 @@ class TrainerIntegration:
             print_rank_last(f"WARNING: {warning}")
 
     def _evaluate(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
-        """One validation set. What it measured waits in `_evaluated` for `_evaluate_and_print_results`."""
+        """One validation set. Its results wait in `_evaluated` for `_evaluate_and_print_results`."""
         metrics = self._evaluation_metrics
         if metrics is not None:
             metrics.begin_step()

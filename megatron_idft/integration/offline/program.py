@@ -1,4 +1,4 @@
-"""What the offline programs share: Megatron's start without a training, and work taken from a ledger."""
+"""Shared by the offline programs: Megatron's start without a training, and work taken from a ledger."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatron_idft.parsing import raise_errors
 Parser = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.25, 5.0  # doubled each time: the others may be about to finish
-# What Megatron must not do here, and what it insists on though nothing is trained.
+# Flags that keep Megatron from training work, and those that it insists on though nothing is trained.
 _MEGATRON_DEFAULTS = {"micro_batch_size": 1, "no_load_optim": True, "no_load_rng": True, "skip_train": True}
 
 
@@ -61,8 +61,10 @@ def parse(
 ) -> argparse.Namespace:
     """Megatron's arguments from `sys.argv` with those of `add_arguments`, checked; then `initialize_megatron`.
 
-    whole_numbers: names of arguments that must be at least 1 where they are given. check: may raise ArgumentError; sees
-    the arguments before Megatron has validated them.
+    Args:
+        add_arguments: adds the program's flags to Megatron's parser.
+        whole_numbers: names of arguments that must be at least 1 where they are given.
+        check: sees the arguments before Megatron has validated them, and may raise ArgumentError.
     """
     from megatron.training import arguments as megatron_arguments
     from megatron.training.initialize import initialize_megatron
@@ -157,7 +159,9 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
 def claimed(ledger: Ledger | None, share: Callable[[Any], Any]) -> Iterator[int]:
     """Chunks for this launch until all are finished. Waits for those that others hold.
 
-    ledger: of the leading rank, None on the others. share: the leader's value on every rank that takes part.
+    Args:
+        ledger: of the leading rank, None on the others.
+        share: the leader's value on every rank that takes part.
     """
     wait = _FIRST_POLL_SECONDS
     while True:

@@ -10,7 +10,11 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One data-parallel replica: the tensor-parallel ranks that hold the model together. leads: this is its first."""
+    """One data-parallel replica: the tensor-parallel ranks that hold the model together.
+
+    Attributes:
+        leads: this rank is its first.
+    """
 
     number: int
     count: int

@@ -187,7 +187,7 @@ def _score_chunks(
 
 
 def _settings(args: argparse.Namespace, records: TokenizedRecords, total: int) -> dict[str, Any]:
-    """What must agree between launches on one output folder."""
+    """Settings that must agree between launches on one output folder."""
     return program.model_settings(args) | {
         "data": [Path(path).name for path in args.sft_data],
         "tokens": records.path.name,  # the fingerprint of records, tokenizer, template and length

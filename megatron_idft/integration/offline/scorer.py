@@ -51,7 +51,8 @@ class ModelScorer:
         tokens_per_batch: padded tokens in one micro-batch; at least one sequence.
         backend: as in `vocab_parallel_loss`.
 
-    Raises UnsupportedModelError for models whose loss the hook cannot reach, and for context parallelism.
+    Raises:
+        UnsupportedModelError: the hook cannot reach the model's loss, or there is context parallelism.
     """
 
     def __init__(self, model: Sequence[torch.nn.Module], vocab_size: int, tokens_per_batch: int, backend: str) -> None:

@@ -17,7 +17,7 @@ from megatron_idft.errors import ArgumentError, UserError
 from megatron_idft.integration.plan.shape import LAYERS
 from megatron_idft.integration.platform.megatron_errors import translate
 
-# What changes memory in a way that nobody has derived here: attribute -> what it is.
+# Flags that change memory in a way that nobody has derived here: attribute -> name.
 _NOT_COUNTED = {
     "multi_latent_attention": "multi-latent attention",
     "experimental_attention_variant": "another attention",
@@ -95,7 +95,11 @@ def model_config(args: argparse.Namespace) -> Any:
 
 
 def refuse_uncounted(args: argparse.Namespace) -> None:
-    """Raises ArgumentError, naming every flag whose memory is not counted."""
+    """Refuse flags whose memory is not counted.
+
+    Raises:
+        ArgumentError: names every one.
+    """
     found = [
         f"{_FLAGS.get(name, '--' + name.replace('_', '-'))} ({what})"
         for name, what in _NOT_COUNTED.items()

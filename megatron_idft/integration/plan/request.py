@@ -167,7 +167,7 @@ def _prepare() -> None:
 
 
 def _with_local_flags(words: list[str]) -> list[str]:
-    """What training on this machine's GPU would add. A layer that is asked for by name is that of another machine."""
+    """`words` with the flags that training would add on this machine's GPU, unless they name layers themselves."""
     # Without a GPU, or where an earlier call of this process has hidden it, nobody knows what training will find.
     if "--transformer-impl" in given_flags(words) or not torch.cuda.is_available():
         return words

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
-# What training, verification and export meet. Megatron-Bridge, for example, caps transformers, and omegaconf wants one
-# antlr4 runtime while math-verify's own extras install another.
+# Packages of training, verification and export. Megatron-Bridge, for example, caps transformers, and omegaconf wants
+# one antlr4 runtime while math-verify's own extras install another.
 _EXAMINED = (
     *("torch", "triton", "transformers", "accelerate", "omegaconf", "math-verify", "latex2sympy2_extended"),
     *("megatron-core", "megatron-bridge", "megatron-idft", "nvidia-resiliency-ext"),

@@ -129,11 +129,12 @@ class MegatronOrigin:
 def check_megatron_origin() -> MegatronOrigin:
     """Find megatron.core and megatron.training without importing them.
 
-    Raises InstallationError unless both come from one root, in a version that is served.
-
     `megatron` is a namespace package: a checkout on `sys.path` and an installed wheel mix without a word, each
     supplying the subpackages that the other was not asked for yet. Call it once more after a script has imported
     what it needs.
+
+    Raises:
+        InstallationError: they do not come from one root, or their version is not served.
     """
     core, training = _folder("core"), _folder("training")
     if core.parent != training.parent:
@@ -161,7 +162,7 @@ def check_megatron_origin() -> MegatronOrigin:
     return MegatronOrigin(core, training, version)
 
 
-# What Megatron-LM itself puts into the namespace; megatron.bridge, megatron.energon and others may live elsewhere.
+# Megatron-LM's own packages in the namespace; megatron.bridge, megatron.energon and others may live elsewhere.
 _MEGATRON_LM = frozenset({"core", "training", "post_training", "rl", "inference", "legacy"})
 
 

@@ -18,7 +18,11 @@ _OTHERS = ("lr_decay_style", "start_weight_decay", "end_weight_decay", "weight_d
 
 
 def check_schedule(args: argparse.Namespace, before: argparse.Namespace) -> None:
-    """Compare the flags of this run with `before`, those of the checkpoint. Raises ChangedScheduleError."""
+    """Compare the flags of this run with `before`, those of the checkpoint.
+
+    Raises:
+        ChangedScheduleError: the schedule differs.
+    """
     if args.override_opt_param_scheduler or args.no_load_optim or args.skip_train:
         return
     # Megatron's parameter groups are found by their rates, whoever is to decide the schedule.
@@ -57,7 +61,7 @@ def take_new_rates(state: Any, args: argparse.Namespace, before: argparse.Namesp
 
 
 def _numbers(args: argparse.Namespace) -> tuple[Any, ...]:
-    """What Megatron's scheduler compares, as training.get_optimizer_param_scheduler computes it."""
+    """The values that Megatron's scheduler compares, as training.get_optimizer_param_scheduler computes them."""
     if args.train_samples:
         length, decay, warmup = args.train_samples, args.lr_decay_samples, args.lr_warmup_samples
     else:

@@ -30,7 +30,7 @@ from megatron_idft.integration.platform.local_flags import LOCAL_LAYERS, add_mis
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
-# What is added unless the user decided: flag and value.
+# Flags that are added unless the user decided, with their values.
 _NEEDED: tuple[tuple[str, str | None], ...] = (
     ("--distributed-backend", "gloo"),
     ("--use-cpu-initialization", None),

@@ -1,4 +1,4 @@
-"""What this machine offers to training: the findings behind `megatron-idft doctor`.
+"""The findings of `megatron-idft doctor`: the means of training on this machine.
 
 Everything is found without importing Megatron or touching a GPU's memory, so it runs on a login node.
 """
@@ -258,7 +258,7 @@ def _choices() -> Iterator[Finding]:
 
 
 def _changes() -> Iterator[Finding]:
-    """What the programs will change of Megatron on this machine."""
+    """The changes that the programs will make to Megatron on this machine."""
     if installed("torch") is None or installed("megatron-core") is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""What a signal ends in that comes while a training starts, before its flags are parsed. Imports no torch."""
+"""The end of a training on a signal that comes before its flags are parsed. Imports no torch."""
 
 from __future__ import annotations
 

@@ -15,7 +15,11 @@ _TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def check_files(flag: str, paths: Iterable[str]) -> None:
-    """Raises ArgumentError, naming all records that are not there, before anything expensive starts."""
+    """Refuse missing records before anything expensive starts.
+
+    Raises:
+        ArgumentError: names all records that are not there.
+    """
     missing = [path for path in paths if not Path(path).exists()]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
@@ -23,9 +27,12 @@ def check_files(flag: str, paths: Iterable[str]) -> None:
 
 
 def check_layout(args: argparse.Namespace) -> None:
-    """Raises ArgumentError where the parallel sizes do not divide the model, or the ranks cannot hold the layout.
+    """Refuse a layout that the model or the ranks do not allow.
 
-    The model first: what does not divide it is right with no number of ranks.
+    The model first: a size that does not divide it is right with no number of ranks.
+
+    Raises:
+        ArgumentError: the parallel sizes do not divide the model, or the ranks cannot hold the layout.
     """
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     sizes = {_flag(name): getattr(args, name) for name in names}
@@ -45,7 +52,7 @@ def _check_divides(args: argparse.Namespace) -> None:
     expert_tensor = "expert_tensor_parallel_size" if args.expert_tensor_parallel_size else tensor
     experts, pattern = args.num_experts, args.hybrid_layer_pattern or ""
     dense = "-" in pattern if pattern else not experts
-    # What is divided, its field in config.json, and the size that must divide it.
+    # The divided quantity, its field in config.json, and the size that must divide it.
     divided = [
         ("num_attention_heads", "num_attention_heads", "attention heads", tensor),
         ("ffn_hidden_size", "intermediate_size", "columns of the feed-forward layers", tensor if dense else None),
@@ -82,7 +89,11 @@ def _flag(name: str) -> str:
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Raises ArgumentError for a length that does not fit the model that the flags describe, or for no model."""
+    """Refuse flags that describe no model.
+
+    Raises:
+        ArgumentError: a length that does not fit the model, or no model.
+    """
     if args.use_checkpoint_args or args.yaml_cfg is not None:
         return  # the model is not known yet
     if args.num_layers is None and args.hybrid_layer_pattern is None and args.encoder_num_layers is None:
@@ -100,7 +111,11 @@ def check_model(args: argparse.Namespace) -> None:
 
 
 def check_training(args: argparse.Namespace) -> None:
-    """Raises ArgumentError for flags without which a training cannot begin, or which it would meet late."""
+    """Refuse a training that could not begin, or would end late.
+
+    Raises:
+        ArgumentError: names the flags.
+    """
     if args.micro_batch_size is None:
         raise ArgumentError("pass --micro-batch-size N, the sequences of a rank at a time")
     for name in (
@@ -142,7 +157,11 @@ def check_training(args: argparse.Namespace) -> None:
 
 
 def check_start(args: argparse.Namespace) -> None:
-    """Raises ArgumentError where a checkpoint to begin with is named and not there: Megatron takes random weights."""
+    """Refuse a missing checkpoint to begin with: Megatron would take random weights.
+
+    Raises:
+        ArgumentError: a checkpoint is named and not there.
+    """
     if (
         args.pretrained_checkpoint is not None
         and args.hf_model is None
@@ -161,7 +180,7 @@ def has_checkpoint(folder: str) -> bool:
 
 
 def no_checkpoint(flag: str, folder: str) -> str:
-    """What is wrong with the folder, and what the flag wants."""
+    """The fault of the folder, and the folder that the flag wants."""
     if not Path(folder).exists():
         return f"{flag}: there is no folder {folder}. Pass one with a Megatron checkpoint"
     if (Path(folder) / "config.json").is_file():
@@ -172,7 +191,7 @@ def no_checkpoint(flag: str, folder: str) -> str:
 
 
 def remarks(args: argparse.Namespace) -> list[str]:
-    """What is allowed in a training and hardly meant."""
+    """Remarks on flags that are allowed in a training and hardly meant."""
     found = []
     if not args.skip_train and args.lr == 0:
         found.append("--lr 0: the model will not change")
@@ -182,7 +201,11 @@ def remarks(args: argparse.Namespace) -> list[str]:
 
 
 def check_train(args: argparse.Namespace, *, reads_records: bool) -> None:
-    """All checks of `train`, the cheapest to mend first. Raises ArgumentError."""
+    """Make all checks of `train`, the cheapest to mend first.
+
+    Raises:
+        ArgumentError: the first that fails.
+    """
     check_model(args)
     check_training(args)
     check_start(args)

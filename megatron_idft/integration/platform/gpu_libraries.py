@@ -1,4 +1,4 @@
-"""What is there of the libraries whose kernels Megatron uses on a GPU. One answer for the programs and for `doctor`."""
+"""Which libraries whose kernels Megatron uses on a GPU are there. One answer for the programs and for `doctor`."""
 
 from __future__ import annotations
 
@@ -37,10 +37,12 @@ def installed(distribution: str) -> str | None:
 def find_gpu_libraries(importing: bool = True) -> GPULibraries:
     """Look for them as Megatron does (core/extensions/transformer_engine.py, tensor_parallel/layers.py).
 
-    importing: try whether Transformer Engine imports; else only whether it is there.
+    Args:
+        importing: try whether Transformer Engine imports; else only whether it is there.
 
-    Raises BrokenLibraryError for a Transformer Engine that ends Megatron's own import: the package is there, but its
-    part for torch is not (core/fp8_utils.py imports it nevertheless), or it fails with anything but ImportError.
+    Raises:
+        BrokenLibraryError: a Transformer Engine that ends Megatron's own import: the package is there, but its part for
+            torch is not (core/fp8_utils.py imports it nevertheless), or it fails with anything but ImportError.
     """
     engine, why_not = _transformer_engine() if importing else (_there("transformer_engine"), "")
     kernels = ("fused_weight_gradient_mlp_cuda", "scaled_upper_triang_masked_softmax_cuda")

@@ -178,7 +178,9 @@ class HuggingFaceExport:
     def keep_companions(self, args: argparse.Namespace, template: str) -> None:
         """Put config.json and tokenizer into SAVE/tokenizer, so that the checkpoints there can be converted.
 
-        template: the chat template that is trained; written where it is not the tokenizer folder's own.
+        Args:
+            args: Megatron's.
+            template: the chat template that is trained; written where it is not the tokenizer folder's own.
         """
         import torch  # noqa: PLC0415  a help is shown without
 

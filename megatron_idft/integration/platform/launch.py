@@ -7,7 +7,7 @@ import os
 from megatron_idft.errors import LaunchError
 
 _RANKS = ("RANK", "WORLD_SIZE")
-# What says how many processes a launcher that is not torchrun has started.
+# Variables by which other launchers than torchrun say how many processes they have started.
 _OTHER_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 
 

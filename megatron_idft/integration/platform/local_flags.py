@@ -64,9 +64,10 @@ def add_missing(
 
 
 def add_local_flags(argv: Sequence[str], program_name: str, libraries: GPULibraries) -> list[str]:
-    """`argv` (without the program) plus what Megatron needs on a GPU with these libraries.
+    """`argv` (without the program) plus the flags that Megatron needs on a GPU with these libraries.
 
-    Raises MissingLibraryError, naming the remedy, for a flag that needs Transformer Engine where there is none.
+    Raises:
+        MissingLibraryError: a flag needs Transformer Engine, and there is none; names the remedy.
     """
     given = given_flags(argv)
     if not libraries.transformer_engine:

@@ -1,4 +1,4 @@
-"""What Megatron raises for a user's mistake, in one sentence with the flag and the remedy. Imports nothing of Megatron.
+"""Megatron's errors for a user's mistake, in one sentence with the flag and the remedy. Imports nothing of Megatron.
 
 Megatron 0.19 checks its flags by assertions, many without a message, in places from the parser to the first step. The
 table has those that people meet; whatever else its modules of flags and configs raise is shown as their refusal.
@@ -26,9 +26,13 @@ _MISSING |= dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads"), 
 
 
 def ranks_needed(ranks: int, needed: int, sizes: Mapping[str, int] | None = None, *, planned: bool = False) -> str:
-    """Why so many ranks cannot hold a model that is cut into `needed` parts, and what to start instead.
+    """Why so many ranks cannot hold a model that is cut into `needed` parts, and the remedy.
 
-    sizes: the flags that cut it, where they are known. planned: the ranks are those of `plan --gpus`.
+    Args:
+        ranks: that were started.
+        needed: parts of the model.
+        sizes: the flags that cut it, where they are known.
+        planned: the ranks are those of `plan --gpus`.
     """
     parts = " x ".join(f"{flag} {size}" for flag, size in (sizes or {}).items()) or "the parallel sizes"
     parts += f": the model is cut into {needed} parts"

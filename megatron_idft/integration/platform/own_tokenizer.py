@@ -15,15 +15,17 @@ _HUGGING_FACE, _SENTENCEPIECE = "HuggingFaceTokenizer", "SentencePieceTokenizer"
 
 
 def tokenizer_type(path: str) -> str:
-    """What Megatron calls a tokenizer of such a path."""
+    """Megatron's name for a tokenizer of such a path."""
     return _SENTENCEPIECE if path.endswith(".model") else _HUGGING_FACE
 
 
 def own_tokenizer_flags(given: Mapping[str, str], *, of_script: bool = False) -> list[str]:
     """The flags of the tokenizer that lies beside the checkpoint to begin with, where none is given; rank 0 says so.
 
-    given: every flag with its value. of_script: the flags are another script's, which knows only Megatron's: nothing
-    is added unless they ask for a tokenizer of this type.
+    Args:
+        given: every flag with its value.
+        of_script: the flags are another script's, which knows only Megatron's: nothing is added unless they ask for a
+            tokenizer of this type.
     """
     if "--tokenizer-model" in given:
         return []
@@ -44,7 +46,11 @@ def own_tokenizer_flags(given: Mapping[str, str], *, of_script: bool = False) ->
 
 
 def require_tokenizer(args: argparse.Namespace) -> None:
-    """Raises ArgumentError where there is none: neither given nor beside a checkpoint."""
+    """Refuse flags without a tokenizer.
+
+    Raises:
+        ArgumentError: there is none, neither given nor beside a checkpoint.
+    """
     if args.tokenizer_model is not None:
         return
     places = [str(Path(place) / COMPANIONS) for place in (args.load, args.pretrained_checkpoint) if place]

@@ -1,6 +1,6 @@
 """One rank does something and the others get it, or wait for it.
 
-Collectives end after their time limit. What may take hours waits on the store instead, which does not.
+Collectives end after their time limit. Work that may take hours waits on the store instead, which has none.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_rank_0[T](work: Callable[[], T]) -> T:
-    """What `work` gives on rank 0, on every rank; its error ends every rank, and rank 0 says it."""
+    """The result of `work` on rank 0, on every rank; its error ends every rank, and rank 0 reports it."""
     outcome: list[Any] = [None, None]
     failed: BaseException | None = None
     if torch.distributed.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""What a script under `run` trains on by Megatron's own flags, looked at before Megatron starts."""
+"""Looks at the data that a script under `run` trains on by Megatron's own flags, before Megatron starts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ _LISTS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
 def check_script_data(args: argparse.Namespace) -> None:
-    """Raises InputError, naming prefix and sequence, for token ids that the model has no row for.
+    """Refuse token ids that the model has no row for. Called on rank 0.
 
-    Where a token is trained on, its label is counted in training; in a prompt, whose loss mask is 0, nothing else would
-    tell. Files are read only where the tokenizer has such ids, or its size is not known, and of each so many as takes
-    seconds, _MOST ids. What is no indexed dataset on this machine is the script's to find, and to understand. Called on
-    rank 0.
+    Training counts the labels of trained tokens; in a prompt, whose loss mask is 0, nothing else would find the fault.
+    Files are read only where the tokenizer has such ids, or its size is not known, and only the first _MOST ids of a
+    file, which takes seconds. A path that is no indexed dataset on this machine is left to the script.
+
+    Raises:
+        InputError: names prefix and sequence.
     """
     prefixes = {flag: found for flag, words in _data_words(args).items() if (found := list(filter(_is_there, words)))}
     rows = args.sft_loss_vocab_size

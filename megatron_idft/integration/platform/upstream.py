@@ -1,4 +1,4 @@
-"""What we change of Megatron: one table, and the only functions that make a change.
+"""Our changes of Megatron: one table, and the only functions that make a change.
 
 Nothing is changed by an import. A program changes what `CHANGES` lists for it when it starts; `megatron-idft doctor`
 prints the list, docs/architecture.md has it as a table, and a test compares it with what a started program has changed.
