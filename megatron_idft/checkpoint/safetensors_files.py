@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from megatron_idft.checkpoint.safetensors_header import INDEX, SINGLE, read_folder
 from megatron_idft.errors import ConversionError
+from megatron_idft.files import sync
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -131,9 +131,8 @@ class SafetensorsWriter:
 
     def _close_shard(self) -> None:
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
+            sync(Path(self._file.name))
             self._file = None
 
     def __enter__(self) -> SafetensorsWriter:

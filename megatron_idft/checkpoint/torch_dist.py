@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,7 +38,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_idft.checkpoint.checksums import RECORD, TRACKER, iteration_folder, problems, read_record, read_tracker
 from megatron_idft.checkpoint.dcp_metadata import NAME, read_metadata
 from megatron_idft.errors import ConversionError, DamagedCheckpointError
-from megatron_idft.files import synced_file
+from megatron_idft.files import sync, synced_file
 
 _COMMON = "common_state/shard_0_1"
 _FILE_BYTES = 4 << 30  # a file is closed when it has grown beyond this
@@ -91,9 +90,8 @@ class TorchDistWriter:
 
     def _close_file(self) -> None:
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
+            sync(Path(self._file.name))
             self._file = None
 
     def __enter__(self) -> TorchDistWriter:
