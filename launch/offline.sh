@@ -7,7 +7,7 @@
 #
 # Start it as often and on as many machines as you like: score and realign share their --output folder, each launch
 # takes what is left. Stopped or killed, the same command goes on. --dry-run prints the plan and starts nothing; flags
-# behind -- go to the tool even if they are called --dry-run or --help. DEVICE=cpu and GPUS_PER_NODE (8) say what there
+# after -- go to the tool even if they are called --dry-run or --help. DEVICE=cpu and GPUS_PER_NODE (8) say what there
 # is. Ends with 143 when SIGTERM stopped it, with 130 when Ctrl-C did.
 set -euo pipefail
 # shellcheck source=launch/common.sh

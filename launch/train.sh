@@ -137,7 +137,7 @@ plan "nodes    $NNODES, this is node ${NODE_RANK:-${MASTER_ADDR:-0}}" \
     "batch    $GLOBAL_BATCH sequences of $SEQ_LENGTH = $MICRO_BATCH x DP $DP x $micro_batches micro-batches" \
     "begins   with ${HF_MODEL:-$PRETRAINED}; where $SAVE has a checkpoint, goes on from there" \
     "memory   megatron-idft plan --gpus $((NNODES * GPUS_PER_NODE)) --gpus-per-node $GPUS_PER_NODE counts it, given" \
-    "         also the flags behind \`train\` below"
+    "         also the flags after \`train\` below"
 start_training "$PYTHON" -m torch.distributed.run "${DISTRIBUTED_ARGS[@]}" -m megatron_idft train \
     "${MODEL_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" \
     "${EVAL_AND_LOGGING_ARGS[@]}" "${flags[@]}"
