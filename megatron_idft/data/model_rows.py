@@ -25,9 +25,15 @@ _SHOWN = 5
 
 
 def require_rows(data: PackedStore, tokenizer: ChatTokenizer, rows: int | None) -> None:
-    """Raises InputError, naming the tokens, a place and the remedy, where the data holds ids from `rows` on.
+    """Refuse data whose tokens the model has no row for.
 
-    rows: of the model's true vocabulary; None where it is not known.
+    Args:
+        data: the packs.
+        tokenizer: of the data.
+        rows: of the model's true vocabulary; None where it is not known.
+
+    Raises:
+        InputError: the data holds ids from `rows` on; names the tokens, a place and the remedy.
     """
     if rows is None or tokenizer.vocab_size <= rows:
         return

@@ -13,8 +13,10 @@ def named_sets(words: Sequence[str]) -> dict[str, list[str]]:
     """`[NAME=]FILE …` -> the files of each set, in the order in which the sets come up.
 
     Words without a name are one set, named "". A word that is itself a file, or a prefix of packs, is taken as such
-    whatever it contains. Raises InputError for a name that could not stand in a metric's key, and for one without a
-    file.
+    whatever it contains.
+
+    Raises:
+        InputError: a name that could not stand in a metric's key, or one without a file.
     """
     sets: dict[str, list[str]] = {}
     for word in words:

@@ -65,7 +65,14 @@ def percent(share: float, _: object) -> str:
 def finish_phi_axis(
     axes: Axes, edges: list[float], ticks: Sequence[float] = (-8, -6, -4, -2, 0, 2), shared: Iterable[Axes] = ()
 ) -> None:
-    """shared: the axes that share this scale."""
+    """Give an axis of phi its scale, ticks and labels.
+
+    Args:
+        axes: with histograms.
+        edges: of their bins.
+        ticks: of phi, in nats.
+        shared: the axes that share this scale.
+    """
     tails = with_tails(edges)
     ticks = [edges[0], *ticks, edges[-1]]
     labels = [f"≤ {edges[0]:g}", *(f"{tick:g}" for tick in ticks[1:-1]), f"≥ {edges[-1]:g}"]

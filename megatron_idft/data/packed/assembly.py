@@ -108,7 +108,13 @@ class Assembly:
             first += info.documents
 
     def publish(self, prefix: Path, others: dict[str, bytes], description: bytes) -> None:
-        """Give all files their names, the description, PREFIX.json, last. others: small files, by suffix."""
+        """Give all files their names, the description, PREFIX.json, last.
+
+        Args:
+            prefix: of the names.
+            others: small files, by suffix.
+            description: the content of PREFIX.json.
+        """
         for suffix, content in others.items():
             with self._create(suffix) as file:
                 file.write(content)

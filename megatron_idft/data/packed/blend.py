@@ -24,8 +24,10 @@ from megatron_idft.errors import InputError
 def prepared_prefixes(words: Sequence[str]) -> dict[str, Fraction] | None:
     """`PREFIX[:weight] …` -> prefix and weight of each; None where no word names prepared data.
 
-    Prepared data is known by its file PREFIX.json. Raises InputError for a mixture with record files, for a weight
-    that is no positive number, and for a prefix that is named twice.
+    Prepared data is known by its file PREFIX.json.
+
+    Raises:
+        InputError: a mixture with record files, a weight that is no positive number, or a prefix that is named twice.
     """
     prefixes: dict[str, Fraction] = {}
     others = []
@@ -109,7 +111,8 @@ class BlendedEpochs(Dataset[Sample]):
 
     A resumed run, on any number of ranks, continues where it was. Nothing is read before the first sample.
 
-    num_epochs: after so many epochs, untrained samples fill up the last batch; None goes on.
+    Args:
+        num_epochs: after so many epochs, untrained samples fill up the last batch; None goes on.
     """
 
     def __init__(
@@ -131,7 +134,11 @@ class BlendedEpochs(Dataset[Sample]):
         return self.dataset.untrained_sample() if pack is None else self.dataset[pack]
 
     def pack_number(self, index: int) -> int | None:
-        """Which pack sample `index` is; None after the last epoch. Raises IndexError outside [0, num_samples)."""
+        """The number of the pack that sample `index` is; None after the last epoch.
+
+        Raises:
+            IndexError: outside [0, num_samples).
+        """
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
         if self.num_epochs is not None and index >= self.blend.samples_before(self.num_epochs):

@@ -29,9 +29,13 @@ from megatron_idft.errors import RAW_EXCERPT, RecordError
 class Block:
     """Consecutive lines or Parquet rows of one file.
 
-    index: of the block in the whole input. file_number: which of the input's files. first: line (row) of its first row,
-    from 1. data: the lines, or an Arrow stream. error: what could not be read behind them. disk_bytes: of the file,
-    read since the block before.
+    Attributes:
+        index: of the block in the whole input.
+        file_number: of the file in the input.
+        first: line (row) of its first row, from 1.
+        data: the lines, or an Arrow stream.
+        error: of the unreadable part after them.
+        disk_bytes: of the file, read since the block before.
     """
 
     index: int
@@ -47,7 +51,13 @@ class Block:
 def read_blocks(paths: Sequence[str], chunk_bytes: int, limit: int | None = None) -> Iterator[Block]:
     """The input as blocks of about chunk_bytes of text or of Arrow's memory, at least one record each.
 
-    limit: only so many records. Raises InputError and FileNotFoundError before anything is read.
+    Args:
+        paths: the record files.
+        chunk_bytes: of a block.
+        limit: only so many records.
+
+    Raises:
+        InputError, FileNotFoundError: before anything is read.
     """
     check_files(paths)
     return _blocks(paths, chunk_bytes, limit)

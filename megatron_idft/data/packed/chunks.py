@@ -22,11 +22,16 @@ from megatron_idft.files import complete_file, write_atomically
 
 @dataclass(slots=True)
 class ChunkInfo:
-    """What stands in a chunk's JSON.
+    """The content of a chunk's JSON.
 
-    file_number, first: where in the input the block began. weighted: `loss` holds weights, not the mask. sources: the
-    names that the chunk's source numbers stand for. per_source: figures of each, see encoding.py. lengths: how many
-    documents had 2^(k-1) to 2^k - 1 tokens, by k, before any was cut. errors: the bad records that were skipped.
+    Attributes:
+        file_number: of the file in the input in which the block began.
+        first: line or row there.
+        weighted: `loss` holds weights, not the mask.
+        sources: the names that the chunk's source numbers stand for.
+        per_source: figures of each, see encoding.py.
+        lengths: how many documents had 2^(k-1) to 2^k - 1 tokens, by k, before any was cut.
+        errors: the bad records that were skipped.
     """
 
     index: int
@@ -46,9 +51,15 @@ class ChunkInfo:
 
 @dataclass(slots=True)
 class Chunk:
-    """lines int64, lengths int32, sources int32: [documents]. ids int32, loss uint8 or float32: [tokens].
+    """The documents of a chunk.
 
-    records: a row for each document, only where they are not packed and the chunk was not read from its files.
+    Attributes:
+        lines: [documents].
+        ids: [tokens].
+        lengths: [documents].
+        loss: [tokens], uint8 or float32.
+        sources: [documents].
+        records: a row for each document, only where they are not packed and the chunk was not read from its files.
     """
 
     info: ChunkInfo
@@ -104,7 +115,11 @@ def read_origins(folder: Path, info: ChunkInfo) -> tuple[NDArray[np.int64], NDAr
 
 
 def read_chunk(folder: Path, info: ChunkInfo) -> Chunk:
-    """The whole chunk, in memory. Raises ValueError if the file is not of the size that the JSON says."""
+    """The whole chunk, in memory.
+
+    Raises:
+        ValueError: the file is not of the size that the JSON says.
+    """
     path, n, tokens = folder / part_name(info.index, ".bin"), info.documents, info.tokens
     data = path.read_bytes()
     loss_type = np.dtype("<f4" if info.weighted else "u1")

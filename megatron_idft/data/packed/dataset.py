@@ -48,8 +48,8 @@ class PackReader(Protocol):
 class PackedDataset(Dataset[Sample]):
     """The packs of one or more readers, numbered through, padded on the right.
 
-    A document of n ids takes n - 1 positions: its last token is read by nobody. The first token
-    of a document is never a label, so no label crosses a border. What is left of the sequence is one more document,
+    A document of n ids takes n - 1 positions: its last token is only a label. The first token
+    of a document is never a label, so no label crosses a border. The rest of the sequence is one more document,
     of padding. A sample holds, of shape [seq_length] unless said otherwise:
 
         bounds        int32    (bounds) [seq_length + 1] 0, then the end of each document, then seq_length
@@ -69,7 +69,8 @@ class PackedDataset(Dataset[Sample]):
             cuts each document in 2 c parts.
         sources: for each reader its sources' numbers through all readers, by their numbers in the reader.
 
-    Raises InputError, from `[]`, when a pack does not fit in seq_length.
+    Raises:
+        InputError: from `[]`, when a pack does not fit in seq_length.
     """
 
     def __init__(
@@ -171,9 +172,10 @@ class IndexedSamples(Protocol):
 class RepeatedRounds(Dataset[Sample]):
     """The same samples over and over, in order: each round of an evaluation reads one set after the other.
 
-    sets: datasets, and how many samples of each a round has. A set with fewer is filled up with untrained samples, so
-        it is read exactly once.
-    num_samples: at least this many, in whole rounds.
+    Args:
+        sets: datasets, and how many samples of each a round has. A set with fewer is filled up with untrained samples,
+            so it is read exactly once.
+        num_samples: at least this many, in whole rounds.
     """
 
     def __init__(self, sets: Sequence[tuple[IndexedSamples, int]], num_samples: int):

@@ -28,7 +28,7 @@ SOURCE_FIGURES = ("records", "documents", "tokens", "trained_tokens", "truncated
 
 
 class BlockEncoder:
-    """Encodes blocks by one tokenizer and one set of settings; the result depends on the block alone."""
+    """Encodes blocks by one tokenizer and one set of settings; the result depends only on the block."""
 
     def __init__(self, tokenizer: ChatTokenizer, settings: PrepareSettings):
         self._tokenizer, self._settings = tokenizer, settings
@@ -37,8 +37,9 @@ class BlockEncoder:
     def encode(self, block: Block) -> Chunk:
         """The block's documents in the order of its records.
 
-        Raises RecordError at the first bad record under bad_records="stop", and at a too long one under
-        truncation="error"; TemplateError, whatever bad_records says, where the chat template does not prove the mask.
+        Raises:
+            RecordError: the first bad record under bad_records="stop", or a too long one under truncation="error".
+            TemplateError: the chat template does not prove the mask, whatever bad_records says.
         """
         info = ChunkInfo(block.index, block.file_number, block.first)
         builder = _Builder(info, self._settings)

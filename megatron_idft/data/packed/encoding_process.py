@@ -23,7 +23,11 @@ Answer = Callable[[dict[str, Any], bytes], dict[str, Any]]
 
 
 def load(path: str) -> Answer:
-    """path: of the file that `tasks.encoding_processes` has written."""
+    """A worker's answers to its tasks.
+
+    Args:
+        path: of the file that `tasks.encoding_processes` has written.
+    """
     setup = json.loads(Path(path).read_text(encoding="utf-8"))
     settings = PrepareSettings(**setup["settings"] | {"paths": tuple(setup["settings"]["paths"])})
     folder = Path(setup["folder"])
@@ -34,7 +38,12 @@ def load(path: str) -> Answer:
 
 
 def answers(encoder: BlockEncoder, folder: Path) -> Answer:
-    """What is done with (header, payload) of a task. folder: of the chunks."""
+    """The answer to the (header, payload) of a task.
+
+    Args:
+        encoder: of the records.
+        folder: of the chunks.
+    """
 
     def answer(header: dict[str, Any], payload: bytes) -> dict[str, Any]:
         begin = time.process_time()

@@ -14,19 +14,23 @@ BadRecords = Literal["stop", "skip"]
 
 @dataclass(frozen=True, slots=True)
 class PrepareSettings:
-    """paths: the record files, in order.
+    """The settings of `prepare` that decide its output.
 
-    seq_length: a pack holds at most so many input positions; a document of n tokens takes n - 1, since its last token
-        is only a label. Longer ones are cut on the right (`truncate`), left out (`drop`) or end the run (`error`).
-    bad_records: `stop` at the first malformed record, or `skip` them and write them down.
-    last_turn_only: no assistant turn is trained but the last.
-    limit: only the first so many records.
-    pad_multiple: a document takes up a multiple of so many positions; context parallelism needs 2 x its size.
-    seed: of the order of the packs, and of which documents of one length share a pack.
-    chunk_bytes: records are cut into chunks of about so many bytes of text, each the work of one process.
-    packing: False puts one document in each pack, in the order of the input, and writes an index of the records.
+    Args:
+        paths: the record files, in order.
+        seq_length: a pack holds at most so many input positions; a document of n tokens takes n - 1, since its last
+            token is only a label. Longer ones are cut on the right (`truncate`), left out (`drop`) or end the run
+            (`error`).
+        bad_records: `stop` at the first malformed record, or `skip` them and write them down.
+        last_turn_only: no assistant turn is trained but the last.
+        limit: only the first so many records.
+        pad_multiple: a document takes up a multiple of so many positions; context parallelism needs 2 x its size.
+        seed: of the order of the packs, and of the choice among documents of one length.
+        chunk_bytes: records are cut into chunks of about so many bytes of text, each the work of one process.
+        packing: False puts one document in each pack, in the order of the input, and writes an index of the records.
 
-    Raises InputError for values that cannot be used.
+    Raises:
+        InputError: values that cannot be used.
     """
 
     paths: tuple[str, ...]

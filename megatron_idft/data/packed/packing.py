@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 
 @dataclass(slots=True)
 class Packs:
-    """order: int64 [documents], the documents' indices pack by pack. bounds: int64 [packs + 1], where each begins."""
+    """Which documents each pack holds.
+
+    Attributes:
+        order: int64 [documents], the documents' indices pack by pack.
+        bounds: int64 [packs + 1], where each begins.
+    """
 
     order: NDArray[np.int64]
     bounds: NDArray[np.int64]
@@ -38,12 +43,16 @@ class _Content:
 
 
 def best_fit_decreasing(lengths: NDArray[np.integer], capacity: int, seed: int | None = None) -> Packs:
-    """Packs of documents whose lengths sum up to at most `capacity`.
+    """Packs of documents whose lengths sum up to at most `capacity`. Holds about 40 bytes for each document.
 
-    lengths: [documents], each from 1 to capacity. seed: mixes the packs, and the documents of one length among
-    themselves; None: the fullest pack first, documents of one length in their order.
+    Args:
+        lengths: [documents], each from 1 to capacity.
+        capacity: of a pack.
+        seed: mixes the packs, and the documents of one length among themselves; None: the fullest pack first, documents
+            of one length in their order.
 
-    Holds about 40 bytes for each document. Raises ValueError for a length outside [1, capacity].
+    Raises:
+        ValueError: a length outside [1, capacity].
     """
     lengths = np.asarray(lengths)
     if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= capacity:

@@ -40,8 +40,17 @@ from megatron_idft.processes import Task
 
 @dataclass(slots=True)
 class Prepared:
-    """store: the packs. report: its text. Of this run: chunks that were tokenized and that were there already, the
-    tokens of the former; the processor seconds of the worker processes, once started; the most memory that one held."""
+    """The result of `prepare`.
+
+    Attributes:
+        store: the packs.
+        report: its text.
+        chunks: that this run tokenized.
+        resumed_chunks: that were there already.
+        tokens: of `chunks`.
+        cpu_seconds: processor time of the worker processes, once started.
+        peak_worker_bytes: the most memory that one of them held.
+    """
 
     store: PackedStore
     report: str
@@ -63,12 +72,20 @@ def prepare(
 ) -> Prepared:
     """Write the packs of these records to `output`, a prefix of file names, or open them if they are there.
 
-    workers: processes; None: one for each processor that this one may use; 0: none beside this one.
-    keep_chunks: leave PREFIX.chunks in place.
+    Args:
+        settings: of the output.
+        tokenizer: of the records.
+        output: the prefix.
+        workers: processes; None: one for each processor that this one may use; 0: none beside this one.
+        keep_chunks: leave PREFIX.chunks in place.
+        progress: show a bar.
 
-    Raises RecordError naming file, line and field; TemplateError when the chat template does not prove the loss mask;
-    SettingsMismatch when `output` was begun with other settings; InputError when `output` belongs to something else or
-    no record is left; PrepareError when a process dies or the disk is full.
+    Raises:
+        RecordError: a bad record; names file, line and field.
+        TemplateError: the chat template does not prove the loss mask.
+        SettingsMismatch: `output` was begun with other settings.
+        InputError: `output` belongs to something else, or no record is left.
+        PrepareError: a process died, or the disk is full.
     """
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers < 0:

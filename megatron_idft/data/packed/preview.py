@@ -25,7 +25,11 @@ def show_packs(store: PackedStore, tokenizer: ChatTokenizer, count: int) -> Iter
 
 
 def show_records(settings: PrepareSettings, tokenizer: ChatTokenizer, count: int) -> Iterator[str]:
-    """The first records as documents, without writing anything. Raises what `prepare` would."""
+    """The first records as documents, without writing anything.
+
+    Raises:
+        RecordError, TemplateError: as in `prepare`.
+    """
     encoder = BlockEncoder(tokenizer, settings)
     shown = 0
     for block in read_blocks(settings.paths, 1 << 16, settings.limit):

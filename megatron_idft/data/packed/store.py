@@ -43,10 +43,13 @@ def companion(prefix: str | Path, suffix: str) -> Path:
 
 @dataclass(slots=True)
 class Pack:
-    """Views into the mapped files: what nobody looks at is never read from disk.
+    """Views into the mapped files, of which only the used parts are read from disk.
 
-    ids: int32 [n]. loss: [n], what the token counts for in the loss, uint8 where no record of the store weighs its
-    tokens, else float32. starts, sources: int32 [documents], see above.
+    Attributes:
+        ids: int32 [n].
+        loss: [n], the token's weight in the loss, uint8 where no record of the store weighs its tokens, else float32.
+        starts: int32 [documents], see above.
+        sources: int32 [documents], see above.
     """
 
     ids: NDArray[np.int32]
@@ -73,9 +76,13 @@ class Pack:
 class PackedStore:
     """Opened packs. Opening reads the JSON and compares the files' sizes with it; arrays are mapped at their first use.
 
-    meta: the content of PREFIX.json. Pickles as its prefix.
+    Pickles as its prefix.
 
-    Raises InputError when there is no such store, it is of another format, or files are missing or of another size.
+    Attributes:
+        meta: the content of PREFIX.json.
+
+    Raises:
+        InputError: there is no such store, it is of another format, or files are missing or of another size.
     """
 
     def __init__(self, prefix: str | Path):
@@ -137,7 +144,11 @@ class PackedStore:
         return list(self.meta["end_of_turn_ids"])
 
     def pack(self, index: int) -> Pack:
-        """Raises IndexError outside [0, len)."""
+        """The pack with this number.
+
+        Raises:
+            IndexError: outside [0, len).
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"pack {index} of {len(self)}")
         packs = self._map(".packs.bin", np.int64)
@@ -175,9 +186,15 @@ class PackedStore:
         return [(self.meta["files"][file], line) for file, line in rows.tolist()]
 
     def require(self, tokenizer: ChatTokenizer, seq_length: int, pad_multiple: int = 1) -> None:
-        """Raises InputError, naming each difference and the remedy, unless the packs are for this use.
+        """Refuse packs that were not made for this use.
 
-        pad_multiple: what the training needs each document padded to; the packs must have room for it.
+        Args:
+            tokenizer: of the training.
+            seq_length: of the training.
+            pad_multiple: the training pads each document to a multiple of it; the packs must have room for that.
+
+        Raises:
+            InputError: names each difference and the remedy.
         """
         differences = []
         if tokenizer.fingerprint() != self.meta["settings"]["tokenizer"]:

@@ -38,7 +38,14 @@ class ThisProcess:
 
 
 def encoding_workers(count: int, tokenizer: ChatTokenizer, settings: PrepareSettings, folder: Path) -> Workers:
-    """Up to `count` processes; 0: this one. folder: of the chunks; a file in it says what every process begins with."""
+    """Up to `count` processes; 0: this one.
+
+    Args:
+        count: of processes.
+        tokenizer: of the records.
+        settings: of the output.
+        folder: of the chunks; a file in it has the settings that every process begins with.
+    """
     if count == 0:
         return ThisProcess(tokenizer, settings, folder)
     setup = folder / "setup.json"
@@ -52,7 +59,10 @@ def run_tasks(workers: Workers, tasks: Iterator[Task]) -> Iterator[tuple[Task, d
     """Each task with its reply, as they come. Tasks have rising numbers, and are taken as they are needed.
 
     Where tasks fail, those before the first that failed are finished, and its error is raised: the same one whatever
-    the number of processes. Raises PrepareError where a process dies.
+    the number of processes.
+
+    Raises:
+        PrepareError: a process died.
     """
     failed: dict[int, Exception] = {}
 

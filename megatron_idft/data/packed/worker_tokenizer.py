@@ -29,7 +29,11 @@ from megatron_idft.data.chat.tokenizer import (
 
 
 def describe_tokenizer(tokenizer: ChatTokenizer) -> dict[str, Any]:
-    """The tokenizer as JSON, for `rebuild_tokenizer`. Raises TypeError for one of another kind."""
+    """The tokenizer as JSON, for `rebuild_tokenizer`.
+
+    Raises:
+        TypeError: a tokenizer of another kind.
+    """
     template = tokenizer.template
     described: dict[str, Any] = {
         "fingerprint": tokenizer.fingerprint(),
@@ -47,7 +51,12 @@ def describe_tokenizer(tokenizer: ChatTokenizer) -> dict[str, Any]:
 
 
 def rebuild_tokenizer(described: dict[str, Any], scratch: Path) -> ChatTokenizer:
-    """The same tokenizer again. scratch: a folder for a temporary file."""
+    """The same tokenizer again.
+
+    Args:
+        described: by `describe_tokenizer`.
+        scratch: a folder for a temporary file.
+    """
     date = None if described["date"] is None else datetime.date.fromisoformat(described["date"])
     if described["kind"] == "huggingface":
         return _HuggingFace(described, ChatTemplate(described["template"], described["variables"], date))

@@ -50,7 +50,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 
 
 def validate_data_arguments(args: argparse.Namespace) -> None:
-    """Check the flags of `add_data_arguments` against each other and Megatron's. Raises ArgumentError."""
+    """Check the flags of `add_data_arguments` against each other and Megatron's.
+
+    Raises:
+        ArgumentError: flags that cannot be used; names the remedy.
+    """
     if not args.sft_data:
         raise ArgumentError("no training records: pass --sft-data FILE [FILE …]")
     require_tokenizer(args)

@@ -21,7 +21,13 @@ MOST_SOURCES = 64  # of which metrics are kept without being asked
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """name: "" for the set without one. samples: how many it has. iterations: of one evaluation."""
+    """One validation set.
+
+    Attributes:
+        name: "" for the set without one.
+        samples: how many it has.
+        iterations: of one evaluation.
+    """
 
     name: str
     samples: int
@@ -75,7 +81,11 @@ def add_evaluation_arguments(group: Any) -> None:
 
 
 def validate_evaluation_arguments(args: argparse.Namespace) -> None:
-    """Check the flags of `add_evaluation_arguments` against each other and Megatron's. Raises ArgumentError."""
+    """Check the flags of `add_evaluation_arguments` against each other and Megatron's.
+
+    Raises:
+        ArgumentError: flags that cannot be used; names the remedy.
+    """
     if args.sft_keep_best is None:
         for name in ("sft_keep_best_metric", "sft_keep_best_mode"):
             if getattr(args, name) is not None:

@@ -42,7 +42,11 @@ def takes_mask(args: argparse.Namespace) -> bool:
 
 
 def validate_packed_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot be right with packs, naming the remedy. Raises ArgumentError."""
+    """Refuse flags that cannot be right with packs.
+
+    Raises:
+        ArgumentError: names the remedy.
+    """
     if takes_mask(args):
         if args.context_parallel_size > 1:
             raise ArgumentError(
