@@ -35,7 +35,7 @@ class EntropyMixing:
         center: of sigmoid.
         low, high: of piecewise.
         hint_share: of fixed, and only there.
-        first_token_hinted: the first token comes from the hinted stream alone, as in the authors' code.
+        first_token_hinted: the first token comes only from the hinted stream, as in the authors' code.
 
     Raises:
         InputError: a value lies outside its range.

@@ -1,4 +1,4 @@
-"""What the model would be shown, and what to expect of a run, as text for a person."""
+"""The prompts that the model would be shown, and the prospects of a run, as text for a person."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from megatron_idft.hinted_decoding.stages.tasks import RealignInput, RecordTask
 def render_prompts(record: Record, tokenizer: ChatTokenizer, template: HintTemplate, max_positions: int) -> str:
     """The plain, the analysis and the hinted prompt of a record's first assistant turn.
 
-    Raises InputError where the record cannot be realigned.
+    Raises:
+        InputError: the record cannot be realigned.
     """
     task = RecordTask(RealignInput(0, record), tokenizer, max_positions)
     turn = task.begin(0)
@@ -31,7 +32,7 @@ def render_prompts(record: Record, tokenizer: ChatTokenizer, template: HintTempl
         parts.append(("hinted prompt", asked))
     else:
         parts.append((f"analysis prompt ({template.name})", asked))
-        written = f"{asked}⟦what the model writes there, through its last⟧{template.marker}{template.after_marker}"
+        written = f"{asked}⟦the model's analysis, through its last⟧{template.marker}{template.after_marker}"
         parts.append(("hinted prompt", written))
     parts.append(("original response", tokenizer.decode(turn.prompt.original_ids)))
     parts.append(("reference answer", "none: this turn cannot be verified" if turn.answer is None else turn.answer))
@@ -39,9 +40,12 @@ def render_prompts(record: Record, tokenizer: ChatTokenizer, template: HintTempl
 
 
 def describe_unreferenced(records: Sequence[Record], total: int, policy: str) -> str | None:
-    """What --unverified makes of records with a turn that has no reference; None where none is among `records`.
+    """The fate of records with a turn that has no reference; None where there is none among `records`.
 
-    records: some of the `total`, spread over the corpus.
+    Args:
+        records: some records, spread over the corpus.
+        total: the number of records of the corpus.
+        policy: of --unverified.
     """
     found = sum(not _all_referenced(record) for record in records)
     if not found:
@@ -67,7 +71,7 @@ def _all_referenced(record: Record) -> bool:
 
 
 class EstimateSums(ClusterSums):
-    """before, after: phi summed over the tokens of kept, rewritten turns as they were and as they are."""
+    """Records, and phi summed over the tokens of the rewritten turns of kept records, old text and new."""
 
     fields = ("one", "kept", "errors", "before", "before_tokens", "after", "after_tokens")
 
@@ -87,7 +91,14 @@ def summary_row(row: OutcomeRow) -> dict[str, float]:
 
 
 def describe_estimate(rows: Sequence[Mapping[str, float]], seconds: float, total: int, replicas: int) -> str:
-    """rows: of `summary_row`. seconds: that this launch needed for them. total: records of the corpus."""
+    """Hours, kept share and phi to expect of the whole corpus.
+
+    Args:
+        rows: of `summary_row`.
+        seconds: the time that this launch needed for them.
+        total: the number of records of the corpus.
+        replicas: of this launch.
+    """
     sums = EstimateSums()
     for row in rows:
         sums.add(row)

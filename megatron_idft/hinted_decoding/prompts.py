@@ -2,7 +2,7 @@
 
 A template file begins with lines `key: value`, then a line `---`, then Jinja text that becomes one user message:
 
-    marker: # CoT            what the model writes between its analysis and its reply, on a line of its own if the
+    marker: # CoT            the line between the model's analysis and its reply, with nothing else on it if the
                              after-marker begins with a line break; none: a hint without analysis
     after-marker: "\\n"       JSON text that follows the marker in the hinted prompt, whether the model wrote it or not
 
@@ -42,9 +42,17 @@ _BOX = "\\boxed"
 
 @dataclass(frozen=True)
 class HintTemplate:
-    """marker: None for a hint without analysis. source: the file's content. name: of the file, for messages.
+    """A template file, read and checked.
 
-    Raises InputError naming the file for a header or text that cannot be used.
+    Attributes:
+        name: of the file, for messages.
+        source: the file's content.
+        marker: None for a hint without analysis.
+        after_marker: the text that follows the marker in the hinted prompt.
+        text: the Jinja text.
+
+    Raises:
+        InputError: header or text cannot be used; the message names the file.
     """
 
     name: str
@@ -65,11 +73,20 @@ class HintTemplate:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the whole file: which template it was."""
+        """Of the whole file: identifies the template."""
         return hashlib.sha256(self.source.encode()).hexdigest()
 
     def render(self, conversation: Sequence[Message], solution: str, answer: str | None) -> list[Message]:
-        """The messages that ask for the hinted reply to `conversation`. Raises InputError where the text fails."""
+        """The messages that ask for the hinted reply.
+
+        Args:
+            conversation: the messages up to the reply.
+            solution: the reference reply.
+            answer: its final answer, if it has one.
+
+        Raises:
+            InputError: the template fails on this record.
+        """
         system = [message for message in conversation[:1] if message["role"] == "system"]
         rest = [{"role": m["role"], "content": m["content"]} for m in conversation[len(system) :]]
         questions = [message["content"] for message in rest if message["role"] == "user"]
@@ -125,7 +142,14 @@ class HintTemplate:
 
 
 def analysis_template(path: str | Path | None = None) -> HintTemplate:
-    """The analysis stage's: of the package, or from a file. Raises InputError, also for a file without a marker."""
+    """The template of the analysis stage.
+
+    Args:
+        path: a file; None: the package's own.
+
+    Raises:
+        InputError: the file cannot be used, or has no marker.
+    """
     template = _read("analysis.txt", path)
     if template.marker is None:
         raise InputError(f"{template.name}: the analysis needs a header line `marker: …`; or pass --no-analysis")
@@ -133,7 +157,14 @@ def analysis_template(path: str | Path | None = None) -> HintTemplate:
 
 
 def hint_template(path: str | Path | None = None) -> HintTemplate:
-    """The plain hint's: of the package, or from a file. Raises InputError, also for a file with a marker."""
+    """The template of the plain hint.
+
+    Args:
+        path: a file; None: the package's own.
+
+    Raises:
+        InputError: the file cannot be used, or has a marker.
+    """
     template = _read("hint.txt", path)
     if template.marker is not None:
         raise InputError(f"{template.name}: without an analysis there is no marker: take it out of the header")
@@ -141,24 +172,31 @@ def hint_template(path: str | Path | None = None) -> HintTemplate:
 
 
 def cut_at_marker(ids: NDArray[np.int32], template: HintTemplate, tokenizer: ChatTokenizer) -> NDArray[np.int32] | None:
-    """The analysis through the token that completes its last marker, and what follows a marker; None without one.
+    """The analysis up to its last marker, followed by the template's after-marker.
 
-    Where a line break follows the marker, it counts with nothing else on its line but signs of headings, emphasis and
-    lists: a model may repeat the prompt, which speaks of it.
-    Tokens of what follows are the model's own where it wrote it.
+    Where the after-marker begins with a line break, a marker counts only if nothing else stands on its line but signs
+    of headings, emphasis and lists: a model may repeat the prompt, which mentions the marker.
+
+    Args:
+        ids: int32 [n], the analysis.
+        template: one with a marker.
+        tokenizer: of the model.
+
+    Returns:
+        int32 [m]; the tokens of the after-marker are the model's own as far as it wrote them. None without a marker.
     """
     assert template.marker is not None
     marker, text = template.marker, tokenizer.decode(ids)
-    # A stop token may stand behind it.
+    # A stop token may follow it.
     line = (
         (r"^[ \t#*]*(?:[0-9]+[.)][ \t#*]*)?", r"[ \t*:]*(?:<[^\s<>]+>)?$")
         if template.after_marker.startswith("\n")
         else ("", "")
     )
-    alone = list(re.finditer(f"{line[0]}({re.escape(marker)}){line[1]}", text, re.MULTILINE))
-    if not alone:
+    found = list(re.finditer(f"{line[0]}({re.escape(marker)}){line[1]}", text, re.MULTILINE))
+    if not found:
         return None
-    end = _shortest(ids, tokenizer, marker, text.count(marker, 0, alone[-1].end(1)))
+    end = _shortest(ids, tokenizer, marker, text.count(marker, 0, found[-1].end(1)))
     tail = tokenizer.decode(ids[:end]).rpartition(marker)[2]
     wanted = template.after_marker
     while end < len(ids) and len(tail) < len(wanted) and wanted.startswith(tail):

@@ -1,4 +1,4 @@
-"""What a realignment does: stages, sampling, and what becomes of a turn that nothing right was found for."""
+"""The settings of a realignment: stages, sampling, and the fate of a turn without a right response."""
 
 from __future__ import annotations
 

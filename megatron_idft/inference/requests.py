@@ -1,4 +1,4 @@
-"""What is asked of the decode engine and what comes back."""
+"""Requests to the decode engine, and its responses."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ FinishReason = Literal["eos", "length", "context", "repetition"]
 class Request:
     """One response to decode.
 
-    id: names its random draws together with the seed, so two requests of one call must not share both.
-    prompt: int [n >= 1], what the model is asked. hinted_prompt: int [m >= 1], the same question with a hint: a second
-    stream, mixed with the first (hinted_decoding/); None: plain generation.
+    Attributes:
+        id: names the random draws together with the seed, so two requests of one call must not share both.
+        prompt: int [n >= 1].
+        hinted_prompt: int [m >= 1], the same question with a hint: a second stream, mixed with the first
+            (hinted_decoding/); None: plain generation.
+        seed: of the random draws.
     """
 
     id: str
@@ -47,10 +50,15 @@ class Mixing(Protocol):
 class Sampling:
     """How a token is drawn from a distribution.
 
-    temperature: 0 takes the most probable token (of equals the one with the smallest id). top_p: the smallest set of
-    most probable tokens with at least this mass. top_k: so many most probable tokens; 0: all. Both cut the
-    distribution at temperature 1 when `cut_before_temperature` (as Hinted Decoding does), else the tempered one (as
-    Megatron and vLLM do).
+    Attributes:
+        temperature: 0 takes the most probable token (of equals the one with the smallest id).
+        top_p: the smallest set of most probable tokens with at least this mass.
+        top_k: so many most probable tokens; 0: all.
+        cut_before_temperature: top_p and top_k cut the distribution at temperature 1, as in Hinted Decoding; else the
+            tempered one, as in Megatron and vLLM.
+
+    Raises:
+        ValueError: a value lies outside its range.
     """
 
     temperature: float = 1.0
@@ -84,9 +92,13 @@ class Repetition:
 class Stopping:
     """When a response ends.
 
-    stop_ids: it ends with the first of these. stop_on_first_token: also where that is the very first token; the authors
-    do not look at it. max_tokens: its longest. repetition: None: never looked for. splitter: text after which the
-    hinted stream is dropped; searched in the texts of the single tokens, joined, as `piece` gives them.
+    Attributes:
+        stop_ids: the first of these ends the response.
+        max_tokens: the longest response.
+        stop_on_first_token: also as the very first token, which the authors' code ignores.
+        repetition: None: never looked for.
+        splitter: text after which the hinted stream is dropped; searched in the joined texts of the single tokens.
+        piece: token id -> its text; needed with a splitter.
     """
 
     stop_ids: Collection[int]
@@ -99,7 +111,7 @@ class Stopping:
 
 @dataclass(frozen=True, slots=True)
 class DecodeSettings:
-    """What all requests of one call share. mixing is needed where a request has a hinted prompt."""
+    """The settings that all requests of one call share. mixing is needed where a request has a hinted prompt."""
 
     sampling: Sampling
     stopping: Stopping

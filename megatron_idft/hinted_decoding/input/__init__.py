@@ -1,4 +1,4 @@
-"""What a realignment reads: the records by index, and what other engines wrote for them.
+"""The input of a realignment: the records by index, and the texts that other engines wrote for them.
 
 May import corpus. Begin with record_store.py.
 """

@@ -25,13 +25,19 @@ _REMEDY = {
 
 
 class ProvidedTexts:
-    """An indexed file; in memory are ids and where in the file they stand.
+    """An indexed file: memory holds the ids and their places in the file.
 
-    known: ids of the records; None: not all are known, since --limit leaves some out.
-    fingerprint: of the file's content.
+    Args:
+        path: a plain .jsonl file.
+        kind: of its lines.
+        known: ids of the records; None: not all are known, since --limit leaves some out.
 
-    Raises InputError naming file and line: not a line of this kind, an id that is not among the records, one that
-    stands there twice.
+    Attributes:
+        fingerprint: of the file's content.
+
+    Raises:
+        InputError: a line is not of this kind, or has an id that no record has or that another line has; the message
+            names file and line.
     """
 
     def __init__(self, path: str | Path, kind: Kind, known: Iterable[str] | None):
@@ -42,11 +48,11 @@ class ProvidedTexts:
         self.fingerprint = self._index(None if known is None else set(known))
 
     def __len__(self) -> int:
-        """How many records have something in the file."""
+        """The number of records that the file has something for."""
         return len(self._places)
 
     def get(self, identity: str) -> dict[int | None, Any]:
-        """By turn, None where the file names none: the responses, or the analysis. Empty if the record has nothing."""
+        """The record's responses, or its analysis, by turn; the turn is None where the file names none."""
         found = {}
         with open(self._path, "rb") as file:
             for place in self._places.get(identity, ()):

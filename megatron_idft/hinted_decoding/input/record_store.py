@@ -23,9 +23,13 @@ _FORMAT = 2  # raise it whenever the same files would give another copy
 
 
 class RecordStore:
-    """An open copy. fingerprint: of the content of all its records.
+    """An open copy.
 
-    Raises InputError where it is damaged.
+    Attributes:
+        fingerprint: of the content of all its records.
+
+    Raises:
+        InputError: the copy is damaged.
     """
 
     def __init__(self, path: Path):
@@ -66,11 +70,21 @@ def build_store(
     bad_records: str,
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
-    """Write the copy unless it is there. Appears complete or not at all; of several builders one wins, all write alike.
+    """Write the copy unless it is there.
 
-    bad_records: "stop" raises at the first record that cannot be used; "skip" writes it to errors.jsonl in the copy.
+    The copy appears complete or not at all; of several builders, which all write the same, one wins.
 
-    Raises RecordError, also for an id that occurs twice, since ids name random draws; InputError without any record.
+    Args:
+        path: of `store_path`.
+        data: the files of records.
+        limit: the number of records that are copied; None: all.
+        bad_records: "stop" raises at the first record that cannot be used; "skip" writes it to errors.jsonl in the
+            copy.
+        on_bytes: is given the number of bytes that were read since its last call.
+
+    Raises:
+        RecordError: a record cannot be used, or has the id of another: ids name random draws.
+        InputError: there is no record.
     """
     if path.exists():
         return

@@ -1,4 +1,4 @@
-"""What a realignment writes: an outcome for every record, and the corpus that is merged from them.
+"""The output of a realignment: an outcome for every record, and the corpus that is merged from them.
 
 May import corpus. Begin with outcomes.py.
 """

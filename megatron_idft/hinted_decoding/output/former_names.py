@@ -1,4 +1,4 @@
-"""What versions before the hint share wrote, under today's names: they recorded the share of the plain stream."""
+"""Files of versions that recorded the share of the plain stream, read under today's names."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import batched
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,14 +22,26 @@ from megatron_idft.hinted_decoding.output.results import read_outcomes
 _ROWS = 512  # of a Parquet row group
 
 
-def merge(folder: Path, output: Path, *, partial: bool = False) -> dict[str, Any]:
-    """Write the kept records of `folder` to `output`, in the order of the input; the file appears whole or not at all.
+class Merged(TypedDict):
+    """Numbers of records, and of the kept turns by the rule that found them right, see `count_methods`."""
 
-    output: a new .jsonl, .jsonl.gz, .jsonl.zst or .parquet. partial: also where chunks are missing.
+    kept: int
+    dropped: int
+    error: int
+    kept_turns: dict[str, int]
 
-    Returns how many records are kept, dropped and error, and under "kept_turns" by what the turns of the kept ones were
-    found right (`count_methods`). Raises InputError for an output that exists or has another suffix, for a folder that
-    is not finished, and for columns that no Parquet type fits.
+
+def merge(folder: Path, output: Path, *, partial: bool = False) -> Merged:
+    """Write the kept records in the order of the input; the file appears whole or not at all.
+
+    Args:
+        folder: the output folder of a job.
+        output: a new .jsonl, .jsonl.gz, .jsonl.zst or .parquet.
+        partial: also where chunks are missing.
+
+    Raises:
+        InputError: the output exists or has another suffix, the folder is not finished, or no Parquet type fits a
+            column.
     """
     suffix = suffix_of(output)
     state = status_of(folder)
@@ -38,7 +50,7 @@ def merge(folder: Path, output: Path, *, partial: bool = False) -> dict[str, Any
             f"{folder}: {state.num_chunks - state.finished} of {state.num_chunks} chunks are not finished; finish them"
             " by the same command, or pass --partial to merge those that are"
         )
-    counts, methods = Counter({"kept": 0, "dropped": 0, "error": 0}), Counter[str]()
+    counts, methods = Counter[str](), Counter[str]()
     output.parent.mkdir(parents=True, exist_ok=True)
     with complete_file(output) as building:
         if suffix == ".parquet":
@@ -47,7 +59,12 @@ def merge(folder: Path, output: Path, *, partial: bool = False) -> dict[str, Any
             with open_lines(building, suffix) as file:
                 for record in _kept(folder, counts, methods):
                     file.write(record.encode("utf-8", "surrogatepass") + b"\n")
-    return dict(counts) | {"kept_turns": dict(methods)}
+    return {
+        "kept": counts["kept"],
+        "dropped": counts["dropped"],
+        "error": counts["error"],
+        "kept_turns": dict(methods),
+    }
 
 
 def _kept(folder: Path, counts: Counter[str], methods: Counter[str]) -> Iterator[str]:
@@ -64,7 +81,7 @@ def _write_parquet(path: Path, folder: Path, counts: Counter[str], methods: Coun
     schema: pa.Schema | None = None
     try:
         for batch in batched(_kept(folder, Counter(), Counter()), _ROWS):
-            # As structs: a table's columns would be named after the keys of its first row alone.
+            # As structs: a table's columns would be named after the keys of only its first row.
             found = pa.schema(pa.array([_storable(json.loads(record)) for record in batch]).type)
             schema = found if schema is None else pa.unify_schemas([schema, found], promote_options="permissive")
         if schema is None:

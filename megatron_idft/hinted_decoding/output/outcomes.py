@@ -87,7 +87,7 @@ class TurnRow(TypedDict):
     num_prompt_tokens: Count
     num_hinted_prompt_tokens: Annotated[int | None, pa.int32()]  # null where no hinted stream ran
     analysis_tokens: Annotated[int | None, pa.int32()]  # written by the model; null: none, or read from a file
-    analysis_text: Text  # the head of one without a marker, to see what went wrong; else null
+    analysis_text: Text  # the head of one without a marker, for the report; else null
     original_text: Annotated[str, pa.string()]
     # The original response under the plain prompt.
     original_num_tokens: Count
@@ -113,7 +113,7 @@ TURN = pa.struct(_fields(TurnRow))
 
 
 class OutcomeRow(TypedDict):
-    """What became of a record."""
+    """The outcome of a record."""
 
     index: Annotated[int, pa.int64()]  # of the record in the input
     id: Annotated[str, pa.string()]
@@ -139,9 +139,9 @@ METHOD_COLUMNS = [f"{_TURNS}.stage"] + [f"{_CANDIDATES}.{name}" for name in ("ac
 
 
 def describe_reason(row: OutcomeRow) -> str | None:
-    """Why a record was not kept: what failed in each stage of the turn that it was given up for, else its reason.
+    """Why a record was not kept: the failure of each stage at the turn that it was given up for, else its reason.
 
-    Folders written before there were `failures` have the last stage's reason alone.
+    Folders written before there were `failures` have only the last stage's reason.
     """
     turns = row.get("turns") or ()
     failures = (turns[-1].get("failures") or ()) if turns and row["status"] == "dropped" else ()
@@ -150,7 +150,7 @@ def describe_reason(row: OutcomeRow) -> str | None:
 
 
 def count_methods(turns: Iterable[TurnRow]) -> Counter[str]:
-    """By what the text of each of these kept turns was found right: verified_by; UNVERIFIED: by nothing; original."""
+    """Kept turns by the rule that found their text right, `verified_by`, or as UNVERIFIED or ORIGINAL."""
     return Counter(map(_method, turns))
 
 

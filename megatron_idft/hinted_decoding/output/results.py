@@ -1,4 +1,4 @@
-"""Rows of a realigned corpus, read back from its folder: in input order, errors replaced by what a retry gave."""
+"""Rows of a realigned corpus, read back from its folder: in input order, with retries in the place of errors."""
 
 from __future__ import annotations
 
@@ -23,14 +23,18 @@ _NUMBER = re.compile(r"\d{3,}")
 
 
 def read_outcomes(folder: Path, columns: Sequence[str] | None = None) -> Iterator[OutcomeRow]:
-    """Rows of OUTCOME_SCHEMA of a finished or unfinished folder. Of a retried record the latest row that is no error.
+    """Rows of a finished or unfinished folder. A retried record has its latest row that is no error.
 
     A folder that an earlier version wrote lacks the columns that it did not know; those that it named otherwise come
     under today's names.
 
-    columns: those that are wanted, `index` and `status` among them; None: all.
+    Args:
+        folder: the output folder of a job.
+        columns: the columns to read, `index` and `status` among them; None: all.
 
-    Raises InputError where nothing is realigned, LedgerError where the folder is no job's.
+    Raises:
+        InputError: nothing is realigned yet.
+        LedgerError: the folder is no job's.
     """
     parts = sorted((folder / "parts").glob("chunk-*.parquet"))
     if not parts:
@@ -58,9 +62,10 @@ def retry_folders(folder: Path) -> list[Path]:
 def open_retry(folder: Path) -> tuple[Path, list[int]] | None:
     """The ledger in which errors are tried again, and the indices of its records; None where there is no error left.
 
-    That is the last one that was begun, if it is not finished. Launches that open one at the same time get the same.
+    A retry that was begun and is not finished is continued. Launches that open one at the same time get the same.
 
-    Raises InputError while the folder itself is not finished.
+    Raises:
+        InputError: the folder itself is not finished.
     """
     state = status_of(folder)
     if state.finished < state.num_chunks:
@@ -83,7 +88,7 @@ def open_retry(folder: Path) -> tuple[Path, list[int]] | None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What the job was begun with, under today's names."""
+    """The settings that the job was begun with, under today's names."""
     return current_settings(read_manifest(folder)["settings"])
 
 

@@ -1,4 +1,4 @@
-"""How far a realignment is, and what has become of the records so far."""
+"""The progress of a realignment, and the outcomes of its records so far."""
 
 from collections import Counter
 from pathlib import Path
@@ -15,8 +15,9 @@ from megatron_idft.hinted_decoding.output.results import read_outcomes, retry_fo
 
 
 def count_outcomes(folder: Path) -> dict[str, Counter[str]]:
-    """How many records have which "status", how many kept turns which "stage" and "method" (`count_methods`), and the
-    "reason" of the others (`describe_reason`).
+    """Numbers of records by "status", of kept turns by "stage" and "method", and of the other records by "reason".
+
+    See `count_methods` and `describe_reason`.
     """
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "stage", "method", "reason")}
     for row in read_outcomes(folder, ["index", "status", "reason", *METHOD_COLUMNS, *FAILURE_COLUMNS]):
@@ -30,7 +31,7 @@ def count_outcomes(folder: Path) -> dict[str, Counter[str]]:
 
 
 def describe_status(folder: Path) -> str:
-    """Chunks, launches, time left, and what has become of the records so far, for a person."""
+    """Chunks, launches, time left, and the outcomes of the records so far, for a person."""
     lines = [status_of(folder).format()]
     for retry in retry_folders(folder):
         lines.append(f"retry of errors in {retry}:\n{status_of(retry).format()}")

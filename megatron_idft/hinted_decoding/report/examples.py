@@ -82,7 +82,7 @@ class Examples:
             self._drawn.offer((draw,), identity, make)
 
     def as_json(self) -> dict[str, list[Example]]:
-        """largest, smallest, drawn: no turn twice."""
+        """By kind: "largest" and "smallest" gain, and "drawn" by chance. No turn occurs twice."""
         ranked, shown, data = self._largest.values(), set(), {}
         data["largest"] = ranked[: min(EXAMPLES, (len(ranked) + 1) // 2)]
         for kind, entries in (("largest", None), ("smallest", self._smallest), ("drawn", self._drawn)):

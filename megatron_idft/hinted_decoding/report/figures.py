@@ -41,7 +41,7 @@ _TEXTS: tuple[tuple[Text, str, str], ...] = (
 
 
 def fate_figure(data: Report) -> str:
-    """Turns by what became of them, and accuracy by stage: of the corpus and of its largest sources."""
+    """Turns by their fate, and accuracy by stage: of the corpus and of its largest sources."""
     parts = [(name, part) for name, part in _parts(data) if part["turns"]["total"]]
     if not parts:
         return ""

@@ -16,7 +16,7 @@ SHARE_BINS = 20  # between 0 and 1; tokens at exactly 0 and at exactly 1 have bi
 Quantity = Literal["hint_share", "entropy", "hinted_entropy", "phi", "at_0", "at_1"]
 NAMES: tuple[Quantity, ...] = ("hint_share", "entropy", "hinted_entropy", "phi")
 DECILES = 10
-# First token of each bucket, counted from 0: the first and the second alone, then doubling.
+# First token of each bucket, counted from 0: buckets of one token, one token, then twice as many each time.
 POSITIONS = np.array([0, *(2**power for power in range(21))])
 
 
@@ -47,7 +47,7 @@ _From = TypedDict("_From", {"from": list[int]})  # a keyword of Python's
 
 
 class MeansByPosition(_From, MeansAlong):
-    """from: the first token of each bucket, counted from 0."""
+    """By bucket of positions; "from" is the first position of each bucket, counted from 0."""
 
 
 class MixingNumbers(TypedDict):
@@ -131,7 +131,8 @@ def positions(length: int) -> NDArray[np.int64]:
 class MeansByPlace:
     """Means along the response, of the tokens at each place that came from two streams; the others are only counted.
 
-    Kept per place and quantity: the sum and what its error needs, products of a record's sum and its tokens.
+    The sums kept per place and quantity are those of the values, and of products of a record's sum and its tokens for
+    the standard error.
     """
 
     def __init__(self, places: int, names: tuple[Quantity, ...]):
@@ -145,7 +146,13 @@ class MeansByPlace:
     def add(
         self, places: NDArray[np.int64], two_streams: NDArray[np.bool_], values: Mapping[Quantity, NDArray[np.float64]]
     ) -> None:
-        """One record: places of its tokens and which came from two streams, [n] each; values of the latter, by name."""
+        """Add one record of n tokens.
+
+        Args:
+            places: int64 [n].
+            two_streams: bool [n], whether the token came from two streams.
+            values: of those tokens, in their order, by name.
+        """
         count = len(self.tokens)
         inside = places[two_streams]
         tokens = np.bincount(inside, minlength=count).astype(np.float64)

@@ -276,7 +276,7 @@ def _bin(edges: NDArray[np.floating], value: float) -> int:
 
 
 class StageSums(ClusterSums):
-    """turns: with at least one try at this stage; turns_right: with at least one right. compared: with a verdict."""
+    """Counts of one record at one stage. Turns are those with a try, or with a right or an accepted one."""
 
     fields = (
         "turns", "turns_right", "turns_accepted", "candidates", *VERDICTS, "not_compared", "compared", "decided",
@@ -372,7 +372,7 @@ class StageSummary:
 
 
 class PairedSums(ClusterSums):
-    """turns: that changed; rose: those whose mean phi is higher than before."""
+    """Turns that changed, those of them whose mean phi rose, and the sums of both sides."""
 
     fields = ("turns", "rose", *(f"before_{field}" for field in SUMS), *(f"after_{field}" for field in SUMS))
 

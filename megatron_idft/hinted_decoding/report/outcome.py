@@ -50,7 +50,7 @@ Sums = dict[str, float]
 
 @dataclass
 class TokenNumbers:
-    """Of the accepted candidate, float64 [n] each. two_streams: bool [n], where there was a hinted stream."""
+    """Of the tokens of an accepted candidate, float64 [n] each."""
 
     hint_share: NDArray[np.float64]
     phi: NDArray[np.float64]
@@ -59,14 +59,18 @@ class TokenNumbers:
 
     @property
     def two_streams(self) -> NDArray[np.bool_]:
+        """[n], whether there was a hinted stream."""
         return np.isfinite(self.hinted_entropy)
 
 
 @dataclass
 class Turn:
-    """row: as read. original, new: sums over the tokens of the response before and after; None where not known.
+    """A turn as the report adds it up.
 
-    new and tokens are only there where the record was kept and this turn was rewritten.
+    Attributes:
+        row: as read.
+        original: sums over the tokens of the original response; None where they are not known.
+        accepted, new, tokens: of the new response, if the record was kept and this turn rewritten.
     """
 
     row: TurnRow
@@ -93,7 +97,11 @@ class Outcome:
 
 
 def read_outcome(row: OutcomeRow) -> Outcome:
-    """Raises InputError for a row that `realign` cannot have written."""
+    """Check a row and take its numbers.
+
+    Raises:
+        InputError: `realign` cannot have written the row.
+    """
     for key in _REQUIRED:
         if row.get(key) is None:
             raise InputError(f"record {row.get('id')!r}: no {key}; is this a row that `realign` wrote?")

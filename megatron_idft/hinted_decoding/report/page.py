@@ -39,7 +39,7 @@ def write_report(
 
 
 def render_page(data: Report) -> str:
-    """The page of what `summarize` returned. Needs matplotlib."""
+    """The HTML page. Needs matplotlib."""
     return render(
         "megatron_idft.hinted_decoding.report",
         "realign_report.html",
@@ -53,7 +53,7 @@ def render_page(data: Report) -> str:
 
 
 def turn_fates(turns: Mapping[str, int]) -> dict[str, str]:
-    """What became of turns, with its name on the page: each stage, and of the others those that came."""
+    """Fates of turns with their names on the page: every stage, and the other fates that occurred."""
     others = {"none": "without a stage", "dropped": "in dropped records", "error": "in failed records"}
     return {fate: fate for fate in (*STAGES, ORIGINAL)} | {fate: others[fate] for fate in others if turns[fate]}
 

@@ -1,4 +1,4 @@
-"""One try at an assistant turn: what was drawn, what it was judged to be, and its row in the outcome."""
+"""One try at an assistant turn: the response, the verdict on it, and its row in the outcome."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Ids = NDArray[np.int32]
 
 
 class Provenance(TypedDict):
-    """What a merged record says of a rewritten turn under `realigned`. phi: of a token; below: shares of the tokens."""
+    """The origin of a rewritten turn, under `realigned` of its record. below: shares of the tokens."""
 
     stage: Stage
     finish_reason: str
@@ -36,11 +36,19 @@ class Provenance(TypedDict):
 
 @dataclass(slots=True, kw_only=True)
 class Candidate:
-    """A response with its statistics per token under the plain prompt, [n] each, in nats at temperature 1.
+    """A response with its statistics per token under the plain prompt, in nats at temperature 1.
 
-    token_ids: as drawn, with the stop token if one ended it. response_ids: what the conversation holds if it is
-    accepted, ended as the template ends a turn. text: without the end. finished: it ended by itself and says something.
-    seed, slope: null where they took no part. verdict, verified_by: of the verifier; None where nothing was compared.
+    Attributes:
+        token_ids: int32 [n], as drawn, with the stop token if one ended the response.
+        response_ids: int32 [m], the turn that the conversation gets from an accepted candidate, ended as the template
+            ends a turn.
+        text: without the end.
+        finished: the response ended by itself and says something.
+        log_prob, entropy: fp32 [n].
+        hint_share: fp32 [n]; 0 without a hinted stream.
+        hinted_entropy: fp32 [n]; NaN without a hinted stream.
+        seed, slope: None where they took no part.
+        verdict, verified_by: of the verifier; None where nothing was compared.
     """
 
     stage: Stage
@@ -111,15 +119,21 @@ class Candidate:
 def from_completion(
     completion: Completion, stage: Stage, end_ids: Ids, eos_id: int, decode: Callable[[Ids], str]
 ) -> Candidate:
-    """What the engine drew. A response that the model ended with another stop token than the template's, `end_ids`, is
-    written with the template's.
+    """A response of the engine.
+
+    Args:
+        completion: the response. One that the model ended with another stop token gets the template's end instead.
+        stage: the stage that it belongs to.
+        end_ids: int32 [e], the template's end of a turn.
+        eos_id: the tokenizer's end of text.
+        decode: token ids -> text.
     """
     body = ids = completion.token_ids
     if completion.finish_reason == "eos":
         whole = len(ids) >= len(end_ids) and np.array_equal(ids[len(ids) - len(end_ids) :], end_ids)
         body = ids[: len(ids) - (len(end_ids) if whole else 1)]
     text = decode(body)
-    # Where the first token is not looked at for the end, the response may have gone on behind one.
+    # Where an end as the first token is ignored, the response may have gone on after it.
     goes_on = bool(np.isin(body, [int(end_ids[-1]), eos_id]).any())
     return Candidate(
         stage=stage,
@@ -138,7 +152,14 @@ def from_completion(
 
 
 def from_text(text: str, ids: Ids, fits: bool, log_prob: Floats, entropy: Floats) -> Candidate:
-    """A rollout that another engine wrote. ids: of the text and the end of the turn, cut where it does not fit."""
+    """A rollout that another engine wrote.
+
+    Args:
+        text: the response.
+        ids: int32 [n], of the text and the end of the turn, cut to the context.
+        fits: nothing was cut.
+        log_prob, entropy: fp32 [n], of `ids`.
+    """
     return Candidate(
         stage="rollout",
         token_ids=ids,

@@ -1,8 +1,8 @@
 """A conversation whose assistant turns are written anew one after the other, as exact token ids.
 
-What a turn is asked with is the ids so far, then the ids of the text that the chat template writes between the last
-turn and the next: tokens that a model drew are never tokenized again from their text. This needs a template that leaves
-earlier turns as they are, which is proven at every turn.
+The prompt of a turn is the ids so far, followed by the ids of the text that the chat template writes between the last
+turn and the next. So tokens that a model drew are never tokenized again from their text. This needs a template that
+leaves earlier turns as they are, which every turn proves anew.
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ _REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class TurnPrompt:
-    """What one assistant turn is asked with, and how the template frames it.
+    """The prompt of one assistant turn, and the template's frame of the turn.
 
-    message: the turn's index in `messages`. text, ids: the conversation up to the turn with the generation prompt.
-    header: what the template writes between that and the content; mostly nothing, sometimes an empty thought.
-    end, end_ids: what ends the turn, text and tokens. original_ids: the record's own response, through `end`.
+    Attributes:
+        message: the turn's index in `messages`.
+        text, ids: the conversation up to the turn, with the generation prompt.
+        header: the template's text between the generation prompt and the content; mostly empty, sometimes an empty
+            thought.
+        end, end_ids: the end of the turn, text and tokens.
+        original_ids: the record's own response, through `end`.
     """
 
     message: int
@@ -46,10 +50,17 @@ class TurnPrompt:
 
 
 class RunningConversation:
-    """messages: with the turns that were accepted so far. ids int32 [n], mask uint8 [n]: through the last of them.
+    """A record's conversation with the turns that were accepted so far.
 
-    Raises ConversationError and TemplateError, as tokenizing the record for training would, and where there is no
-    assistant turn.
+    Attributes:
+        messages: the accepted turns hold their new text.
+        turns: indices of the assistant's messages.
+        ids: int32 [n], through the last accepted turn.
+        mask: uint8 [n], 1 on the tokens of accepted turns.
+
+    Raises:
+        ConversationError, TemplateError: as when the record is tokenized for training, and where there is no assistant
+            turn.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, messages: list[Message]):
@@ -74,12 +85,13 @@ class RunningConversation:
         self.ids: Ids = np.zeros(0, dtype=np.int32)
         self.mask = np.zeros(0, dtype=np.uint8)
         self._prompt: TurnPrompt | None = None  # of the last turn that was begun
-        self._written = ""  # what was accepted there
+        self._written = ""  # the text that was accepted there
 
     def begin(self, turn: int) -> TurnPrompt:
-        """Turn number `turn` of the assistant, counted from 0; those before it must have been accepted.
+        """The prompt of the assistant's turn number `turn`, counted from 0; those before it must have been accepted.
 
-        Raises ConversationError and TemplateError.
+        Raises:
+            ConversationError, TemplateError: the template cannot write this turn.
         """
         tokenizer, message = self._tokenizer, self.turns[turn]
         history = self.messages[:message]
@@ -93,7 +105,12 @@ class RunningConversation:
         return self._prompt
 
     def accept(self, ids: Ids, content: str | None) -> None:
-        """The turn that was begun last consists of `ids`, its end included. content: its new text; None: the old."""
+        """Take a text for the turn that was begun last.
+
+        Args:
+            ids: int32 [n], of the turn with its end.
+            content: its new text; None: the old one.
+        """
         prompt = self._prompt
         assert prompt is not None
         self._append(ids, trained=True)
@@ -109,7 +126,7 @@ class RunningConversation:
         self.mask = np.concatenate([self.mask, np.full(len(ids), trained, dtype=np.uint8)])
 
     def _frame(self, message: int) -> tuple[str, str]:
-        """What the template writes between the generation prompt and the turn's content, and what ends the turn."""
+        """The template's text between the generation prompt and the turn's content, and its end of the turn."""
         probe = _probe(self.messages)
         probed = self._with_content(message, probe)
         rendered = render_conversation(self._tokenizer, probed[: message + 1])
@@ -120,7 +137,7 @@ class RunningConversation:
         return header, ending
 
     def _between(self, last: TurnPrompt, text: str, message: int) -> str:
-        """What stands in `text`, the prompt of this turn, behind the turn before it."""
+        """The part of `text`, the prompt of this turn, that follows the turn before it."""
         probe = _probe(self.messages)
         probed = self._with_content(last.message, probe)[:message]
         _, found, after = self._tokenizer.template.render(probed, add_generation_prompt=True).partition(probe)
@@ -148,7 +165,7 @@ def encode(tokenizer: ChatTokenizer, text: str) -> Ids:
 
 
 def encode_after(tokenizer: ChatTokenizer, before: str, text: str) -> Ids:
-    """The tokens of `text` where it follows `before`; as it stands alone, where the two share a token."""
+    """The tokens of `text` after `before`; where the two share a token, those of `text` by itself."""
     [encoding] = tokenizer.encode_batch([before + text], [[len(before)]])
     if encoding.straddled[0]:
         return encode(tokenizer, text)

@@ -14,13 +14,20 @@ from megatron_idft.hinted_decoding.stages.tasks import Turn
 
 
 class Verifies(Protocol):
-    """What is needed of corpus.verification.Verifier."""
+    """The part of corpus.verification.Verifier that is needed here."""
 
     def verify(self, items: Sequence[tuple[str, Any]]) -> list[Verification]: ...
 
 
 class Judge:
-    """verifier: on the leading rank. accept_unverified: also what cannot be verified. share, leads: see Realigner."""
+    """Decides about the candidates of a stage; the same on every rank.
+
+    Args:
+        verifier: on the leading rank; None on the others.
+        leaks: finds phrases that betray a hint.
+        accept_unverified: also accept candidates that cannot be verified.
+        share, leads: see Realigner.
+    """
 
     def __init__(
         self,
@@ -37,8 +44,11 @@ class Judge:
     def __call__(self, made: Sequence[tuple[Turn, Candidate]], *, hinted: bool = False) -> None:
         """Add the candidates of one stage to their turns, and accept at most one for each turn.
 
-        That is the first right one; where the turn has no reference, the first possible one, if such are accepted.
-        hinted: they were written with a hint in view, which they must not betray.
+        The first right one is accepted; where the turn has no reference, the first possible one, if such are accepted.
+
+        Args:
+            made: candidates with their turns.
+            hinted: they were written with a hint in view, which they must not betray.
         """
         for turn, candidate in made:
             turn.candidates.append(candidate)
@@ -53,7 +63,7 @@ class Judge:
                 candidate.accepted = candidate.verdict == "right" or turn.reference is None
 
     def accept_unknown(self, turn: Turn) -> None:
-        """When all stages are over: what could not be told to be wrong is accepted, if such are, for want of better."""
+        """After all stages: accept the first candidate that was not rejected, for want of a better one."""
         if turn.accepted is None:
             for candidate in turn.candidates:
                 if candidate.rejected_because is None:

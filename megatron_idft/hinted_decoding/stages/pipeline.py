@@ -1,11 +1,12 @@
 """The stages of a realignment, for some records at a time.
 
-Of each assistant turn, in order: the original is scored; own responses are sampled and verified, and the first right
-one is taken. Where none is, the model analyses the reference, and hinted decoding mixes what it would say after that
-with what it would say without; that response is verified in turn. Where nothing is accepted, the fallback decides.
+For each assistant turn, in order: the original is scored; own responses are sampled and verified, and the first right
+one is taken. Where none is right, the model analyses the reference, and hinted decoding mixes its distribution after
+that analysis with its distribution without; that response is verified in turn. Where nothing is accepted, the fallback
+decides.
 
-All tensor-parallel ranks run this with the same records and make the same calls of the engine. What verification says,
-which runs in processes of the leading rank, is shared; all else is the same on every rank by itself.
+All tensor-parallel ranks run this with the same records and make the same calls of the engine. Verification runs in
+processes of the leading rank, which shares the verdicts; all else is the same on every rank by itself.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _SHOWN_ANALYSIS = 2000  # characters of one without a marker
 
 
 class Engine(Protocol):
-    """What is needed of inference.engine.DecodeEngine."""
+    """The part of inference.engine.DecodeEngine that is needed here."""
 
     def decode(self, requests: Sequence[Request], settings: DecodeSettings) -> Iterator[Completion]: ...
 
@@ -44,9 +45,14 @@ class Realigner:
     """Realigns records; keeps nothing between calls.
 
     Args:
+        engine: decodes and scores.
+        tokenizer: of the model.
+        settings: of the job.
         verifier: on the leading rank; None on the others.
-        share: the leading rank's value on all ranks that hold the model together. leads: whether this is that rank.
-        provenance: of the job, for the records that are kept: model, versions.
+        leaks: finds phrases that betray a hint.
+        provenance: model and versions of the job, written into the kept records.
+        share: a broadcast: the leading rank's value on all ranks that hold the model together.
+        leads: whether this is the leading rank.
     """
 
     def __init__(
@@ -68,7 +74,7 @@ class Realigner:
         self._piece = lru_cache(maxsize=None)(lambda token: tokenizer.decode([token]))
 
     def realign(self, records: Sequence[RealignInput]) -> list[OutcomeRow]:
-        """What became of the records, in the order of `records`. What is wrong with one record stands in its row."""
+        """The outcomes of `records`, in their order; the error of a record stands in its row."""
         tasks = [RecordTask(given, self._tokenizer, self._settings.max_positions) for given in records]
         for number in range(max((task.num_turns for task in tasks), default=0)):
             begun = [(task, task.begin(number)) for task in tasks]
@@ -238,7 +244,7 @@ class Realigner:
         if turn.reference is None and self._settings.unverified != "keep":
             turn.reason = "no reference answer to verify with"
         else:
-            # The last word on it: a hint that could not be given comes behind the rollouts.
+            # The last word on it: a hint that could not be given comes after the rollouts.
             turn.reason = turn.not_hinted or next(
                 (c.rejected_because for c in reversed(turn.candidates) if c.rejected_because), "no stage was run"
             )

@@ -23,7 +23,7 @@ _NONE, _NO_IDS = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int32)
 
 @dataclass(frozen=True, slots=True)
 class RealignInput:
-    """A record and what other engines made for it, by assistant turn; turn None: the record has only one."""
+    """A record and the texts of other engines for it, by assistant turn; turn None: the record has only one."""
 
     index: int
     record: Record
@@ -33,10 +33,16 @@ class RealignInput:
 
 @dataclass(slots=True)
 class Turn:
-    """One assistant turn. number: among the assistant's turns, from 0. reference: what verification compares with.
+    """One assistant turn.
 
-    not_hinted: why no hinted stream can run. stage: how it was settled, "original" or the accepted candidate's; None:
-    not yet, or dropped.
+    Attributes:
+        number: among the assistant's turns, from 0.
+        history: the messages before the turn.
+        reference: the answer that verification compares with.
+        rollouts, analysis: of other engines.
+        original: log_prob and entropy of the original response, fp32 [n] each.
+        not_hinted: why no hinted stream can run.
+        stage: "original" or that of the accepted candidate; None: not settled yet, or dropped.
     """
 
     record: Record
@@ -58,7 +64,7 @@ class Turn:
 
     @property
     def name(self) -> str:
-        """Names its random draws: of record and turn, whatever it is decoded together with."""
+        """Names the random draws of this turn, which depend on no other turn of the batch."""
         return f"{self.record.id}/{self.number}"
 
     @property
@@ -143,13 +149,13 @@ class RecordTask:
         return 0 if self._conversation is None else len(self._conversation.turns)
 
     def begin(self, number: int) -> Turn | None:
-        """The next turn, unless the record has no further one or is out."""
+        """Turn number `number`; None where the record has no such turn or was given up."""
         if not self.in_progress or number >= self.num_turns:
             return None
         return self._guarded(lambda: self._begin(number))
 
     def settle(self, turn: Turn) -> None:
-        """Go on behind a turn for which a stage was chosen, or give the record up where there is none."""
+        """Go on after a turn for which a stage was chosen, or give the record up where there is none."""
         conversation, candidate = self._conversation, turn.accepted
         assert conversation is not None
         if turn.stage is None:

@@ -88,7 +88,7 @@ def _show_first(args: argparse.Namespace, tokenizer: ChatTokenizer, template: Hi
 
 
 class _Job:
-    """Everything that the chunks need, opened from the flags; what must be closed goes to `stack`."""
+    """The model, the records and the verifier, opened from the flags; `stack` closes them."""
 
     def __init__(
         self, args: argparse.Namespace, tokenizer: ChatTokenizer, template: HintTemplate, stack: ExitStack
@@ -103,7 +103,7 @@ class _Job:
         self.realigner, self.settings = self._load(template, verifier)
 
     def run(self) -> None:
-        """Realign every chunk that is left, and say what came out."""
+        """Realign every chunk that is left, and print the outcome."""
         import torch
 
         from megatron_idft.corpus.ledger.ledger import Ledger
@@ -184,10 +184,10 @@ class _Job:
                 )
             return open_retry(output)
 
-        return from_rank_0(open_errors)  # once for all replicas: what is left changes while they work
+        return from_rank_0(open_errors)  # once for all replicas: the errors that are left change while they work
 
     def _agreed(self, indices: Sequence[int]) -> dict[str, Any]:
-        """What must agree between launches on one output folder."""
+        """The settings in which all launches on one output folder must agree."""
         from importlib.metadata import PackageNotFoundError, version
 
         args = self.args

@@ -127,7 +127,7 @@ def _add_analysis_arguments(group: Any) -> None:
     group.add_argument(
         "--no-analysis",
         action="store_true",
-        help="Hint by the question and the reference alone. Default: the model first analyses the reference.",
+        help="Hint only by the question and the reference. Default: the model first analyses the reference.",
     )
     group.add_argument(
         "--analysis-prompt",
@@ -188,7 +188,7 @@ def _add_hinted_arguments(group: Any) -> None:
         "--first-token",
         choices=("hinted", "mixed"),
         default="hinted",
-        help="The first token comes from the hinted stream alone, or is mixed like all others. Default hinted.",
+        help="The first token comes only from the hinted stream, or is mixed like all others. Default hinted.",
     )
     group.add_argument(
         "--entropy-vocab-size",
@@ -216,7 +216,7 @@ def _add_hinted_arguments(group: Any) -> None:
     group.add_argument(
         "--splitter",
         default="\\boxed{",
-        help="Text from which on the plain stream goes on alone, so that the answer follows from the reasoning and is"
+        help="Text after which only the plain stream goes on, so that the answer follows from the reasoning and is"
         " not copied. '': none. Default '\\boxed{'.",
     )
     group.add_argument(
@@ -242,8 +242,8 @@ def _add_judging_arguments(group: Any) -> None:
         "--fallback",
         choices=("drop", "original", "retry"),
         default="drop",
-        help="What becomes of a record for a turn of which nothing is accepted: left out; kept with that turn as it"
-        " was; or hinted decoding is tried again. Default drop.",
+        help="For a turn without an accepted response: leave its record out, keep the record with that turn as it was,"
+        " or try hinted decoding again. Default drop.",
     )
     group.add_argument("--retries", type=int, default=2, help="With --fallback retry: how often. Default 2.")
     group.add_argument(
@@ -258,13 +258,13 @@ def _add_judging_arguments(group: Any) -> None:
         "--after-retries",
         choices=("drop", "original"),
         default="drop",
-        help="What becomes of a record whose retries fail too. Default drop.",
+        help="The same for a record whose retries fail too. Default drop.",
     )
     group.add_argument(
         "--unverified",
         choices=("drop", "original", "keep"),
         default="drop",
-        help="What becomes of a turn without a reference, or for which no response was right and some could not be"
+        help="For a turn without a reference, or without a right response where some could not be"
         " compared. drop: its record is left out, and where there is no reference nothing is decoded for it. original:"
         " it stays as it was. keep: the first such response is taken that ended by itself and does not betray the hint,"
         " though it may be wrong. For corpora without final answers pass keep. Default drop.",

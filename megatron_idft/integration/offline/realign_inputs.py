@@ -1,4 +1,4 @@
-"""What `realign` reads: the records by index, and what other engines wrote for them."""
+"""The input of `realign`: the records by index, and the texts that other engines wrote for them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ if TYPE_CHECKING:
     from megatron_idft.hinted_decoding.stages.tasks import RealignInput
 
 
-_LOOKED_AT = 200  # records, spread over the corpus, for what is said of it at the start
+_LOOKED_AT = 200  # records, spread over the corpus, for the notice at the start
 
 
 class RealignInputs:
-    """Opened on the leading rank of each replica; the other ranks are told what they need. Called on all ranks.
+    """The records, opened on the leading rank of each replica. All ranks of the replica make the same calls.
 
-    Raises RecordError and InputError naming file and line.
+    Args:
+        args: the flags.
+        replica: whose ranks these are.
+        stack: closes what was opened.
+
+    Raises:
+        RecordError, InputError: the input cannot be used; the message names file and line.
     """
 
     def __init__(self, args: argparse.Namespace, replica: Replica, stack: ExitStack) -> None:
@@ -40,15 +46,15 @@ class RealignInputs:
         return self._store.fingerprint
 
     def total(self) -> int:
-        """How many records there are, on every rank."""
+        """The number of records, on every rank. A broadcast in the replica."""
         return int(self._replica.share(None if self._store is None else len(self._store)))
 
     def read(self, indices: Sequence[int]) -> list[RealignInput] | None:
-        """These records with what is there for them; None on the ranks that do not lead."""
+        """These records with the texts of other engines; None on the ranks that do not lead."""
         return None if self._store is None else [self._input(self._store, index) for index in indices]
 
     def describe_unreferenced(self, policy: str) -> str | None:
-        """What becomes of records without a reference, by some of them. On the leading rank."""
+        """The fate of records without a reference, judged by a sample of them. On the leading rank."""
         from megatron_idft.hinted_decoding.preview import describe_unreferenced
 
         assert self._store is not None

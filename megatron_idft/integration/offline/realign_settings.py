@@ -1,4 +1,4 @@
-"""What the flags of `realign` mean together: checked, and resolved into the settings of hinted_decoding/."""
+"""The flags of `realign` together: checked, and resolved into the settings of hinted_decoding/."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ _WHOLE_NUMBERS_FROM_0 = ("rollout_samples", "retries", "top_k", "rollout_top_k",
 
 
 def check_realign_arguments(args: argparse.Namespace) -> None:
-    """Raises ArgumentError for flags that cannot be used together or at all."""
+    """Check flags against each other.
+
+    Raises:
+        ArgumentError: flags cannot be used together, or at all.
+    """
     for name in _WHOLE_NUMBERS_FROM_0:
         if getattr(args, name) < 0:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: pass a whole number from 0")
@@ -74,12 +78,25 @@ def _check_layout(args: argparse.Namespace) -> None:
 
 
 def resolve_template(args: argparse.Namespace) -> HintTemplate:
-    """Raises InputError naming the file."""
+    """The template that the flags name.
+
+    Raises:
+        InputError: it cannot be used; the message names the file.
+    """
     return hint_template(args.hint_prompt) if args.no_analysis else analysis_template(args.analysis_prompt)
 
 
 def resolve_settings(args: argparse.Namespace, template: HintTemplate, vocab_size: int) -> RealignSettings:
-    """vocab_size: the true one. Raises ArgumentError and InputError."""
+    """The settings that the flags describe.
+
+    Args:
+        args: checked by `check_realign_arguments`.
+        template: of `resolve_template`.
+        vocab_size: the true one.
+
+    Raises:
+        ArgumentError, InputError: a value lies outside its range.
+    """
     repetition = None
     if args.repetition_ngram:
         repetition = Repetition(args.repetition_ngram, args.repetition_count, args.repetition_every)
