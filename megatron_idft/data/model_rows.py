@@ -60,7 +60,7 @@ def require_rows_of_records(records: Iterable[Record], tokenizer: ChatTokenizer,
     for record in records:
         texts = [str(message.get("content", "")) for message in record.messages]
         texts += [str(record.answer)] if record.answer is not None else []
-        with suppress(ValueError):  # the record's own fault, told where it is met
+        with suppress(ValueError):  # the record's own fault, reported where it is met
             texts.append(tokenizer.template.render(record.messages, add_generation_prompt=True))
         ids = np.concatenate(
             [np.empty(0, np.int32)] + [encoding.ids for encoding in tokenizer.encode_batch(texts, [[]] * len(texts))]

@@ -29,7 +29,7 @@ _PLACES, _TOKENS = "places.bin", ".bin"
 
 
 def positions(lengths: NDArray[np.integer], pad_multiple: int) -> NDArray[np.int32]:
-    """What documents of so many tokens take up of a pack, int32 [documents]: n - 1 inputs, padded."""
+    """Positions of a pack that documents of so many tokens take up, int32 [documents]: n - 1 inputs, padded."""
     return (-(-(lengths.astype(np.int64) - 1) // pad_multiple) * pad_multiple).astype(np.int32)
 
 
@@ -61,7 +61,7 @@ class Assembly:
         return int(self.lengths.sum(dtype=np.int64))
 
     def write_index(self) -> None:
-        """Everything that follows from lengths alone: where each token goes, Megatron's index, starts and bounds."""
+        """Everything that follows from the lengths: where each token goes, Megatron's index, starts and bounds."""
         order, bounds = self.packs.order, self.packs.bounds
         ordered = self.lengths[order]
         ends = np.cumsum(ordered, dtype=np.int64)

@@ -87,10 +87,10 @@ def _blocks(paths: Sequence[str], chunk_bytes: int, limit: int | None) -> Iterat
             return
         stem = path.name if names[path.name] == 1 else str(path)  # as the ids of read_records
         read = _table_blocks if path.name.endswith(".parquet") else _text_blocks
-        told = 0
+        reported = 0
         for first, rows, data, error, position in read(path, chunk_bytes, limit):
-            yield Block(index, str(path), number, stem, first, data, error, position - told)
-            index, told = index + 1, position
+            yield Block(index, str(path), number, stem, first, data, error, position - reported)
+            index, reported = index + 1, position
             if limit is not None:
                 limit -= rows
 

@@ -1,6 +1,6 @@
 """One block's documents as arrays in a pair of files: `chunk-000042.bin` and, once that is complete, `….json`.
 
-The .bin file holds one array behind the other: lines int64 [documents], ids int32 [tokens], lengths int32 [documents],
+The .bin file holds one array after the other: lines int64 [documents], ids int32 [tokens], lengths int32 [documents],
 sources int32 [documents], and what each token counts for in the loss, uint8 (the mask) or float32 (weights) [tokens].
 Without packing, `….parquet` holds a row for each document, see record_index.py.
 """

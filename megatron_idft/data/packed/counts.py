@@ -1,4 +1,4 @@
-"""What was met while records were tokenized."""
+"""Counts of the tokenization of records."""
 
 from dataclasses import dataclass
 

@@ -39,7 +39,7 @@ class Pack(Protocol):
 
 
 class PackReader(Protocol):
-    """What is needed of a store of packs. Its arrays may be memory-mapped: only what a sample holds is read."""
+    """The interface of a store of packs. Its arrays may be memory-mapped: only what a sample holds is read."""
 
     def __len__(self) -> int: ...
     def pack(self, index: int, /) -> Pack: ...

@@ -22,7 +22,7 @@ from megatron_idft.data.packed.record_index import indexed
 from megatron_idft.data.packed.rendering import Renderer
 from megatron_idft.errors import ConversationError, RecordError, TemplateError
 
-# What is held between parser and tokenizer. Small batches stay in the processor's caches.
+# Bounds of a batch between parser and tokenizer. Small ones stay in the processor's caches.
 _BATCH_RECORDS, _BATCH_CHARACTERS = 128, 1 << 18
 SOURCE_FIGURES = ("records", "documents", "tokens", "trained_tokens", "truncated", "dropped", "empty")
 
@@ -49,7 +49,7 @@ class BlockEncoder:
 
     def _records(self, block: Block, builder: "_Builder") -> Iterator[tuple[Record, EncodedConversation]]:
         batch: list[tuple[Record, RenderedConversation | EncodedConversation]] = []
-        size, renderer = 0, Renderer(self._tokenizer, self._settings.last_turn_only)  # new: the block alone decides
+        size, renderer = 0, Renderer(self._tokenizer, self._settings.last_turn_only)  # new: only the block decides
         for _, record in parse_block(block):
             if isinstance(record, RecordError):
                 builder.bad(record)

@@ -1,4 +1,4 @@
-"""What a process of `prepare` does: it encodes blocks, and copies documents to their places in the packs.
+"""A process of `prepare`: it encodes blocks, and copies documents to their places in the packs.
 
 It imports neither torch nor transformers. Small inputs need no other process: `answers` serves them in this one.
 """

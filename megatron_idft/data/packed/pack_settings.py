@@ -1,4 +1,4 @@
-"""What `prepare` was asked for."""
+"""The settings of `prepare`."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -35,7 +35,7 @@ class Packs:
 
 @dataclass(slots=True)
 class _Content:
-    """`count` documents of one length, behind `before`: what a pack holds, as a chain."""
+    """`count` documents of one length, after `before`: a pack's documents, as a chain."""
 
     before: "_Content | None"
     length: int

@@ -2,8 +2,8 @@
 
 The first tokenizes: the input is cut into chunks of about as many bytes, whose bounds do not depend on who works on
 them, and each process turns one chunk after the other into arrays in `PREFIX.chunks/`. A chunk's files appear when they
-are whole, so a run that was stopped or killed goes on behind its last finished chunks; a manifest refuses to mix
-settings. The second packs: lengths alone decide which documents share a pack, then the processes copy every document to
+are whole, so a run that was stopped or killed goes on after its last finished chunks; a manifest refuses to mix
+settings. The second packs: only lengths decide which documents share a pack, then the processes copy every document to
 its place. So neither the number of processes nor interruptions show in the bytes. `PREFIX.json` appears last.
 
 Held in memory: a chunk in each process, and about 60 bytes for each document in this one while it packs. On disk the

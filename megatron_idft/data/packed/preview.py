@@ -1,4 +1,4 @@
-"""What the packs hold, for a person to read."""
+"""The content of packs, for a person to read."""
 
 from collections.abc import Iterator
 

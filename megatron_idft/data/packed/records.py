@@ -53,7 +53,7 @@ class TokenizedRecords(PackedStore):
 
     @property
     def counts(self) -> Counts:
-        """What was met while they were tokenized."""
+        """The counts of their tokenization."""
         return Counts(**self.meta["counts"])
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
@@ -66,7 +66,7 @@ class TokenizedRecords(PackedStore):
         return read_index(companion(self.prefix, ".records.parquet"), indices)
 
     def report(self) -> str:
-        """What was read, kept, cut and left out, as text for a person."""
+        """The records and tokens read, kept, cut and left out, as text for a person."""
         return summary.read(self.prefix)
 
 

@@ -1,14 +1,15 @@
 """`render_conversation` for many conversations of few structures, with one rendering each instead of about six.
 
-Where the trained spans stand is proven by rendering a conversation several times, with probes in place of what is said.
-Conversations of the same roles differ in what is said alone. So one of probes only is proven for each such structure;
-its text is what the template writes, with probes in between. A conversation whose own text is exactly that, with its
-contents in place of the probes (or with their blanks trimmed, as many templates do), has its spans in the same places.
-Any other is proven for itself: a template that looks at the contents, tools, reasoning, weights, special tokens spelled
-in a text. So are the first conversations of each structure, whose spans must then be those found the short way.
+`render_conversation` proves where the trained spans stand: it renders a conversation several times, with probes in
+place of the contents. Conversations of the same roles differ only in their contents. So one conversation of probes is proven
+for each such structure; its text is that of the template, with probes in between. A conversation whose own text is
+exactly that, with its contents in place of the probes (or with their blanks trimmed, as many templates do), has its
+spans in the same places. Any other is proven for itself: a template that looks at the contents, tools, reasoning,
+weights, special tokens spelled in a text. The first conversations of each structure are proven for themselves too, and
+their spans must then be those found the short way.
 
-What is left to trust: that the prompt which a template writes for the next turn, which is in no training text, does not
-begin to depend on what is said after these first conversations.
+One assumption remains: the prompt which a template writes for the next turn stands in no training text. Nothing shows
+whether it begins to depend on the contents after these first conversations.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ _PROVEN_IN_FULL = 8  # of each structure
 
 @dataclass(slots=True)
 class _Structure:
-    """constants: what the template writes before, between and behind the contents. spans: ((constant, offset in it)
+    """constants: the template's texts before, between and after the contents. spans: ((constant, offset in it)
     of the beginning, the same of the end). left: conversations still to be proven in full."""
 
     constants: list[str]
@@ -41,7 +42,7 @@ class Renderer:
         self._structures: dict[tuple[str, ...], _Structure | None] = {}
 
     def render(self, record: Record) -> RenderedConversation:
-        """What `render_conversation` gives for the record, or raises."""
+        """The result of `render_conversation` for the record, or its error."""
         short = None if record.tools else self._short(record.messages)
         if short is not None:
             structure, rendered = short

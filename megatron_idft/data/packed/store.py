@@ -37,7 +37,7 @@ _INDEX_COUNTS = struct.Struct("<QQ")
 
 
 def companion(prefix: str | Path, suffix: str) -> Path:
-    """PREFIX with the suffix behind it, dots in PREFIX untouched."""
+    """PREFIX and the suffix, dots in PREFIX untouched."""
     return Path(f"{prefix}{suffix}")
 
 

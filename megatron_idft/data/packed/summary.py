@@ -1,4 +1,4 @@
-"""What `prepare` met and made, as numbers and as text."""
+"""The report of `prepare`, as numbers and as text."""
 
 import json
 from collections import Counter
@@ -46,7 +46,7 @@ def numbers(infos: list[ChunkInfo], settings: PrepareSettings) -> dict[str, Any]
 
 
 def packing_numbers(sizes: NDArray[np.int32], packs: int, seq_length: int) -> dict[str, Any]:
-    """What a report says of the packing.
+    """The part of a report on the packing.
 
     Args:
         sizes: int32 [documents], the positions that each takes up, in the order of the input.

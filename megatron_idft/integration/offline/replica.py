@@ -39,6 +39,6 @@ class Replica:
         return values[0]
 
     def print_once(self, text: str) -> None:
-        """Print on the first rank of the launch alone."""
+        """Print on the first rank of the launch only."""
         if self.leads and self.number == 0:
             print(text, flush=True)

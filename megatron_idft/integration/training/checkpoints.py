@@ -124,9 +124,9 @@ class RunCheckpoints:
         if first and args.ckpt_step:
             first.append(f"--ckpt-step {args.ckpt_step}")
             args.ckpt_step = None
-        told = f"; {', '.join(first)}: for the first start only" if first else ""
+        remark = f"; {', '.join(first)}: for the first start only" if first else ""
         print_on_rank_0(
-            f"> --save {args.save} holds this training at iteration {found.iteration}: it continues there{told}. To"
+            f"> --save {args.save} holds this training at iteration {found.iteration}: it continues there{remark}. To"
             " begin anew, pass another --save"
         )
         args.load, args.finetune = args.save, False

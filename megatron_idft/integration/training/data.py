@@ -26,7 +26,7 @@ from megatron_idft.integration.training.packed_attention import stage_reads, val
 if TYPE_CHECKING:
     from megatron_idft.data.chat.tokenizer import ChatTokenizer
 
-# What `prepare` has decided; the flag, and where it stands when nobody passed it.
+# Settings that `prepare` has decided; the flag, and its value when nobody passed it.
 _DECIDED = {
     "sft_truncation": "truncate",
     "sft_bad_records": "stop",
@@ -38,7 +38,7 @@ _DECIDED = {
 
 @dataclass(frozen=True, slots=True)
 class NamedData:
-    """What `--sft-data` and `--sft-valid-data` name.
+    """The data that `--sft-data` and `--sft-valid-data` name.
 
     Attributes:
         prefixes: of the packs to train on, with their weights; None where the flags name record files.
@@ -52,7 +52,7 @@ class NamedData:
 
 
 def named_data(args: argparse.Namespace) -> NamedData:
-    """What the flags name.
+    """The data that the flags name.
 
     Raises:
         InputError, ArgumentError: for mixtures of packs and records, and for flags that have no effect on packs or
@@ -115,7 +115,7 @@ class TrainingData:
 
     @property
     def unit(self) -> str:
-        """What one sample is."""
+        """The name of a sample."""
         return "packs" if self.packed else "records"
 
     @property
@@ -244,5 +244,5 @@ def _open(args: argparse.Namespace, tokenizer: ChatTokenizer, prefix: str) -> Pa
 
 
 def _multiple_of(args: argparse.Namespace) -> int:
-    """What documents are padded to: context parallelism over c ranks cuts each of them in 2 c parts."""
+    """The multiple that documents are padded to: context parallelism over c ranks cuts each of them in 2 c parts."""
     return 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1

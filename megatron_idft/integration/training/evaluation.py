@@ -35,7 +35,7 @@ class ValidationSet:
 
     @property
     def suffix(self) -> str:
-        """What Megatron puts behind `validation` in its metric keys."""
+        """The suffix that Megatron gives `validation` in its metric keys."""
         return f"-{self.name}" if self.name else ""
 
 
@@ -109,7 +109,7 @@ def validate_evaluation_arguments(args: argparse.Namespace) -> None:
 
 
 def validation_sets(args: argparse.Namespace, sizes: Mapping[str, int]) -> list[ValidationSet]:
-    """What each evaluation reads of sets of so many samples; none of them with --eval-iters 0."""
+    """The sets that each evaluation reads, from their sizes in samples; none of them with --eval-iters 0."""
     sets = []
     for name, size in sizes.items():
         whole = math.ceil(size / args.eval_global_batch_size)
@@ -122,7 +122,14 @@ def validation_sets(args: argparse.Namespace, sizes: Mapping[str, int]) -> list[
 def evaluation_rounds(
     args: argparse.Namespace, sets: Sequence[ValidationSet], datasets: Mapping[str, Any], num_samples: int
 ) -> Any:
-    """The validation dataset of `pretrain()`, None without a set. num_samples: what Megatron asks for."""
+    """The validation dataset of `pretrain()`, None without a set.
+
+    Args:
+        args: Megatron's.
+        sets: the sets that an evaluation reads.
+        datasets: by the name of the set.
+        num_samples: that Megatron asks for.
+    """
     from megatron.core.datasets.utils import Split
 
     if not sets:
@@ -162,7 +169,7 @@ class EvaluationInterrupted(Exception):
 
 
 def abandon_evaluation(model: Sequence[Any], config: Any) -> None:
-    """What Megatron's `evaluate` would have undone at its end."""
+    """Undo the changes that Megatron's `evaluate` makes at its start and undoes at its end."""
     from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
     from megatron.training import get_args, get_timers
     from megatron.training.utils import print_rank_0
@@ -176,7 +183,7 @@ def abandon_evaluation(model: Sequence[Any], config: Any) -> None:
 
 
 def best_checkpoints(args: argparse.Namespace, sets: Sequence[ValidationSet]) -> BestCheckpoints | None:
-    """What `--sft-keep-best` asks for; on the rank that knows what evaluations measure, the last one."""
+    """The checkpoints of `--sft-keep-best`; on the last rank, which knows the results of evaluations."""
     if args.sft_keep_best is None or torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
         return None
     metric = args.sft_keep_best_metric or f"lm loss validation{sets[0].suffix}"

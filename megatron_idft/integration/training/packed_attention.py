@@ -112,7 +112,7 @@ def check_attention(args: argparse.Namespace, model: list[torch.nn.Module]) -> N
 
 
 def document_mask(bounds: Tensor) -> Tensor:
-    """What may not be seen: other documents, and what comes later.
+    """The mask of attention: no token sees other documents, or later tokens.
 
     Args:
         bounds: [b, s + 1] int32, ascending from 0 to s; repeated entries bound nothing.

@@ -1,4 +1,4 @@
-"""The training program: chat records -> Megatron's `pretrain()`, on the megatron-core wheel alone."""
+"""The training program: chat records -> Megatron's `pretrain()`, on nothing but the megatron-core wheel."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class ChatTraining(TrainerIntegration):
         return result
 
     def finish(self) -> None:
-        """What is left to do on every rank when `pretrain()` has returned."""
+        """The end of the training on every rank, when `pretrain()` has returned."""
         from megatron.training import get_args
         from megatron.training.utils import print_rank_0
 
@@ -192,7 +192,7 @@ class ChatTraining(TrainerIntegration):
             hook.token_sources = sources
 
     def _train(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
-        """Megatron's training loop, behind an evaluation of the model that it begins with."""
+        """Megatron's training loop, after an evaluation of the model that it begins with."""
         from megatron.training import get_args
 
         args = get_args()

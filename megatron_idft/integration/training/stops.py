@@ -95,7 +95,7 @@ class Stops:
         )
 
     def signals_received(self) -> list[bool]:
-        """Whether any rank was told to stop: what Megatron asks after each step. One all-reduce of a number."""
+        """Whether any rank was told to stop; Megatron asks after each step. One all-reduce of a number."""
         number = self._signals.received
         # SIGTERM before the others: the machine is wanted back, whatever a person has asked for besides.
         weight = {0: 0, signals.INTERRUPTED: 1, signals.STOPPED: 2}[number and signals.exit_code(number)]
@@ -159,17 +159,17 @@ class Stops:
         try:
             yield
         except BaseException as error:
-            told = self.explain(error, args)
-            if told is error:
+            explained = self.explain(error, args)
+            if explained is error:
                 raise
             if self._all_know and _rank() != 0:
-                code = getattr(told, "exit_code", 1)
-                tell_launcher(f"megatron-idft train: {told}", code)
+                code = getattr(explained, "exit_code", 1)
+                tell_launcher(f"megatron-idft train: {explained}", code)
                 raise SystemExit(code) from error
-            raise told from error
+            raise explained from error
 
     def explain(self, error: BaseException, args: argparse.Namespace) -> BaseException:
-        """What to raise for an error that ended the training: itself, where there is nothing to add."""
+        """The error to raise for one that ended the training: itself, where there is nothing to add."""
         chain = list(_chain(error))
         if isinstance(error, SystemExit):
             return self._explain_exit(error, args)
