@@ -1,9 +1,9 @@
 """`render_conversation` for many conversations of few structures, with one rendering each instead of about six.
 
 `render_conversation` proves where the trained spans stand: it renders a conversation several times, with probes in
-place of the contents. Conversations of the same roles differ only in their contents. So one conversation of probes is proven
-for each such structure; its text is that of the template, with probes in between. A conversation whose own text is
-exactly that, with its contents in place of the probes (or with their blanks trimmed, as many templates do), has its
+place of the contents. Conversations of the same roles differ only in their contents. So one conversation of probes is
+proven for each such structure; its text is that of the template, with probes in between. A conversation whose own text
+is exactly that, with its contents in place of the probes (or with their blanks trimmed, as many templates do), has its
 spans in the same places. Any other is proven for itself: a template that looks at the contents, tools, reasoning,
 weights, special tokens spelled in a text. The first conversations of each structure are proven for themselves too, and
 their spans must then be those found the short way.
