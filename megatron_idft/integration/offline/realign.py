@@ -16,10 +16,31 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megatron_idft import __version__
+from megatron_idft.corpus.ledger.ledger import Ledger
+from megatron_idft.corpus.records import read_records
+from megatron_idft.corpus.verification.leaks import LeakFilter
+from megatron_idft.corpus.verification.verifier import Verifier
+from megatron_idft.data.chat.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_idft.data.model_rows import require_rows_of_records
 from megatron_idft.errors import ArgumentError, InputError
+from megatron_idft.hinted_decoding.output.former_names import current_settings
+from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA, OutcomeRow
+from megatron_idft.hinted_decoding.output.results import open_retry, read_settings
+from megatron_idft.hinted_decoding.output.status import describe_status
+from megatron_idft.hinted_decoding.preview import describe_estimate, render_prompts, summary_row
+from megatron_idft.hinted_decoding.prompts import HintTemplate
+from megatron_idft.hinted_decoding.settings import RealignSettings
+from megatron_idft.hinted_decoding.stages.pipeline import Realigner
+from megatron_idft.inference.engine import DecodeEngine
 from megatron_idft.integration.offline import program
 from megatron_idft.integration.offline.realign_arguments import add_realign_arguments, describe_renamed
 from megatron_idft.integration.offline.realign_inputs import RealignInputs
@@ -30,14 +51,7 @@ from megatron_idft.integration.offline.realign_settings import (
     resolve_template,
 )
 from megatron_idft.integration.offline.replica import Replica
-
-if TYPE_CHECKING:
-    from megatron_idft.corpus.verification.verifier import Verifier
-    from megatron_idft.data.chat.tokenizer import ChatTokenizer
-    from megatron_idft.hinted_decoding.output.outcomes import OutcomeRow
-    from megatron_idft.hinted_decoding.prompts import HintTemplate
-    from megatron_idft.hinted_decoding.settings import RealignSettings
-    from megatron_idft.hinted_decoding.stages.pipeline import Realigner
+from megatron_idft.integration.platform.ranks import from_rank_0
 
 _ESTIMATED_RECORDS = 200
 
@@ -47,10 +61,6 @@ def realign() -> None:
     program.stop_on_sigterm()
     args = program.parse(add_realign_arguments, WHOLE_NUMBERS_FROM_1, check_realign_arguments)
     from megatron.training.utils import print_rank_0
-
-    from megatron_idft.corpus.records import read_records
-    from megatron_idft.data.chat.tokenizer import load_tokenizer
-    from megatron_idft.data.model_rows import require_rows_of_records
 
     for line in describe_renamed(args):
         print_rank_0(f"> {line}")
@@ -77,9 +87,6 @@ def realign() -> None:
 def _show_first(args: argparse.Namespace, tokenizer: ChatTokenizer, template: HintTemplate) -> None:
     from megatron.training.utils import print_rank_0
 
-    from megatron_idft.corpus.records import read_records
-    from megatron_idft.hinted_decoding.preview import render_prompts
-
     on_error = None if args.sft_bad_records == "stop" else lambda error: None
     record = next(iter(read_records(args.sft_data, on_error=on_error)), None)
     if record is None:
@@ -93,8 +100,6 @@ class _Job:
     def __init__(
         self, args: argparse.Namespace, tokenizer: ChatTokenizer, template: HintTemplate, stack: ExitStack
     ) -> None:
-        from megatron_idft.corpus.verification.leaks import LeakFilter
-
         self.args, self.tokenizer = args, tokenizer
         self.replica = Replica.here()
         self.leaks = LeakFilter() if args.leak_phrases is None else LeakFilter.from_file(args.leak_phrases)
@@ -104,12 +109,6 @@ class _Job:
 
     def run(self) -> None:
         """Realign every chunk that is left, and print the outcome."""
-        import torch
-
-        from megatron_idft.corpus.ledger.ledger import Ledger
-        from megatron_idft.hinted_decoding.output.former_names import current_settings
-        from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA
-
         args = self.args
         opened = self._folder()
         if opened is None:
@@ -137,11 +136,6 @@ class _Job:
 
     def estimate(self) -> None:
         """Realign some records; each replica takes its share of them."""
-        import numpy as np
-        import torch
-
-        from megatron_idft.hinted_decoding.preview import describe_estimate, summary_row
-
         total, replica = self.inputs.total(), self.replica
         spread = sorted({int(i) for i in np.linspace(0, total - 1, min(total, _ESTIMATED_RECORDS))})
         start = time.monotonic()
@@ -166,9 +160,6 @@ class _Job:
 
     def _folder(self) -> tuple[Path, Sequence[int]] | None:
         """The folder of the ledger, and the indices of its records; None where there is nothing to do."""
-        from megatron_idft.hinted_decoding.output.results import open_retry, read_settings
-        from megatron_idft.integration.platform.ranks import from_rank_0
-
         output = Path(self.args.output)
         if not self.args.retry_errors:
             return output, range(self.inputs.total())
@@ -188,8 +179,6 @@ class _Job:
 
     def _agreed(self, indices: Sequence[int]) -> dict[str, Any]:
         """The settings in which all launches on one output folder must agree."""
-        from importlib.metadata import PackageNotFoundError, version
-
         args = self.args
         try:
             math_verify: str | None = version("math-verify")
@@ -213,8 +202,6 @@ class _Job:
         }
 
     def _open_verifier(self, stack: ExitStack) -> Verifier | None:
-        from megatron_idft.corpus.verification.verifier import Verifier
-
         if not self.replica.leads:
             return None
         args = self.args
@@ -227,11 +214,6 @@ class _Job:
         return stack.enter_context(verifier)
 
     def _load(self, template: HintTemplate, verifier: Verifier | None) -> tuple[Realigner, RealignSettings]:
-        import torch
-
-        from megatron_idft.hinted_decoding.stages.pipeline import Realigner
-        from megatron_idft.inference.engine import DecodeEngine
-
         args = self.args
         model = program.load_model(args)
         if self.tokenizer.vocab_size > args.padded_vocab_size:
@@ -267,8 +249,6 @@ class _Progress:
     """A bar of chunks, with the tokens per second of this replica and the share of its records that is kept."""
 
     def __init__(self, chunks: int, shown: bool) -> None:
-        from tqdm import tqdm
-
         self._bar = tqdm(total=chunks, desc="realigning", unit="chunk", disable=not shown, file=sys.stderr)
         self._start, self._tokens, self._kept, self._records = time.monotonic(), 0, 0, 0
 
@@ -292,10 +272,6 @@ class _Progress:
 
 
 def _provenance(args: argparse.Namespace) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    from megatron_idft import __version__
-
     name = args.hf_model or args.load or args.pretrained_checkpoint
     return {
         "model": Path(name).resolve().name,
@@ -309,8 +285,6 @@ def _provenance(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _summary(output: Path) -> str:
-    from megatron_idft.hinted_decoding.output.status import describe_status
-
     return (
         "\n".join(f"> {line}" for line in describe_status(output).splitlines())
         + f"\n> next: megatron-idft realign merge {output} --output FILE.jsonl; megatron-idft realign report {output}"

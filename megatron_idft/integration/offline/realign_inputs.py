@@ -8,15 +8,15 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
+from megatron_idft.hinted_decoding.input.provided import Kind, ProvidedTexts
+from megatron_idft.hinted_decoding.input.record_store import RecordStore, build_store, store_path
+from megatron_idft.hinted_decoding.preview import describe_unreferenced
+from megatron_idft.hinted_decoding.stages.tasks import RealignInput
 from megatron_idft.integration.offline.replica import Replica
-
-if TYPE_CHECKING:
-    from megatron_idft.hinted_decoding.input.provided import Kind, ProvidedTexts
-    from megatron_idft.hinted_decoding.input.record_store import RecordStore
-    from megatron_idft.hinted_decoding.stages.tasks import RealignInput
-
+from megatron_idft.integration.platform.ranks import build_once
 
 _LOOKED_AT = 200  # records, spread over the corpus, for the notice at the start
 
@@ -55,8 +55,6 @@ class RealignInputs:
 
     def describe_unreferenced(self, policy: str) -> str | None:
         """The fate of records without a reference, judged by a sample of them. On the leading rank."""
-        from megatron_idft.hinted_decoding.preview import describe_unreferenced
-
         assert self._store is not None
         total = len(self._store)
         some = [self._store[total * i // _LOOKED_AT] for i in range(_LOOKED_AT)] if total > _LOOKED_AT else None
@@ -67,8 +65,6 @@ class RealignInputs:
         return {name: None if file is None else file.fingerprint for name, file in files.items()}
 
     def _input(self, store: RecordStore, index: int) -> RealignInput:
-        from megatron_idft.hinted_decoding.stages.tasks import RealignInput
-
         record = store[index]
         rollouts = {} if self._rollouts is None else self._rollouts.get(record.id)
         analyses = {} if self._analyses is None else self._analyses.get(record.id)
@@ -76,11 +72,6 @@ class RealignInputs:
 
     def _open_store(self, stack: ExitStack) -> RecordStore | None:
         """The records, on the leading rank; an estimate leaves nothing behind."""
-        from tqdm import tqdm
-
-        from megatron_idft.hinted_decoding.input.record_store import RecordStore, build_store, store_path
-        from megatron_idft.integration.platform.ranks import build_once
-
         args = self._args
         source = (args.sft_data, args.limit, args.sft_bad_records)
         if args.estimate:
@@ -102,8 +93,6 @@ class RealignInputs:
         return RecordStore(path) if self._replica.leads else None
 
     def _open_provided(self, kind: Kind, path: str | None) -> ProvidedTexts | None:
-        from megatron_idft.hinted_decoding.input.provided import ProvidedTexts
-
         if path is None or self._store is None:
             return None
         file = ProvidedTexts(path, kind, None if self._args.limit else self._store.ids())
