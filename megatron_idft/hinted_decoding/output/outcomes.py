@@ -31,9 +31,10 @@ def _fields(row: type) -> list[tuple[str, pa.DataType]]:
     return [(name, hint.__metadata__[0]) for name, hint in get_type_hints(row, include_extras=True).items()]
 
 
-class TokenSums(TypedDict):
+class ResponseSums(TypedDict):
     """Sums over the tokens of a response under the plain prompt, in nats at temperature 1; below: numbers of tokens."""
 
+    num_tokens: Count
     log_prob_sum: Sum
     entropy_sum: Sum
     phi_sum: Sum
@@ -41,10 +42,6 @@ class TokenSums(TypedDict):
     phi_below_1: Count
     phi_below_3: Count
     phi_below_5: Count
-
-
-class ResponseSums(TokenSums):
-    num_tokens: Count
 
 
 class _Try(TypedDict):
