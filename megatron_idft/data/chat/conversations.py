@@ -2,7 +2,7 @@
 
 Trained is what the assistant says in each of its turns, content, reasoning and tool calls as the template writes them,
 and the special token that ends the turn; nothing else, neither what inference writes for the model (the generation
-prompt) nor a newline that the template writes behind that token. The conversation is rendered once and tokenised once,
+prompt) nor a newline that the template writes after that token. The conversation is rendered once and tokenised once,
 as inference would see it; the assistant's characters in it are found and proven by mask_proof.py.
 
 Templates that edit earlier turns (Qwen3's drops their reasoning) are rendered once as a whole: an earlier turn is
@@ -41,12 +41,15 @@ _UNSERVED = {
 
 @dataclass(slots=True)
 class RenderedConversation:
-    """text: the whole conversation. spans: the trained characters, one span for each trained assistant turn, in order.
+    """A conversation as text.
 
-    weights: of the spans' tokens in the loss; an assistant turn of weight 0 has no span.
-    spells_special: some message's content spells a special token, which will be read as that token.
-    unwritten: something that a message says does not occur in the text, or what a trained one says not in its span,
-        letter by letter but for blanks around it: the template leaves it out or rewrites it.
+    Attributes:
+        text: the whole conversation.
+        spans: the trained characters, one span for each trained assistant turn, in order.
+        weights: of the spans' tokens in the loss; an assistant turn of weight 0 has no span.
+        spells_special: some message's content spells a special token, which will be read as that token.
+        unwritten: a text of a message does not occur in the whole text, or one of a trained message not in its span,
+            letter by letter but for blanks around it: the template leaves it out or rewrites it.
     """
 
     text: str
@@ -58,11 +61,15 @@ class RenderedConversation:
 
 @dataclass(slots=True)
 class EncodedConversation:
-    """ids: int32 [n]. mask: uint8 [n], 1 where the token is trained. end_ids: the tokens that end assistant turns.
+    """A conversation as tokens.
 
-    straddles: the number of spans whose first character lies inside a token that begins before the span.
-    pretokenized: ids and mask came with the record, see pretokenized.py.
-    weights: float32 [n], of the tokens in the loss, > 0 where the mask is 1 and else 0; None: the mask itself.
+    Attributes:
+        ids: int32 [n].
+        mask: uint8 [n], 1 where the token is trained.
+        end_ids: the tokens that end assistant turns.
+        straddles: the number of spans whose first character lies inside a token that begins before the span.
+        pretokenized: ids and mask came with the record, see pretokenized.py.
+        weights: float32 [n], of the tokens in the loss, > 0 where the mask is 1 and else 0; None: the mask itself.
     """
 
     ids: NDArray[np.int32]
@@ -90,10 +97,15 @@ def render_conversation(
 ) -> RenderedConversation:
     """The text of a conversation and its trained spans.
 
-    messages, tools: as a `Record` holds them. last_turn_only: no assistant turn is trained but the last.
+    Args:
+        tokenizer: with the template.
+        messages: as a `Record` holds them.
+        tools: the same.
+        last_turn_only: no assistant turn is trained but the last.
 
-    Raises ConversationError when the conversation is at fault, TemplateError when the template does not prove the mask
-    of an ordinary conversation of these roles either.
+    Raises:
+        ConversationError: the conversation is at fault.
+        TemplateError: the template does not prove the mask of an ordinary conversation of these roles either.
     """
     for i, message in enumerate(messages):
         for key, remedy in _UNSERVED.items():

@@ -3,7 +3,7 @@
 Turn by turn the proof renders the conversation some six times for each turn, which costs the square of their number:
 minutes for an agent's 600 steps. Here
 
-- turns that the template treats alike (the same fields, the same text before and behind them where all messages are
+- turns that the template treats alike (the same fields, the same text before and after them where all messages are
   probes) form a class, and the first two and the last of each are proven turn by turn;
 - all turns are probed at once, which gives what the template writes between them, and every eighth turn at once, eight
   times: each of these renderings, and the conversation itself, must be letter by letter what is written between the
@@ -35,7 +35,7 @@ _GROUPS = 8
 
 @dataclass(frozen=True, slots=True)
 class Edges:
-    """What a turn's span holds around its probes: before the first, behind the last, and the token that ends it."""
+    """A turn's span around its probes: before the first, after the last, and the token that ends it."""
 
     head: str
     tail: str
@@ -49,7 +49,8 @@ class _DifferentError(Exception):
 def prove_together(finder: Finder, turns: list[int]) -> list[Span] | None:
     """The spans of the turns in `finder.text`; None where they have to be proven one by one.
 
-    Raises ConversationError and TemplateError, as `finder.probed` does for the turns that it is asked for.
+    Raises:
+        ConversationError, TemplateError: as `finder.probed` for the turns that it is asked for.
     """
     rendered = finder.text
     try:

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 
 def prove_marked(finder: Finder, turns: list[int]) -> list[Span]:
-    """The spans of the turns in `finder.text`. Raises ConversationError and TemplateError."""
+    """The spans of the turns in `finder.text`.
+
+    Raises:
+        ConversationError: the conversation is at fault.
+        TemplateError: the template proves nothing.
+    """
     return _Marked(finder).spans(turns)
 
 

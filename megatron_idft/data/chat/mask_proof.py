@@ -53,8 +53,13 @@ REMEDY = (
 
 @dataclass(slots=True)
 class ProvenSpans:
-    """text: the whole conversation. spans: one for each turn that was asked for. edited: something that the assistant
-    says is not in the text, because the template leaves it out of earlier turns."""
+    """A conversation with the spans of its turns.
+
+    Attributes:
+        text: the whole conversation.
+        spans: one for each turn that was asked for.
+        edited: the text lacks words of the assistant, because the template leaves them out of earlier turns.
+    """
 
     text: str
     spans: list[Span]
@@ -64,14 +69,16 @@ class ProvenSpans:
 def prove_spans(tokenizer: ChatTokenizer, messages: list[Message], tools: Tools, turns: list[int]) -> ProvenSpans:
     """The text of a conversation and where the assistant's messages with the indices `turns`, ascending, stand in it.
 
-    Raises ConversationError where the conversation is at fault, TemplateError where the template proves nothing.
+    Raises:
+        ConversationError: the conversation is at fault.
+        TemplateError: the template proves nothing.
     """
     try:
         return _proven(Finder(tokenizer, messages, tools), turns)
     except (ConversationError, TemplateError):
         if not any(reasons_in_content(messages[i]) for i in turns):
             raise
-        # What the template writes before an answer may hang on the tags of its reasoning, which probes took away.
+        # The template's text before an answer may hang on the tags of its reasoning, which probes took away.
         try:
             return _proven(Finder(tokenizer, messages, tools, keep_tags=True), turns)
         except (ConversationError, TemplateError):
@@ -140,7 +147,7 @@ class Finder:
         behind = len(whole) - begin
         if not self.text.endswith(whole[begin:]) or len(self.text) - behind < start:
             raise TemplateError(
-                f"{UNPROVEN}: what the template writes behind the answer, messages[{i}], depends on the answer. "
+                f"{UNPROVEN}: what the template writes after the answer, messages[{i}], depends on the answer. "
                 f"Remedy: {REMEDY}"
             )
         if whole[start:end] not in self.everywhere_text():
@@ -184,7 +191,7 @@ class Finder:
         return found
 
     def _start(self, i: int, whole: str, first: int) -> int:
-        """Where the model takes over: behind the generation prompt of messages[i], as the template writes it by default
+        """Where the model takes over: after the generation prompt of messages[i], as the template writes it by default
         or when it is told whether the model is to think."""
         for thinking in THINKING:
             start = self._behind_prompt(i, whole, first, thinking)
@@ -220,7 +227,7 @@ class Finder:
         return None
 
     def _after_previous(self, i: int, turn: Message, thinking: bool | None) -> tuple[str, str]:
-        """What stands between the last probe of messages[i - 1] and the first of `turn`, messages[i] with probes, and
+        """The text between the last probe of messages[i - 1] and the first of `turn`, messages[i] with probes, and
         what a generation prompt puts there; empty texts where they cannot be found."""
         if i == 0:
             return "", ""
@@ -269,7 +276,7 @@ class Finder:
         return last + token.start(), last + token.end(), whole
 
     def _with_question(self, i: int, after: str) -> str:
-        """What a question puts behind the last message, the turn messages[i]; `after` stands there without one.
+        """The text that a question puts after the last message, the turn messages[i]; `after` stands there without one.
 
         The question may change the turn itself: GLM's template drops its reasoning then."""
         probed = self._part([*self.conversation.with_turn(i), *QUESTION], i)

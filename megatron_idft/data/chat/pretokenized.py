@@ -28,7 +28,9 @@ _REMEDY = (
 class PretokenizedReader:
     """Reads the columns `token_ids`, `loss_mask` and `tokenizer_fingerprint` of records, for one tokenizer.
 
-    last_turn_only: what was asked for; a mask with more than one trained span contradicts it and is refused.
+    Args:
+        tokenizer: of the training.
+        last_turn_only: as the flag says; a mask with more than one trained span contradicts it and is refused.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, last_turn_only: bool = False):
@@ -44,10 +46,11 @@ class PretokenizedReader:
 
         `end_ids` are the special tokens that end a trained span: a span that was cut off ends with another token.
 
-        Raises RecordError naming the column: one of the two is missing; they are not lists of numbers of one length,
-        at least 2; an id outside the vocabulary; a mask value that is no weight; no trained token; a trained first
-        token; several trained spans under `last_turn_only`; or `tokenizer_fingerprint` is there and not that of this
-        tokenizer and its chat template.
+        Raises:
+            RecordError: names the column: one of the two is missing; they are not lists of numbers of one length, at
+                least 2; an id outside the vocabulary; a mask value that is no weight; no trained token; a trained first
+                token; several trained spans under `last_turn_only`; or `tokenizer_fingerprint` is there and not that of
+                this tokenizer and its chat template.
         """
         ids, mask = record.extra.pop("token_ids", None), record.extra.pop("loss_mask", None)
         if ids is None and mask is None:
@@ -83,7 +86,7 @@ class PretokenizedReader:
             raise _ColumnError("loss_mask", f"{len(mask)} values for {len(ids)} token_ids, expected one for each")
         if len(ids) < 2:
             raise _ColumnError("token_ids", f"{len(ids)} tokens; at least 2 are needed, one to predict the other from")
-        # Whole lists are looked at by min and max alone: corpora hold billions of ids.
+        # Whole lists are looked at only by min and max: corpora hold billions of ids.
         size = self._tokenizer.vocab_size
         if min(ids) < 0 or max(ids) >= size:
             at = next(i for i, value in enumerate(ids) if not 0 <= value < size)

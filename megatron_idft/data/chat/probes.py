@@ -26,8 +26,11 @@ _THOUGHT = re.compile(r"(\s*<think>\s*)\S.*?(\s*</think>\s*)\S.*", re.DOTALL)
 class ProbedConversation:
     """A conversation with probes in place of its texts. No probe occurs in `text` or in any message.
 
-    messages: of the conversation. text: all of it, rendered. keep_tags: reasoning that an assistant's content holds
-    keeps its `<think>` and `</think>`, with a probe between them and one for the answer.
+    Attributes:
+        messages: of the conversation.
+        text: all of it, rendered.
+        keep_tags: reasoning that an assistant's content holds keeps its `<think>` and `</think>`, with a probe between
+            them and one for the answer.
     """
 
     messages: list[Message]
@@ -141,10 +144,10 @@ def _with_arguments(call: Any, arguments: dict[str, str]) -> Any:
 
 
 def end_of_turn(tokenizer: ChatTokenizer, after: str, ends_with_call: bool) -> Span | None:
-    """Where in `after`, the template's text behind what the assistant says, the end of the turn stands; None: nowhere.
+    """Where in `after`, the template's text after what the assistant says, the end of the turn stands; None: nowhere.
 
     That is the first special token, with the special tokens that follow it directly (Cohere's templates end with two),
-    but never the BOS of a next turn. Behind tool calls, whose own special tokens come first, it is the EOS token if the
+    but never the BOS of a next turn. After tool calls, whose own special tokens come first, it is the EOS token if the
     template writes it.
     """
     bos, eos = bos_only(tokenizer), tokenizer.eos_id
@@ -161,11 +164,11 @@ def end_of_turn(tokenizer: ChatTokenizer, after: str, ends_with_call: bool) -> S
 
 
 def never_ends(after: str) -> TemplateError:
-    """The error of a template that ends no turn, for what it writes behind an answer."""
+    """The error of a template that ends no turn, for what it writes after an answer."""
     return TemplateError(
         f"{UNPROVEN}: the template never ends the assistant's turn with a special token of this tokenizer "
-        f"(behind the answer it writes {after[:80]!r}), so the model would not learn to stop. "
-        "Remedy: write the EOS or end-of-turn token behind the answer, inside the {% generation %} block if there "
+        f"(after the answer it writes {after[:80]!r}), so the model would not learn to stop. "
+        "Remedy: write the EOS or end-of-turn token after the answer, inside the {% generation %} block if there "
         "is one, and pass the template with --chat-template FILE"
     )
 

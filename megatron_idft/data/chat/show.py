@@ -1,4 +1,4 @@
-"""What a training sample looks like, for a person to read before the GPU hours are spent."""
+"""Shows a training sample, for a person to read before the GPU hours are spent."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,8 +16,11 @@ def render_sample(
 ) -> str:
     """The decoded sample with the trained spans in ⟦…⟧, under one line of counts.
 
-    token_ids, loss_mask: [n]; the mask says which tokens are trained. max_run: runs of more characters lose their
-    middle.
+    Args:
+        token_ids: [n].
+        loss_mask: [n], which tokens are trained.
+        tokenizer: of the sample.
+        max_run: runs of more characters lose their middle.
     """
     ids, mask = np.asarray(token_ids), np.asarray(loss_mask).astype(bool)
     if ids.ndim != 1 or ids.shape != mask.shape:

@@ -103,12 +103,14 @@ class _GenerationBlocks(Extension):
 class ChatTemplate:
     """A compiled chat template.
 
-    source: Jinja text. variables: what it sees besides `messages`, `tools` and `add_generation_prompt`, such as
-    `bos_token`.
-    date: what `strftime_now` returns the parts of. Without it the function is undefined, so that templates fall back to
-    their fixed date or fail: the tokens of a corpus must not depend on the day it is read.
+    Args:
+        source: Jinja text.
+        variables: given to it besides `messages`, `tools` and `add_generation_prompt`, such as `bos_token`.
+        date: `strftime_now` returns its parts. Without it the function is undefined, so that templates fall back to
+            their fixed date or fail: the tokens of a corpus must not depend on the day it is read.
 
-    Raises TemplateError when `source` is not valid Jinja.
+    Raises:
+        TemplateError: `source` is not valid Jinja.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any] | None = None, date: datetime.date | None = None):
@@ -143,9 +145,17 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None = None,
         thinking: bool | None = None,
     ) -> str:
-        """The conversation as text. Raises ConversationError if the template rejects it, TemplateError if it fails.
+        """The conversation as text.
 
-        thinking: `enable_thinking`, by which templates open or close the model's reasoning; None leaves it undefined.
+        Args:
+            messages: of the conversation.
+            add_generation_prompt: end with the beginning of an answer.
+            tools: the functions that the assistant may call.
+            thinking: `enable_thinking`, by which templates open or close the model's reasoning; None: not defined.
+
+        Raises:
+            ConversationError: the template rejects the conversation.
+            TemplateError: the template fails.
         """
         variables = dict(self.variables, messages=messages, add_generation_prompt=add_generation_prompt, tools=tools)
         if thinking is not None:
@@ -166,7 +176,7 @@ class ChatTemplate:
             raise TemplateError(f"the chat template failed: {what}{hint}") from error
 
     def generation_prompt(self, thinking: bool | None = None) -> str:
-        """What `add_generation_prompt` appends to a question; nothing where the template rejects one by itself."""
+        """The text that `add_generation_prompt` appends to a question; empty where the template rejects a lone one."""
         if thinking not in self._prompts:
             try:
                 without = self.render(QUESTION, thinking=thinking)
@@ -177,7 +187,7 @@ class ChatTemplate:
         return self._prompts[thinking]
 
     def first_header(self) -> str:
-        """What a conversation begins with, up to the words of its first question."""
+        """The beginning of a conversation, up to the words of its first question."""
         try:
             return self.render(QUESTION).partition(str(QUESTION[0]["content"]))[0]
         except ConversationError:
@@ -222,7 +232,11 @@ class ChatTemplate:
 
 
 def read_template(name_or_path: str) -> str:
-    """The source of a built-in template, by name, or of a Jinja file. Raises FileNotFoundError."""
+    """The source of a built-in template, by name, or of a Jinja file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
     if name_or_path in BUILTIN_TEMPLATES:
         return BUILTIN_TEMPLATES[name_or_path]
     if not Path(name_or_path).is_file():
@@ -232,7 +246,7 @@ def read_template(name_or_path: str) -> str:
 
 
 class _RejectedError(jinja2.TemplateError):
-    """What `raise_exception` raises: the template's author says that the conversation is malformed."""
+    """Raised by `raise_exception`: the template's author says that the conversation is malformed."""
 
 
 def _raise_exception(message: str) -> None:

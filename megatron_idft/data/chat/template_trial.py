@@ -39,7 +39,11 @@ _CONVERSATIONS: list[tuple[list[Message], list[dict[str, Any]] | None]] = [
 
 
 def try_template(source: str, variables: Mapping[str, Any], date: datetime.date | None) -> None:
-    """Raises TemplateError where the template does not end. What else may be wrong with it is not looked at here."""
+    """Run the template; other faults than an endless one are not looked at here.
+
+    Raises:
+        TemplateError: the template does not end.
+    """
     settings = {"variables": dict(variables), "date": None if date is None else date.isoformat()}
     reason = _trial(source, json.dumps(settings, default=str))
     if reason is not None:

@@ -1,4 +1,4 @@
-"""Tokenizers that know chat: Hugging Face folders and sentencepiece models behind one small interface.
+"""Tokenizers that know chat: Hugging Face folders and sentencepiece models with one small interface.
 
 The chat template's text is the whole truth: no tokenizer adds BOS or EOS of its own here, the template writes them.
 Special tokens spelled in the text become their ids, wherever they stand, as with `apply_chat_template`.
@@ -35,9 +35,11 @@ from megatron_idft.errors import InputError, TemplateError
 class Encoding:
     """A tokenised text and where its cuts (characters) fall among the tokens.
 
-    ids: int32 [n]. first: for each cut the index of the first token that begins at the cut or behind it, n if there
-    is none; a token's leading blank belongs to it. straddled: whether a token begins before the cut and reaches over
-    it.
+    Attributes:
+        ids: int32 [n].
+        first: for each cut the index of the first token that begins at the cut or after it, n if there is none; a
+            token's leading blank belongs to it.
+        straddled: whether a token begins before the cut and reaches over it.
     """
 
     ids: NDArray[np.int32]
@@ -48,8 +50,12 @@ class Encoding:
 class ChatTokenizer(ABC):
     """A tokenizer with its chat template.
 
-    vocab_size: the true size, one more than the largest id that can occur. eos_id, pad_id: int (`pad_id` falls back to
-    EOS: padding is never trained). bos_id: int or None. special_ids: the text of each special token, and its id.
+    Attributes:
+        vocab_size: the true size, one more than the largest id that can occur.
+        eos_id: int.
+        pad_id: int; falls back to EOS: padding is never trained.
+        bos_id: int or None.
+        special_ids: the text of each special token, and its id.
     """
 
     template: ChatTemplate
@@ -95,13 +101,18 @@ def load_tokenizer(
 ) -> ChatTokenizer:
     """Open the tokenizer at `path`: a Hugging Face folder, or a sentencepiece `*.model` file. Nothing is downloaded.
 
-    chat_template: a Jinja file, or the name of a built-in template (`chatml`, `plain`). Overrides the folder's own;
-        a sentencepiece model has none, so there it is required.
-    template_date: `YYYY-MM-DD` for templates that write today's date; see `ChatTemplate`.
+    Args:
+        path: of the tokenizer.
+        chat_template: a Jinja file, or the name of a built-in template (`chatml`, `plain`). Overrides the folder's own;
+            a sentencepiece model has none, so there it is required.
+        trust_remote_code: run code of the folder.
+        template_date: `YYYY-MM-DD` for templates that write today's date; see `ChatTemplate`.
 
-    Raises FileNotFoundError for a missing path, InputError with the remedy for a tokenizer without template, EOS
-    token or token offsets (a slow tokenizer), for damaged files, links out of the folder, and a tokenizer that does not
-    give a text back, and for a template that is not valid Jinja.
+    Raises:
+        FileNotFoundError: a missing path.
+        InputError: a tokenizer without template, EOS token or token offsets (a slow tokenizer), damaged files, links
+            out of the folder, a tokenizer that does not give a text back, a template that is not valid Jinja; names
+            the remedy.
     """
     path = Path(path)
     if not path.exists():
@@ -210,11 +221,12 @@ class SentencePieceChatTokenizer(ChatTokenizer):
     """A sentencepiece model with an explicit template.
 
     Sentencepiece itself reads a control symbol in a text as ordinary characters. Here the text is cut at control
-    symbols (and at markers, user-defined symbols written like `<…>` or `[…]`), which become their ids; what lies
-    between is encoded in one piece each, with the model's own dummy prefix. Other user-defined symbols are left to
+    symbols (and at markers, user-defined symbols written like `<…>` or `[…]`), which become their ids; the text between
+    them is encoded in one piece each, with the model's own dummy prefix. Other user-defined symbols are left to
     the model.
 
-    tried: the template is known to end.
+    Args:
+        tried: the template is known to end.
     """
 
     def __init__(self, path: Path, template: str | None, date: datetime.date | None = None, *, tried: bool = False):
@@ -289,7 +301,7 @@ class SentencePieceChatTokenizer(ChatTokenizer):
     def _tokens_before(self, text: str, cut: int) -> tuple[int, bool]:
         """How many tokens begin before the cut, and whether the next one begins right there."""
         # The serialized form is the one that every release of sentencepiece has; its offsets count bytes. Reading it in
-        # Python is slow, but cuts come early in a segment: behind a header.
+        # Python is slow, but cuts come early in a segment: after a header.
         cut = len(text[:cut].encode())
         proto = self._model.encode(text, out_type="serialized_proto")
         count = 0

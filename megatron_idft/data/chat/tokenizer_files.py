@@ -32,7 +32,11 @@ def holds_tokenizer(folder: Path) -> bool:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raises InputError, naming the file, for a folder in which no tokenizer can be."""
+    """Refuse a folder in which no tokenizer can be.
+
+    Raises:
+        InputError: names the file.
+    """
     files = sorted({path for pattern in _PATTERNS for path in folder.glob(pattern)})
     refuse_links_out(folder, [*files, *folder.glob("additional_chat_templates")])
     if not holds_tokenizer(folder):
@@ -54,7 +58,11 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def check_head(path: Path, head: bytes) -> None:
-    """Raises InputError where a file with these first bytes is none: an empty one, or what git-lfs left for it."""
+    """Refuse a file that is empty, or a pointer of git-lfs.
+
+    Raises:
+        InputError: a file with these first bytes is no tokenizer's.
+    """
     if not head:
         raise InputError(f"{path} is empty: download it again")
     if head.startswith(_POINTER):
@@ -74,7 +82,7 @@ def read_text(path: Path) -> str:
 
 
 def open_with(folder: Path, open_tokenizer: Callable[[], Any]) -> Any:
-    """What `open_tokenizer` returns; whatever it raises becomes an InputError that names the file, if one is known."""
+    """The result of `open_tokenizer`; any error of it becomes an InputError that names the file, if one is known."""
     try:
         return open_tokenizer()
     except (KeyboardInterrupt, SystemExit):
@@ -94,9 +102,16 @@ def open_with(folder: Path, open_tokenizer: Callable[[], Any]) -> Any:
 def check_reads_text(
     path: Path, regular_ids: Sequence[int], encode: Callable[[str], Sequence[int]], decode: Callable[..., str]
 ) -> None:
-    """Raises InputError unless the tokenizer gives back a text that it read: an English one, or what it has pieces for.
+    """Refuse a tokenizer that does not give back a text that it read: an English one, or one of its own pieces.
 
-    regular_ids: of its pieces, without special tokens.
+    Args:
+        path: of the tokenizer.
+        regular_ids: of its pieces, without special tokens.
+        encode: text -> ids.
+        decode: ids -> text.
+
+    Raises:
+        InputError: the text comes back changed.
     """
     if len(regular_ids) > _MERGES_EXPECTED and len(encode(_PROBE)) >= len(_PROBE.replace(" ", "")):
         raise InputError(
@@ -115,7 +130,11 @@ def check_reads_text(
 
 
 def check_size(folder: Path, size: int) -> None:
-    """Raises InputError where the folder is a model's and the tokenizer has less than half of the model's rows."""
+    """Refuse a tokenizer of another model.
+
+    Raises:
+        InputError: the folder is a model's and the tokenizer has less than half of the model's rows.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

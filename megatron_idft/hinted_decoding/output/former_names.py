@@ -13,7 +13,11 @@ _TRY = {"beta": ("slope", False), "lambda_mean": ("hint_share_mean", True), "lam
 
 
 def hint_share_of(plain_share: str | float) -> float:
-    """1 less `plain_share`, exact in decimals: 0.1 for 0.9. Raises decimal.InvalidOperation for no number."""
+    """1 less `plain_share`, exact in decimals: 0.1 for 0.9.
+
+    Raises:
+        decimal.InvalidOperation: no number.
+    """
     return float(1 - Decimal(str(plain_share)))
 
 

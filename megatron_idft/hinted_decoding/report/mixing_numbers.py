@@ -21,7 +21,12 @@ POSITIONS = np.array([0, *(2**power for power in range(21))])
 
 
 class Means(TypedDict):
-    """Over all tokens; null where there are none. at_0, at_1: shares of the tokens with that hint share."""
+    """Over all tokens; null where there are none.
+
+    Attributes:
+        at_0: share of the tokens with a hint share of 0.
+        at_1: share of the tokens with a hint share of 1.
+    """
 
     hint_share: EstimateNumbers | None
     entropy: EstimateNumbers | None

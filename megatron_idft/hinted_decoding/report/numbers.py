@@ -63,7 +63,11 @@ class LengthNumbers(TypedDict, total=False):
 
 
 class SplitterNumbers(TypedDict):
-    """Where the splitter stood in the candidates that wrote it. places: by tenth of the candidate."""
+    """Where the splitter stood in the candidates that wrote it.
+
+    Attributes:
+        places: by tenth of the candidate.
+    """
 
     never: int
     places: list[int]

@@ -25,7 +25,10 @@ class Report(TypedDict):
     """The content of report.json: plain types without NaN, which `json.dumps` takes as they are.
 
     Estimates are null where there is nothing to estimate from. Histograms have one bin more than edges at either end:
-    open. examples: by kind, see `Examples`.
+    open.
+
+    Attributes:
+        examples: by kind, see `Examples`.
     """
 
     version: int

@@ -145,7 +145,12 @@ def evaluation_rounds(
 
 
 def evaluate_before_training(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
-    """Evaluate the model that training begins with. given: the arguments of Megatron's `train`."""
+    """Evaluate the model that training begins with.
+
+    Args:
+        args: Megatron's.
+        given: the arguments of Megatron's `train`.
+    """
     from megatron.training import training
 
     hooked = training.should_disable_forward_pre_hook(args)
