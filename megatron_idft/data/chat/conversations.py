@@ -136,7 +136,11 @@ def render_conversation(
 
 
 def tokenize(tokenizer: ChatTokenizer, conversations: Sequence[RenderedConversation]) -> list[EncodedConversation]:
-    """Tokenise whole conversations and carry their spans over to the tokens. Raises TemplateError."""
+    """Tokenise whole conversations and carry their spans over to the tokens.
+
+    Raises:
+        TemplateError: the tokenizer does not read an end of turn as a special token, or as in `encode_batch`.
+    """
     special = set(tokenizer.special_ids.values())
     cuts = [[cut for span in item.spans for cut in span] for item in conversations]
     encoded = []

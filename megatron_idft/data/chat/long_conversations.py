@@ -127,10 +127,14 @@ class _Together:
         self._between = [self._all[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True)]
 
     def spans(self) -> list[Span]:
-        """Raises _DifferentError."""
+        """The spans of the turns.
+
+        Raises:
+            _DifferentError: the turns do not go together.
+        """
         turns, text = self._turns, self._finder.text
         groups = [self._probed(turns[number::_GROUPS]) for number in range(_GROUPS)]
-        # Where the turns stand in the conversation follows from lengths alone: the first turn of each group is where it
+        # Where the turns stand in the conversation follows from the lengths: the first turn of each group is where it
         # is with probes; between two turns of a group lies as much as there.
         starts = [groups[k][1][turns[k]][0] for k in range(_GROUPS)]
         for k in range(len(turns) - _GROUPS):

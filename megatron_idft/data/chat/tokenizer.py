@@ -67,7 +67,11 @@ class ChatTokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], cuts: Sequence[Sequence[int]]) -> list[Encoding]:
-        """Token ids, adding nothing to the texts, and where each text's ascending `cuts` fall. Raises TemplateError."""
+        """Token ids, adding nothing to the texts, and where each text's ascending `cuts` fall.
+
+        Raises:
+            TemplateError: characters cannot be mapped to tokens.
+        """
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:

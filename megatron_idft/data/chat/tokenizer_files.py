@@ -72,7 +72,11 @@ def check_head(path: Path, head: bytes) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises InputError."""
+    """The text of a UTF-8 file.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
