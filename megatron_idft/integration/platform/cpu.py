@@ -25,7 +25,7 @@ import torch
 import torch.utils._device as torch_device
 
 from megatron_idft.errors import UnsupportedOnCPUError
-from megatron_idft.integration.platform import upstream
+from megatron_idft.integration.platform import compatibility, upstream
 from megatron_idft.integration.platform.local_flags import LOCAL_LAYERS, add_missing, given_flags
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -365,7 +365,7 @@ def _split_random_state() -> None:
 
 
 def _patch_megatron() -> None:
-    from megatron_idft.integration.platform import compatibility, local_layers  # noqa: PLC0415  imports Megatron
+    from megatron_idft.integration.platform import local_layers  # noqa: PLC0415  imports Megatron
 
     local_layers.install()
     compatibility.repair_compile_helpers()
