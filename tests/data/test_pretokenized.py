@@ -1,4 +1,4 @@
-"""Records with token ids of their own: what reaches the token cache, and what is refused."""
+"""Records with token ids of their own: what becomes of them, and what is refused."""
 
 import json
 

@@ -141,7 +141,7 @@ def test_statistics_are_those_that_score_gives_for_the_merged_file(folder, reali
     train = [*words, "--sft-data", str(merged), "--train-iters", "2", "--micro-batch-size", "2", "--lr", "1e-3"]
     text = forked(["-m", "megatron_idft", "train", *train, "--finetune", "--log-interval", "1"])
     assert "iteration        2/" in text
-    meta = json.loads(next(tmp_path.glob(".megatron-idft-cache/*/meta.json")).read_text())
+    meta = json.loads(next(tmp_path.glob(".megatron-idft-cache/tokens-*/records.json")).read_text())
     assert meta["counts"]["pretokenized"] == meta["counts"]["kept"] == len(kept)
 
 
