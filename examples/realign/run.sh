@@ -42,7 +42,7 @@ fi
 
 # Of each record: a response of the model's own, verified; where that is wrong, one by hinted decoding, verified; where
 # that is wrong too, twice again with less of the plain stream; what is wrong then, or states no answer, is left out.
-# From " answer" on the plain stream writes alone: the sum must follow from the columns, not be copied from the hint.
+# From " answer" on only the plain stream writes: the sum must follow from the columns, not be copied from the hint.
 say "3. realigning it by two launches on one folder"
 realign=(-m megatron_idft realign --cpu --hf-model model --sft-data data/corpus.jsonl --seq-length 96 --seed 1
     --max-new-tokens 64 --no-analysis --hint-prompt "$here/hint.txt" --splitter " answer")

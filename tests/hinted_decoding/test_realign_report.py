@@ -15,9 +15,9 @@ from page_checks import CHROMIUM, browse, check_page
 from megatron_idft.corpus.report.html import number
 from megatron_idft.errors import InputError
 from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA
-from megatron_idft.hinted_decoding.report.numbers import MAX_NAMES, Lengths
 from megatron_idft.hinted_decoding.report.page import write_report
 from megatron_idft.hinted_decoding.report.summary import summarize
+from megatron_idft.hinted_decoding.report.tallies import MAX_NAMES, Lengths
 
 PLAIN = {"samples": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 SETTINGS = {

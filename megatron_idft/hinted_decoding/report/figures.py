@@ -20,8 +20,9 @@ from megatron_idft.corpus.report.drawing import (
 from megatron_idft.corpus.report.html import visible
 from megatron_idft.corpus.scores.estimates import EstimateNumbers
 from megatron_idft.hinted_decoding.report.mixing_numbers import SHARE_BINS
-from megatron_idft.hinted_decoding.report.numbers import SPLIT_BINS, Part, Text
+from megatron_idft.hinted_decoding.report.numbers import Part, Text
 from megatron_idft.hinted_decoding.report.outcome import STAGES
+from megatron_idft.hinted_decoding.report.stage_numbers import SPLIT_BINS
 from megatron_idft.hinted_decoding.report.summary import Report
 
 if TYPE_CHECKING:

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal, Required, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idft.corpus.display import bounded
 from megatron_idft.corpus.lint.thresholds import STANDARD_ERRORS, can_tell
-from megatron_idft.corpus.report.numbers import Histogram, TokenEstimates, estimate_json, token_estimates
-from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate, EstimateNumbers
+from megatron_idft.corpus.report.numbers import Histogram, TokenEstimates, token_estimates
+from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate
 from megatron_idft.corpus.scores.summary import PHI_EDGES, RECORD_EDGES
-from megatron_idft.hinted_decoding.output.outcomes import CandidateRow, Stage, count_methods, describe_reason
+from megatron_idft.hinted_decoding.output.outcomes import Stage, count_methods, describe_reason
 from megatron_idft.hinted_decoding.report.mixing_numbers import MixingNumbers, MixingSummary
 from megatron_idft.hinted_decoding.report.outcome import (
     ORIGINAL,
     STAGES,
     STATUSES,
-    SUMS,
-    VERDICTS,
     Outcome,
     Sums,
     added,
     sums_of,
 )
+from megatron_idft.hinted_decoding.report.paired_numbers import PairedNumbers, PairedSums
+from megatron_idft.hinted_decoding.report.stage_numbers import StageNumbers, StageSummary
+from megatron_idft.hinted_decoding.report.tallies import LengthNumbers, Lengths, NameCount, Names
 
 DIFFERENCE_EDGES = 0.0 - RECORD_EDGES[::-1]  # of a turn's mean phi, after less before: -1.5 … 3
 
@@ -37,88 +36,7 @@ Text = Literal["original", "original_changed", "new", "output", "rollouts"]
 TEXTS: tuple[Text, ...] = get_args(Text)
 BY_STAGE = tuple(f"new_{stage}" for stage in STAGES)
 
-SPLIT_BINS = 10  # tenths of a candidate in which the splitter can stand
-MAX_NAMES = 200
-FURTHER_NAMES = "(further)"
 OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
-
-
-class NameCount(TypedDict):
-    name: str
-    count: int
-
-
-class LengthNumbers(TypedDict, total=False):
-    """Lengths in tokens; only `count` where there are none. pN: the N-th percentile."""
-
-    count: Required[int]
-    mean: float
-    p0: int
-    p10: int
-    p50: int
-    p90: int
-    p99: int
-    p100: int
-    histogram: list[int]
-
-
-class SplitterNumbers(TypedDict):
-    """Where the splitter stood in the candidates that wrote it.
-
-    Attributes:
-        places: by tenth of the candidate.
-    """
-
-    never: int
-    places: list[int]
-    tokens_before: LengthNumbers
-    tokens_behind: LengthNumbers
-
-
-class StageNumbers(TypedDict):
-    """Counts of turns and candidates; accuracy and shares with standard errors over records; names with counts."""
-
-    turns: int
-    turns_right: int
-    turns_accepted: int
-    candidates: int
-    right: int
-    wrong: int
-    unknown: int
-    not_compared: int
-    compared: int
-    decided: int
-    leak: int
-    unfinished: int
-    accepted: int
-    records: int
-    accuracy: EstimateNumbers | None
-    accuracy_of_decided: EstimateNumbers | None
-    turns_right_share: EstimateNumbers | None
-    turns_accepted_share: EstimateNumbers | None
-    accepted_share: EstimateNumbers | None
-    finish_reasons: list[NameCount]
-    finish_reasons_of_accepted: list[NameCount]
-    rejected_because: list[NameCount]
-    verified_by: list[NameCount]
-    leaks: list[NameCount]
-    splitter: SplitterNumbers
-
-
-class PairedNumbers(TypedDict):
-    """After less before, of the turns that were rewritten."""
-
-    records: int
-    turns: int
-    phi_mean: EstimateNumbers | None
-    log_prob_mean: EstimateNumbers | None
-    entropy_mean: EstimateNumbers | None
-    phi_below_1: EstimateNumbers | None
-    phi_below_3: EstimateNumbers | None
-    phi_below_5: EstimateNumbers | None
-    phi_std: EstimateNumbers | None
-    turns_risen: EstimateNumbers | None
-    length_ratio: EstimateNumbers | None
 
 
 class Part(TypedDict):
@@ -277,216 +195,6 @@ def _zeros(edges: NDArray[np.floating]) -> NDArray[np.int64]:
 
 def _bin(edges: NDArray[np.floating], value: float) -> int:
     return int(np.searchsorted(edges, value, side="right"))
-
-
-class StageSums(ClusterSums):
-    """Counts of one record at one stage. Turns are those with a try, or with a right or an accepted one."""
-
-    fields = (
-        "turns", "turns_right", "turns_accepted", "candidates", *VERDICTS, "not_compared", "compared", "decided",
-        "leak", "unfinished", "accepted",
-    )  # fmt: skip
-
-
-class StageSummary:
-    """The candidates of one stage; accepted are those whose record was kept."""
-
-    def __init__(self) -> None:
-        self._sums = StageSums()
-        self._finish, self._finish_accepted, self._rejected = Names(), Names(), Names()
-        self._verified_by, self._leaks = Names(), Names()
-        self._never_split = 0
-        self._split_places = np.zeros(SPLIT_BINS, dtype=np.int64)
-        self._before_split, self._behind_split = Lengths(), Lengths()
-
-    def add(self, outcome: Outcome, stage: str) -> None:
-        counts = dict.fromkeys(StageSums.fields, 0.0)
-        for turn in outcome.turns:
-            tried = [candidate for candidate in turn.candidates if candidate["stage"] == stage]
-            for candidate in tried:
-                self._candidate(candidate, counts, candidate is turn.accepted)
-            counts["turns"] += bool(tried)
-            counts["turns_right"] += any(candidate.get("verdict") == "right" for candidate in tried)
-            counts["turns_accepted"] += turn.accepted is not None and turn.stage == stage
-        if counts["turns"]:
-            self._sums.add(counts)
-
-    def _candidate(self, candidate: CandidateRow, counts: dict[str, float], accepted: bool) -> None:
-        verdict = candidate.get("verdict")
-        counts["candidates"] += 1
-        counts[verdict or "not_compared"] += 1
-        counts["compared"] += verdict is not None
-        counts["decided"] += verdict in ("right", "wrong")
-        counts["leak"] += bool(candidate.get("leak"))
-        counts["unfinished"] += candidate.get("finish_reason") != "eos"
-        counts["accepted"] += accepted
-        self._finish.add(candidate.get("finish_reason"))
-        if accepted:
-            self._finish_accepted.add(candidate.get("finish_reason"))
-        if candidate.get("rejected_because"):
-            self._rejected.add(candidate["rejected_because"])
-        if candidate.get("verified_by"):
-            self._verified_by.add(candidate["verified_by"])
-        if candidate.get("leak"):
-            self._leaks.add(candidate["leak"])
-        self._split(candidate.get("split_at"), candidate.get("num_tokens") or 0)
-
-    def _split(self, split_at: int | None, tokens: int) -> None:
-        if split_at is None or not tokens:
-            self._never_split += 1
-            return
-        self._split_places[min(SPLIT_BINS - 1, split_at * SPLIT_BINS // tokens)] += 1
-        self._before_split.add(split_at)
-        self._behind_split.add(tokens - split_at)
-
-    def as_json(self) -> StageNumbers:
-        sums = self._sums
-        return {
-            "turns": int(sums["turns"]),
-            "turns_right": int(sums["turns_right"]),
-            "turns_accepted": int(sums["turns_accepted"]),
-            "candidates": int(sums["candidates"]),
-            "right": int(sums["right"]),
-            "wrong": int(sums["wrong"]),
-            "unknown": int(sums["unknown"]),
-            "not_compared": int(sums["not_compared"]),
-            "compared": int(sums["compared"]),
-            "decided": int(sums["decided"]),
-            "leak": int(sums["leak"]),
-            "unfinished": int(sums["unfinished"]),
-            "accepted": int(sums["accepted"]),
-            "records": sums.records,
-            "accuracy": estimate_json(sums.ratio("right", "compared")),
-            "accuracy_of_decided": estimate_json(sums.ratio("right", "decided")),
-            "turns_right_share": estimate_json(sums.ratio("turns_right", "turns")),
-            "turns_accepted_share": estimate_json(sums.ratio("turns_accepted", "turns")),
-            "accepted_share": estimate_json(sums.ratio("accepted", "candidates")),
-            "finish_reasons": self._finish.as_json(),
-            "finish_reasons_of_accepted": self._finish_accepted.as_json(),
-            "rejected_because": self._rejected.as_json(),
-            "verified_by": self._verified_by.as_json(),
-            "leaks": self._leaks.as_json(),
-            "splitter": {
-                "never": self._never_split,
-                "places": self._split_places.tolist(),
-                "tokens_before": self._before_split.as_json(),
-                "tokens_behind": self._behind_split.as_json(),
-            },
-        }
-
-
-class PairedSums(ClusterSums):
-    """Turns that changed, those of them whose mean phi rose, and the sums of both sides."""
-
-    fields = ("turns", "rose", *(f"before_{field}" for field in SUMS), *(f"after_{field}" for field in SUMS))
-
-    def add_pair(self, turns: int, rose: int, before: Sums, after: Sums) -> None:
-        """The changed turns of one record."""
-        contribution = {"turns": float(turns), "rose": float(rose)}
-        contribution |= {f"before_{field}": value for field, value in before.items()}
-        contribution |= {f"after_{field}": value for field, value in after.items()}
-        self.add(contribution)
-
-    def difference(self, field: str) -> Estimate | None:
-        """Mean per token after, less that before."""
-        if not self["before_tokens"] or not self["after_tokens"]:
-            return None
-        value = 0.0
-        slope: dict[str, float] = {}
-        for side, sign in (("after", 1), ("before", -1)):
-            tokens = self[f"{side}_tokens"]
-            mean = self[f"{side}_{field}"] / tokens
-            value += sign * mean
-            slope |= {f"{side}_{field}": sign / tokens, f"{side}_tokens": -sign * mean / tokens}
-        return self.estimate(value, slope)
-
-    def spread_difference(self) -> Estimate | None:
-        """Standard deviation of phi over tokens after, less that before."""
-        if not self["before_tokens"] or not self["after_tokens"]:
-            return None
-        value = 0.0
-        slope: dict[str, float] = {}
-        for side, sign in (("after", 1), ("before", -1)):
-            tokens = self[f"{side}_tokens"]
-            mean = self[f"{side}_phi"] / tokens
-            variance = max(0.0, self[f"{side}_phi_squared"] / tokens - mean**2)
-            std = math.sqrt(variance)
-            value += sign * std
-            if std > 1e-12:
-                scale = sign / (2 * std * tokens)
-                slope |= {f"{side}_phi_squared": scale, f"{side}_phi": -2 * mean * scale}
-                slope[f"{side}_tokens"] = (mean**2 - variance) * scale
-        return self.estimate(value, slope)
-
-    def as_json(self) -> PairedNumbers:
-        return {
-            "records": self.records,
-            "turns": int(self["turns"]),
-            "phi_mean": estimate_json(self.difference("phi")),
-            "log_prob_mean": estimate_json(self.difference("log_prob")),
-            "entropy_mean": estimate_json(self.difference("entropy")),
-            "phi_below_1": estimate_json(self.difference("below_1")),
-            "phi_below_3": estimate_json(self.difference("below_3")),
-            "phi_below_5": estimate_json(self.difference("below_5")),
-            "phi_std": estimate_json(self.spread_difference()),
-            "turns_risen": estimate_json(self.ratio("rose", "turns")),
-            "length_ratio": estimate_json(self.ratio("after_tokens", "before_tokens")),
-        }
-
-
-class Names:
-    """How often each name came: reasons, finish reasons, phrases. From the 201st on, new names count as one."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-
-    def add(self, name: str | None) -> None:
-        name = bounded(name) if name else "(none given)"
-        if name not in self._counts and len(self._counts) >= MAX_NAMES:
-            name = FURTHER_NAMES
-        self._counts[name] += 1
-
-    def as_json(self) -> list[NameCount]:
-        """The most frequent first."""
-        return [
-            {"name": name, "count": count}
-            for name, count in sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))
-        ]
-
-
-class Lengths:
-    """Lengths in tokens. There are no more different ones than the context is long, so percentiles are exact."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[int] = Counter()
-
-    def add(self, length: int) -> None:
-        self._counts[length] += 1
-
-    def as_json(self) -> LengthNumbers:
-        """Percentiles are the next length from below, never one that did not occur.
-
-        Bin b of the histogram counts the lengths from 2^(b/2) to below 2^((b+1)/2); lengths of 0 are in bin 0.
-        """
-        if not self._counts:
-            return {"count": 0}
-        lengths = np.array(sorted(self._counts))
-        counts = np.array([self._counts[int(length)] for length in lengths])
-        total, reached = int(counts.sum()), np.cumsum(counts)
-        ranks = [max(1, -(-percent * total // 100)) for percent in (0, 10, 50, 90, 99, 100)]
-        at = lengths[np.searchsorted(reached, ranks)].tolist()
-        bins = np.floor(2 * np.log2(np.maximum(1, lengths)) + 1e-9).astype(np.int64)
-        return {
-            "count": total,
-            "mean": float(lengths @ counts / total),
-            "p0": at[0],
-            "p10": at[1],
-            "p50": at[2],
-            "p90": at[3],
-            "p99": at[4],
-            "p100": at[5],
-            "histogram": np.bincount(bins, weights=counts).astype(np.int64).tolist(),
-        }
 
 
 def judge_null(settings: Mapping[str, Any], rollouts: ClusterSums) -> Null:

@@ -11,9 +11,9 @@ from megatron_idft.corpus.report.html import render
 from megatron_idft.corpus.report.numbers import save_report
 from megatron_idft.hinted_decoding.output.outcomes import OutcomeRow, describe_methods
 from megatron_idft.hinted_decoding.report import figures
-from megatron_idft.hinted_decoding.report.numbers import NameCount
 from megatron_idft.hinted_decoding.report.outcome import ORIGINAL, STAGES
 from megatron_idft.hinted_decoding.report.summary import Report, summarize
+from megatron_idft.hinted_decoding.report.tallies import NameCount
 
 
 def write_report(
@@ -23,7 +23,7 @@ def write_report(
 
     Args:
         rows: read once as a stream; what is kept of them does not grow with their number.
-        settings: of the job; all are shown, and "rollouts" tells whether the rollouts are the model's own samples.
+        settings: of the job; all are shown, and "rollouts" decides whether the rollouts are the model's own samples.
         output: the folder.
         title: of the page.
 
