@@ -30,7 +30,7 @@ def render(package: str, template: str, **values: Any) -> str:
 
 @functools.cache
 def environment(package: str) -> Environment:
-    """Finds for templates of `package` each other, the templates that reports share, and the filters below."""
+    """The environment of the templates of `package`, with those that reports share, and the filters below."""
     made = Environment(
         loader=ChoiceLoader([PackageLoader(package), PackageLoader("megatron_idft.corpus.report")]),
         autoescape=True,

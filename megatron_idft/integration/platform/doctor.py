@@ -1,4 +1,4 @@
-"""The findings of `megatron-idft doctor`: the means of training on this machine.
+"""The findings of `megatron-idft doctor` on this machine.
 
 Everything is found without importing Megatron or touching a GPU's memory, so it runs on a login node.
 """

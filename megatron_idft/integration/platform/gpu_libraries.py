@@ -1,4 +1,4 @@
-"""Which libraries whose kernels Megatron uses on a GPU are there. One answer for the programs and for `doctor`."""
+"""Finds the libraries whose kernels Megatron uses on a GPU. One answer for the programs and for `doctor`."""
 
 from __future__ import annotations
 
