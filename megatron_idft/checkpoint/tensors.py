@@ -1,6 +1,6 @@
 """A family's table, spelled out for one model: every Megatron tensor piece by piece, and how pieces are joined and cut.
 
-A piece is what is read, joined and written at one time: one tensor of one layer or expert, or a block of rows of the
+A piece is read, joined and written at one time: one tensor of one layer or expert, or a block of rows of the
 vocabulary. Nothing here reads a file.
 """
 

@@ -102,7 +102,7 @@ def _edges(corpus: CorpusSummary, null: CorpusSummary | None) -> Iterator[Findin
         " which the model merely did not expect yet passes",
         "A model that finds the end of the turn this unlikely expects another token there (for example <|endoftext|>"
         " where the template writes <|im_end|>), or more text: check which token ends turns in this model's template.",
-        "A base model that never saw chat turns also finds their end unlikely; there it is what training has to teach.",
+        "A base model that never saw chat turns also finds their end unlikely; training has to teach it.",
     )
     if first is None or total["listed_tokens"] == 0:
         for name, threshold, source, means, not_proven in (first_check, end_check):

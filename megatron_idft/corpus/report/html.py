@@ -45,7 +45,7 @@ def environment(package: str) -> Environment:
 
 
 def _finalize(value: object) -> object:
-    """Every expression of a template passes here before it is escaped. Markup is what a template made itself."""
+    """Every expression of a template passes here before it is escaped. Only templates make Markup."""
     return value if isinstance(value, Markup) else visible(str(value))
 
 

@@ -180,7 +180,7 @@ class TrainerIntegration:
         before = self._checkpoint_args
         if before is None:
             return
-        # Iterations, not shares, are what the checkpoint's weights have seen: they stay when --train-iters changes.
+        # The checkpoint's weights have seen iterations, not shares: they stay when --train-iters changes.
         if (
             getattr(before, "idft_lambda_warmup_iters", None) is not None
             and before.idft_lambda_warmup == args.idft_lambda_warmup

@@ -290,7 +290,7 @@ def _stub_cuda() -> None:
 
 # ------------------------------------------------------------------------------------------------------- random numbers
 
-# "host" is what Megatron saves as the CPU's state; "loaders" seeds the workers of DataLoaders.
+# Megatron saves "host" as the CPU's state; "loaders" seeds the workers of DataLoaders.
 _aside: dict[str, torch.Tensor] = {}
 
 

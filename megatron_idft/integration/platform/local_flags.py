@@ -22,7 +22,7 @@ LOCAL_LAYERS: tuple[tuple[str, str | None], ...] = (
     ("--no-persist-layer-norm", None),
 )
 
-# Flags that ask for what only Transformer Engine has. The values are those that need it; () means all.
+# Flags that only Transformer Engine serves, with the values that need it; () means all.
 NEED_TRANSFORMER_ENGINE: dict[str, tuple[str, ...]] = {
     "--transformer-impl": ("transformer_engine", "inference_optimized"),
     "--fp8-format": (),

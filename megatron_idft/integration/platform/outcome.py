@@ -20,7 +20,7 @@ def tell_launcher(message: str, code: int) -> None:
     """Give torchrun the message, and train.sh the message and the exit code."""
     tell_script(message, code)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        # As torch.distributed.elastic.multiprocessing.errors writes it: its "call stack" is what is shown.
+        # As torch.distributed.elastic.multiprocessing.errors writes it: its "call stack" is shown.
         report = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):  # a full disk, say: the message has been printed as well
             Path(file).write_text(json.dumps({"message": report}), encoding="utf-8")
