@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_idft.corpus.records import Record
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
+from megatron_idft.data.packed.store import PackedStore
 from megatron_idft.errors import InputError
-
-if TYPE_CHECKING:
-    from megatron_idft.corpus.records import Record
-    from megatron_idft.data.packed.store import PackedStore
 
 _BATCH = 1 << 24  # ids looked at together
 _SHOWN = 5

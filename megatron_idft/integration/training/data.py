@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.data.packed.blend import Blend, BlendedEpochs, prepared_prefixes
 from megatron_idft.data.packed.dataset import PackedDataset
 from megatron_idft.data.packed.pack_settings import PrepareSettings
@@ -22,9 +22,6 @@ from megatron_idft.data.validation_sets import named_sets
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.platform.ranks import build_once
 from megatron_idft.integration.training.packed_attention import stage_reads, validate_packed_arguments
-
-if TYPE_CHECKING:
-    from megatron_idft.data.chat.tokenizer import ChatTokenizer
 
 # Settings that `prepare` has decided; the flag, and its value when nobody passed it.
 _DECIDED = {

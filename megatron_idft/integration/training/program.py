@@ -6,7 +6,9 @@ import argparse
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from megatron_idft.checkpoint.best import BestCheckpoints
 from megatron_idft.data.chat.show import render_sample
@@ -33,9 +35,6 @@ from megatron_idft.integration.training.evaluation import (
     validation_sets,
 )
 from megatron_idft.integration.training.packed_attention import check_attention
-
-if TYPE_CHECKING:
-    import torch
 
 
 class ChatTraining(TrainerIntegration):
