@@ -22,9 +22,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import forking_client
-
 from megatron_idft.integration.platform.signals import INTERRUPTED, STOPPED
+from tests import forking_client
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL = 12000

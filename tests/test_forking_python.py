@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import ROOT, forking_python
+from tests.launch import ROOT, forking_python
 
 PROBE = """
 import json, os, sys

@@ -3,7 +3,7 @@
 import json
 import subprocess
 
-from launch import ROOT, forking_python
+from tests.launch import ROOT, forking_python
 
 PROGRAM = ROOT / "tools" / "benchmarks" / "decoding.py"
 

@@ -8,7 +8,7 @@ import tarfile
 import time
 from pathlib import Path
 
-from launch import ROOT, forking_python
+from tests.launch import ROOT, forking_python
 
 SCRIPT = ROOT / "tools" / "benchmarks" / "gpu.sh"
 

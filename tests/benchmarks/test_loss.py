@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch import ROOT
+from tests.launch import ROOT
 
 PROGRAM = ROOT / "tools" / "benchmarks" / "loss.py"
 STATUSES = {"measured", "wrong", "failed", "left out"}

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from launch import ROOT, forking_python
+from tests.launch import ROOT, forking_python
 
 PROGRAM = ROOT / "tools" / "benchmarks" / "scale.py"
 

@@ -4,16 +4,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import models
 import pytest
 import torch
 
 from megatron_idft.checkpoint.convert import to_megatron
+from tests import tiny_models
 
 
 @dataclass
 class Converted:
-    """A model on both sides. logits: fp32 [2, models.LENGTH, vocab], as transformers computes them."""
+    """A model on both sides. logits: fp32 [2, tiny_models.LENGTH, vocab], as transformers computes them."""
 
     huggingface: Path
     megatron: dict[str, Path]  # by model class
@@ -28,12 +28,12 @@ class Converted:
 def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Converted]:
     root = tmp_path_factory.mktemp("models")
     result = {}
-    for name in models.MODELS:
+    for name in tiny_models.MODELS:
         # In several files with an index, and in one.
-        model = models.save(name, root / name, max_shard_size="100KB" if name == "mistral" else "5GB")
+        model = tiny_models.save(name, root / name, max_shard_size="100KB" if name == "mistral" else "5GB")
         vocab = model.config.vocab_size
         with torch.no_grad():
-            logits = model(models.tokens(vocab)).logits
+            logits = model(tiny_models.tokens(vocab)).logits
         folders = {}
         for model_class in ("gpt", "hybrid"):
             if name == "llama" and model_class == "hybrid":

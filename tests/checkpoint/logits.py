@@ -21,7 +21,6 @@ COMMON = """
 def result_of(argv, case):
     """The logits, or the ids, on one rank of the last stage; None on the others."""
     sys.argv[1:] = argv
-    import models
     import torch
     from megatron.core import mpu
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -33,6 +32,8 @@ def result_of(argv, case):
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.global_vars import unset_global_variables
     from megatron.training.initialize import initialize_megatron
+
+    from tests import tiny_models
 
     args = parse_and_validate_args()
     make = argument_utils.hybrid_config_from_args if args.hybrid_layer_pattern else argument_utils.gpt_config_from_args
@@ -74,7 +75,7 @@ def result_of(argv, case):
             ids = torch.cat([ids, likeliest], dim=1)
         result = [ids]
     else:
-        result = forward(models.tokens(case["vocab"], args.seq_length))
+        result = forward(tiny_models.tokens(case["vocab"], args.seq_length))
     unset_global_variables()
     destroy_rerun_state_machine()
     first = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0

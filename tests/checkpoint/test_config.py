@@ -5,11 +5,11 @@ import math
 from typing import Any
 
 import pytest
-from cluster.public_configs import CONFIGS
 
 from megatron_idft.checkpoint.config import read_config, read_model
 from megatron_idft.checkpoint.model_flags import megatron_settings
 from megatron_idft.errors import ConversionError
+from tests.cluster.public_configs import CONFIGS
 
 _LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _LLAMA2 = {"vocab_size": 32000, "rope_theta": 10000.0, "num_key_value_heads": 32, "max_position_embeddings": 4096}

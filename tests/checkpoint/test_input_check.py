@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import ROOT
 from megatron_idft.checkpoint.input_check import check_inputs
 from megatron_idft.cli.convert import main
 from megatron_idft.errors import InputError, UserError
+from tests.launch import ROOT
 
 
 def test_a_folder_that_converts(converted, capsys):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from launch import ROOT, forked
+from tests.launch import ROOT, forked
 
 DENSE = ["llama", "llama-tied", "mistral", "qwen2", "qwen3"]
 MOE = ["qwen3_moe", "qwen3_moe-raw"]

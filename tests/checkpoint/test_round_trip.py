@@ -7,18 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import models
 import pytest
 import torch
 from safetensors import safe_open
 
-from launch import ROOT
 from megatron_idft.checkpoint.config import read_config, read_model
 from megatron_idft.checkpoint.convert import to_hf, to_megatron
 from megatron_idft.checkpoint.model_flags import megatron_settings
 from megatron_idft.checkpoint.safetensors_files import SafetensorsWriter
 from megatron_idft.checkpoint.tensors import pieces
 from megatron_idft.checkpoint.torch_dist import TorchDistCheckpoint
+from tests import tiny_models
+from tests.launch import ROOT
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -50,7 +50,7 @@ def test_every_family_is_the_same_to_the_bit(converted, tmp_path, model_class):
 def test_in_bf16_and_in_many_files(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    model = models.build("qwen3").to(torch.bfloat16)
+    model = tiny_models.build("qwen3").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "hf")
     to_megatron(tmp_path / "hf", tmp_path / "megatron", progress=False)
     to_hf(tmp_path / "megatron", tmp_path / "back", shard_bytes=100_000, progress=False)
@@ -59,7 +59,7 @@ def test_in_bf16_and_in_many_files(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back", torch_dtype="auto")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     to_hf(tmp_path / "megatron", tmp_path / "wide", dtype=torch.float32, progress=False)
-    assert models.dtype_of(tmp_path / "wide") == "float32"
+    assert tiny_models.dtype_of(tmp_path / "wide") == "float32"
     assert {tensor.dtype for tensor in tensors(tmp_path / "wide").values()} == {torch.float32}
 
 
@@ -122,7 +122,7 @@ def test_a_duplicate_of_a_tied_matrix_is_taken_if_it_is_one(tmp_path):
 
     from megatron_idft.errors import ConversionError
 
-    models.save("llama-tied", tmp_path / "hf")
+    tiny_models.save("llama-tied", tmp_path / "hf")
     stored = tensors(tmp_path / "hf")
     head = stored["model.embed_tokens.weight"].clone()
     stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # as checkpoints of 2023 have
@@ -160,7 +160,7 @@ def test_memory_is_that_of_a_tensor_and_not_of_the_model(tmp_path):
     folder = tmp_path / "hf"
     folder.mkdir()
     size = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 28, "vocab_size": 30000}
-    settings = models._BASE | size | {"model_type": "llama"}
+    settings = tiny_models._BASE | size | {"model_type": "llama"}
     (folder / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 1e-5}))
     plan = []
     for piece in pieces(read_model(read_config(folder)), "gpt"):

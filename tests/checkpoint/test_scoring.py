@@ -7,11 +7,11 @@ import pickle
 import pyarrow.parquet as pq
 import pytest
 import torch
-from checkpoint.test_training import ROWS, corpus  # noqa: F401  (a fixture)
-from checkpoint.test_unpickling import Call
 
-from launch import forked, forked_codes
 from megatron_idft.checkpoint.convert import to_megatron
+from tests.checkpoint.test_training import ROWS, corpus  # noqa: F401  (a fixture)
+from tests.checkpoint.test_unpickling import Call
+from tests.launch import forked, forked_codes
 
 
 # transformers multiplies grouped experts in fp32 at most.

@@ -5,17 +5,17 @@ import random
 import shutil
 from pathlib import Path
 
-import models
 import pytest
 import torch
-from checkpoint.test_round_trip import assert_same, tensors
 
-from launch import ROOT, forked
 from megatron_idft.checkpoint.cache import cached_checkpoint
 from megatron_idft.checkpoint.convert import to_hf, to_megatron
 from megatron_idft.errors import ArgumentError, ConversionError
 from megatron_idft.integration.platform.hf_model import expand
 from megatron_idft.integration.platform.own_tokenizer import own_tokenizer_flags
+from tests import tiny_models
+from tests.checkpoint.test_round_trip import assert_same, tensors
+from tests.launch import ROOT, forked
 
 ROWS = 310  # of the embedding; the tokenizer has fewer tokens, as Qwen's
 
@@ -30,7 +30,7 @@ def corpus(tmp_path_factory) -> Path:
         "".join(json.dumps({"prompt": f"{a} + {b}?", "response": f"{a + b}."}) + "\n" for a, b in pairs)
     )
     for name in ("qwen2", "qwen3_moe"):
-        models.save(name, folder / name, vocab_size=ROWS)
+        tiny_models.save(name, folder / name, vocab_size=ROWS)
         _save_tokenizer(folder / "train.jsonl", folder / name)
     return folder
 
@@ -123,7 +123,7 @@ def test_experts_that_learned_nothing_come_out_as_they_went_in(corpus, tmp_path)
     forked(command(corpus, "qwen3_moe", flags))
     exported = tmp_path / "hf" / "iter_0000001"
     assert "<|im_start|>" in (exported / "chat_template.jinja").read_text(), "the template that was trained"
-    assert models.dtype_of(exported) == "bfloat16"
+    assert tiny_models.dtype_of(exported) == "bfloat16"
     got, want = tensors(exported), tensors(corpus / "qwen3_moe")
     assert got.keys() == want.keys()
     for name, value in want.items():

@@ -5,13 +5,13 @@ import functools
 import re
 from pathlib import Path
 
-from launch import forked_codes
 from megatron_idft.cli import init, prepare, realign, score
 from megatron_idft.integration.loss.arguments import add_arguments
 from megatron_idft.integration.offline.realign_arguments import add_realign_arguments
 from megatron_idft.integration.offline.score_arguments import add_score_arguments
 from megatron_idft.integration.plan.arguments import add_plan_arguments
 from megatron_idft.integration.training.arguments import add_data_arguments
+from tests.launch import forked_codes
 
 # Of the verbs that understand Megatron's flags too.
 ADDED = {

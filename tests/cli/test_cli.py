@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import ROOT, forking_python
 from megatron_idft.cli.failures import report
 from megatron_idft.errors import LostRankError, TrainingStoppedError
+from tests.launch import ROOT, forking_python
 
 
 def command(*words: str, path: Path = ROOT, python: str | None = None) -> subprocess.CompletedProcess:

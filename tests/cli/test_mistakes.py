@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from cli.remedies import foreign_flags
-from integration.small_tokenizer import train_tokenizer
 
-from launch import ROOT, forked_codes
 from megatron_idft.integration.platform.flag_checks import remarks
+from tests.cli.remedies import foreign_flags
+from tests.launch import ROOT, forked_codes
+from tests.tiny_tokenizers import train_tokenizer
 
 MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 48"
 DATA = "--sft-data {folder}/train.jsonl --tokenizer-model {folder}/tokenizer.model --chat-template chatml"

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from launch import ROOT, TAIL, forking_python, free_port
+from tests.launch import ROOT, TAIL, forking_python, free_port
 
 SMOKE = ROOT / "examples" / "smoke"
 sys.path += [str(SMOKE), str(ROOT / "examples"), str(ROOT / "examples" / "numinamath")]

@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from cluster.public_configs import CONFIGS
 
-from launch import ROOT
 from megatron_idft.checkpoint.config import read_model
 from megatron_idft.checkpoint.model_flags import megatron_settings
 from megatron_idft.checkpoint.safetensors_files import SafetensorsWriter
 from megatron_idft.checkpoint.tensors import pieces
+from tests.cluster.public_configs import CONFIGS
+from tests.launch import ROOT
 
 LAUNCH = ROOT / "launch"
 SETTINGS = {"HF_MODEL": "/models/m", "DATA": "/data/a.jsonl", "SAVE": "/save/my run", "PYTHON": sys.executable}

@@ -7,12 +7,12 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from scored_rows import row_of
 
 from megatron_idft.cli import main
 from megatron_idft.corpus.scores.folder import select_records
 from megatron_idft.corpus.scores.rows import TOKEN_SCHEMA
 from megatron_idft.errors import InputError, RecordError
+from tests.corpus.scored_rows import row_of
 
 # Odd on purpose: blanks, an escape, a number as id, nulls, keys in another order, a lone surrogate in a column.
 LINES = [

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scored_rows import END_ID, row_of, sampled_rows, without_lists
 
 from megatron_idft.corpus.lint import thresholds as lint_thresholds
 from megatron_idft.corpus.lint.linter import ROW_TESTS, lint, lint_null
 from megatron_idft.corpus.scores.summary import EXAMPLES, CorpusSummary
+from tests.corpus.scored_rows import END_ID, row_of, sampled_rows, without_lists
 
 ROOT = Path(__file__).parents[2]
 

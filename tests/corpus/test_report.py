@@ -10,14 +10,14 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from page_checks import CHROMIUM, browse, check_page
-from scored_rows import END_ID, VOCABULARY, row_of, sampled_rows, without_lists
 
 from megatron_idft.corpus.display import MAX_SHOWN_TOKENS
 from megatron_idft.corpus.report.builder import ReportBuilder
 from megatron_idft.corpus.report.html import environment, number, token
 from megatron_idft.corpus.scores.summary import CURVE_SAMPLE, MIN_TOKENS_TO_RANK, CorpusSummary
 from megatron_idft.errors import InputError
+from tests.corpus.scored_rows import END_ID, VOCABULARY, row_of, sampled_rows, without_lists
+from tests.page_checks import CHROMIUM, browse, check_page
 
 
 def report(rows, *, own=None, keep=3, name="train", model="base"):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from tiny_tokenizers import KINDS, SPECIAL, TEXTS
-from transformers import PreTrainedTokenizerFast
+
+from tests.tiny_tokenizers import SPECIAL, TEXTS, save_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -14,14 +14,7 @@ def huggingface_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[...
     """(kind, template) -> a saved tokenizer."""
 
     def save(kind: str, template: str | None, **special: str | None) -> Path:
-        folder = tmp_path_factory.mktemp("tokenizer")
-        tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"} | special
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=KINDS[kind](), **{name: token for name, token in tokens.items() if token}
-        )
-        tokenizer.chat_template = template
-        tokenizer.save_pretrained(folder)
-        return folder
+        return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), template, kind, **special)
 
     return save
 

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_templates import CHATML, ENDS_IN_THE_NEXT_MESSAGE, FAMILIES, LLAMA3, QWEN3, QWEN3_MARKED, REFUSED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import byte_level
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -15,6 +13,8 @@ from megatron_idft.data.chat.conversations import encode_conversation, render_co
 from megatron_idft.data.chat.show import render_sample
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.errors import ConversationError, TemplateError
+from tests.data.chat_templates import CHATML, ENDS_IN_THE_NEXT_MESSAGE, FAMILIES, LLAMA3, QWEN3, QWEN3_MARKED, REFUSED
+from tests.tiny_tokenizers import byte_level
 
 CONTENTS = [
     "What is 3 + 4?",

@@ -3,12 +3,12 @@
 import time
 
 import pytest
-from chat_templates import CHATML
 
 from megatron_idft.data.chat import template_trial
 from megatron_idft.data.chat.template import ChatTemplate
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.errors import EndlessTemplateError, TemplateError, UserError
+from tests.data.chat_templates import CHATML
 
 LOOPS = (
     "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}X{% endfor %}" + "{% endfor %}" * 2

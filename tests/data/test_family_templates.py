@@ -3,13 +3,13 @@
 import re
 
 import pytest
-from family_templates import FAMILIES
-from tiny_tokenizers import byte_level
 from transformers import PreTrainedTokenizerFast
 
 from megatron_idft.data.chat.conversations import render_conversation, tokenize
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.errors import ConversationError, TemplateError
+from tests.data.family_templates import FAMILIES
+from tests.tiny_tokenizers import byte_level
 
 SPECIAL = re.compile(
     r"<\|[A-Za-z_]+\|?>|<[a-z_]+\|>|<｜[^｜<>]+｜>|<(?:start|end)_of_turn>|<sop>|\[gMASK\]"

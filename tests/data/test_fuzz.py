@@ -13,9 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chat_templates import FAMILIES, QWEN3, QWEN3_MARKED
-from fuzzing import json_case, parquet_table
-from prepared_files import tokenized
 
 from megatron_idft.corpus.json_text import json_text
 from megatron_idft.corpus.parquet_values import read_rows
@@ -28,6 +25,9 @@ from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.prepare import prepare
 from megatron_idft.errors import RecordError
 from megatron_idft.hinted_decoding.input.record_store import RecordStore, build_store
+from tests.data.chat_templates import FAMILIES, QWEN3, QWEN3_MARKED
+from tests.data.fuzzing import json_case, parquet_table
+from tests.data.prepared_files import tokenized
 
 RECORDS, SEED = int(os.environ.get("FUZZ_RECORDS", "2000")), os.environ.get("FUZZ_SEED", "0")
 LENGTH = 1 << 14

@@ -1,12 +1,12 @@
 """Conversations of many turns: the spans and refusals are those of turn by turn, the number of renderings is not."""
 
 import pytest
-from chat_templates import CHATML, ENDS_IN_THE_NEXT_MESSAGE, FAMILIES, QWEN3, REFUSED
 
 from megatron_idft.data.chat import mask_proof
 from megatron_idft.data.chat.conversations import render_conversation
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.errors import ConversationError, TemplateError
+from tests.data.chat_templates import CHATML, ENDS_IN_THE_NEXT_MESSAGE, FAMILIES, QWEN3, REFUSED
 
 ANSWERS = [
     "",

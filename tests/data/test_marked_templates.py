@@ -1,13 +1,13 @@
 """Templates with `{% generation %}` blocks: the mask is what the assistant says, whatever anybody says."""
 
 import pytest
-from chat_templates import CHATML, LLAMA3, MARKED, MARKED_WITH_HEADER, QWEN3_MARKED
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_idft.data.chat.conversations import render_conversation
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.errors import ConversationError, TemplateError
+from tests.data.chat_templates import CHATML, LLAMA3, MARKED, MARKED_WITH_HEADER, QWEN3_MARKED
 
 # A header of no special token, in the block.
 WORDS = (

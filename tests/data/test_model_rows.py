@@ -3,8 +3,6 @@
 import json
 
 import pytest
-from chat_templates import CHATML
-from prepared_files import tokenized
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
@@ -15,6 +13,8 @@ from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.prepare import prepare
 from megatron_idft.data.packed.store import PackedStore
 from megatron_idft.errors import InputError
+from tests.data.chat_templates import CHATML
+from tests.data.prepared_files import tokenized
 
 
 @pytest.fixture(scope="module")

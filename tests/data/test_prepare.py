@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepared_files import corpus, files, write
 
 from megatron_idft.data.chat.conversations import encode_conversation
 from megatron_idft.data.chat.tokenizer import load_tokenizer
@@ -20,6 +19,7 @@ from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.prepare import prepare
 from megatron_idft.data.packed.store import PackedStore
 from megatron_idft.errors import InputError, RecordError, SettingsMismatch
+from tests.data.prepared_files import corpus, files, write
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from prepared_files import corpus, files, write
 
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.prepare import prepare
 from megatron_idft.errors import PrepareError
+from tests.data.prepared_files import corpus, files, write
 
 ROOT = Path(__file__).parents[2]
 

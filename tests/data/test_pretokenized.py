@@ -5,8 +5,6 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chat_templates import CHATML
-from prepared_files import tokenized
 
 from megatron_idft.corpus.records import read_records
 from megatron_idft.data.chat.conversations import encode_conversation
@@ -14,6 +12,8 @@ from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.packed import encoding, pack_settings
 from megatron_idft.data.packed.dataset import IGNORED_LABEL, PackedDataset
 from megatron_idft.errors import RecordError
+from tests.data.chat_templates import CHATML
+from tests.data.prepared_files import tokenized
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 import random
 
 import pytest
-import tool_templates
-from chat_templates import ENDS_IN_THE_NEXT_MESSAGE, FAMILIES, QWEN3, QWEN3_MARKED, REFUSED
 
 from megatron_idft.corpus.records import Record
 from megatron_idft.data.chat.conversations import render_conversation
@@ -12,6 +10,8 @@ from megatron_idft.data.chat.template import ChatTemplate
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.packed.rendering import _PROVEN_IN_FULL, Renderer
 from megatron_idft.errors import ConversationError, TemplateError
+from tests.data import tool_templates
+from tests.data.chat_templates import ENDS_IN_THE_NEXT_MESSAGE, FAMILIES, QWEN3, QWEN3_MARKED, REFUSED
 
 TEMPLATES = {name: template for name, (template, _, _) in FAMILIES.items()}
 TEMPLATES |= {f"refused: {name}": template for name, (template, *_) in REFUSED.items()}

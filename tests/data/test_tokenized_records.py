@@ -14,10 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chat_templates import REFUSED
-from prepared_files import files as files_of
-from prepared_files import tokenized, unpacked
-from tool_templates import QWEN25
 
 from megatron_idft import files
 from megatron_idft.data.chat.conversations import encode_conversation
@@ -29,6 +25,10 @@ from megatron_idft.data.packed.prepare import prepare
 from megatron_idft.data.packed.records import TokenizedRecords, open_tokenized_records, tokenize_records
 from megatron_idft.data.packed.store import PackedStore
 from megatron_idft.errors import InputError, RecordError, TemplateError
+from tests.data.chat_templates import REFUSED
+from tests.data.prepared_files import files as files_of
+from tests.data.prepared_files import tokenized, unpacked
+from tests.data.tool_templates import QWEN25
 
 ROOT = Path(__file__).parents[2]
 

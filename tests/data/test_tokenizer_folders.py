@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from chat_templates import CHATML
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_idft.checkpoint.folders import copy_companions
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.errors import InputError
+from tests.data.chat_templates import CHATML
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 7031645\n"
 

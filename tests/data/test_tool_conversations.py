@@ -5,16 +5,16 @@ import re
 
 import numpy as np
 import pytest
-import tool_templates as templates
-from chat_templates import CHATML, GEMMA, LLAMA3, REFUSED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import byte_level
 from transformers import PreTrainedTokenizerFast
 
 from megatron_idft.data.chat.conversations import encode_conversation, render_conversation, tokenize
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.errors import ConversationError, TemplateError
+from tests.data import tool_templates as templates
+from tests.data.chat_templates import CHATML, GEMMA, LLAMA3, REFUSED
+from tests.tiny_tokenizers import byte_level
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "The sky.", "parameters": {}}}]
 CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": {"city": "Paris"}}}

@@ -7,7 +7,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from prepared_files import tokenized
 from torch.utils.data import DataLoader
 
 from megatron_idft.data.chat.conversations import encode_conversation
@@ -16,6 +15,7 @@ from megatron_idft.data.packed.blend import BlendedEpochs
 from megatron_idft.data.packed.dataset import PackedDataset, RepeatedRounds
 from megatron_idft.data.packed.packing import permutation
 from megatron_idft.errors import InputError
+from tests.data.prepared_files import tokenized
 
 CONVERSATIONS = [
     [{"role": role, "content": f"{text} {i}"} for role, text in (("user", "hello"), ("assistant", "world")) * turns]

@@ -6,13 +6,13 @@ import unicodedata
 
 import numpy as np
 import pytest
-from tiny_tokenizers import KINDS
 from tokenizers import AddedToken, normalizers
 
 from megatron_idft.data.chat.conversations import encode_conversation
 from megatron_idft.data.chat.template import BUILTIN_TEMPLATES
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.packed.worker_tokenizer import describe_tokenizer, rebuild_tokenizer
+from tests.tiny_tokenizers import KINDS
 
 PIECES = [
     "hello", " world", "\n", "  ", "naïve", "你好", "😀", "<|im_end|>", "<|im_start|>", "e\u0301", "\u0958", "3.5",

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from data.tiny_tokenizers import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.tiny_tokenizers import byte_level
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "pytorch.md"
 

@@ -2,8 +2,8 @@
 
 import subprocess
 
-from launch import ROOT
 from megatron_idft.integration.loss.metrics import format_report
+from tests.launch import ROOT
 
 SCALARS = {"sft loss": 1.25, "sft weight mean": 0.5, "ddt/phi mean": -0.1, "ddt/phi std": 2.0, "trained tokens": 9}
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from launch import ROOT, forking_python
 from megatron_idft.corpus.verification.answers import final_answer
 from megatron_idft.hinted_decoding.output.results import read_outcomes
+from tests.launch import ROOT, forking_python
 
 EXAMPLES = ROOT / "examples"
 FOLDER = EXAMPLES / "realign"

@@ -10,7 +10,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from launch import ROOT, forking_python
+from tests.launch import ROOT, forking_python
 
 FOLDER = ROOT / "examples" / "score"
 sys.path += [str(FOLDER), str(FOLDER.parent)]

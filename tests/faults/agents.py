@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launch import ROOT, TAIL, free_port
+from tests.launch import ROOT, TAIL, free_port
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 ON_LOOPBACK = ("127.0.0.1", "127.0.0.2")  # a rendezvous numbers nodes by their addresses

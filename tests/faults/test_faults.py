@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-from faults.agents import Agent, Nodes, wait_for
-from integration.checkpoints import differences, load_checkpoint, load_scalars
-from integration.small_tokenizer import write_additions
 
-from launch import ROOT, forked, forking_python, torchrun
+from tests.faults.agents import Agent, Nodes, wait_for
+from tests.launch import ROOT, forked, forking_python, torchrun
+from tests.run_outputs import differences, load_checkpoint, load_scalars
+from tests.tiny_corpora import write_additions
 
 ITERATIONS = 12
 MODEL = f"""
@@ -63,7 +63,7 @@ def command(corpus: Path, orders: Path, flags: str) -> list[str]:
 def run(corpus: Path, orders: Path, flags: str, nproc: int = 2) -> str:
     """Run to the end in forked ranks; AssertionError with the output if one fails."""
     words = command(corpus, orders, flags)
-    return forked(["-m", "faults.with_orders", str(orders), *words[2:]], nproc=nproc)
+    return forked(["-m", "tests.faults.with_orders", str(orders), *words[2:]], nproc=nproc)
 
 
 def environment(orders: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`megatron_idft` in a forked rank that takes its faults from a folder: `-m faults.with_orders FOLDER train …`."""
+"""`-m tests.faults.with_orders FOLDER train …`: `megatron_idft` in a forked rank, with faults that FOLDER orders."""
 
 import functools
 import os
@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from launch import ROOT
 from megatron_idft.cli import main
+from tests.launch import ROOT
 
 
 def waiting(function: Callable, place: Callable[..., str]) -> Callable:

@@ -1,19 +1,14 @@
 """An engine that says what a test tells it to, and a tiny tokenizer, for the decisions around the real engine."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from megatron_idft.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_idft.inference.requests import Completion, DecodeSettings, Request
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "data"))
-
-from chat_templates import CHATML, LLAMA3, MISTRAL, QWEN3_MARKED
-from tiny_tokenizers import byte_level
+from tests.data.chat_templates import CHATML, LLAMA3, MISTRAL, QWEN3_MARKED
+from tests.tiny_tokenizers import save_tokenizer
 
 __all__ = ["CHATML", "LLAMA3", "MISTRAL", "QWEN3_MARKED", "ScriptedEngine", "make_tokenizer", "score_ids"]
 
@@ -21,12 +16,7 @@ Answer = str | tuple[str, str] | list[int]  # text; (text, finish reason); exact
 
 
 def make_tokenizer(folder: Path, template: str = CHATML) -> ChatTokenizer:
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=byte_level(), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    return load_tokenizer(folder)
+    return load_tokenizer(save_tokenizer(folder, template))
 
 
 class ScriptedEngine:

@@ -4,11 +4,11 @@ import hashlib
 
 import numpy as np
 import pytest
-from scripted import make_tokenizer
 
 from megatron_idft.corpus.verification.leaks import LeakFilter
 from megatron_idft.errors import InputError
 from megatron_idft.hinted_decoding.prompts import HintTemplate, analysis_template, cut_at_marker, hint_template
+from tests.hinted_decoding.scripted import make_tokenizer
 
 QUESTION = {"role": "user", "content": "What is 3 + 4?"}
 CONVERSATION = [

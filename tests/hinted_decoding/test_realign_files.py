@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from outcome_rows import realigned_rows
 
 from megatron_idft.corpus.ledger.ledger import Ledger
 from megatron_idft.corpus.records import read_records
@@ -24,6 +23,7 @@ from megatron_idft.hinted_decoding.output.results import open_retry, read_outcom
 from megatron_idft.hinted_decoding.output.status import describe_status
 from megatron_idft.hinted_decoding.report.summary import summarize
 from megatron_idft.integration.offline.program import write_part
+from tests.hinted_decoding.outcome_rows import realigned_rows
 
 
 def lines(count: int) -> list[dict]:

@@ -6,7 +6,6 @@ from collections import deque
 import numpy as np
 import pyarrow as pa
 import pytest
-from scripted import LLAMA3, MISTRAL, QWEN3_MARKED, ScriptedEngine, make_tokenizer, score_ids
 
 from megatron_idft.corpus.records import Record
 from megatron_idft.corpus.verification.leaks import LeakFilter
@@ -25,6 +24,7 @@ from megatron_idft.hinted_decoding.report.summary import summarize
 from megatron_idft.hinted_decoding.settings import RealignSettings
 from megatron_idft.hinted_decoding.stages.pipeline import Realigner
 from megatron_idft.hinted_decoding.stages.tasks import RealignInput
+from tests.hinted_decoding.scripted import LLAMA3, MISTRAL, QWEN3_MARKED, ScriptedEngine, make_tokenizer, score_ids
 
 ANALYSIS = HintTemplate("a", 'marker: # CoT\nafter-marker: "\\n"\n---\n{{ question }} {{ solution }} # CoT')
 HINT = HintTemplate("h", "---\n{{ question }} {{ solution }} {{ answer }}")

@@ -9,8 +9,6 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pytest
-from outcome_rows import candidate, realigned_rows, record, scores, turn
-from page_checks import CHROMIUM, browse, check_page
 
 from megatron_idft.corpus.report.html import number
 from megatron_idft.errors import InputError
@@ -18,6 +16,8 @@ from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA
 from megatron_idft.hinted_decoding.report.page import write_report
 from megatron_idft.hinted_decoding.report.summary import summarize
 from megatron_idft.hinted_decoding.report.tallies import MAX_NAMES, Lengths
+from tests.hinted_decoding.outcome_rows import candidate, realigned_rows, record, scores, turn
+from tests.page_checks import CHROMIUM, browse, check_page
 
 PLAIN = {"samples": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 SETTINGS = {

@@ -3,18 +3,15 @@
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import reference_decoding as reference
 import torch
 
-from launch import forked
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "checkpoint"))
-import models
+from tests import tiny_models
+from tests.inference import reference_decoding as reference
+from tests.launch import forked
 
 PROBE = Path(__file__).with_name("engine_probe.py")
 LAYOUTS = {
@@ -47,7 +44,7 @@ def huggingface(folder):
 
     def get(name):
         if name not in made:
-            made[name] = (models.save(name, folder / name), folder / name)
+            made[name] = (tiny_models.save(name, folder / name), folder / name)
         return made[name]
 
     return get

@@ -1,14 +1,13 @@
 """The decode engine on a GPU: CUDA graphs and kernels against transformers on the CPU."""
 
 import json
-import sys
 
 import pytest
-import reference_decoding as reference
-import test_engine as cpu
 import torch
 
-from launch import torchrun
+from tests.inference import reference_decoding as reference
+from tests.inference import test_engine as cpu
+from tests.launch import torchrun
 
 pytestmark = pytest.mark.gpu
 
@@ -18,11 +17,10 @@ PLAIN = "--transformer-impl local --no-rope-fusion --no-bias-swiglu-fusion --no-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    sys.path.insert(0, str(cpu.PROBE.parent.parent / "checkpoint"))
-    import models
+    from tests import tiny_models
 
     folder = tmp_path_factory.mktemp("gpu")
-    return models.save("qwen3", folder / "qwen3"), folder
+    return tiny_models.save("qwen3", folder / "qwen3"), folder
 
 
 def decode(model, cases, flags=""):

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-import reference_decoding as reference
 import torch
-from distributed import run_ranks
 
 from megatron_idft.inference.draws import draw
 from megatron_idft.inference.requests import Sampling
 from megatron_idft.inference.sampling import choose
 from megatron_idft.loss.shard import vocab_shard
+from tests.inference import reference_decoding as reference
+from tests.ranks import run_ranks
 
 ROWS, PEAKED = 60, 40
 SAMPLINGS = [

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import ROOT
 from megatron_idft.integration.platform.combinations import conflicts
+from tests.launch import ROOT
 
 
 def place(folder: Path, name: str, version: str, *requirements: str) -> None:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch import ROOT
+from tests.launch import ROOT
 
 CHECK = """
 import sys

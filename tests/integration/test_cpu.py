@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from integration.checkpoints import differences, load_checkpoint
 
-from launch import ROOT, forked
 from megatron_idft.integration.platform import cpu
+from tests.launch import ROOT, forked
+from tests.run_outputs import differences, load_checkpoint
 
 HERE = Path(__file__).parent
 FLAGS = (

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_tokenizer import train_tokenizer
 
-from launch import ROOT
 from megatron_idft.errors import BrokenLibraryError, MissingLibraryError
 from megatron_idft.inference import captured_collectives
 from megatron_idft.integration.platform.gpu_libraries import GPULibraries, find_gpu_libraries
 from megatron_idft.integration.platform.local_flags import add_local_flags
+from tests.launch import ROOT
+from tests.tiny_tokenizers import train_tokenizer
 
 HERE = Path(__file__).parent
 MODEL = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64

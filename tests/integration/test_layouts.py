@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from integration.checkpoints import load_scalars, load_weights
 
-from launch import forked
+from tests.launch import forked
+from tests.run_outputs import load_scalars, load_weights
 
 HERE = Path(__file__).parent
 STEPS = range(2, 7)

@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from distributed import run_ranks
 
 from megatron_idft import idft, vocab_parallel_loss
 from megatron_idft.integration.loss.metrics import (
@@ -18,6 +17,7 @@ from megatron_idft.integration.loss.metrics import (
     health_warning,
     stopping_warning,
 )
+from tests.ranks import run_ranks
 
 VOCAB = 2000
 CPU = torch.device("cpu")

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from integration.checkpoints import differences, load_checkpoint, load_scalars
-from small_tokenizer import train_tokenizer
 
-from launch import forked
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.prepare import prepare
 from megatron_idft.data.packed.store import PackedStore
+from tests.launch import forked
+from tests.run_outputs import differences, load_checkpoint, load_scalars
+from tests.tiny_tokenizers import train_tokenizer
 
 HERE = Path(__file__).parent
 SEQ_LENGTH = 32

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from small_tokenizer import train_tokenizer
 
-from launch import ROOT, forked, forking_python, free_port
 from megatron_idft.corpus.ledger.ledger import status_of
 from megatron_idft.corpus.ledger.manifest import read_manifest
 from megatron_idft.data.chat.conversations import encode_conversation
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.hinted_decoding.output.merge import merge
 from megatron_idft.hinted_decoding.output.results import read_outcomes, retry_folders
+from tests.launch import ROOT, forked, forking_python, free_port
+from tests.tiny_tokenizers import train_tokenizer
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 96 --max-position-embeddings 96

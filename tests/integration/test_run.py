@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from integration.checkpoints import load_scalars
 
-from launch import forked, started, torchrun
+from tests.launch import forked, started, torchrun
+from tests.run_outputs import load_scalars
 
 HERE = Path(__file__).parent
 TINY = """

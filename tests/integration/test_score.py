@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from small_tokenizer import train_tokenizer
 
-from launch import ROOT, forked, forking_python, free_port
 from megatron_idft.corpus.ledger.ledger import status_of
 from megatron_idft.corpus.scores.folder import read_own_samples
+from tests.launch import ROOT, forked, forking_python, free_port
+from tests.tiny_tokenizers import train_tokenizer
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48

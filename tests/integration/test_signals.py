@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from integration.small_tokenizer import write_additions
 
-from launch import ROOT, TAIL, forked, forked_codes, forking_python
+from tests.launch import ROOT, TAIL, forked, forked_codes, forking_python
+from tests.tiny_corpora import write_additions
 
 MODEL = """
     --num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48
@@ -78,7 +78,7 @@ def stopped(
         orders.wait_at(place)
     thread = threading.Thread(target=conduct)
     thread.start()
-    command = ["-m", "faults.with_orders", str(orders.folder), *words(corpus, flags)]
+    command = ["-m", "tests.faults.with_orders", str(orders.folder), *words(corpus, flags)]
     try:
         codes, text = forked_codes(command, nproc=nproc)
     finally:
@@ -242,7 +242,7 @@ def test_a_signal_in_an_evaluation_or_a_save_ends_in_a_checkpoint_of_that_step(c
     # In the last save: training is finished, its export is not written. Started again it is, and nothing else.
     codes, text = stopped(corpus, Orders(tmp_path), flags, ["save-8-0"], group)
     assert codes == [143] and last_saved(save) == "8"
-    text = forked(["-m", "faults.with_orders", str(tmp_path), *words(corpus, flags)])
+    text = forked(["-m", "tests.faults.with_orders", str(tmp_path), *words(corpus, flags)])
     assert f"> training is finished: {save} holds iteration 8 of 8." in text and " iteration        8/" not in text
 
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from integration.checkpoints import differences, load_checkpoint, load_scalars
-from small_tokenizer import train_tokenizer
 
-from launch import ROOT, forked, forked_codes, forking_python, torchrun
+from tests.launch import ROOT, forked, forked_codes, forking_python, torchrun
+from tests.run_outputs import differences, load_checkpoint, load_scalars
+from tests.tiny_tokenizers import train_tokenizer
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import ROOT, forked
 from megatron_idft.integration.platform import upstream
+from tests.launch import ROOT, forked
 
 PROBE = ROOT / "tests" / "integration" / "changes_probe.py"
 # Made later in a run, or by other programs than the one that is probed.

@@ -10,16 +10,16 @@ import random
 from pathlib import Path
 
 import pytest
-from integration.checkpoints import load_scalars
-from small_tokenizer import train_tokenizer
 
-from launch import forked
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.prepare import prepare
 from megatron_idft.data.validation_sets import named_sets
 from megatron_idft.errors import ArgumentError, InputError
 from megatron_idft.integration.training.evaluation import validate_evaluation_arguments
+from tests.launch import forked
+from tests.run_outputs import load_scalars
+from tests.tiny_tokenizers import train_tokenizer
 
 SEQ_LENGTH = 32
 FLAGS = f"""

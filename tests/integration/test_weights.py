@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from integration.checkpoints import load_scalars
-from small_tokenizer import train_tokenizer
 
-from launch import forked
 from megatron_idft.integration.training.batches import loss_func
+from tests.launch import forked
+from tests.run_outputs import load_scalars
+from tests.tiny_tokenizers import train_tokenizer
 
 FLAGS = """
     --num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64

@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_idft import Objective, TokenStatistics, idft, resolve_objective, vocab_parallel_loss
 from megatron_idft.loss import operators, triton_backend
-from tests.distributed import run_ranks
 from tests.loss.engines import Engine, interpreted
 from tests.loss.intermediate import bits
 from tests.loss.test_vocab_parallel_loss import make_inputs
+from tests.ranks import run_ranks
 
 compiled = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
 

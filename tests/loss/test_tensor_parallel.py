@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_idft import resolve_objective, vocab_parallel_loss
-from tests.distributed import run_ranks
 from tests.loss.engines import interpreted
 from tests.loss.intermediate import as_intermediate, bits
 from tests.loss.oracle import assert_matches, expected_loss
+from tests.ranks import run_ranks
 
 TP_SIZES = [1, 2, 4]
 BACKENDS = ["reference", pytest.param("triton", marks=interpreted)]  # on CPUs; compiled, see test_triton.py

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import forked
+from tests.launch import forked
 
 HERE = Path(__file__).parent
 

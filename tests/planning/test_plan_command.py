@@ -4,7 +4,8 @@ import json
 import shlex
 
 import pytest
-from planning.plans import plans
+
+from tests.planning.plans import plans
 
 TRAINING = (
     " --seq-length 4096 --micro-batch-size 1 --global-batch-size 128 --train-iters 100 --lr 1e-5 --bf16"

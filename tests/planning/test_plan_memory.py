@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from planning.plans import plans
 
-from launch import ROOT, forked
+from tests.launch import ROOT, forked
+from tests.planning.plans import plans
 
 sys.path.append(str(ROOT / "tools" / "benchmarks"))
 from plan_memory import CASES, GOAL, compared, flags_of

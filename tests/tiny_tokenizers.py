@@ -1,8 +1,11 @@
 """Tiny tokenizers of the kinds that exist, made on the spot: nothing is downloaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
+import sentencepiece
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 SPECIAL = [
     "<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
@@ -60,3 +63,35 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "metaspace": metaspace,
     "old metaspace": old_metaspace,
 }
+
+
+def save_tokenizer(folder: Path, template: str | None = None, kind: str = "byte-level", **special: str | None) -> Path:
+    """Write FOLDER as transformers does; special: other special tokens than these, or None for none."""
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"} | special
+    named = {name: token for name, token in tokens.items() if token}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=KINDS[kind](), **named)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+SUMS = [f"user assistant {a} + {a + 3}? {a}." for a in range(100)]
+
+
+def train_tokenizer(folder: Path, lines: Iterable[str] = SUMS, vocab_size: int = 60) -> Path:
+    """Write FOLDER/tokenizer.model, with ChatML's markers; lines: whose characters it must know."""
+    text = folder / "text"
+    text.write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        split_digits=True,
+        control_symbols=["<|im_start|>", "<|im_end|>"],
+        user_defined_symbols=["\n"],
+        pad_id=3,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
