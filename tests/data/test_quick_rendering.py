@@ -8,10 +8,10 @@ from megatron_idft.corpus.records import Record
 from megatron_idft.data.chat.conversations import render_conversation
 from megatron_idft.data.chat.template import ChatTemplate
 from megatron_idft.data.chat.tokenizer import load_tokenizer
-from megatron_idft.data.packed.rendering import _PROVEN_IN_FULL, Renderer
+from megatron_idft.data.packed.rendering import Renderer
 from megatron_idft.errors import ConversationError, TemplateError
 from tests.data import tool_templates
-from tests.data.chat_templates import ENDS_IN_THE_NEXT_MESSAGE, FAMILIES, QWEN3, QWEN3_MARKED, REFUSED
+from tests.data.chat_templates import CHATML, ENDS_IN_THE_NEXT_MESSAGE, FAMILIES, MARKED, QWEN3, QWEN3_MARKED, REFUSED
 
 TEMPLATES = {name: template for name, (template, _, _) in FAMILIES.items()}
 TEMPLATES |= {f"refused: {name}": template for name, (template, *_) in REFUSED.items()}
@@ -72,12 +72,11 @@ def test_it_renders_alike(name, last_turn_only, huggingface_folder):
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "marked", "qwen3"])
-def test_most_are_rendered_once(name, huggingface_folder, monkeypatch):
+def test_most_take_few_renderings(name, huggingface_folder, monkeypatch):
     tokenizer = load_tokenizer(huggingface_folder("byte-level", TEMPLATES[name]))
     renderer, made = Renderer(tokenizer, False), records(400, plain=True)
     made = [record for record in made if record.messages[0]["role"] != "system"]
-    structures = {len(record.messages) for record in made}
-    for record in made[: _PROVEN_IN_FULL * len(structures) * 3]:
+    for record in made[:30]:
         renderer.render(record)
     count = 0
     inner = ChatTemplate.render
@@ -90,7 +89,36 @@ def test_most_are_rendered_once(name, huggingface_folder, monkeypatch):
     monkeypatch.setattr(ChatTemplate, "render", counted)
     for record in made[-100:]:
         renderer.render(record)
-    assert count == 100
+    turns = sum(len(record.messages) // 2 for record in made[-100:])
+    assert count == (300 if name == "marked" else 100 + turns)  # with the prompt for each turn, or with the blocks
+
+
+# Two templates whose text for training is the same whatever is said, but not the proof. Nothing else sees these.
+UNSEEN = {
+    "the next prompt turns on the question": CHATML.replace(
+        "<|im_start|>assistant", "<|im_start|>{{ 'model' if 'fox' in messages[-1].content else 'assistant' }}"
+    ),
+    "the block turns on the answer": MARKED.replace(
+        "{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}",
+        "{% if 'fox' in m.content %}{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}"
+        "{% else %}{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}{% endif %}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_a_later_record_that_the_proof_does_not_hold_for_is_seen(name, huggingface_folder):
+    tokenizer = load_tokenizer(huggingface_folder("byte-level", UNSEEN[name]))
+    renderer = Renderer(tokenizer, False)
+    for line in range(40):
+        messages = [{"role": "user", "content": f"question {line}"}, {"role": "assistant", "content": "answer"}]
+        assert renderer.render(Record(messages, str(line), "a.jsonl", line)).spans
+    foxes = [{"role": role, "content": "a fox"} for role in ("user", "assistant")]
+    assert tokenizer.template.render(foxes) == tokenizer.template.render(messages).replace(
+        "question 39", "a fox"
+    ).replace("answer", "a fox")
+    with pytest.raises(ConversationError, match="cannot be proven"):
+        renderer.render(Record(foxes, "x", "a.jsonl", 41))
 
 
 def test_a_template_that_turns_on_later_text_is_still_seen(huggingface_folder):

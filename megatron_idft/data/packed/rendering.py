@@ -1,15 +1,17 @@
-"""`render_conversation` for many conversations of few structures, with one rendering each instead of about six.
+"""`render_conversation` for many conversations of few structures, with a few renderings instead of some six a turn.
 
-`render_conversation` proves where the trained spans stand: it renders a conversation several times, with probes in
-place of the contents. Conversations of the same roles differ only in their contents. So one conversation of probes is
-proven for each such structure; its text is that of the template, with probes in between. A conversation whose own text
-is exactly that, with its contents in place of the probes (or with their blanks trimmed, as many templates do), has its
-spans in the same places. Any other is proven for itself: a template that looks at the contents, tools, reasoning,
-weights, special tokens spelled in a text. The first conversations of each structure are proven for themselves too, and
-their spans must then be those found the short way.
+The place of the trained spans is proven by rendering a conversation several times, with probes in place of its texts.
+Conversations of the same roles differ only in their texts. So for each such structure one conversation of nothing but
+probes is proven; its renderings hold the text that the template writes between the probes. The proof holds for each
+other conversation whose renderings are the same, letter by letter, with its contents in place of the probes (or with
+their blanks trimmed, as many templates do):
 
-One assumption remains: the prompt which a template writes for the next turn stands in no training text. Nothing shows
-whether it begins to depend on the contents after these first conversations.
+- the whole conversation, in which the spans then stand in the same places;
+- for each trained turn the prompt that the template asks the model with, which stands in no text for training;
+- of templates with `{% generation %}` marks, instead of the prompts, the places of the blocks.
+
+Any other conversation is proven for itself: where the template looks at the contents, and with tools, reasoning,
+weights, or special tokens spelled in a text.
 """
 
 from collections.abc import Sequence
@@ -18,20 +20,35 @@ from dataclasses import dataclass
 from megatron_idft.corpus.messages import Message
 from megatron_idft.corpus.records import Record
 from megatron_idft.data.chat.conversations import RenderedConversation, render_conversation
+from megatron_idft.data.chat.mask_proof import MANY
+from megatron_idft.data.chat.probes import THINKING
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import ConversationError, TemplateError
 
-_PROVEN_IN_FULL = 8  # of each structure
+_Place = tuple[int, int]  # a constant, and an offset in it
+_MARK = "\ue0f0"  # the first letter of the template's marks
+
+
+@dataclass(slots=True)
+class _Prompt:
+    """The prompt for messages[turn]: what the template writes around the contents before. thinking: how it is asked."""
+
+    turn: int
+    thinking: bool | None
+    constants: list[str]
 
 
 @dataclass(slots=True)
 class _Structure:
-    """constants: the template's texts before, between and after the contents. spans: ((constant, offset in it)
-    of the beginning, the same of the end). left: conversations still to be proven in full."""
+    """What the template writes around the contents of a conversation.
+
+    constants: before, between and after the contents. spans, blocks: beginning and end of each in the constants.
+    """
 
     constants: list[str]
-    spans: list[tuple[tuple[int, int], tuple[int, int]]]
-    left: int = _PROVEN_IN_FULL
+    spans: list[tuple[_Place, _Place]]
+    blocks: list[tuple[_Place, _Place]]
+    prompts: list[_Prompt]
 
 
 class Renderer:
@@ -42,84 +59,123 @@ class Renderer:
         self._structures: dict[tuple[str, ...], _Structure | None] = {}
 
     def render(self, record: Record) -> RenderedConversation:
-        """The result of `render_conversation` for the record, or its error."""
+        """What `render_conversation` gives for the record, or raises."""
         short = None if record.tools else self._short(record.messages)
         if short is not None:
-            structure, rendered = short
-            if not structure.left:
-                return rendered
-            structure.left -= 1
-        whole = render_conversation(
+            return short
+        return render_conversation(
             self._tokenizer, record.messages, tools=record.tools, last_turn_only=self._last_turn_only
         )
-        if short is not None and whole != rendered:
-            self._structures[_roles(record.messages)] = None  # no shorter way for these
-        return whole
 
-    def _short(self, messages: list[Message]) -> tuple[_Structure, RenderedConversation] | None:
+    def _short(self, messages: list[Message]) -> RenderedConversation | None:
         if any(len(message) != 2 for message in messages):  # more than role and content
             return None
-        roles = _roles(messages)
-        if roles not in self._structures:
-            self._structures[roles] = self._structure(messages)
-        structure = self._structures[roles]
-        if structure is None:
-            return None
-        contents = [str(message["content"]) for message in messages]
+        roles = tuple(message["role"] for message in messages)
         try:
-            text = self._tokenizer.template.render(messages)
+            if roles not in self._structures:
+                self._structures[roles] = None
+                self._structures[roles] = self._structure(messages)
+            structure = self._structures[roles]
+            return None if structure is None else self._same(structure, messages)
         except (ConversationError, TemplateError):
             return None  # the long way says why
+
+    def _same(self, structure: _Structure, messages: list[Message]) -> RenderedConversation | None:
+        """The conversation, where its renderings are those of the structure."""
+        template = self._tokenizer.template
+        contents = [str(message["content"]) for message in messages]
+        text = template.render(messages)
         if text != _filled(structure.constants, contents):
             contents = [content.strip() for content in contents]
             if text != _filled(structure.constants, contents):
                 return None
-        if any(map(self._tokenizer.special_pattern.search, contents)) or "\ue0f0" in text:  # marks of the template's
+        if any(map(self._tokenizer.special_pattern.search, contents)) or _MARK in text:
             return None
+        for prompt in structure.prompts:
+            asked = template.render(messages[: prompt.turn], add_generation_prompt=True, thinking=prompt.thinking)
+            if asked != _filled(prompt.constants, contents):
+                return None
         begins, at = [], 0  # of the constants
         for constant, content in zip(structure.constants, [*contents, ""], strict=True):
             begins.append(at)
             at += len(constant) + len(content)
+        blocks = [(begins[a] + i, begins[b] + j) for (a, i), (b, j) in structure.blocks]
+        if template.has_generation_blocks and template.render_marked(messages) != (text, blocks):
+            return None
         spans = [(begins[a] + i, begins[b] + j) for (a, i), (b, j) in structure.spans]
-        return structure, RenderedConversation(text, spans, weights=[1.0] * len(spans))
+        return RenderedConversation(text, spans, weights=[1.0] * len(spans))
 
     def _structure(self, messages: list[Message]) -> _Structure | None:
+        template = self._tokenizer.template
         probes = [f"Content{'i' * number}of" for number in range(len(messages))]
         probed = [{**message, "content": probe} for message, probe in zip(messages, probes, strict=True)]
-        try:
-            proven = render_conversation(self._tokenizer, probed, last_turn_only=self._last_turn_only)
-        except (ConversationError, TemplateError):
-            return None  # the long way says why
-        constants, rest = [], proven.text
-        for probe in probes:
-            before, found, rest = rest.partition(probe)
-            if not found:
-                return None
-            constants.append(before)
-        constants.append(rest)
-        if proven.unwritten or proven.spells_special or any(p in c for p in probes for c in constants):
+        proven = render_conversation(self._tokenizer, probed, last_turn_only=self._last_turn_only)
+        constants = _constants(proven.text, probes)
+        if constants is None or proven.unwritten or proven.spells_special:
             return None
         begins = [0]
         for constant, probe in zip(constants, probes, strict=False):
             begins.append(begins[-1] + len(constant) + len(probe))
-        spans = [(_place(start, begins, constants), _place(end, begins, constants)) for start, end in proven.spans]
-        if not all(start and end for start, end in spans):
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = turns[-1:] if self._last_turn_only else turns
+        prompts, blocks = [], []
+        if template.has_generation_blocks:
+            blocks = template.render_marked(probed)[1]
+        else:
+            pairs = list(zip(turns, proven.spans, strict=True))
+            # Of many turns the proof, too, trusts that turns after the same text are asked for with the same prompt.
+            for turn, (start, _) in pairs if len(pairs) < MANY else [*pairs[:2], pairs[-1]]:
+                asked = [
+                    template.render(probed[:turn], add_generation_prompt=True, thinking=thinking)
+                    for thinking in THINKING
+                ]
+                # The one that the text begins with; all where the template edits earlier turns.
+                equal = [prompt == proven.text[:start] for prompt in asked]
+                for number in [equal.index(True)] if any(equal) else range(len(asked)):
+                    around = _constants(asked[number], probes[:turn])
+                    if around is None:
+                        return None
+                    prompts.append(_Prompt(turn, THINKING[number], around))
+        places = [_places(found, begins, constants) for found in (proven.spans, blocks)]
+        return None if None in places else _Structure(constants, places[0] or [], places[1] or [], prompts)
+
+
+def _constants(text: str, probes: Sequence[str]) -> list[str] | None:
+    """What stands around the probes; None unless each stands there once, in order."""
+    constants, rest = [], text
+    for probe in probes:
+        before, found, rest = rest.partition(probe)
+        if not found:
             return None
-        return _Structure(constants, [(start, end) for start, end in spans if start and end])
+        constants.append(before)
+    constants.append(rest)
+    return None if any(probe in constant for probe in probes for constant in constants) else constants
 
 
-def _place(at: int, begins: list[int], constants: Sequence[str]) -> tuple[int, int] | None:
-    """The constant that holds a position or ends there, and where in it; None inside a probe."""
-    for number, (begin, constant) in enumerate(zip(begins, constants, strict=True)):
-        if begin <= at <= begin + len(constant):
-            return number, at - begin
-    return None
-
-
-def _roles(messages: list[Message]) -> tuple[str, ...]:
-    return tuple(message["role"] for message in messages)
+def _places(
+    spans: list[tuple[int, int]], begins: list[int], constants: Sequence[str]
+) -> list[tuple[_Place, _Place]] | None:
+    """The constants that hold a span's ends, or end there, and where in them; None where one lies inside a probe."""
+    found = []
+    for span in spans:
+        places = [
+            next(
+                (
+                    (number, at - begin)
+                    for number, (begin, constant) in enumerate(zip(begins, constants, strict=True))
+                    if begin <= at <= begin + len(constant)
+                ),
+                None,
+            )
+            for at in span
+        ]
+        start, end = places
+        if start is None or end is None:
+            return None
+        found.append((start, end))
+    return found
 
 
 def _filled(constants: list[str], contents: list[str]) -> str:
     parts = [part for pair in zip(constants, contents, strict=False) for part in pair]
-    return "".join([*parts, constants[-1]])
+    return "".join([*parts[: 2 * (len(constants) - 1)], constants[-1]])
