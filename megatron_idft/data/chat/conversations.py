@@ -1,9 +1,9 @@
 """Conversation -> token ids and loss mask, with the mask proven from the chat template.
 
-Trained is what the assistant says in each of its turns, content, reasoning and tool calls as the template writes them,
-and the special token that ends the turn; nothing else, neither what inference writes for the model (the generation
-prompt) nor a newline that the template writes after that token. The conversation is rendered once and tokenised once,
-as inference would see it; the assistant's characters in it are found and proven by mask_proof.py.
+The loss trains the text of the assistant's turns (content, reasoning and tool calls as the template writes them) and
+the special token that ends each turn. It trains nothing else: neither the text that inference writes for the model (the
+generation prompt) nor a newline that the template writes after that token. The conversation is rendered once and
+tokenised once, as inference would see it; mask_proof.py finds the assistant's characters in it and proves them.
 
 Templates that edit earlier turns (Qwen3's drops their reasoning) are rendered once as a whole: an earlier turn is
 trained as it stands there, its reasoning left out. To train every turn with its reasoning, write one record for each,

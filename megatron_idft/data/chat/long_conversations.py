@@ -5,14 +5,14 @@ minutes for an agent's 600 steps. Here
 
 - turns that the template treats alike (the same fields, the same text before and after them where all messages are
   probes) form a class, and the first two and the last of each are proven turn by turn;
-- all turns are probed at once, which gives what the template writes between them, and every eighth turn at once, eight
-  times: each of these renderings, and the conversation itself, must be letter by letter what is written between the
-  turns, with the turn itself or its probes in its place. So outside of it nothing depends on a turn, whether it is
-  probed alone among its neighbours or with all of them;
+- all turns are probed at once, which gives the text that the template writes between them, and every eighth turn at
+  once, eight times: each of these renderings, and the conversation itself, must be that text letter by letter, with the
+  turn itself or its probes in its place. So outside of a turn nothing depends on it, whether it is probed by itself
+  among its neighbours or with all of them;
 - a turn with probes must read the same where every message has a probe, and begin and end as its class does.
 
-What does not agree is proven, or refused, turn by turn. What is left to trust: that a template which writes the same
-before two turns asks the model with the same generation prompt there.
+Turns that do not agree are proven, or refused, one by one. One assumption is left: a template that writes the same
+text before two turns asks the model with the same generation prompt there.
 """
 
 from __future__ import annotations
