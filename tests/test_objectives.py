@@ -141,8 +141,10 @@ def test_exempt_tokens_have_weight_one() -> None:
 def test_modifiers_keep_the_original_and_each_other() -> None:
     original = idft()
     modified = original.with_weight_floor(0.1).with_exempt_tokens([2])
-    assert (modified.weight_floor, modified.exempt_token_ids) == (0.1, (2,))
-    assert (original.weight_floor, original.exempt_token_ids) == (0.0, ())
+    assert modified.weight_floor == 0.1
+    assert modified.exempt_token_ids == (2,)
+    assert original.weight_floor == 0.0
+    assert original.exempt_token_ids == ()
     assert modified.gamma(STATISTICS) is not None
 
 

@@ -79,7 +79,8 @@ def test_public_forms_are_read(name):
     family, fields = PUBLIC[name]
     config = _BASE[family] | fields
     shape = read_model(config)
-    assert (shape.layers, shape.vocab) == (config["num_hidden_layers"], config["vocab_size"])
+    assert shape.layers == config["num_hidden_layers"]
+    assert shape.vocab == config["vocab_size"]
     assert megatron_settings(shape, "gpt")
 
 

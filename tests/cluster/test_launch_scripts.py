@@ -495,7 +495,9 @@ def test_a_job_starts_one_task_on_each_node(tmp_path):
     assert status == 0
     started = next(index for index, line in enumerate(calls) if line.startswith("srun"))
     words = shlex.split(calls[started])
-    assert (after(words, "--nodes"), after(words, "--ntasks"), after(words, "--ntasks-per-node")) == ("2", "2", "1")
+    assert after(words, "--nodes") == "2"
+    assert after(words, "--ntasks") == "2"
+    assert after(words, "--ntasks-per-node") == "1"
     assert after(words, "--cpus-per-task") == "64" and after(words, "--container-image") == "image.sqsh"
     assert words[-5:] == ["bash", str(LAUNCH / "train.sh"), "--", "--lr", "1e-6"]
     assert calls[started + 1] == "MASTER=n7:24711 4711.0"
@@ -561,7 +563,8 @@ def check_pod(pod: dict, variables: dict[str, str]) -> None:
 
 def test_the_training_operators_job():
     [job] = manifests("pytorchjob.yaml")
-    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    assert job["apiVersion"] == "kubeflow.org/v1"
+    assert job["kind"] == "PyTorchJob"
     replicas = job["spec"]["pytorchReplicaSpecs"]
     for spec in replicas.values():
         [container] = spec["template"]["spec"]["containers"]
@@ -582,9 +585,11 @@ def test_the_training_operators_job():
 def test_the_trainers_job():
     runtime, job = manifests("trainjob.yaml")
     assert {runtime["apiVersion"], job["apiVersion"]} == {"trainer.kubeflow.org/v1alpha1"}
-    assert (runtime["kind"], job["kind"]) == ("TrainingRuntime", "TrainJob")
+    assert runtime["kind"] == "TrainingRuntime"
+    assert job["kind"] == "TrainJob"
     reference = job["spec"]["runtimeRef"]
-    assert (reference["kind"], reference["name"]) == (runtime["kind"], runtime["metadata"]["name"])
+    assert reference["kind"] == runtime["kind"]
+    assert reference["name"] == runtime["metadata"]["name"]
     trainer = job["spec"]["trainer"]
     variables = variables_of(trainer)
     [node] = runtime["spec"]["template"]["spec"]["replicatedJobs"]

@@ -130,7 +130,8 @@ def test_shares_of_records(check, changes, passes, look, problem):
     rows = own(count=100)
     for share, verdict in ((passes, "ok"), (look, "look"), (problem, "problem")):
         found = findings(changed(rows, share, **changes))[check]
-        assert (found.verdict, found.value["records"]) == (verdict, round(100 * share))
+        assert found.verdict == verdict
+        assert found.value["records"] == round(100 * share)
         places = [(e["id"], e["file"], e["line"]) for e in found.evidence["examples"]]
         assert places == [(f"train-{i}", "train.jsonl", i + 1) for i in range(min(EXAMPLES, round(100 * share)))]
 
@@ -152,21 +153,25 @@ def test_empty_and_short_responses():
     rows += [row_of(1000 + i, [0.0], [0.0], [END_ID]) for i in range(4)]
     rows += [row_of(2000 + i, [0.0, 0.0], [0.0, 0.0], [i, END_ID]) for i in range(6)]
     found = findings(rows)
-    assert (found["empty responses"].value["records"], found["empty responses"].verdict) == (4, "look")
-    assert (found["very short responses"].value["records"], found["very short responses"].verdict) == (6, "look")
+    assert found["empty responses"].value["records"] == 4
+    assert found["empty responses"].verdict == "look"
+    assert found["very short responses"].value["records"] == 6
+    assert found["very short responses"].verdict == "look"
 
 
 def test_repeated_records_and_responses():
     rows = list(own(count=100))
     again = [row | {"id": row["id"] + "b", "line": 500 + row["line"]} for row in rows[:3]]
     found = findings(rows + again)
-    assert (found["repeated records"].verdict, found["repeated records"].value["records"]) == ("look", 3)
+    assert found["repeated records"].verdict == "look"
+    assert found["repeated records"].value["records"] == 3
     assert found["repeated responses"].value["records"] == 0  # the same pair, not another prompt
     first = found["repeated records"].evidence["largest"][0]
     assert [(e["id"], e["line"]) for e in first["examples"]] == [("train-0", 1), ("train-0b", 501)]
     many = [row | {"prompt_hash": f"other {i}"} for i, row in enumerate([rows[0]] * 9)]
     found = findings(rows + many + [rows[1]])
-    assert (found["repeated responses"].verdict, found["repeated responses"].value["records"]) == ("look", 9)
+    assert found["repeated responses"].verdict == "look"
+    assert found["repeated responses"].value["records"] == 9
     assert found["repeated responses"].evidence["largest"][0]["records"] == 10
     assert findings([rows[0]] * 20)["repeated records"].verdict == "problem"
 

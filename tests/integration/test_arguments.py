@@ -86,9 +86,14 @@ def test_flags_are_frozen_and_documented(provider, flags):
 
 def test_defaults_are_the_papers_and_resolved_into_plain_values():
     args = validated("--sft-loss idft")
-    assert (args.idft_beta, args.idft_gamma_min, args.idft_gamma_max) == (1.0, 0.1, 2.0)
-    assert (args.idft_lambda_warmup, args.idft_lambda_ramp) == (0.0, 0.0)
-    assert (args.sft_loss_weight_floor, args.sft_loss_exempt_tokens, args.sft_loss_backend) == (0.0, [], "auto")
+    assert args.idft_beta == 1.0
+    assert args.idft_gamma_min == 0.1
+    assert args.idft_gamma_max == 2.0
+    assert args.idft_lambda_warmup == 0.0
+    assert args.idft_lambda_ramp == 0.0
+    assert args.sft_loss_weight_floor == 0.0
+    assert args.sft_loss_exempt_tokens == []
+    assert args.sft_loss_backend == "auto"
     assert args.calculate_per_token_loss
 
 
@@ -108,7 +113,8 @@ def test_a_scripts_own_provider_is_composed_with_ours():
         return parser
 
     args = parse("--mine 3 --sft-loss dft", arguments.compose_providers(provider, per_token_loss_default=True))
-    assert (args.mine, args.sft_loss) == (3, "dft")
+    assert args.mine == 3
+    assert args.sft_loss == "dft"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +188,8 @@ def test_the_schedule_is_recorded_in_iterations_and_kept():
     args = validated("--sft-loss idft --idft-lambda-warmup 0.2 --idft-lambda-ramp 0.1")
     args.train_iters = 100
     schedule = arguments.resolve_schedule(args)
-    assert (args.idft_lambda_warmup_iters, args.idft_lambda_ramp_iters) == (20, 10)
+    assert args.idft_lambda_warmup_iters == 20
+    assert args.idft_lambda_ramp_iters == 10
     args.train_iters = 1000  # a longer continuation does not stretch what the weights have seen
     assert arguments.resolve_schedule(args) == schedule
 
