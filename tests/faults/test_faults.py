@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ MODEL = f"""
 """
 # Without it torch 2.15's agents share one store for all rounds, and a new agent waits there in vain.
 SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+TAKEN = "> SIGTERM: the step at hand is finished, then a checkpoint saved."
 COMPARED = ("lm loss", "sft loss", "grad-norm", "trained tokens", "learning-rate")
 
 
@@ -134,7 +134,7 @@ def test_a_run_that_meets_every_fault_is_the_undisturbed_run_to_the_bit(corpus, 
         wait_for((tmp_path / "stopped-9-0").exists, "iteration 9", agents)
         for agent in agents:
             agent.send(signal.SIGTERM)
-        time.sleep(0.5)
+        wait_for(lambda: any(TAKEN in log.read_text() for log in logs), "the signal at rank 0", agents)
         terminated.unlink()
         for agent in agents:
             agent.wait(60)
