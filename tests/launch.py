@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from megatron_idft.integration.platform.signals import INTERRUPTED, STOPPED
 from tests import forking_client
@@ -132,6 +133,13 @@ def forked_codes(
                         with contextlib.suppress(OSError):
                             other.send(bytes([signal.SIGKILL]))
         return codes, output.read()
+
+
+def start(args: Sequence[str | Path], stdout: IO[bytes] | int, stderr: IO[bytes] | int) -> subprocess.Popen[bytes]:
+    """A launch of one forked rank, which the test watches, and stops."""
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), **_variables(0, 1, free_port())}
+    command = [forking_python(), *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=stdout, stderr=stderr)
 
 
 def _variables(rank: int, nproc: int, port: int) -> dict[str, str]:

@@ -54,6 +54,8 @@ if [ ! -d .cache/peers/transformer_engine ]; then
 fi
 # Triton kernels run interpreted here, also where there is a GPU; `pytest -m gpu` runs them compiled.
 export TRITON_INTERPRET=1
+# What a test starts imports this checkout too, and can fork from a process that has imported it.
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 print_versions "$environment"
 # Tests that need a GPU are left out by name here. Two at a time; a file's tests share fixtures that take long.
 all=(-m "not gpu" -n 2 --dist loadfile)

@@ -6,22 +6,20 @@ import re
 import subprocess
 import sys
 from importlib.metadata import requires
-from pathlib import Path
 
 import megatron_idft
+from tests.launch import ROOT, forking_python
 
-ROOT = Path(__file__).resolve().parents[1]
 
-
-def python(code: str) -> str:
+def run(code: str, python: str = sys.executable) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()[-1]
 
 
 def test_importing_loads_neither_torch_nor_megatron():
-    loaded = json.loads(python("import json, sys, megatron_idft; print(json.dumps(sorted(sys.modules)))"))
+    loaded = json.loads(run("import json, sys, megatron_idft; print(json.dumps(sorted(sys.modules)))"))
     assert not [name for name in loaded if name.split(".")[0] in ("torch", "megatron", "transformers")]
 
 
@@ -44,7 +42,7 @@ import megatron_idft.integration.loss.trainer, megatron_idft.integration.trainin
 after = members()
 print(json.dumps([str(key) for key in before if after.get(key) != before[key]]))
 """
-    assert json.loads(python(code)) == []
+    assert json.loads(run(code, forking_python())) == []
 
 
 def test_public_names_resolve_and_unknown_ones_do_not():

@@ -173,7 +173,8 @@ def test_rows_of_numinamath_become_records(tmp_path, monkeypatch):
     from megatron_idft.corpus.records import read_records
 
     train, valid = (list(read_records([out / f"{name}.jsonl"])) for name in ("train", "valid"))
-    assert (len(train), len(valid)) == (6, 3)
+    assert len(train) == 6
+    assert len(valid) == 3
     found = sorted(record.messages[0]["content"] for record in [*train, *valid])
     assert found == [f"What is {n}?" for n in range(9)], "each once, none without a solution"
     for record in train:

@@ -283,7 +283,7 @@ def test_samples_follow_the_exact_mixed_distribution(folder, small):
     model, path, vocab = small
     logits = next_logits(model)
     [request] = pairs(vocab, 1)
-    count = 4000
+    count = 2000
     requests = [request | {"id": f"draw {i}"} for i in range(count)]
     other, plain = (reference.log_softmax(logits(request[name])) for name in ("hinted", "prompt"))
     share = 1 - min(SLOPE * reference.entropy(other) / np.log(vocab), 1) * 0.4  # well inside (0, 1)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.launch import ROOT
+from tests.launch import ROOT, forking_python
 
 CHECK = """
 import sys
@@ -90,7 +90,7 @@ print("checkout:", utils.compile_helpers is upstream)
 
 def test_compiled_helpers_are_not_compiled_again(tmp_path):
     (tmp_path / "Makefile").touch()
-    command = [sys.executable, "-c", REPAIR, tmp_path / "utils.py"]
+    command = [forking_python(), "-c", REPAIR, tmp_path / "utils.py"]
     result = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
     compiled, wheel, checkout = result.stdout.splitlines()
     assert compiled == "compiled: None" and checkout == "checkout: True"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_idft.integration.platform import cpu
-from tests.launch import ROOT, forked
+from tests.launch import ROOT, forked, forking_python
 from tests.run_outputs import differences, load_checkpoint
 
 HERE = Path(__file__).parent
@@ -133,7 +133,7 @@ def test_hybrid_model_of_local_layers_with_experts_and_mtp(tmp_path):
 
 def test_what_the_shim_promises_in_its_process():
     result = subprocess.run(
-        [sys.executable, HERE / "cpu_checks.py"],
+        [forking_python(), HERE / "cpu_checks.py"],
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -19,7 +19,7 @@ from megatron_idft.data.chat.conversations import encode_conversation
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.hinted_decoding.output.merge import merge
 from megatron_idft.hinted_decoding.output.results import read_outcomes, retry_folders
-from tests.launch import ROOT, forked, forking_python, free_port
+from tests.launch import ROOT, forked, forking_python, start
 from tests.tiny_tokenizers import train_tokenizer
 
 MODEL = """
@@ -168,19 +168,16 @@ def test_layout_chunks_and_batches_do_not_change_the_records(folder, realigned, 
     assert_same(realign(folder, tmp_path / "again", more, nproc), realigned)
 
 
-def start(words: list, errors: Path) -> subprocess.Popen:
+def join(words: list, errors: Path) -> subprocess.Popen:
     """A launch of one process, which nothing but the output folder joins to others."""
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     with open(errors, "wb") as file:
-        command = [forking_python(), "-m", "megatron_idft", "realign", *words]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=file)
+        return start(["-m", "megatron_idft", "realign", *words], subprocess.DEVNULL, file)
 
 
 def test_several_launches_one_of_them_killed_and_one_stopped(folder, realigned, tmp_path):
     output = tmp_path / "shared"
     words = flags(folder, output, "--chunk-records 1 --lease-seconds 3")
-    launches = [start(words, tmp_path / f"errors{number}") for number in range(2)]
+    launches = [join(words, tmp_path / f"errors{number}") for number in range(2)]
     try:
         for launch, number in zip(launches, (signal.SIGKILL, signal.SIGTERM), strict=True):
             before, deadline = len(list(output.glob("parts/*.parquet"))), time.monotonic() + 120
@@ -212,7 +209,7 @@ def test_killed_at_random_moments_again_and_again(folder, tmp_path):
     write_records(data, range(count), seed=7)
     rng = random.Random(8)
     words = flags(folder, output, f"--chunk-records 2 --lease-seconds 2 --max-rows 2 --data {data}")
-    running, killed = [start(words, tmp_path / f"errors{number}") for number in range(2)], 0
+    running, killed = [join(words, tmp_path / f"errors{number}") for number in range(2)], 0
     try:
         while killed < kills:
             before, deadline = len(list(output.glob("parts/*.parquet"))), time.monotonic() + 120
@@ -227,7 +224,7 @@ def test_killed_at_random_moments_again_and_again(folder, tmp_path):
                 killed += 1
             launch.wait(60)
             assert launch.returncode in (0, -signal.SIGKILL), (tmp_path / "errors0").read_text()
-            running.append(start(words, tmp_path / f"errors{killed + 1}"))
+            running.append(join(words, tmp_path / f"errors{killed + 1}"))
     finally:
         for launch in running:
             launch.kill()

@@ -1,7 +1,6 @@
 """`score`: a checkpoint that the trainer wrote, under any layout, in any number of launches; killed and resumed."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 
 from megatron_idft.corpus.ledger.ledger import status_of
 from megatron_idft.corpus.scores.folder import read_own_samples
-from tests.launch import ROOT, forked, forking_python, free_port
+from tests.launch import ROOT, forked, forking_python, start
 from tests.tiny_tokenizers import train_tokenizer
 
 MODEL = """
@@ -137,10 +136,8 @@ def test_several_launches_one_of_them_killed(folder, scored, tmp_path):
 
 def test_sigterm_gives_the_chunk_back_and_the_command_goes_on(folder, scored, tmp_path):
     output = tmp_path / "out"
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    command = [forking_python(), "-m", "megatron_idft", "score", *flags(folder, output, "--chunk-records 1")]
-    environment["MASTER_PORT"] = str(free_port())
-    launch = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    words = ["-m", "megatron_idft", "score", *flags(folder, output, "--chunk-records 1")]
+    launch = start(words, subprocess.DEVNULL, subprocess.PIPE)
     deadline = time.monotonic() + 120
     while len(list(output.glob("parts/*.parquet"))) < 3:
         assert time.monotonic() < deadline and launch.poll() is None

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_an_epoch_trains_every_token_once_and_validation_reads_every_record_once
     # that every evaluation must give the same value, whatever batch it is cut into: 8 records by 8, and by 3 x 2.
     valid = f"--sft-valid-data {corpus / 'valid.jsonl'} --eval-interval 4 --lr 0 --sft-loss idft"
     flags = f"--train-epochs 2 --global-batch-size 8 {valid}"
-    output = train(corpus, tmp_path / "a", flags, launch=torchrun)  # as a user starts it
+    output = train(corpus, tmp_path / "a", flags, launch=partial(torchrun, python=forking_python()))
     train(corpus, tmp_path / "b", f"--train-iters 4 --global-batch-size 6 --micro-batch-size 3 {valid}")
     assert "2 epochs of 22 records: 6 iterations" in output
     cache = next(path for path in (corpus / "cache").iterdir() if f"tokenized records {path}" in output)
