@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from megatron_idft.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from tests.tiny_tokenizers import SPECIAL, TEXTS, save_tokenizer
 
 
@@ -37,3 +38,8 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         minloglevel=2,
     )
     return prefix.with_suffix(".model")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(sentencepiece_model: Path) -> ChatTokenizer:
+    return load_tokenizer(sentencepiece_model, chat_template="chatml")

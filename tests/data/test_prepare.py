@@ -24,11 +24,6 @@ from tests.data.prepared_files import corpus, files, write
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(sentencepiece_model):
-    return load_tokenizer(sentencepiece_model, chat_template="chatml")
-
-
 @pytest.fixture
 def run(tokenizer, tmp_path):
     def run(*paths, output="packs", tokenizer=tokenizer, workers=1, keep_chunks=False, **options):

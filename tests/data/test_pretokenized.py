@@ -17,11 +17,6 @@ from tests.data.prepared_files import tokenized
 
 
 @pytest.fixture(scope="module")
-def tokenizer(sentencepiece_model):
-    return load_tokenizer(sentencepiece_model, chat_template="chatml")
-
-
-@pytest.fixture(scope="module")
 def byte_level(huggingface_folder):
     return load_tokenizer(huggingface_folder("byte-level", CHATML))
 

@@ -42,11 +42,6 @@ def write(path, *rows):
     return path
 
 
-@pytest.fixture(scope="module")
-def tokenizer(sentencepiece_model):
-    return load_tokenizer(sentencepiece_model, chat_template="chatml")
-
-
 @pytest.fixture
 def build(tokenizer, tmp_path):
     def build(*paths, seq_length=64, **options):

@@ -10,7 +10,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from megatron_idft.data.chat.conversations import encode_conversation
-from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.packed.blend import BlendedEpochs
 from megatron_idft.data.packed.dataset import PackedDataset, RepeatedRounds
 from megatron_idft.data.packed.packing import permutation
@@ -21,11 +20,6 @@ CONVERSATIONS = [
     [{"role": role, "content": f"{text} {i}"} for role, text in (("user", "hello"), ("assistant", "world")) * turns]
     for i, turns in enumerate([1, 2, 1, 3, 1])
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizer(sentencepiece_model):
-    return load_tokenizer(sentencepiece_model, chat_template="chatml")
 
 
 def dataset_of(tokenizer, folder, seq_length, padded_to=None, **options):
