@@ -1,7 +1,6 @@
 """`score`: a checkpoint that the trainer wrote, under any layout, in any number of launches; killed and resumed."""
 
 import json
-import random
 import signal
 import subprocess
 import time
@@ -14,6 +13,7 @@ import pytest
 from megatron_idft.corpus.ledger.ledger import status_of
 from megatron_idft.corpus.scores.folder import read_own_samples
 from tests.launch import ROOT, forked, forking_python, start
+from tests.tiny_corpora import additions, write_records
 from tests.tiny_tokenizers import train_tokenizer
 
 MODEL = """
@@ -27,15 +27,10 @@ PROBE = str(Path(__file__).with_name("scoring_probe.py"))
 def folder(tmp_path_factory) -> Path:
     """Additions, a tokenizer, and a model that has learned to answer in their form."""
     folder = tmp_path_factory.mktemp("score")
-    rng = random.Random(5)
-    lines = []
-    for number in range(60):
-        messages = []
-        for _ in range(rng.choice((1, 2))):
-            a, b = rng.randrange(50), rng.randrange(50)
-            messages += [{"role": "user", "content": f"{a} + {b}?"}, {"role": "assistant", "content": f"{a + b}."}]
-        lines.append(json.dumps({"messages": messages, "source": "even" if number % 2 == 0 else "odd", "kept": number}))
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    records = additions(60, [1, 2])
+    for number, record in enumerate(records):
+        record |= {"source": "even" if number % 2 == 0 else "odd", "kept": number}
+    write_records(folder / "train.jsonl", records)
     train_tokenizer(folder)
     flags = f"{MODEL} --sft-data {folder / 'train.jsonl'} --tokenizer-model {folder / 'tokenizer.model'}"
     flags += f" --train-iters 60 --micro-batch-size 4 --global-batch-size 8 --lr 1e-2 --save {folder / 'model'}"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 
 from tests.launch import ROOT, forked, forked_codes, forking_python, torchrun
 from tests.run_outputs import differences, load_checkpoint, load_scalars
+from tests.tiny_corpora import additions, write_records
 from tests.tiny_tokenizers import train_tokenizer
 
 MODEL = """
@@ -27,16 +27,9 @@ MODEL = """
 def corpus(tmp_path_factory) -> Path:
     """Additions of one and two turns, and a sentencepiece model trained on them."""
     folder = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(5)
-    lines = []
-    for _ in range(30):
-        messages = []
-        for _ in range(rng.choice((1, 2))):
-            a, b = rng.randrange(50), rng.randrange(50)
-            messages += [{"role": "user", "content": f"{a} + {b}?"}, {"role": "assistant", "content": f"{a + b}."}]
-        lines.append(json.dumps({"messages": messages}))
-    (folder / "train.jsonl").write_text("\n".join(lines[:22]) + "\n")
-    (folder / "valid.jsonl").write_text("\n".join(lines[22:]) + "\n")
+    records = additions(30, [1, 2])
+    write_records(folder / "train.jsonl", records[:22])
+    write_records(folder / "valid.jsonl", records[22:])
     train_tokenizer(folder)
     return folder
 
