@@ -1,8 +1,8 @@
 """Conversation records in, as a stream: JSONL (.gz, .zst) and Parquet.
 
 A record is `{"messages": [{"role", "content"}, …]}` or `{"prompt", "response"}`, with optional `id`, `answer`,
-`source` and `tools`; every other column is carried through in `extra`. messages.py says what messages may hold,
-conversation_keys.py which keys make or change a conversation.
+`source` and `tools`; every other column is carried through in `extra`. messages.py says which keys make or change a
+conversation, and what messages may hold.
 Memory stays bounded by one line, or one small batch of Parquet rows.
 """
 
@@ -18,8 +18,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from megatron_idft.corpus.conversation_keys import conversation, refuse_unserved
-from megatron_idft.corpus.messages import MAX_DEPTH, ROLES, Message, checked_tools, kind, too_deep
+from megatron_idft.corpus.messages import (
+    MAX_DEPTH,
+    ROLES,
+    Message,
+    checked_tools,
+    conversation,
+    kind,
+    refuse_unserved,
+    too_deep,
+)
 from megatron_idft.errors import RAW_EXCERPT, InputError, RecordError
 
 __all__ = ["ROLES", "ErrorLog", "Message", "OnBytes", "OnError", "Record", "RecordError", "read_records"]

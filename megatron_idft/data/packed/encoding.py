@@ -22,6 +22,7 @@ from megatron_idft.data.packed.record_index import indexed
 from megatron_idft.data.packed.rendering import Renderer
 from megatron_idft.errors import ConversationError, RecordError, TemplateError
 
+_OWN_COLUMNS = ("token_ids", "loss_mask")
 # Bounds of a batch between parser and tokenizer. Small ones stay in the processor's caches.
 _BATCH_RECORDS, _BATCH_CHARACTERS = 128, 1 << 18
 SOURCE_FIGURES = ("records", "documents", "tokens", "trained_tokens", "truncated", "dropped", "empty")
@@ -55,7 +56,8 @@ class BlockEncoder:
                 builder.bad(record)
                 continue
             try:
-                item = self._pretokenized.read(record) or renderer.render(record)
+                own = self._pretokenized.read(record) if not record.extra.keys().isdisjoint(_OWN_COLUMNS) else None
+                item = own or renderer.render(record)
             except RecordError as error:
                 builder.bad(error)
                 continue
