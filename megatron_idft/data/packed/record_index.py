@@ -10,19 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_idft.corpus.records import Message, Record
-from megatron_idft.corpus.scores.rows import RecordOrigin
+from megatron_idft.corpus.scores.rows import RECORD_SCHEMA, RecordOrigin
 
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("file", pa.string()),
-        ("line", pa.int64()),
-        ("source", pa.string()),
-        ("truncated", pa.bool_()),
-        ("prompt_hash", pa.string()),
-        ("response_hash", pa.string()),
-    ]
-)
+_SCHEMA = pa.schema([RECORD_SCHEMA.field(name) for name in RecordOrigin.__annotations__])
 
 
 def indexed(record: Record, truncated: bool) -> RecordOrigin:
