@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_idft.errors import InputError, NonFiniteLogitsError, UserError
 from megatron_idft.inference.cache import Bank, KeyValueCache
+from megatron_idft.inference.decode_forward import DecodeForward
 from megatron_idft.inference.draws import draw
 from megatron_idft.inference.memory import memory_for_cache
 from megatron_idft.inference.requests import (
@@ -32,7 +33,6 @@ from megatron_idft.inference.requests import (
 )
 from megatron_idft.inference.sampling import FIRST_CANDIDATES, choose
 from megatron_idft.inference.served import ServedModel
-from megatron_idft.inference.steps import DecodeForward
 from megatron_idft.loss import distribution_statistics, vocab_parallel_loss
 from megatron_idft.statistics import LOWEST
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_idft.data.packed.blend import Blend, BlendedEpochs, prepared_prefixes
 from megatron_idft.data.packed.dataset import PackedDataset
+from megatron_idft.data.packed.epochs import Blend, BlendedEpochs, prepared_prefixes
 from megatron_idft.data.packed.store import FORMAT, PackedStore, write_index
 from megatron_idft.errors import InputError
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from megatron_idft.data.chat.conversations import encode_conversation
-from megatron_idft.data.packed.blend import BlendedEpochs
 from megatron_idft.data.packed.dataset import PackedDataset, RepeatedRounds
+from megatron_idft.data.packed.epochs import BlendedEpochs
 from megatron_idft.data.packed.packing import permutation
 from megatron_idft.errors import InputError
 from tests.data.prepared_files import tokenized

@@ -39,6 +39,7 @@ DATA_FLAGS = [
     "--sft-keep-best-metric",
     "--sft-keep-best-mode",
     "--sft-last-turn-only",
+    "--sft-packing",
     "--sft-template-date",
     "--sft-truncation",
     "--sft-valid-data",

@@ -16,7 +16,7 @@ from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.prepare import prepare
 from megatron_idft.data.validation_sets import named_sets
 from megatron_idft.errors import ArgumentError, InputError
-from megatron_idft.integration.training.evaluation import validate_evaluation_arguments
+from megatron_idft.integration.training.arguments import validate_evaluation_arguments
 from tests.launch import forked
 from tests.run_outputs import load_scalars
 from tests.tiny_tokenizers import train_tokenizer

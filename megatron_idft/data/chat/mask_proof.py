@@ -25,7 +25,7 @@ from itertools import pairwise
 from typing import Any
 
 from megatron_idft.corpus.records import Message
-from megatron_idft.data.chat.long_conversations import Edges, prove_together
+from megatron_idft.data.chat.many_turns_proof import Edges, prove_together
 from megatron_idft.data.chat.marked_proof import prove_marked
 from megatron_idft.data.chat.probes import (
     THINKING,

@@ -1,4 +1,4 @@
-"""Conversations tokenized by many processes into packs of whole documents, in Megatron's memory-mapped form.
+"""Conversations tokenized by many processes, cut or left out where too long, into packs in Megatron's mapped form.
 
-May import data/chat and corpus. Begin with prepare.py; dataset.py and blend.py read what it wrote.
+May import data/chat and corpus. Begin with prepare.py; records.py keeps a cache, dataset.py and epochs.py read packs.
 """

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from megatron_idft.data.chat.tokenizer import load_tokenizer
-from megatron_idft.data.packed.blend import prepared_prefixes
+from megatron_idft.data.packed.epochs import prepared_prefixes
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.loss.arguments import compose_providers, validate_arguments
 from megatron_idft.integration.plan.arguments import add_plan_arguments

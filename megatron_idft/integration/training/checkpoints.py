@@ -33,16 +33,6 @@ from megatron_idft.integration.platform.early_ending import tracked_iteration
 from megatron_idft.integration.platform.ranks import from_rank_0, gather, print_on_rank_0, reduced
 
 
-def add_checksum_argument(group: Any) -> None:
-    """Add the flag about checksums to an argument group of Megatron's parser."""
-    group.add_argument(
-        "--no-checkpoint-checksums",
-        action="store_true",
-        help="Neither sum the files of a checkpoint after it is saved nor compare the sums before it is loaded. Their"
-        " sizes are still recorded and compared. Every rank reads back what it wrote: at 1 TB and 512 ranks 2 GB each.",
-    )
-
-
 class RunCheckpoints:
     """The checkpoints of one training run.
 

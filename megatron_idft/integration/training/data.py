@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
-from megatron_idft.data.packed.blend import Blend, BlendedEpochs, prepared_prefixes
 from megatron_idft.data.packed.dataset import PackedDataset
+from megatron_idft.data.packed.epochs import Blend, BlendedEpochs, prepared_prefixes
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.records import TokenizedRecords, open_tokenized_records, tokenize_records
 from megatron_idft.data.packed.store import PackedStore

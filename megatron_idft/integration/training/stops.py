@@ -1,4 +1,4 @@
-"""How a training run can end early, in one message: what happened, and what to do.
+"""How a training run can end early, by a signal (SIGTERM, Ctrl-C) or a fault: in one message, with a remedy.
 
 Megatron's own exceptions and exit codes are turned into `TrainingStoppedError`, which the program prints, and which
 torchrun and launch/train.sh show in their last lines.
@@ -29,19 +29,6 @@ from megatron_idft.integration.platform.ranks import from_rank_0, gather, print_
 from megatron_idft.integration.training.checkpoints import RunCheckpoints
 
 NOT_FINITE = "not_finite.jsonl"  # in --save: the steps that were not finite, for the run that meets one again
-
-
-def add_signal_argument(group: Any) -> None:
-    """Add the flag about signals to an argument group of Megatron's parser."""
-    group.add_argument(
-        "--no-exit-signal-handler",
-        dest="exit_signal_handler",
-        action="store_false",
-        help="End at once of SIGTERM, Ctrl-C or SIGHUP. Without this flag a run with --save finishes its step, saves a"
-        " checkpoint and ends with exit code 143 (130 after Ctrl-C); torchrun waits --shutdown-timeout seconds for"
-        " that (30) before it kills. A second Ctrl-C ends at once. 143 and 130 always mean that nothing is lost.",
-    )
-    group.set_defaults(exit_signal_handler=True)
 
 
 class Stops:

@@ -1,4 +1,4 @@
-"""Prepared data, mixed by weights, in an order that is exact and a pure function of seed and position.
+"""The order of samples: shuffled epochs, mixed by weights; exact, and a pure function of seed and position.
 
 The rule. A source of n packs with weight w gives floor((e + 1) w n) - floor(e w n) packs to epoch e = 0, 1, …: the next
 ones of an endless row of its own, made of rounds, each a shuffle that visits every pack of the source once. The epoch
