@@ -55,6 +55,10 @@ def room(module: str) -> str:
     return ".".join(parts[:2]) if parts[0] == "integration" and len(parts) > 1 else parts[0]
 
 
+def folder(module: str) -> str:
+    return module.rpartition(".")[0]
+
+
 @functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
@@ -103,6 +107,11 @@ def test_the_rooms_have_no_circle():
     assert list(TopologicalSorter(MAY_IMPORT).static_order())
     modules = {name: own_imports(name, at_the_top_only=True) for name in MODULES}
     assert list(TopologicalSorter(modules).static_order()), "graphlib.CycleError names the modules otherwise"
+    folders: dict[str, set[str]] = {}
+    for module in MODULES:
+        folders.setdefault(folder(module), set()).update(map(folder, own_imports(module)))
+    inside = {name: found - {name} for name, found in folders.items() if "." in name}
+    assert list(TopologicalSorter(inside).static_order()), "the folders of a room"
 
 
 def test_an_import_that_cannot_stand_at_the_top_says_why():

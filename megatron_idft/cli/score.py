@@ -45,7 +45,7 @@ def _report_parser() -> Parser:
 
 
 def report(argv: Sequence[str]) -> int:
-    from megatron_idft.corpus.scores.folder import report_on
+    from megatron_idft.corpus.scored_folder import report_on
 
     args = _report_parser().parse_args(argv)
     page, numbers = report_on(args.folders, args.output or args.folders[0], args.title)
@@ -73,7 +73,7 @@ def _select_parser() -> Parser:
 
 
 def select(argv: Sequence[str]) -> int:
-    from megatron_idft.corpus.scores.folder import describe_unscored, select_records
+    from megatron_idft.corpus.scored_folder import describe_unscored, select_records
 
     parser = _select_parser()
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
 """Text from a Megatron model: the batched decode engine, its slots, and sampling over a sharded vocabulary.
 
-May import loss, torch and Megatron. Begin with requests.py, then engine.py, which holds the decode step.
+May import loss, statistics, torch and Megatron. Begin with requests.py, then engine.py, which holds the decode step.
 """

@@ -1,6 +1,6 @@
-"""The vocabulary-parallel token loss. One module per backend; `vocab_parallel_loss` is the only entry.
+"""The vocabulary-parallel token loss: `vocab_parallel_loss`, and `distribution_statistics`, which needs no labels.
 
-May import statistics, objectives and torch. Begin with `vocab_parallel_loss` below, then autograd.py.
+May import statistics, objectives and torch. Begin with autograd.py; shard.py is the exchange over the ranks.
 """
 
 from typing import NamedTuple

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_idft.cli import main
-from megatron_idft.corpus.scores.folder import select_records
+from megatron_idft.corpus.scored_folder import select_records
 from megatron_idft.corpus.scores.rows import TOKEN_SCHEMA
 from megatron_idft.errors import InputError, RecordError
 from tests.corpus.scored_rows import row_of

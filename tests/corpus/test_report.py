@@ -11,9 +11,9 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from megatron_idft.corpus.display import MAX_SHOWN_TOKENS
 from megatron_idft.corpus.report.builder import ReportBuilder
 from megatron_idft.corpus.report.html import environment, number, token
+from megatron_idft.corpus.scores.display import MAX_SHOWN_TOKENS
 from megatron_idft.corpus.scores.summary import CURVE_SAMPLE, MIN_TOKENS_TO_RANK, CorpusSummary
 from megatron_idft.errors import InputError
 from tests.corpus.scored_rows import END_ID, VOCABULARY, row_of, sampled_rows, without_lists

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_idft.corpus.json_text import json_text
 from megatron_idft.corpus.parquet_values import read_rows
-from megatron_idft.corpus.scores.folder import select_records
+from megatron_idft.corpus.scored_folder import select_records
 from megatron_idft.corpus.scores.rows import RECORD_SCHEMA
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.packed.blocks import read_blocks

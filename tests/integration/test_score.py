@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_idft.corpus.ledger.ledger import status_of
-from megatron_idft.corpus.scores.folder import read_own_samples
+from megatron_idft.corpus.scored_folder import read_own_samples
 from tests.launch import ROOT, forked, forking_python, start
 from tests.tiny_corpora import additions, write_records
 from tests.tiny_tokenizers import train_tokenizer

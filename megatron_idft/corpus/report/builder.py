@@ -5,7 +5,7 @@
     builder.add_corpus("train.jsonl", "base", rows)
     builder.build().save(Path("report"))
 
-The rows come from `scores.folder.read_scored`; each corpus is read once, as a stream.
+The rows come from `scored_folder.read_scored`; each corpus is read once, as a stream.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_idft.corpus.display import source_name
 from megatron_idft.corpus.report.drawing import (
     COLORS,
     LINES,
@@ -20,6 +19,7 @@ from megatron_idft.corpus.report.drawing import (
 )
 from megatron_idft.corpus.report.html import visible
 from megatron_idft.corpus.report.numbers import CorpusNumbers, NullNumbers, PartNumbers, ReportNumbers
+from megatron_idft.corpus.scores.display import source_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from megatron_idft.corpus.display import bounded, source_name
+from megatron_idft.corpus.scores.display import bounded, source_name
 
 _MARKS = {"\n": "↵", "\t": "⇥"}
 _JOINERS = "\u200c\u200d"  # parts of words in some scripts, and of emoji

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from megatron_idft.corpus.display import ShownRecord, ShownToken
+from megatron_idft.corpus.scores.display import ShownRecord, ShownToken
 from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate, EstimateNumbers
 from megatron_idft.corpus.scores.record_table import PairedDifferences
 from megatron_idft.corpus.scores.summary import CurveNumbers, RecurringToken

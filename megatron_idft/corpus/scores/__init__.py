@@ -1,4 +1,4 @@
-"""A scored corpus: rows of statistics, their folder, one pass over them, and selection of records by them.
+"""Scored records: the statistics of each, one pass over those of a corpus, and selection by an expression.
 
-May import records and the ledger. Begin with rows.py: what is known of a record; then folder.py.
+May import corpus' own files, no folder of it. Begin with rows.py, the columns; then corpus' scored_folder.
 """

@@ -17,7 +17,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idft.corpus.display import (
+from megatron_idft.corpus.scores.display import (
     ShownRecord,
     ShownToken,
     bounded,

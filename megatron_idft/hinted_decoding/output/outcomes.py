@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from megatron_idft.corpus.display import bounded
+from megatron_idft.corpus.scores.display import bounded
 
 Stage = Literal["rollout", "hinted", "retry"]
 TurnStage = Literal["rollout", "hinted", "retry", "original"]

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from megatron_idft.corpus.display import bounded
+from megatron_idft.corpus.scores.display import bounded
 from megatron_idft.corpus.scores.record_table import hash64
 from megatron_idft.corpus.scores.summary import MIN_TOKENS_TO_RANK, Extremes
 from megatron_idft.hinted_decoding.output.outcomes import OutcomeRow

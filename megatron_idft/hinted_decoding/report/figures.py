@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_idft.corpus.display import source_name
 from megatron_idft.corpus.report.drawing import (
     COLORS,
     OWN,
@@ -18,6 +17,7 @@ from megatron_idft.corpus.report.drawing import (
     svg,
 )
 from megatron_idft.corpus.report.html import visible
+from megatron_idft.corpus.scores.display import source_name
 from megatron_idft.corpus.scores.estimates import EstimateNumbers
 from megatron_idft.hinted_decoding.report.mixing_numbers import SHARE_BINS
 from megatron_idft.hinted_decoding.report.numbers import Part, Text

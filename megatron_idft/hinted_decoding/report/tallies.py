@@ -7,7 +7,7 @@ from typing import Required, TypedDict
 
 import numpy as np
 
-from megatron_idft.corpus.display import bounded
+from megatron_idft.corpus.scores.display import bounded
 
 MAX_NAMES = 200
 FURTHER_NAMES = "(further)"

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_idft.corpus.ledger.ledger import Ledger
-from megatron_idft.corpus.scores.folder import OWN_SAMPLE_TEMPERATURES, OWN_SAMPLES, describe_own_samples, finish_scores
+from megatron_idft.corpus.scored_folder import OWN_SAMPLE_TEMPERATURES, OWN_SAMPLES, describe_own_samples, finish_scores
 from megatron_idft.corpus.scores.rows import TOKEN_SCHEMA, ScoredRow, scored_record
 from megatron_idft.data.chat.show import render_sample
 from megatron_idft.data.chat.tokenizer import ChatTokenizer, load_tokenizer
