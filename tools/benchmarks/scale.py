@@ -54,7 +54,7 @@ PARTS = {
     "loss": "loss",
     "integration/loss/metrics": "metrics",
     "data": "data",
-    "integration/training/packed": "data",
+    "integration/training/batches": "data",
     # What Megatron leaves to CUDA and Transformer Engine, and what this machine needs in their place.
     "integration/platform/cpu": "CPU mode",
     "integration/platform/local_layers": "CPU mode",
