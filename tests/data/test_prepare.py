@@ -173,6 +173,17 @@ def test_padding_of_documents_has_room_in_the_packs(run, tmp_path):
         run(tmp_path / "a.jsonl", pad_multiple=24)
 
 
+def test_what_was_skipped_before_stops_a_run_that_is_to_stop(run, tmp_path):
+    rows = corpus(400)
+    rows[0] = b"{broken"
+    file = write(tmp_path / "a.jsonl", rows)
+    prepared = run(file, bad_records="skip", chunk_bytes=4000, keep_chunks=True)
+    assert prepared.store.meta["counts"]["bad"] == 1
+    (tmp_path / "packs.json").unlink()  # as if it had been killed before the last file
+    with pytest.raises(RecordError, match=r"a\.jsonl, line 1: not JSON"):
+        run(file, chunk_bytes=4000)
+
+
 def test_the_first_bad_record_is_named_and_skipping_goes_on_from_there(run, tokenizer, tmp_path):
     rows = corpus(400)
     rows[350], rows[251] = b"{broken", {"messages": [{"role": "nobody", "content": "x"}]}
@@ -192,7 +203,7 @@ def test_the_first_bad_record_is_named_and_skipping_goes_on_from_there(run, toke
     assert str(tmp_path / "packs.errors.jsonl") in done.report
     run(file, output="afresh", bad_records="skip")
     assert files(tmp_path / "packs") == files(tmp_path / "afresh")
-    with pytest.raises(InputError, match=r"no record is left(.|\n)*bad, skipped +1 "):
+    with pytest.raises(InputError, match=r"no record is left(.|\n)*bad, skipped +1\n"):
         run(write(tmp_path / "b.jsonl", [b"{"]), output="none", bad_records="skip")
 
 

@@ -19,12 +19,13 @@ from megatron_idft import files
 from megatron_idft.data.chat.conversations import encode_conversation
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.packed import records as records_module
+from megatron_idft.data.packed import tasks
 from megatron_idft.data.packed.dataset import PackedDataset
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.prepare import prepare
+from megatron_idft.data.packed.record_index import read_index
 from megatron_idft.data.packed.records import TokenizedRecords, open_tokenized_records, tokenize_records
-from megatron_idft.data.packed.store import PackedStore
-from megatron_idft.errors import InputError, RecordError, TemplateError
+from megatron_idft.errors import InputError, PrepareError, RecordError, TemplateError
 from tests.data.chat_templates import REFUSED
 from tests.data.prepared_files import files as files_of
 from tests.data.prepared_files import tokenized, unpacked
@@ -373,8 +374,57 @@ def test_processes_and_this_one_write_the_same_bytes(tokenizer, tmp_path):
     for workers in (0, 2):
         prepare(settings, tokenizer, tmp_path / f"{workers}", workers=workers, progress=False)
     assert files_of(tmp_path / "0") == files_of(tmp_path / "2")
-    indices = [TokenizedRecords.records(PackedStore(tmp_path / name)) for name in ("0", "2")]
+    indices = [read_index(tmp_path / f"{workers}.records.parquet") for workers in (0, 2)]
     assert indices[0] == indices[1] and len(indices[0]) == 400
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(build, tmp_path, monkeypatch):
+    file = write(tmp_path / "a.jsonl", *[record(f"question {i}") for i in range(50)])
+    inner = tasks.answers
+
+    def growing(*args):
+        with open(file, "a") as grown:
+            grown.write(json.dumps(record()) + "\n")
+        return inner(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tasks, "answers", growing)
+        with pytest.raises(PrepareError, match="a file changed while it was read"):
+            build(file)
+    assert not list((tmp_path / "cache").iterdir()) and len(build(file)) == 51
+
+
+def test_a_cache_speaks_of_the_files_by_the_names_of_this_launch(build, tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "x.jsonl", record(name))
+    first = build(tmp_path / "a" / "x.jsonl", tmp_path / "b" / "x.jsonl")
+    monkeypatch.chdir(tmp_path)
+    again = build("a/x.jsonl", "b/x.jsonl")
+    assert again.path == first.path
+    assert [row["file"] for row in again.records()] == ["a/x.jsonl", "b/x.jsonl"]
+    assert [row["id"] for row in again.records()] == ["a/x.jsonl:1", "b/x.jsonl:1"]
+    assert pickle.loads(pickle.dumps(again)).origins(1) == [("b/x.jsonl", 1)]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".report.json", ".records.parquet"])
+def test_a_cache_without_a_file_says_what_to_delete(build, tmp_path, suffix):
+    file = write(tmp_path / "a.jsonl", record())
+    cache = build(file)
+    (cache.path / f"records{suffix}").unlink()
+    with pytest.raises(InputError, match=f"delete {cache.path} to tokenize"):
+        again = build(file)
+        again.report()
+        again.records()
+
+
+def test_where_every_record_is_bad_the_first_is_named(build, tmp_path):
+    with pytest.raises(InputError, match=r"a\.jsonl: no record is left.*every one is bad.*line 1: not JSON") as error:
+        build(write(tmp_path / "a.jsonl", b"{", b"{"), bad_records="skip")
+    assert ".building" not in str(error.value)
+    (tmp_path / "b.jsonl").touch()
+    with pytest.raises(InputError, match="the files hold none"):
+        build(tmp_path / "b.jsonl")
 
 
 def test_records_are_packed_when_asked(tokenizer, tmp_path):

@@ -34,7 +34,7 @@ from megatron_idft.data.packed.chunks import ChunkInfo, is_finished, read_info
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.store import FORMAT, PackedStore, companion
 from megatron_idft.data.packed.tasks import Workers, encoding_workers, run_tasks
-from megatron_idft.errors import InputError, PrepareError, SettingsMismatch
+from megatron_idft.errors import InputError, PrepareError, RecordError, SettingsMismatch
 from megatron_idft.processes import Task
 
 
@@ -93,6 +93,7 @@ def prepare(
     prefix, folder = Path(output), companion(output, ".chunks")
     read_blocks(settings.paths, settings.chunk_bytes)  # for its checks of the files
     fingerprint = tokenizer.fingerprint()
+    described = settings.of_packs(fingerprint)
     if companion(prefix, ".json").exists():
         store = _open_finished(prefix, settings.of_packs(fingerprint))
         if folder.exists() and not keep_chunks:
@@ -111,7 +112,12 @@ def prepare(
             with closing(encoding_workers(workers, tokenizer, settings, folder)) as pool:
                 run = _Run(settings, prefix, folder, pool, progress)
                 infos = run.tokenize()
-                prepared = run.pack(infos, tokenizer, fingerprint)
+                if settings.of_packs(fingerprint) != described:
+                    raise PrepareError(
+                        f"{', '.join(settings.paths)}: a file changed while it was read. Remove {folder}, if it is"
+                        " there, and start again"
+                    )
+                prepared = run.pack(infos, tokenizer, described)
         if not keep_chunks:
             shutil.rmtree(folder)
     return prepared
@@ -136,6 +142,9 @@ class _Run:
             for block in read_blocks(self._settings.paths, self._settings.chunk_bytes, self._settings.limit):
                 count = block.index + 1
                 if is_finished(self._folder, block.index):
+                    errors = read_info(self._folder, block.index).errors
+                    if errors and self._settings.bad_records == "stop":  # they were skipped before
+                        raise RecordError(**errors[0])
                     figures["resumed_chunks"] += 1
                     bar.update(block.disk_bytes)
                     if self._progress:
@@ -156,15 +165,11 @@ class _Run:
                 bar.update(disk_bytes.pop(task.number))
         return [read_info(self._folder, index) for index in range(count)]
 
-    def pack(self, infos: list[ChunkInfo], tokenizer: ChatTokenizer, fingerprint: str) -> Prepared:
+    def pack(self, infos: list[ChunkInfo], tokenizer: ChatTokenizer, described: dict[str, Any]) -> Prepared:
         """Write the packs of all chunks."""
         counts = summary.total(infos)
         if not counts.kept:
-            empty = summary.numbers(infos, self._settings)
-            raise InputError(
-                "no record is left to train on: pass a longer --seq-length, or records with trained turns\n"
-                + summary.text(empty, str(self._prefix))
-            )
+            raise InputError(_nothing_left(infos, self._settings))
         assembly = Assembly(self._folder, infos, self._settings)
         numbers = summary.numbers(infos, self._settings)
         if self._settings.packing:
@@ -179,7 +184,7 @@ class _Run:
         description = {
             "kind": "megatron-idft packs",
             "format": FORMAT,
-            "settings": self._settings.of_packs(fingerprint),
+            "settings": described,
             "seq_length": self._settings.seq_length,
             "pad_multiple": self._settings.pad_multiple,
             "packs": len(assembly.packs),
@@ -218,6 +223,17 @@ class _Run:
             file=sys.stderr,
             mininterval=1.0,
         )
+
+
+def _nothing_left(infos: list[ChunkInfo], settings: PrepareSettings) -> str:
+    counts, files = summary.total(infos), ", ".join(settings.paths[:3]) + (" …" if len(settings.paths) > 3 else "")
+    why = "pass a longer --seq-length, or records with trained turns"
+    if not counts.records:
+        why = "the files hold none"
+    elif counts.bad == counts.records:
+        why = f"every one is bad; the first: {next(RecordError(**e) for info in infos for e in info.errors)}"
+    empty = summary.text(summary.numbers(infos, settings), "", written=False)
+    return f"{files}: no record is left to train on: {why}\n{empty}"
 
 
 def _largest_id(infos: list[ChunkInfo]) -> int | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from megatron_idft.corpus.records import check_files
@@ -36,17 +37,24 @@ class TokenizedRecords(PackedStore):
 
     Args:
         path: the folder.
+        paths: the record files, by the names of this launch; None: by those of the launch that tokenized them.
 
     Raises:
         InputError: files are missing or of another size.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, paths: Sequence[str] | None = None):
+        self.path, self._paths = Path(path), paths
         super().__init__(self.path / _NAME)
+        now = list(self.meta["files"] if paths is None else paths)
+        self._names = dict(zip(self.meta["files"], now, strict=True))
+        self.meta["files"] = now
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path,)
+        return type(self), (self.path, self._paths)
+
+    def _absent(self) -> str:
+        return self._again()
 
     def _again(self) -> str:
         return f"delete {self.path} to tokenize the records again"
@@ -63,11 +71,23 @@ class TokenizedRecords(PackedStore):
 
     def records(self, indices: Sequence[int] | None = None) -> list[RecordOrigin]:
         """Where the records of these indices (None: all) came from."""
-        return read_index(companion(self.prefix, ".records.parquet"), indices)
+        try:
+            rows = read_index(companion(self.prefix, ".records.parquet"), indices)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{self.prefix}.records.parquet cannot be read ({error}): {self._again()}") from error
+        for row in rows:
+            then, now = row["file"], self._names[row["file"]]
+            if row["id"].startswith(f"{then}:"):  # an id of ours, of files that share a name
+                row["id"] = now + row["id"].removeprefix(then)
+            row["file"] = now
+        return rows
 
     def report(self) -> str:
         """The records and tokens read, kept, cut and left out, as text for a person."""
-        return summary.read(self.prefix)
+        try:
+            return summary.read(self.prefix)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.prefix}.report.json cannot be read ({error}): {self._again()}") from error
 
 
 def tokenize_records(
@@ -88,7 +108,7 @@ def tokenize_records(
         small = sum(Path(path).stat().st_size for path in settings.paths) <= settings.chunk_bytes
         with building(final) as folder:
             prepare(settings, tokenizer, folder / _NAME, workers=0 if small else None, progress=progress)
-    return TokenizedRecords(final)
+    return TokenizedRecords(final, settings.paths)
 
 
 def open_tokenized_records(
@@ -105,7 +125,7 @@ def open_tokenized_records(
             f"no tokenized records at {final}: tokenize_records must finish first, with the same files, tokenizer,"
             " template and settings, on this machine or on a shared file system"
         )
-    return TokenizedRecords(final)
+    return TokenizedRecords(final, settings.paths)
 
 
 def _folder(settings: PrepareSettings, tokenizer: ChatTokenizer, cache_dir: str | Path) -> Path:

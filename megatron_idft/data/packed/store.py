@@ -90,7 +90,7 @@ class PackedStore:
         path = companion(prefix, ".json")
         if not path.is_file():
             state = "is not finished: start the same `prepare` again" if companion(prefix, ".chunks").is_dir() else ""
-            state = state or "is missing: `megatron-idft prepare --output PREFIX` writes it, name that PREFIX"
+            state = state or f"is missing: {self._absent()}"
             raise InputError(f"no packs at {prefix}: {path.name} {state}")
         try:
             self.meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -118,6 +118,10 @@ class PackedStore:
             if found != size:
                 raise InputError(f"{file} should hold {size} bytes, found {found}: {self._again()}")
         self._arrays: dict[str, NDArray[Any]] = {}
+
+    def _absent(self) -> str:
+        """The remedy where there are no packs."""
+        return "`megatron-idft prepare --output PREFIX` writes it, name that PREFIX"
 
     def _again(self) -> str:
         """The remedy for damage."""

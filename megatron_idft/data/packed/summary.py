@@ -69,7 +69,7 @@ def read(prefix: str | Path) -> str:
     return text(values, str(prefix))
 
 
-def text(values: dict[str, Any], prefix: str) -> str:
+def text(values: dict[str, Any], prefix: str, *, written: bool = True) -> str:
     """The report for a person; without packing, only what was read and kept."""
     counts, seq_length = values["counts"], values["seq_length"]
     mean = counts["tokens"] / max(counts["kept"], 1)
@@ -77,7 +77,7 @@ def text(values: dict[str, Any], prefix: str) -> str:
     rows = [
         ("records read", counts["records"], ""),
         ("  kept as documents" if packing else "  kept", counts["kept"], f"{mean:,.1f} tokens on average"),
-        ("  bad, skipped", counts["bad"], f"see {prefix}.errors.jsonl" if counts["bad"] else ""),
+        ("  bad, skipped", counts["bad"], f"see {prefix}.errors.jsonl" if counts["bad"] and written else ""),
         ("  empty, left out", counts["empty"], "no trained token within the sequence length"),
         ("  too long, left out", counts["dropped"], f"more than {seq_length} + 1 tokens"),
         ("truncated", counts["truncated"], f"kept, cut to {seq_length} + 1 tokens"),
@@ -97,7 +97,7 @@ def text(values: dict[str, Any], prefix: str) -> str:
         rows.append(("packs", values["packs"], f"of {seq_length} positions, {_percent(values['efficiency'])} full"))
     lines = [f"{name:<34}{value:>16,}   {note}".rstrip() for name, value, note in rows]
     if not packing:
-        return "\n".join([f"tokenized records {prefix}", *(f"  {line}" for line in lines)])
+        return "\n".join([f"tokenized records {prefix}".rstrip(), *(f"  {line}" for line in lines)])
     compared = values["compared"]
     lines.append(f"packing the first {compared['documents']:,} documents in three ways:")
     for key, name in (

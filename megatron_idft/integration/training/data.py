@@ -228,7 +228,11 @@ def shared_records(
         try:
             tokenize_records(settings, tokenizer, cache, progress=progress)
         except PermissionError as error:
-            raise ArgumentError(f"the tokenized records cannot be kept ({error}): pass --sft-cache DIR") from error
+            if error.filename in paths:
+                raise
+            raise ArgumentError(
+                f"the tokenized records cannot be read or written ({error}): pass --sft-cache DIR"
+            ) from error
 
     build_once(flag, build)
     return open_tokenized_records(settings, tokenizer, cache)
