@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idft.corpus.ledger.leases import Owner
+from megatron_idft.corpus.ledger import leases as leases_module
+from megatron_idft.corpus.ledger.leases import Leases, Owner
 from megatron_idft.corpus.ledger.ledger import Ledger, status_of
 from megatron_idft.errors import LedgerError, SettingsMismatch, UserError
 
@@ -538,3 +539,16 @@ def test_a_part_whose_lease_is_still_there_is_finished(tmp_path, ledger):
     (tmp_path / "parts/chunk-000000.parquet").write_text("x")
     status = one.status()
     assert (status.finished, status.leased, status.left, status.eta_seconds) == (1, [], 0, None)
+
+
+def test_a_signal_in_the_moment_of_a_claim_leaves_the_chunk_to_others(tmp_path, monkeypatch):
+    def interrupted(owner):
+        raise KeyboardInterrupt
+
+    leases = Leases(tmp_path, Owner.here(), 60)
+    with monkeypatch.context() as patched:
+        patched.setattr(leases_module, "asdict", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            leases.take(3, 0)
+    assert leases.read(3, 0, leases.now()).state == "released" and leases.held() == []
+    leases.close()

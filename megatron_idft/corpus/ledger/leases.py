@@ -139,8 +139,8 @@ class Leases:
             file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
-        content = {"owner": asdict(self._owner), "lease_seconds": self._seconds, "taken": os.fstat(file).st_mtime}
         try:
+            content = {"owner": asdict(self._owner), "lease_seconds": self._seconds, "taken": os.fstat(file).st_mtime}
             os.write(file, json.dumps(content).encode())
             with self._lock:
                 os.utime(path)

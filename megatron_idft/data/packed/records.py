@@ -77,8 +77,8 @@ class TokenizedRecords(PackedStore):
             raise InputError(f"{self.prefix}.records.parquet cannot be read ({error}): {self._again()}") from error
         for row in rows:
             then, now = row["file"], self._names[row["file"]]
-            if row["id"].startswith(f"{then}:"):  # an id of ours, of files that share a name
-                row["id"] = now + row["id"].removeprefix(then)
+            if row["id"] == f"{then}:{row['line']}":  # an id of ours, of files that share a name
+                row["id"] = f"{now}:{row['line']}"
             row["file"] = now
         return rows
 

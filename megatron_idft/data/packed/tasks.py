@@ -87,12 +87,12 @@ def _error(failure: Failure, when: str) -> Exception:
     if failure.traceback:
         return RuntimeError(f"in a worker process:\n{failure.traceback}")
     how = f"ended by itself ({failure.end})" if failure.end else failure.reason
-    remedy = "if memory ran out, take fewer --workers. The same command goes on from there"
+    remedy = "if memory ran out, let fewer processors work. Start the same command again"
     return PrepareError(f"a worker process {how} {when}; {remedy}")
 
 
 def _system_error(text: str) -> PrepareError:
-    return PrepareError(f"{text}; mend it and start the same command again: what is finished is kept")
+    return PrepareError(f"{text}; mend it and start the same command again")
 
 
 _ERRORS: dict[str, Callable[..., Exception]] = {

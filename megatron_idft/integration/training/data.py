@@ -71,9 +71,10 @@ def named_data(args: argparse.Namespace) -> NamedData:
         )
     for name, default in _DECIDED.items():
         if getattr(args, name, default) != default:
-            raise ArgumentError(
-                f"--{name.replace('_', '-')} has no effect on packs: `prepare` decided it. Drop it, or prepare again"
-            )
+            flag = f"--{name.replace('_', '-')} has no effect on packs:"
+            if name == "sft_cache":
+                raise ArgumentError(f"{flag} they need no cache. Drop it")
+            raise ArgumentError(f"{flag} `prepare` decided it. Drop it, or prepare again")
     weighted = [prefix for each in valid.values() for prefix, weight in (each or {}).items() if weight != 1]
     if weighted:
         raise ArgumentError(f"--sft-valid-data {weighted[0]}: every pack is read once; drop the weight")
