@@ -64,6 +64,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.4"],
         "report": ["matplotlib>=3.8"],  # the pages of `score report`
         "examples": ["matplotlib>=3.8"],
+        "real": ["gguf>=0.17", "reasoning-gym>=0.1.25"],  # examples/real_model: a pretrained model and problems for it
         "verify": VERIFY,
         "dev": [
             *VERIFY,

@@ -13,17 +13,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 # Without bytecode every interpreter that a test starts would compile torch, transformers and this package anew.
 unset PYTHONDONTWRITEBYTECODE
 
-# install ENVIRONMENT [PIP FLAGS]: makes the environment, and makes it anew where setup.py changed
+# install ENVIRONMENT EXTRAS [PIP FLAGS]: makes the environment, and makes it anew where setup.py changed
 install() {
-    local environment=$1 python
-    shift
+    local environment=$1 extras=$2 python
+    shift 2
     if [ ! -x "$environment/bin/python" ]; then
         python=$(find_python)
         "$python" -m venv "$environment"
     fi
     if ! cmp -s setup.py "$environment/installed-setup.py"; then
         # Most of what is installed is never imported: it need not be compiled.
-        "$environment/bin/pip" install --quiet --no-compile "$@" -e '.[train,examples,dev]'
+        "$environment/bin/pip" install --quiet --no-compile "$@" -e ".[$extras]"
         cp setup.py "$environment/installed-setup.py"
     fi
 }
@@ -38,14 +38,14 @@ print("python", platform.python_version(), *(f"| {name} {version(name)}" for nam
 EOF
 }
 
-install .venv
+install .venv train,examples,real,dev
 environment=.venv
 if [ "${1:-}" = --oldest ]; then
     shift
     environment=.cache/oldest
     mkdir -p .cache
     .venv/bin/python tests/oldest.py >.cache/oldest.txt
-    install "$environment" --constraint .cache/oldest.txt
+    install "$environment" train,examples,dev --constraint .cache/oldest.txt
 fi
 # Other people's cross-entropy kernels, oracles for ours: beside the environment, never in it. Transformer Engine's are
 # plain files of its Python package, which cannot be imported without its compiled one.
