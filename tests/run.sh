@@ -71,6 +71,8 @@ for version in 0.17 0.18; do
         .venv/bin/pip install --quiet --no-compile --no-deps --target "$folder" "megatron-core==$version.*"
     fi
 done
+# The model of tests/real, once: 93 MB. Where it cannot be had, tests/real skips if a part of the tests was asked for.
+.venv/bin/python examples/real_model/fetch.py || [ $# -gt 0 ]
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

@@ -1,8 +1,9 @@
 """Logits of converted checkpoints as Megatron computes them: `logits.py CASES.json OUTPUT <layout flags>`.
 
 Every case is one command line of flags; Megatron parses, builds and loads each with its own code, one after the other
-in this process group. Writes OUTPUT/<case>.pt, fp32 [2, length, padded vocabulary]; for a case with a prompt the ids
-of the prompt and `steps` more, each the likeliest, by as many forward passes over all that there is.
+in this process group. Writes OUTPUT/<case>.pt, fp32 [rows, length, padded vocabulary], of two rows of random tokens or
+of the case's `tokens`; for a case with a prompt the ids of the prompt and `steps` more, each the likeliest, by as many
+forward passes over all that there is.
 """
 
 import json
@@ -74,6 +75,8 @@ def result_of(argv, case):
             likeliest = forward(ids)[0][:, -1:, : case["vocab"]].argmax(-1)
             ids = torch.cat([ids, likeliest], dim=1)
         result = [ids]
+    elif "tokens" in case:
+        result = forward(torch.tensor(case["tokens"]))
     else:
         result = forward(tiny_models.tokens(case["vocab"], args.seq_length))
     unset_global_variables()
