@@ -55,16 +55,21 @@ enter_folder() {
 started=$SECONDS
 say() { printf '[%3d s] %s\n' $((SECONDS - started)) "$*"; }
 
-# logged LOG FILTER COMMAND…: all output goes to LOG, the lines that the sed script FILTER prints go to the terminal.
+# logged LOG FILTER COMMAND…: all output goes to LOG; the terminal gets the lines that the sed script FILTER prints, or
+# a training's progress where FILTER is `progress`.
 logged() {
     local log=$1 filter=$2
     shift 2
-    if ! "$@" 2>&1 | tee "$log" | sed -unE "$filter"; then
+    if ! "$@" 2>&1 | tee "$log" | shown "$filter"; then
         # Without what torchrun says at the end about processes that were stopped: the reason stands before it.
         sed '/torch.distributed.elastic/,$d' "$log" | tail -n 15 >&2
         echo "run.sh: this stage failed; all its output is in $PWD/$log. Start again to go on from here." >&2
         exit 1
     fi
+}
+
+shown() {
+    if [ "$1" = progress ]; then "$python" "$checkout/examples/progress.py"; else sed -unE "$1"; fi
 }
 
 # both PID PID: wait for two stages that run side by side, and fail if one of them did.
@@ -80,19 +85,12 @@ idft() { "$python" -m megatron_idft "$@"; }
 # launch PROCESSES ARGUMENT…: under torchrun.
 launch() { "$python" -m torch.distributed.run --standalone --nproc-per-node "$1" "${@:2}"; }
 
-# One line per log interval out of Megatron's many, and one for each source of the data where there are several; what
-# another process printed may stand in front of it.
-progress='s|^.* sft iteration +([0-9]+)/ +([0-9]+) . source ([^ ]+) .*sft loss: ([^ ]+) .*phi mean: ([^ ]+) .*'
-progress+='phi std: ([^ ]+) .*|                          of \3: objective \4   phi mean \5   phi std \6|p;t;'
-progress+='s|^.* sft iteration +([0-9]+)/ +([0-9]+) .*sft loss: ([^ ]+) .*phi mean: ([^ ]+) .*phi std: ([^ ]+) .*|'
-progress+='        step \1 of \2   objective \3   phi mean \4   phi std \5|p'
-
 # train PROCESSES NAME FLAG…: Megatron's trainer into the folder NAME. A checkpoint there is continued.
 train() {
     local processes=$1 name=$2
     shift 2
     if [ -e "$name/done" ]; then return; fi
-    logged "$name.log" "$progress" launch "$processes" -m megatron_idft train --cpu --save "$name" --load "$name" \
+    logged "$name.log" progress launch "$processes" -m megatron_idft train --cpu --save "$name" --load "$name" \
         --save-interval 100 --lr-decay-style cosine --clip-grad 1.0 --weight-decay 0.01 "$@"
     touch "$name/done"
 }

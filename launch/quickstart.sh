@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# From a fresh clone to a fine-tuned model, with nothing but Python 3.12 and a CPU: environment, then examples/arithmetic.
-#   bash launch/quickstart.sh [--fresh] [--seeds "1 2 3"] [--out FOLDER]
+# From a fresh clone to a tuned model that answers, with nothing but Python 3.12, a C compiler and a CPU: environment,
+# then examples/real_model.
+#   bash launch/quickstart.sh [--fresh] [--out FOLDER]
 # PYTHON=/path/to/python chooses the interpreter of a new environment.
 set -euo pipefail
 
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/python.sh
 source "$checkout/launch/python.sh"
-case " $* " in *" -h "* | *" --help "*) exec bash "$checkout/examples/arithmetic/run.sh" --help ;; esac
+case " $* " in *" -h "* | *" --help "*) exec bash "$checkout/examples/real_model/run.sh" --help ;; esac
 
 venv=$checkout/.venv
 if [ ! -x "$venv/bin/python" ]; then
@@ -17,8 +18,8 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 # Installed by an earlier run, here or by tests/run.sh, for this setup.py?
 if ! cmp -s "$checkout/setup.py" "$venv/installed-quickstart.py" && ! cmp -s "$checkout/setup.py" "$venv/installed-setup.py"; then
-    echo "Installing megatron-idft with torch, megatron-core and matplotlib into $venv; a few minutes and gigabytes"
-    "$venv/bin/python" -m pip install --disable-pip-version-check -e "${checkout}[train,examples]"
+    echo "Installing megatron-idft with torch, megatron-core and reasoning-gym into $venv; a few minutes and gigabytes"
+    "$venv/bin/python" -m pip install --disable-pip-version-check -e "${checkout}[train,examples,real]"
     cp "$checkout/setup.py" "$venv/installed-quickstart.py"
 fi
 
@@ -27,4 +28,4 @@ if ! (cd "$checkout" && "$venv/bin/python" -m megatron_idft doctor); then
     echo "    rm -rf $venv && bash launch/quickstart.sh" >&2
     exit 1
 fi
-PYTHON=$venv/bin/python exec bash "$checkout/examples/arithmetic/run.sh" "$@"
+PYTHON=$venv/bin/python exec bash "$checkout/examples/real_model/run.sh" "$@"

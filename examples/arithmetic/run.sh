@@ -13,7 +13,7 @@ option() {
         *) return 1 ;;
     esac
 }
-arguments "$checkout/.quickstart" "$@"
+arguments "$checkout/.cache/arithmetic-example" "$@"
 enter_folder ""
 
 model=(--tokenizer-model tokenizer.model --chat-template chatml
