@@ -1,17 +1,15 @@
 """The messages and tools of a record, checked and brought into one form: what chat templates expect.
 
-A message is `{"role", "content"}` and may carry, beside keys that are passed on as they came:
+A message is `{"role", "content"}`, or ShareGPT's `{"from", "value"}` with the names of roles that `SHAREGPT_ROLES`
+lists. `content` is a text, or a list of text parts, which are joined. It may carry, beside keys that are passed on as
+they came:
 
 - assistant: `tool_calls` in the OpenAI form, `reasoning_content`, `loss`. `content` may be empty or null beside one of
   the first two, and is then the empty text. What other trainers call `loss` is read as such.
 - tool: `tool_call_id`, `name`.
 
 Arguments of tool calls become objects, also where they came as JSON text: templates of Hugging Face write them with
-`tojson`, which would quote a text a second time.
-
-A record holds them as `messages`, or as `prompt` and `response`, with `system` and `history`. Keys that say something
-of the conversation, and that nobody renders here, are refused by name: training without them would be silently wrong.
-All others are no part of it.
+`tojson`, which would quote a text a second time. formats.py says where a record holds its messages.
 """
 
 import json
@@ -29,68 +27,49 @@ _LOSS_NAMES = ("loss", "loss_mask", "step_loss_mask", "loss_weight", "weight", "
 # They say which tokens are trained, too, but a part of the message, or in a sense that differs between programs.
 _UNCLEAR_LOSS_NAMES = ("mask", "masked", "loss_scale", "train_detail", "training_detail", "ignore_loss", "no_loss")
 
-_SYSTEM = ("system", "system_prompt")
-_TEXT_ONLY = "only text is served: leave such records out, or remove the key"
-_BUILT_IN = "use a chat template that has it built in (--chat-template FILE), and remove the key"
-_UNSERVED = {
-    "functions": 'write them as "tools": [{"type": "function", "function": {"name": …}}]',
-    "chat_template_kwargs": _BUILT_IN,
-    "enable_thinking": _BUILT_IN,
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ONLY),
+# Who speaks, in ShareGPT's words, as FastChat, Axolotl and LLaMA-Factory read them; in any case of letters.
+SHAREGPT_ROLES = {
+    "system": "system",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response", "tool_response"), "tool"),
 }
-_WEIGHTS = ("weight", "loss_weight", "sample_weight")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_PART_KEYS = ("type", "text", "annotations", "cache_control", "citations", "logprobs")  # the last four change no text
 
 Message = dict[str, Any]
 Bad = Callable[[str, str], Exception]  # (field, message) -> the error to raise
 
 
-def conversation(row: dict[str, Any], bad: Bad, *, from_parquet: bool = False) -> tuple[list[Message], set[str]]:
-    """The messages of a row, checked, and the keys that they came from. Raises `bad(field, why)`."""
-    if row.get("messages") is not None:
-        messages, used = checked_messages(row["messages"], bad, from_parquet=from_parquet), {"messages"}
-        if row.get("history") not in (None, [], ""):
-            raise bad("history", 'stands beside "messages", which hold the whole conversation: put its turns there')
-    elif row.get("prompt") is not None or row.get("response") is not None:
-        messages, used = _history(row.get("history"), bad), {"messages", "history", "prompt", "response"}
-        messages += _exchange((row.get("prompt"), row.get("response")), ("prompt", "response"), bad)
-    else:
-        raise bad("messages", 'missing; a record holds "messages", or "prompt" and "response"')
-    return _with_system(messages, row, bad), used.union(_SYSTEM)
-
-
-def refuse_unserved(row: dict[str, Any], bad: Bad, *, from_parquet: bool = False) -> None:
-    """Raises `bad(field, why)` for a key that changes the conversation or its weight and is not served."""
-    for key, remedy in _UNSERVED.items():
-        value = without_nulls(row.get(key)) if from_parquet else row.get(key)
-        if value not in (None, [], {}, ""):
-            raise bad(key, f"is not served: {remedy}")
-    for key in _WEIGHTS:
-        if isinstance(row.get(key), int | float) and row[key] != 1:
-            raise bad(key, 'is not served: give the assistant\'s messages a "loss", or call the key otherwise')
-
-
-def checked_messages(messages: Any, bad: Bad, *, from_parquet: bool = False) -> list[Message]:
+def checked_messages(messages: Any, key: str, bad: Bad, *, from_parquet: bool = False) -> list[Message]:
     """The messages of a record in the form above.
 
     Args:
-        messages: as the record has them.
+        messages: as the record has them: a list, or its JSON text.
+        key: of the record, that holds them.
         bad: makes the error for a field and the reason.
         from_parquet: every object has every key there, so null means absent inside tool calls too.
 
     Raises:
         RecordError: as `bad` makes it.
     """
+    if isinstance(messages, str):
+        messages, from_parquet = _from_json(messages, key, bad), False
+        _check_text(json.dumps(messages, ensure_ascii=False), key, bad)  # escapes in there were not looked at yet
     if not isinstance(messages, list):
-        raise bad("messages", f"expected a list, found {kind(messages)}")
+        raise bad(key, f"expected a list, found {kind(messages)}")
     if not messages:
-        raise bad("messages", "empty")
-    return [_checked_message(message, f"messages[{i}]", bad, from_parquet) for i, message in enumerate(messages)]
+        raise bad(key, "empty")
+    return [_checked_message(message, f"{key}[{i}]", bad, from_parquet) for i, message in enumerate(messages)]
 
 
-def checked_tools(tools: Any, bad: Bad, *, from_parquet: bool = False) -> list[dict[str, Any]] | None:
+def checked_tools(
+    tools: Any, bad: Bad, *, from_parquet: bool = False, may_be_bare: bool = False
+) -> list[dict[str, Any]] | None:
     """The record's tools in the OpenAI form; None where there are none. A JSON text is read. Raises `bad(field, why)`.
 
-    Parquet cannot hold a different object in each row, so a JSON text is the usual form there.
+    Parquet cannot hold a different object in each row, so a JSON text is the usual form there. `may_be_bare`: functions
+    without the object around them, as LLaMA-Factory has them, are given it.
     """
     if isinstance(tools, str):
         if not tools.strip():
@@ -102,6 +81,11 @@ def checked_tools(tools: Any, bad: Bad, *, from_parquet: bool = False) -> list[d
         raise bad("tools", f"expected a list, found {kind(tools)}")
     if from_parquet:
         tools = without_nulls(tools)
+    if may_be_bare:
+        tools = [
+            {"type": "function", "function": tool} if isinstance(tool, dict) and "name" in tool else tool
+            for tool in tools
+        ]
     for i, tool in enumerate(tools):
         function = _function(tool, f"tools[{i}]", bad)
         if not isinstance(function.get("description", ""), str):
@@ -167,12 +151,18 @@ def without_nulls(value: Any) -> Any:
 def _checked_message(message: Any, at: str, bad: Bad, from_parquet: bool) -> Message:
     if not isinstance(message, dict):
         raise bad(at, f"expected an object, found {kind(message)}")
-    role = message.get("role")
+    role, text_key, calls_key = message.get("role"), "content", "tool_calls"
+    if role is None and message.get("from") is not None:
+        text_key, calls_key = "value", "value" if message.get("tool_calls") is None else "tool_calls"
+        message = _from_sharegpt(message, at, bad)
+        role = message["role"]
+    if role is None:
+        raise bad(f"{at}.role", 'missing; a message holds "role" and "content", or "from" and "value"')
     if not isinstance(role, str) or role not in ROLES:
         raise bad(f"{at}.role", f"{shown(role)} is none of {', '.join(ROLES)}")
     # Parquet gives every message every key; null means absent there and means nothing in JSON.
     checked = {key: value for key, value in message.items() if value is not None}
-    calls = _checked_calls(checked.pop("tool_calls", None), role, f"{at}.tool_calls", bad, from_parquet)
+    calls = _checked_calls(checked.pop("tool_calls", None), role, f"{at}.{calls_key}", bad, from_parquet)
     if calls:
         checked["tool_calls"] = calls
     reasoning = checked.pop("reasoning_content", "")
@@ -184,13 +174,64 @@ def _checked_message(message: Any, at: str, bad: Bad, from_parquet: bool) -> Mes
             raise bad(f"{at}.reasoning_content", f"only assistant messages have one, this is a {role} message")
         checked["reasoning_content"] = reasoning
     may_be_empty = bool(calls or reasoning.strip())
-    checked["content"] = checked_content(checked.get("content"), role, f"{at}.content", bad, may_be_empty=may_be_empty)
+    content, content_at = checked.get("content"), f"{at}.{text_key}"
+    if isinstance(content, list):
+        content = "".join(_part_text(part, f"{content_at}[{i}]", bad) for i, part in enumerate(content))
+    elif content is None and "value" in checked:
+        raise bad(f"{at}.value", 'stands beside "role": write "role" and "content", or "from" and "value"')
+    checked["content"] = checked_content(content, role, content_at, bad, may_be_empty=may_be_empty)
     if role == "tool":
         for key in ("tool_call_id", "name"):
             if not isinstance(checked.get(key, ""), str):
                 raise bad(f"{at}.{key}", f"expected a string, found {kind(checked[key])}")
     _read_loss(checked, at, bad)
     return checked
+
+
+def _part_text(part: Any, at: str, bad: Bad) -> str:
+    """The text of a part of OpenAI's content lists."""
+    if not isinstance(part, dict):
+        raise bad(at, f'expected {{"type": "text", "text": …}}, found {kind(part)}')
+    if part.get("type") not in (None, *_TEXT_PARTS):
+        raise bad(f"{at}.type", f"{shown(part['type'])} is not served, only text is: leave such records out")
+    for key, value in part.items():
+        if key not in _PART_KEYS and value not in (None, "", [], {}):
+            raise bad(f"{at}.{shown(key)[1:-1]}", "is not served, only text is: leave such records out")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise bad(f"{at}.text", f"expected a string, found {kind(text)}")
+    return text
+
+
+def _from_sharegpt(turn: Message, at: str, bad: Bad) -> Message:
+    """A turn `{"from", "value"}` with the keys of a message, still to be checked."""
+    speaker, value = turn["from"], turn.get("value")
+    role = SHAREGPT_ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        raise bad(f"{at}.from", f"{shown(speaker)} is none of {', '.join(SHAREGPT_ROLES)}")
+    if turn.get("content") is not None:
+        raise bad(f"{at}.content", 'stands beside "from": write "from" and "value", or "role" and "content"')
+    own = ("from", "value", "role", "content")
+    message = {key: item for key, item in turn.items() if key not in own and item is not None}
+    if speaker.lower() != "function_call":
+        return {"role": role, "content": value} | message
+    if "tool_calls" in message:
+        raise bad(f"{at}.tool_calls", 'stands beside "function_call", which means the same: keep one of the two')
+    return {"role": role, "content": "", "tool_calls": _called(value, f"{at}.value", bad)} | message
+
+
+def _called(value: Any, at: str, bad: Bad) -> list[dict[str, Any]]:
+    """The calls that the value of a `function_call` turn holds: `{"name", "arguments"}`, or a list of them, as JSON."""
+    calls = _from_json(value, at, bad) if isinstance(value, str) else value
+    calls = calls if isinstance(calls, list) else [calls]
+    for call in calls:
+        if not isinstance(call, dict) or not call.keys() <= {"name", "arguments"}:
+            raise bad(
+                at, f'expected {{"name": …, "arguments": {{…}}}} as JSON, or a list of them, found {shown(value)}'
+            )
+    if not calls:
+        raise bad(at, "empty: nothing to train on")
+    return [{"function": call} for call in calls]
 
 
 def _read_loss(message: Message, at: str, bad: Bad) -> None:
@@ -267,7 +308,7 @@ def _from_json(text: str, at: str, bad: Bad) -> Any:
     except RecursionError:  # of json's own, or ours
         raise bad(at, f"nested more than {MAX_DEPTH} levels deep") from None
     except ValueError as error:
-        raise bad(at, f"not JSON: {error}") from None
+        raise bad(at, f"not JSON: {error}; write it as json.dumps does") from None
     return value
 
 
@@ -286,36 +327,3 @@ def _check_writable(value: Any, at: str, bad: Bad) -> None:
     except (TypeError, RecursionError) as error:  # what only Parquet holds, such as dates
         raise bad(at, f"cannot be written as JSON: {error}") from None
     _check_text(text, at, bad)
-
-
-def _history(pairs: Any, bad: Bad) -> list[Message]:
-    if pairs is None or pairs == "":
-        return []
-    if not isinstance(pairs, list):
-        raise bad("history", f"expected a list of [question, answer], found {kind(pairs)}")
-    messages: list[Message] = []
-    for i, pair in enumerate(pairs):
-        at = f"history[{i}]"
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise bad(at, f"expected [question, answer], found {kind(pair)}")
-        messages += _exchange(pair, (f"{at}[0]", f"{at}[1]"), bad)
-    return messages
-
-
-def _exchange(texts: Any, fields: tuple[str, str], bad: Bad) -> list[Message]:
-    return [
-        {"role": role, "content": checked_content(text, role, field, bad)}
-        for text, role, field in zip(texts, ("user", "assistant"), fields, strict=True)
-    ]
-
-
-def _with_system(messages: list[Message], row: dict[str, Any], bad: Bad) -> list[Message]:
-    said = {key: row[key] for key in _SYSTEM if row.get(key) not in (None, "")}
-    for key, text in said.items():
-        checked_content(text, "system", key, bad)
-        there = [message["content"] for message in messages if message["role"] == "system"]
-        if not there:
-            messages = [{"role": "system", "content": text}, *messages]
-        elif there != [text]:
-            raise bad(key, "contradicts the system message that is there already: keep one of the two")
-    return messages

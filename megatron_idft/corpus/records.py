@@ -1,8 +1,7 @@
 """Conversation records in, as a stream: JSONL (.gz, .zst) and Parquet.
 
-A record is `{"messages": [{"role", "content"}, …]}` or `{"prompt", "response"}`, with optional `id`, `answer`,
-`source` and `tools`; every other column is carried through in `extra`. messages.py says which keys make or change a
-conversation, and what messages may hold.
+A record holds a conversation in one of the forms of formats.py, with optional `id`, `answer`, `source` and `tools`;
+every other column is carried through in `extra`. messages.py says what messages may hold.
 Memory stays bounded by one line, or one small batch of Parquet rows.
 """
 
@@ -18,16 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from megatron_idft.corpus.messages import (
-    MAX_DEPTH,
-    ROLES,
-    Message,
-    checked_tools,
-    conversation,
-    kind,
-    refuse_unserved,
-    too_deep,
-)
+from megatron_idft.corpus.formats import MESSAGES, conversation, refuse_unserved
+from megatron_idft.corpus.messages import MAX_DEPTH, ROLES, Message, checked_tools, kind, too_deep
 from megatron_idft.errors import RAW_EXCERPT, InputError, RecordError
 
 __all__ = ["ROLES", "ErrorLog", "Message", "OnBytes", "OnError", "Record", "RecordError", "read_records"]
@@ -35,6 +26,7 @@ __all__ = ["ROLES", "ErrorLog", "Message", "OnBytes", "OnError", "Record", "Reco
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 MAX_LINE_BYTES = 64 << 20  # one line may not exhaust the memory: a file without newlines is a fault, not a record
 PARQUET_BATCH_ROWS = 256
+_TO_LINES = "make lines of it with jq -c '.[]' FILE (jq -c . FILE, where it is no array)"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # escaped, alone or one of a pair
 
 
@@ -48,6 +40,7 @@ class Record:
         file: where it came from.
         line: of the file, or row in Parquet, from 1.
         tools: the functions that the assistant may call, in the OpenAI form; `extra` has them too, as they came.
+        form: the name of the one that it was written in; no part of its content.
     """
 
     messages: list[Message]
@@ -58,6 +51,7 @@ class Record:
     source: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] | None = None
+    form: str = field(default=MESSAGES.name, compare=False)
 
     @property
     def source_name(self) -> str:
@@ -156,10 +150,18 @@ def check_files(paths: Sequence[str | Path]) -> list[Path]:
     files = [Path(path) for path in paths]
     for file in files:
         if not str(file).endswith(SUFFIXES):
-            raise InputError(f"{file}: unknown record file, expected a name ending in {', '.join(SUFFIXES)}")
+            raise InputError(f"{file}: unknown record file, expected a name ending in {_ending_in(file)}")
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such record file")
     return files
+
+
+def _ending_in(file: Path) -> str:
+    remedy = ""
+    if file.suffix == ".json":
+        lines = f"jq -c '.[]' {file} > {file}l"
+        remedy = f". If each line holds a record, name it {file.name}l; if it is one array: {lines}"
+    return ", ".join(SUFFIXES) + remedy
 
 
 _Rows = Iterator[tuple[int, Any]]  # (line, decoded row or the RecordError that stands in its place)
@@ -226,6 +228,8 @@ def parse_line(text: bytes, file: str, line: int) -> Any:
         reason = f"not UTF-8: {error.reason} at byte {error.start} of the line"
     except json.JSONDecodeError as error:
         reason = f"not JSON: {error.msg} at column {error.colno}"
+        if line == 1 and text.strip() in (b"[", b"{"):
+            reason = f"the file is JSON over several lines, not a record in each: {_TO_LINES}"
     except RecursionError:  # of json's own, or ours
         reason = f"not readable JSON: nested more than {MAX_DEPTH} levels deep"
     except ValueError as error:  # absurdly long integers
@@ -296,9 +300,10 @@ def to_record(row: Any, file: str, line: int, default_id: str) -> Record:
         return RecordError(file, line, field, message)
 
     if not isinstance(row, dict):
-        raise bad("", f"expected an object, found {kind(row)}")
+        remedy = f"; {_TO_LINES}" if line == 1 and isinstance(row, list) else ""
+        raise bad("", f"expected an object, found {kind(row)}{remedy}")
     from_parquet = file.endswith(".parquet")
-    messages, used = conversation(row, bad, from_parquet=from_parquet)
+    messages, used, form = conversation(row, bad, from_parquet=from_parquet)
     if row.get("token_ids") is None:  # else nobody renders the conversation
         refuse_unserved(row, bad, from_parquet=from_parquet)
     extra = {key: value for key, value in row.items() if key not in used}
@@ -309,5 +314,5 @@ def to_record(row: Any, file: str, line: int, default_id: str) -> Record:
     if source is not None and not isinstance(source, str):
         raise bad("source", f"expected a string, found {kind(source)}")
     name = default_id if identity is None or identity == "" else str(identity)
-    tools = checked_tools(row.get("tools"), bad, from_parquet=from_parquet)
-    return Record(messages, name, file, line, extra.pop("answer", None), source, extra, tools)
+    tools = checked_tools(row.get("tools"), bad, from_parquet=from_parquet, may_be_bare=form.bare_tools)
+    return Record(messages, name, file, line, extra.pop("answer", None), source, extra, tools, form.name)

@@ -17,7 +17,9 @@ _BEFORE = {
     "--sft-template-date": "--template-date",
     "--sft-cache": "--token-cache",
 }
-DATA_HELP = "JSONL (also .gz, .zst) or Parquet, with `messages` or with `prompt` and `response`."
+DATA_HELP = (
+    "JSONL (also .gz, .zst) or Parquet: `messages`, `prompt` and `response`, ShareGPT, Alpaca or prompt-completion."
+)
 
 
 def _add(group: Any, name: str, **options: Any) -> None:

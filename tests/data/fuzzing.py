@@ -73,12 +73,36 @@ def weights_of(messages):
 # Lines of JSON
 
 
+def in_the_words_of_others(rng, form, messages):
+    """Columns that hold the messages in a form of other trainers."""
+    if form == 6:
+        speakers = {"user": ["human", "user", "User"], "assistant": ["gpt", "chatgpt"], "system": ["system"]}
+        turns = [{"from": rng.choice(speakers[m["role"]]), "value": m["content"]} for m in messages]
+        return {"conversations": turns if rng.random() < 0.5 else json.dumps(turns)}
+    if form == 7:
+        return {"prompt": messages[:-1], "completion": messages[-1:]} if len(messages) == 2 else {"messages": messages}
+    if form == 8:
+        half = [len(message["content"]) // 2 for message in messages]
+        parts = [
+            [{"type": "text", "text": m["content"][:at]}, {"text": m["content"][at:]}]
+            for m, at in zip(messages, half, strict=True)
+        ]
+        return {"messages": [m | {"content": part} for m, part in zip(messages, parts, strict=True)]}
+    if form == 9 and len(messages) == 2:
+        return {
+            "instruction": messages[0]["content"],
+            "input": rng.choice(["", None]),
+            "output": messages[1]["content"],
+        }
+    return {"messages": messages}
+
+
 def good_row(rng, number):
     """(columns, the case that is right for them)."""
     odd = rng.random() < 0.5
     messages = talk(rng, odd)
     case = Case(messages=messages, weights=weights_of(messages))
-    form = rng.randrange(6)
+    form = rng.randrange(10)
     written = [dict(message) for message in messages]
     if form == 0 and len(messages) > 1:
         row = {}
@@ -93,7 +117,7 @@ def good_row(rng, number):
         messages.insert(0, {"role": "system", "content": row["system"]})
         case.weights.insert(0, 0.0)
     else:
-        row = {"messages": written}
+        row = in_the_words_of_others(rng, form, written)
     if form in (2, 3) and "messages" in row:
         for message, place in zip(written, range(len(written)), strict=True):
             if message["role"] == "assistant":
@@ -121,7 +145,7 @@ BAD_MESSAGES = [
     ("messages[0].role", {"role": ["user"], "content": "q"}),
     ("messages[0].role", {"content": "q"}),
     ("messages[0].content", {"role": "user"}),
-    ("messages[0].content", {"role": "user", "content": [{"type": "text", "text": "x"}]}),
+    ("messages[0].content[0].type", {"role": "user", "content": [{"type": "image", "url": "x"}]}),
     ("messages[0].content", {"role": "assistant", "content": " \n"}),
     ("messages[0]", "hello"),
     ("messages[0]", None),

@@ -40,11 +40,20 @@ def write_records(path: Path, numbers: range, seed: int) -> list[dict]:
             a, b = rng.randrange(3), rng.randrange(3)
             messages.append({"role": "user", "content": f"{a} + {b}?"})
             messages.append({"role": "assistant", "content": f"\\boxed{{{a + b}}}."})
-        records.append(
-            {"messages": messages, "id": f"r{number}", "source": "even" if number % 2 else "odd", "n": number}
-        )
+        columns = in_a_form(number, messages)
+        records.append(columns | {"id": f"r{number}", "source": "even" if number % 2 else "odd", "n": number})
     path.write_text("\n".join(json.dumps(record) for record in records) + "\n")
     return records
+
+
+def in_a_form(number: int, messages: list[dict]) -> dict:
+    """These messages as people write them."""
+    if number % 3 == 1:
+        names = {"user": "human", "assistant": "gpt"}
+        return {"conversations": [{"from": names[said["role"]], "value": said["content"]} for said in messages]}
+    if number % 3 == 2 and len(messages) == 2:
+        return {"instruction": messages[0]["content"], "input": "", "output": messages[1]["content"]}
+    return {"messages": messages}
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +111,7 @@ def test_every_record_is_there_once_and_what_is_kept_is_right(folder, realigned)
             continue
         record = json.loads(row["record"])
         assert record["n"] == row["index"] and record["source"] == row["source"]
+        assert record.keys().isdisjoint({"conversations", "instruction", "input", "output"})  # nothing of the old text
         for question, answer in zip(record["messages"][::2], record["messages"][1::2], strict=True):
             a, b = question["content"].rstrip("?").split(" + ")
             assert answer["content"].split()[-1] == str(int(a) + int(b))
@@ -322,12 +332,18 @@ def test_verbs_without_a_model(folder, realigned, tmp_path):
 def test_dry_run_and_estimate_write_nothing(folder, tmp_path):
     output = tmp_path / "out"
     text = forked(["-m", "megatron_idft", "realign", *flags(folder, output, "--dry-run")])
-    assert "> plain prompt" in text and "> hinted prompt:" in text and "> reference answer:" in text
+    assert (
+        "> data.jsonl: 1 record in the messages form (messages)\n" in text
+        and "> plain prompt" in text
+        and "> hinted prompt:" in text
+        and "> reference answer:" in text
+    )
     analysis = [word for word in flags(folder, output, "--dry-run") if word != "--no-analysis"]
     at = analysis.index("--hint-prompt")
     text = forked(["-m", "megatron_idft", "realign", *analysis[:at], *analysis[at + 2 :]])
     assert "> analysis prompt (analysis.txt):" in text and "# CoT" in text
     text = forked(["-m", "megatron_idft", "realign", *flags(folder, output, "--estimate")], nproc=2)
+    assert text.count("> data.jsonl: 16 records in the ShareGPT form (conversations)\n") == 1
     assert f"{RECORDS} of {RECORDS} records" in text and "on 2 replicas" in text and "hours" in text
     assert "before" in text and "after" in text
     assert not output.exists()

@@ -251,9 +251,10 @@ def test_dry_run_and_estimate_write_nothing(folder, tmp_path):
     output = tmp_path / "out"
     turns = [("user", "1 + 2?"), ("assistant", "3."), ("user", "3 + 4?"), ("assistant", "7.")]
     two = tmp_path / "two.jsonl"
-    two.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+    two.write_text(json.dumps({"conversations": [{"from": role, "value": text} for role, text in turns]}) + "\n")
     words = flags(folder, output, f"--dry-run --data {two}")
-    assert "⟦3.<|im_end|>⟧" in forked(["-m", "megatron_idft", "score", *words])
+    text = forked(["-m", "megatron_idft", "score", *words])
+    assert "⟦3.<|im_end|>⟧" in text and text.count("two.jsonl: 1 record in the ShareGPT form (conversations)") == 1
     text = forked(["-m", "megatron_idft", "score", *words, "--sft-last-turn-only"])
     assert "⟦3." not in text and "⟦7.<|im_end|>⟧" in text and "scored spans" in text
     text = forked(["-m", "megatron_idft", "score", *flags(folder, output, "--estimate")])

@@ -77,6 +77,7 @@ def test_start_shows_the_data_and_the_resolved_loss(corpus, tmp_path):
     sample = output[output.index("first sample") :].splitlines()
     assert re.search(r"⟦\d+\.<\|im_end\|>⟧", "\n".join(sample[1:8])), "answer and end of turn are marked as trained"
     assert not any(re.search(r"⟦[^⟧]*\?", line) for line in sample[1:8]), "the question is not"
+    assert output.count("train.jsonl: 22 records in the ") == 1
     assert re.search(r"records read +22\n", output) and "truncated" in output
     line = next(line for line in output.splitlines() if line.startswith("> sft loss: "))
     for part in ("objective entropy", "exempt tokens [5]", "end of turn [5]", "backend reference", "per-token-loss on"):

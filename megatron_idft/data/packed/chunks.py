@@ -32,6 +32,7 @@ class ChunkInfo:
         per_source: figures of each, see encoding.py.
         lengths: how many documents had 2^(k-1) to 2^k - 1 tokens, by k, before any was cut.
         errors: the bad records that were skipped.
+        forms: how many records were read in each form, by its name.
     """
 
     index: int
@@ -47,6 +48,7 @@ class ChunkInfo:
     per_source: list[dict[str, int]] = field(default_factory=list)
     lengths: dict[str, int] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
+    forms: dict[str, int] = field(default_factory=dict)  # chunks of earlier versions do not say
 
 
 @dataclass(slots=True)

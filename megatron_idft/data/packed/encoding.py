@@ -55,6 +55,7 @@ class BlockEncoder:
             if isinstance(record, RecordError):
                 builder.bad(record)
                 continue
+            builder.info.forms[record.form] = builder.info.forms.get(record.form, 0) + 1
             try:
                 own = self._pretokenized.read(record) if not record.extra.keys().isdisjoint(_OWN_COLUMNS) else None
                 item = own or renderer.render(record)

@@ -1,7 +1,9 @@
 """The content of packs, for a person to read."""
 
+from collections import Counter
 from collections.abc import Iterator
 
+from megatron_idft.corpus.formats import describe_forms
 from megatron_idft.data.chat.show import render_sample
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.data.packed.blocks import read_blocks
@@ -31,9 +33,10 @@ def show_records(settings: PrepareSettings, tokenizer: ChatTokenizer, count: int
         RecordError, TemplateError: as in `prepare`.
     """
     encoder = BlockEncoder(tokenizer, settings)
-    shown = 0
+    shown, forms = 0, Counter[tuple[str, str]]()
     for block in read_blocks(settings.paths, 1 << 16, settings.limit):
         chunk = encoder.encode(block)
+        forms.update({(block.file, name): count for name, count in chunk.info.forms.items()})
         begin = 0
         for line, length, source in zip(
             chunk.lines.tolist(), chunk.lengths.tolist(), chunk.sources.tolist(), strict=True
@@ -44,6 +47,10 @@ def show_records(settings: PrepareSettings, tokenizer: ChatTokenizer, count: int
             yield f"{block.file}, line {line}, source {chunk.info.sources[source]!r}: {sample}"
             begin, shown = begin + length, shown + 1
             if shown == count:
-                return
+                break
+        if shown == count:
+            break
     if not shown:
         raise RecordError(settings.paths[0], 1, "", "no record of the input is left to train on")
+    said = describe_forms((file, name, records) for (file, name), records in forms.items())
+    yield "\n".join(f"of the records looked at, {line}" for line in said)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_idft.corpus.formats import describe_forms
 from megatron_idft.data.packed.chunks import ChunkInfo
 from megatron_idft.data.packed.counts import Counts
 from megatron_idft.data.packed.encoding import SOURCE_FIGURES
@@ -28,7 +29,9 @@ def numbers(infos: list[ChunkInfo], settings: PrepareSettings) -> dict[str, Any]
     counts = total(infos)
     per_source: dict[str, dict[str, int]] = {}
     lengths: Counter[int] = Counter()
+    forms: Counter[tuple[str, str]] = Counter()
     for info in infos:
+        forms.update({(settings.paths[info.file_number], name): number for name, number in info.forms.items()})
         for name, figures in zip(info.sources, info.per_source, strict=True):
             sums = per_source.setdefault(name, dict.fromkeys(SOURCE_FIGURES, 0))
             for key in SOURCE_FIGURES:
@@ -40,6 +43,7 @@ def numbers(infos: list[ChunkInfo], settings: PrepareSettings) -> dict[str, Any]
         "lengths": [
             {"from": 1 << max(bits - 1, 0), "to": (1 << bits) - 1, "records": lengths[bits]} for bits in sorted(lengths)
         ],
+        "forms": [[file, name, number] for (file, name), number in forms.items()],
         "per_source": per_source,
         "seq_length": settings.seq_length,
     }
@@ -96,6 +100,7 @@ def text(values: dict[str, Any], prefix: str, *, written: bool = True) -> str:
     if packing:
         rows.append(("packs", values["packs"], f"of {seq_length} positions, {_percent(values['efficiency'])} full"))
     lines = [f"{name:<34}{value:>16,}   {note}".rstrip() for name, value, note in rows]
+    lines = [*describe_forms(values.get("forms", [])), *lines]  # reports of earlier versions do not say
     if not packing:
         return "\n".join([f"tokenized records {prefix}".rstrip(), *(f"  {line}" for line in lines)])
     compared = values["compared"]

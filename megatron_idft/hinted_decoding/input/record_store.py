@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +29,7 @@ class RecordStore:
 
     Attributes:
         fingerprint: of the content of all its records.
+        forms: how many records each file had in each form, as `describe_forms` takes them.
 
     Raises:
         InputError: the copy is damaged.
@@ -35,7 +38,9 @@ class RecordStore:
     def __init__(self, path: Path):
         try:
             self._file = pq.ParquetFile(path / "records.parquet")
-            self.fingerprint = str(json.loads((path / "meta.json").read_text(encoding="utf-8"))["fingerprint"])
+            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+            self.fingerprint = str(meta["fingerprint"])
+            self.forms: list[list[Any]] = meta.get("forms", [])  # copies of earlier versions do not say
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise InputError(f"{path} is damaged ({error}): delete it to have it made again") from error
         self._last: tuple[int, list[str]] = (-1, [])
@@ -93,9 +98,11 @@ def build_store(
             on_error = None
             if bad_records == "skip":
                 on_error = stack.enter_context(ErrorLog(folder / "errors.jsonl"))
-            rows = _rows(data, on_error, on_bytes)
+            forms: Counter[tuple[str, str]] = Counter()
+            rows = _rows(data, on_error, on_bytes, forms)
             fingerprint = _write(folder / "records.parquet", rows if limit is None else islice(rows, limit), data)
-        (folder / "meta.json").write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
+        meta = {"fingerprint": fingerprint, "forms": [[*form, count] for form, count in forms.items()]}
+        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         for file in folder.iterdir():
             sync(file)
 
@@ -122,7 +129,10 @@ def _content(text: str) -> str:
 
 
 def _rows(
-    data: Sequence[str], on_error: ErrorLog | None, on_bytes: Callable[[int], None] | None
+    data: Sequence[str],
+    on_error: ErrorLog | None,
+    on_bytes: Callable[[int], None] | None,
+    forms: Counter[tuple[str, str]],
 ) -> Iterator[tuple[str, str]]:
     seen: dict[int, int] = {}  # hash of an id -> line
     for record in read_records(list(data), on_error=on_error, on_bytes=on_bytes):
@@ -134,7 +144,9 @@ def _rows(
                     record.file, record.line, "id", f"{before}: ids name random draws, so each must occur once"
                 )
             seen[digest] = record.line
-            yield record.id, _as_json(record)
+            text = _as_json(record)
+            forms[record.file, record.form] += 1
+            yield record.id, text
         except RecordError as error:
             if on_error is None:
                 raise
@@ -142,7 +154,7 @@ def _rows(
 
 
 def _as_json(record: Record) -> str:
-    fields = {name: getattr(record, name) for name in Record.__slots__}
+    fields = {name: getattr(record, name) for name in Record.__slots__ if name != "form"}
     try:
         try:
             return json_text(fields)

@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_idft import __version__
+from megatron_idft.corpus.formats import describe_forms
 from megatron_idft.corpus.ledger.ledger import Ledger
 from megatron_idft.corpus.records import read_records
 from megatron_idft.corpus.verification.leaks import LeakFilter
@@ -91,6 +92,8 @@ def _show_first(args: argparse.Namespace, tokenizer: ChatTokenizer, template: Hi
     record = next(iter(read_records(args.sft_data, on_error=on_error)), None)
     if record is None:
         raise ArgumentError(f"{', '.join(args.sft_data)}: no record in there")
+    for line in describe_forms([(record.file, record.form, 1)]):
+        print_rank_0(f"> {line}")
     print_rank_0(render_prompts(record, tokenizer, template, args.seq_length))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_idft.corpus.formats import describe_forms
 from megatron_idft.hinted_decoding.input.provided import Kind, ProvidedTexts
 from megatron_idft.hinted_decoding.input.record_store import RecordStore, build_store, store_path
 from megatron_idft.hinted_decoding.preview import describe_unreferenced
@@ -36,6 +37,8 @@ class RealignInputs:
     def __init__(self, args: argparse.Namespace, replica: Replica, stack: ExitStack) -> None:
         self._args, self._replica = args, replica
         self._store = self._open_store(stack)
+        for line in describe_forms(self._store.forms) if self._store is not None else ():
+            replica.print_once(f"> {line}")
         self._rollouts = self._open_provided("rollouts", args.rollouts)
         self._analyses = self._open_provided("analyses", args.analyses)
 
