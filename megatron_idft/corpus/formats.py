@@ -7,8 +7,8 @@ else the record is refused.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,9 @@ def _alpaca(row: Row, bad: Bad, from_parquet: bool) -> list[Message]:
     return [*_history(row, bad), {"role": "user", "content": asked}, _message("assistant", row, "output", bad)]
 
 
+SYSTEM = ("system", "system_prompt")
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """A way to write a conversation down.
@@ -72,6 +75,7 @@ class Form:
         beside: further keys of the conversation.
         over: forms whose keys are carried through beside it, as columns that mean nothing.
         bare_tools: `tools` may hold functions without the object around them.
+        used: all keys that the conversation comes from.
     """
 
     name: str
@@ -80,6 +84,10 @@ class Form:
     beside: tuple[str, ...] = ()
     over: tuple[str, ...] = ()
     bare_tools: bool = False
+    used: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "used", frozenset(("messages", *self.keys, *self.beside, *SYSTEM)))
 
 
 FORMS = (
@@ -99,7 +107,6 @@ _SAID: dict[str, str] = {form.name: f"{form.name} form ({', '.join(form.keys)})"
 _SAID["Alpaca"] = "Alpaca form (instruction, input, output)"
 _MOST_SAID = 12  # lines about forms
 
-SYSTEM = ("system", "system_prompt")
 # Pairs of keys that would be a question and an answer under other names.
 _RENAMED = {
     ("question", "answer"): 'call them "prompt" and "response"',
@@ -110,8 +117,11 @@ _RENAMED = {
     ("conversation",): 'call it "conversations"',
 }
 _ANSWERED = (
-    'call the answer to be trained "completion" ("messages", if it is a whole conversation), and remove the rest'
+    'write the one to be trained as "completion" beside "prompt", "output" beside "instruction" or the last of'
+    " the messages, and remove the pair"
 )
+
+_VERDICT = "leave out the records where it is false, and remove the key"
 
 _TEXT_ONLY = "only text is served: leave such records out, or remove the key"
 _BUILT_IN = "use a chat template that has it built in (--chat-template FILE), and remove the key"
@@ -119,30 +129,30 @@ _UNSERVED = {
     "functions": 'write them as "tools": [{"type": "function", "function": {"name": …}}]',
     "chat_template_kwargs": _BUILT_IN,
     "enable_thinking": _BUILT_IN,
+    "kto_tag": _VERDICT,
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ONLY),
 }
 _WEIGHTS = ("weight", "loss_weight", "sample_weight")
 
 
-def conversation(row: Row, bad: Bad, *, from_parquet: bool = False) -> tuple[list[Message], set[str], Form]:
+def conversation(row: Row, bad: Bad, *, from_parquet: bool = False) -> tuple[list[Message], Set[str], Form]:
     """The messages of a row, checked, the keys that they came from, and its form. Raises `bad(field, why)`."""
     if row.get("messages") is not None and row.get("conversations") is None:
-        found = [MESSAGES]  # what stands beside it is carried through
+        form, others = MESSAGES, list[Form]()  # what stands beside it is carried through
     else:
-        found = [form for form in FORMS if all(row.get(key) is not None for key in form.keys)]
-    if not found:
-        raise _formless(row, bad)
-    form, *others = found
-    if form.name not in ("messages", "prompt-response"):
-        _refuse_preferences(row, form, bad)
+        form, *others = _forms_of(row, bad)
     messages = _with_system(form.read(row, bad, from_parquet), row, bad)
-    used = {"messages", *form.keys, *form.beside, *SYSTEM}
+    if messages[-1]["role"] != "assistant" or form.name not in ("messages", "prompt-response"):
+        _refuse_preferences(row, form, bad)  # where the answer is there, a pair beside it is carried through
+    used = form.used
     for other in others:
         if other.name not in form.over:
             if _with_system(other.read(row, bad, from_parquet), row, bad) != messages:
-                field = next(key for key in other.keys if key not in form.keys)
-                raise bad(field, f"{_quoted(other)} and {_quoted(form)} hold different conversations: keep one of them")
-            used.update(other.keys, other.beside)
+                differs = next(key for key in other.keys if key not in form.keys)
+                raise bad(
+                    differs, f"{_quoted(other)} and {_quoted(form)} hold different conversations: keep one of them"
+                )
+            used |= other.used
     return messages, used, form
 
 
@@ -175,11 +185,15 @@ def _refuse_preferences(row: Row, form: Form | None, bad: Bad) -> None:
     """Answers of which some are to be avoided: training on all of them would be silently wrong."""
     if row.get("chosen") is not None and row.get("rejected") is not None:
         raise bad("rejected", f"pairs of answers are not served: {_ANSWERED}")
-    for key in ("kto_tag", "label"):  # LLaMA-Factory's, TRL's
-        if isinstance(row.get(key), bool) and (
-            key == "kto_tag" or (form is not None and form.name == "prompt-completion")
-        ):
-            raise bad(key, "is not served: leave out the records where it is false, and remove the key")
+    if form is not None and form.name == "prompt-completion" and isinstance(row.get("label"), bool):  # as TRL has it
+        raise bad("label", f"is not served: {_VERDICT}")
+
+
+def _forms_of(row: Row, bad: Bad) -> list[Form]:
+    found = [form for form in FORMS if all(row.get(key) is not None for key in form.keys)]
+    if not found:
+        raise _formless(row, bad)
+    return found
 
 
 def _formless(row: Row, bad: Bad) -> Exception:

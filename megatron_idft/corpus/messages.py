@@ -151,18 +151,19 @@ def without_nulls(value: Any) -> Any:
 def _checked_message(message: Any, at: str, bad: Bad, from_parquet: bool) -> Message:
     if not isinstance(message, dict):
         raise bad(at, f"expected an object, found {kind(message)}")
-    role, text_key, calls_key = message.get("role"), "content", "tool_calls"
-    if role is None and message.get("from") is not None:
-        text_key, calls_key = "value", "value" if message.get("tool_calls") is None else "tool_calls"
-        message = _from_sharegpt(message, at, bad)
-        role = message["role"]
-    if role is None:
-        raise bad(f"{at}.role", 'missing; a message holds "role" and "content", or "from" and "value"')
+    role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise bad(f"{at}.role", f"{shown(role)} is none of {', '.join(ROLES)}")
+        if role is not None:
+            raise bad(f"{at}.role", f"{shown(role)} is none of {', '.join(ROLES)}")
+        if message.get("from") is None:
+            raise bad(f"{at}.role", 'missing; a message holds "role" and "content", or "from" and "value"')
+        renamed = {f"{at}.content": f"{at}.value"}
+        if message.get("tool_calls") is None:
+            renamed[f"{at}.tool_calls"] = f"{at}.value"
+        return _checked_message(_from_sharegpt(message, at, bad), at, _naming(renamed, bad), from_parquet)
     # Parquet gives every message every key; null means absent there and means nothing in JSON.
     checked = {key: value for key, value in message.items() if value is not None}
-    calls = _checked_calls(checked.pop("tool_calls", None), role, f"{at}.{calls_key}", bad, from_parquet)
+    calls = _checked_calls(checked.pop("tool_calls", None), role, f"{at}.tool_calls", bad, from_parquet)
     if calls:
         checked["tool_calls"] = calls
     reasoning = checked.pop("reasoning_content", "")
@@ -174,18 +175,35 @@ def _checked_message(message: Any, at: str, bad: Bad, from_parquet: bool) -> Mes
             raise bad(f"{at}.reasoning_content", f"only assistant messages have one, this is a {role} message")
         checked["reasoning_content"] = reasoning
     may_be_empty = bool(calls or reasoning.strip())
-    content, content_at = checked.get("content"), f"{at}.{text_key}"
-    if isinstance(content, list):
-        content = "".join(_part_text(part, f"{content_at}[{i}]", bad) for i, part in enumerate(content))
-    elif content is None and "value" in checked:
-        raise bad(f"{at}.value", 'stands beside "role": write "role" and "content", or "from" and "value"')
-    checked["content"] = checked_content(content, role, content_at, bad, may_be_empty=may_be_empty)
+    content = checked.get("content")
+    if not isinstance(content, str):
+        content = _unusual_content(content, checked, at, bad)
+    checked["content"] = checked_content(content, role, f"{at}.content", bad, may_be_empty=may_be_empty)
     if role == "tool":
         for key in ("tool_call_id", "name"):
             if not isinstance(checked.get(key, ""), str):
                 raise bad(f"{at}.{key}", f"expected a string, found {kind(checked[key])}")
     _read_loss(checked, at, bad)
     return checked
+
+
+def _naming(names: dict[str, str], bad: Bad) -> Bad:
+    """`bad`, with the fields that begin with a name by the name that the record has for it."""
+
+    def renamed(field: str, why: str) -> Exception:
+        name = next((name for name in names if field.startswith(name)), "")
+        return bad(names.get(name, "") + field[len(name) :], why)
+
+    return renamed
+
+
+def _unusual_content(content: Any, message: Message, at: str, bad: Bad) -> Any:
+    """The text of a list of parts; another value as it is."""
+    if isinstance(content, list):
+        return "".join(_part_text(part, f"{at}.content[{i}]", bad) for i, part in enumerate(content))
+    if content is None and "value" in message:
+        raise bad(f"{at}.value", 'stands beside "role": write "role" and "content", or "from" and "value"')
+    return content
 
 
 def _part_text(part: Any, at: str, bad: Bad) -> str:

@@ -228,9 +228,11 @@ def pair(**keys):
 REFUSED = {
     "nothing": ({"note": "n"}, "messages", "missing; this record has 'note'"),
     "plain text": ({"text": "Once upon a time"}, "text", 'who speaks, so no answer can be trained: write "messages"'),
-    "a pair of answers": (pair(), "rejected", 'call the answer to be trained "completion"'),
+    "a pair of answers": (pair(), "rejected", '"completion" beside "prompt", "output"'),
     "two conversations to choose from": ({"chosen": QA, "rejected": QA}, "rejected", "pairs of answers"),
     "a pair beside conversations": ({"conversations": [HUMAN], "chosen": GPT, "rejected": GPT}, "rejected", "pairs"),
+    "a pair beside messages that ask": ({"messages": [user()], "chosen": GPT, "rejected": GPT}, "rejected", "pairs"),
+    "a pair for an instruction": ({"instruction": "q", "chosen": "r", "rejected": "s"}, "rejected", "pairs"),
     "a pair beside Alpaca's keys": (ALPACA | {"chosen": "r", "rejected": "s"}, "rejected", "pairs"),
     "a judged completion": ({"prompt": "q", "completion": "r", "label": False}, "label", "leave out the records"),
     "a judged conversation": (TALK | {"kto_tag": True}, "kto_tag", "leave out the records"),
