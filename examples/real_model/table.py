@@ -13,9 +13,10 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def found(pattern: str, log: str) -> list[float]:
-    """The numbers of a training's log that follow `pattern`."""
-    return [float(number) for number in re.findall(pattern + NUMBER, log)]
+def course(pattern: str, log: str) -> str:
+    """The first and the last of a training's values, with their steps; `pattern` matches step and value."""
+    values = re.findall(pattern, log)
+    return ", ".join(f"{float(value):.4f} at step {step}" for step, value in dict.fromkeys((values[0], values[-1])))
 
 
 def rows(folder: Path) -> list[tuple[str, str, Path]]:
@@ -27,13 +28,13 @@ def rows(folder: Path) -> list[tuple[str, str, Path]]:
     for name, corpus in (("worked solutions", report["corpora"][0]), ("own samples", report["nulls"][0])):
         phi = corpus["summary"]["phi_mean"]
         table.append((f"phi, {name}", f"{phi['value']:+.3f} ± {phi['se']:.3f} per token", scores))
-    records = read(realigned)["records"]
+    records = read(realigned)["corpus"]["records"]
     table.append(("realigned", f"{records['kept']} of {records['total']} records kept", realigned))
     text = log.read_text(encoding="utf-8", errors="replace")
-    validation = found(r"validation loss at iteration \d+.*?lm loss value: ", text)
-    objective = found(r"sft iteration +\d+/ +\d+ \| sft loss: ", text)
-    table.append(("validation lm loss", f"{validation[0]:.4f} before, {validation[-1]:.4f} after", log))
-    table.append(("idft objective", f"{objective[0]:.4f} at the first step, {objective[-1]:.4f} at the last", log))
+    table.append(
+        ("validation lm loss", course(rf"validation loss at iteration (\d+).*?lm loss value: {NUMBER}", text), log)
+    )
+    table.append(("idft objective", course(rf"sft iteration +(\d+)/ +\d+ \| sft loss: {NUMBER}", text), log))
     return table
 
 
