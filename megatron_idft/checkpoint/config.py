@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_idft.checkpoint.config_fields import CHECKED, NEUTRAL, READ, READ_EXPERTS, WINDOWS, account
 from megatron_idft.checkpoint.config_values import (
     NUMBERS,
     ROPE_FACTOR,
@@ -18,7 +20,8 @@ from megatron_idft.checkpoint.config_values import (
     shown_name,
     value_faults,
 )
-from megatron_idft.checkpoint.families import FAMILIES, NEUTRAL, READ, READ_EXPERTS, REQUIRED, Family
+from megatron_idft.checkpoint.families import FAMILIES, Family
+from megatron_idft.checkpoint.ignored_config import ignored_lines
 from megatron_idft.errors import ConversionError, InputError, UnknownFamilyError
 from megatron_idft.links import refuse_links_out
 
@@ -35,6 +38,8 @@ class ModelShape:
         vocab: rows of the Hugging Face embedding, the true vocabulary.
         rope_scaling_factor: of Llama 3's scaling, None without.
         experts: 0 in a dense model, as `expert_ffn` and `experts_per_token` are.
+        ignored: fields of config.json that the conversion does not know and that cannot matter.
+        ignored_by_user: fields of config.json that `--ignore-config` has kept from being refused.
     """
 
     family: Family
@@ -56,6 +61,15 @@ class ModelShape:
     expert_ffn: int = 0
     experts_per_token: int = 0
     normalise_top_k: bool = False
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+    ignored_by_user: tuple[str, ...] = field(default=(), compare=False)
+
+    def ignored_lines(self, where: str | Path) -> list[str]:
+        """What to tell of the fields of config.json, at `where`, that are ignored; empty if there are none."""
+        lines = ignored_lines(str(where), self.ignored, self.ignored_by_user)
+        if not WINDOWS.isdisjoint(self.ignored_by_user):
+            lines[-1] += f"; the model has {self.max_positions} positions then"
+        return lines
 
     def dimension(self, name: str) -> int:
         """The size of a dimension named in `families.py`."""
@@ -127,12 +141,23 @@ def read_vocabulary(folder: Path) -> int:
     return int(size)  # type: ignore[arg-type]  # it has no fault
 
 
-def read_model(config: dict[str, Any], where: str = "config.json") -> ModelShape:
+def read_folder_model(folder: Path, ignore: Iterable[str] = ()) -> ModelShape:
+    """The shape that config.json of a Hugging Face folder describes; see `read_config` and `read_model`."""
+    return read_model(read_config(folder), str(folder / "config.json"), ignore)
+
+
+def read_model(config: dict[str, Any], where: str = "config.json", ignore: Iterable[str] = ()) -> ModelShape:
     """The shape that `config` describes.
+
+    Args:
+        config: config.json.
+        where: its path.
+        ignore: fields that would be refused and, on the user's word, do not change what the model computes.
 
     Raises:
         UnknownFamilyError: no table for its model_type.
-        ConversionError: naming every field that is missing, unknown or has a value that is not served.
+        ConversionError: naming every field that is missing, has a value that is not served, or is not known and could
+            change what the model computes.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -149,8 +174,13 @@ def read_model(config: dict[str, Any], where: str = "config.json") -> ModelShape
         if config.get("num_local_experts") is None:
             needed.append("num_experts")
     faults = [f"{name} is missing" for name in needed if config.get(name) is None]
-    faults += value_faults(config, READ | READ_EXPERTS if family.experts else READ)
-    faults += _refused_fields(config, family) + disagreements(config)
+    read = READ | READ_EXPERTS if family.experts else READ
+    faults += value_faults(config, read)
+    if config.get("architectures") not in (None, [], [family.architecture]):
+        faults.append(f"architectures {shown(config['architectures'])}: only {family.architecture} is served")
+    fields = account(config, read, CHECKED | family.checked, NEUTRAL | family.neutral, ignore)
+    faults += fields.faults + disagreements(config)
+    window = _read_window(config, fields.ignored_by_user, faults)
     theta, factor = _read_rope(config, faults)
     _refuse(where, kind, faults)
     heads, hidden, layers = config["num_attention_heads"], config["hidden_size"], config["num_hidden_layers"]
@@ -169,7 +199,7 @@ def read_model(config: dict[str, Any], where: str = "config.json") -> ModelShape
         heads=heads,
         groups=groups,
         head_dim=hidden // heads if head_dim is None else head_dim,
-        max_positions=config["max_position_embeddings"],
+        max_positions=min(config["max_position_embeddings"], window),
         norm_eps=float(config["rms_norm_eps"]),
         rope_theta=theta,
         rope_scaling_factor=factor,
@@ -180,6 +210,8 @@ def read_model(config: dict[str, Any], where: str = "config.json") -> ModelShape
         expert_ffn=config["moe_intermediate_size"] if family.experts else 0,
         experts_per_token=config["num_experts_per_tok"] if family.experts else 0,
         normalise_top_k=bool(config.get("norm_topk_prob")),
+        ignored=fields.ignored,
+        ignored_by_user=fields.ignored_by_user,
     )
 
 
@@ -188,34 +220,21 @@ def _refuse(where: str, kind: str, faults: list[str]) -> None:
         raise ConversionError(listed(f"{where} ({kind}) cannot be converted", faults))
 
 
-def _refused_fields(config: dict[str, Any], family: Family) -> list[str]:
-    required = REQUIRED | family.required
-    known = READ | NEUTRAL | family.neutral | required.keys()
-    if family.experts:
-        known |= READ_EXPERTS
-    faults = []
-    if config.get("architectures") not in (None, [], [family.architecture]):
-        faults.append(f"architectures {shown(config['architectures'])}: only {family.architecture} is served")
-    for name, (served, remedy) in required.items():
-        if name in config and not any(_same(config[name], value) for value in served):
-            only = " or ".join(map(shown, served))
-            faults.append(f"{name} is {shown(config[name])}, only {only} is served: {remedy}")
+def _read_window(config: dict[str, Any], ignored_by_user: Iterable[str], faults: list[str]) -> int:
+    """The positions that an ignored window leaves: up to it a model computes the same with and without."""
+    ignored = not WINDOWS.isdisjoint(ignored_by_user)
+    served = ["full_attention", "sliding_attention"] if ignored else ["full_attention"]
     layer_types = config.get("layer_types")
     if isinstance(layer_types, list):
-        others = sorted({shown(kind) for kind in layer_types if kind != "full_attention"})
+        others = sorted({shown(kind) for kind in layer_types if kind not in served})
         if others:
             faults.append(f"layer_types holds {', '.join(others[:8])}: only full_attention is served")
-    faults += [
-        f"{shown_name(name)} ({shown(config[name])}) is not known to the conversion. If the model computes the same"
-        " without it, take it out of a copy of config.json"
-        for name in sorted(config.keys() - known)
-    ]
-    return faults
-
-
-def _same(value: Any, served: Any) -> bool:
-    """Equal and of one type: 1 is not true, and 0 is not false."""
-    return type(value) is type(served) and value == served
+    positions, window = NUMBERS["max_position_embeddings"], config.get("sliding_window")
+    if not ignored or window is None:
+        return int(positions.high)
+    fault = positions.fault("sliding_window", window)
+    faults += [fault] if fault else []
+    return 1 if fault else int(window)
 
 
 def _read_rope(config: dict[str, Any], faults: list[str]) -> tuple[int, float | None]:

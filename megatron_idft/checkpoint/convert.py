@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_idft.checkpoint import checksums
 from megatron_idft.checkpoint.checks import check_checkpoint, check_source, check_tied, checked_model_class
-from megatron_idft.checkpoint.config import ModelShape, read_config, read_model
+from megatron_idft.checkpoint.config import ModelShape, read_config, read_folder_model, read_model
 from megatron_idft.checkpoint.folders import COMPANIONS, copy_companions, find_companions, new_folder
 from megatron_idft.checkpoint.model_flags import (
     ModelClass,
@@ -38,7 +39,11 @@ _EMPTY_STATE = torch.empty(0, dtype=torch.uint8)  # Transformer Engine's sign th
 
 
 def to_megatron(
-    source: str | Path, target: str | Path, model_class: ModelClass = "gpt", progress: bool = True
+    source: str | Path,
+    target: str | Path,
+    model_class: ModelClass = "gpt",
+    progress: bool = True,
+    ignore: Iterable[str] = (),
 ) -> ModelShape:
     """Write the Hugging Face folder `source` as a `torch_dist` checkpoint `target` for Megatron's --load.
 
@@ -52,13 +57,14 @@ def to_megatron(
         target: does not exist yet.
         model_class: "gpt" for GPTModel, "hybrid" for HybridModel, whose layers are named otherwise.
         progress: a tqdm bar on stderr.
+        ignore: fields of config.json that would be refused and, on the caller's word, change nothing that the model
+            computes.
 
     Raises:
         ConversionError: naming all fields of config.json, or all tensors, that are missing, unexpected or misshapen.
     """
     source, target = Path(source), Path(target)
-    config = read_config(source)
-    model = read_model(config, str(source / "config.json"))
+    model = read_folder_model(source, ignore)
     settings = megatron_settings(model, model_class)
     folder = SafetensorsFolder(source)
     plan = list(pieces(model, model_class))
@@ -105,6 +111,8 @@ def to_megatron(
             "vocab_size": model.vocab,
             "padded_vocab_size": padded_vocabulary(model.vocab),
             "megatron_flags": [word for setting in settings for word in setting.words],
+            "ignored": model.ignored,
+            "ignored_by_user": model.ignored_by_user,
         }
         (building / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return model
@@ -120,6 +128,7 @@ def to_hf(
     progress: bool = True,
     replace: bool = False,
     verify: bool = True,
+    ignore: Iterable[str] = (),
 ) -> ModelShape:
     """Write a Megatron checkpoint as a Hugging Face folder `target`: safetensors, config.json, tokenizer.
 
@@ -136,6 +145,7 @@ def to_hf(
         progress: a tqdm bar on stderr.
         replace: a `target` that exists, once the new one is complete.
         verify: compare the files that are read with the checkpoint's checksums.json, where it has one.
+        ignore: fields of config.json, as in `to_megatron`, beside those that the checkpoint was made without.
 
     Raises:
         DamagedCheckpointError: a file is not as it was saved, all of them named.
@@ -147,9 +157,10 @@ def to_hf(
     folder = find_iteration(source, iteration)
     companion = find_companions(source, folder, companions)
     config = read_config(companion)
-    model = read_model(config, str(companion / "config.json"))
     checkpoint = TorchDistCheckpoint(folder, verify)
     args = checkpoint.arguments()
+    before = [name for name in getattr(args, "ignore_config", None) or () if name in config]
+    model = read_model(config, str(companion / "config.json"), {*ignore, *before})
     model_class = checked_model_class(args, model, folder)
     other = differences(megatron_settings(model, model_class), args)
     if other:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_idft.checkpoint.checks import check_source
-from megatron_idft.checkpoint.config import ModelShape, read_config, read_model
+from megatron_idft.checkpoint.config import ModelShape, read_folder_model
+from megatron_idft.checkpoint.ignored_config import named_to_ignore
 from megatron_idft.checkpoint.safetensors_header import read_folder
 from megatron_idft.checkpoint.tensors import pieces
 from megatron_idft.errors import ArgumentError, ConversionError
@@ -37,10 +38,11 @@ def check_inputs(words: Sequence[str], config_only: bool = False) -> list[str]:
         if not _seen("--hf-model", folder):
             lines.append(f"{folder}: not seen from here, not checked")
             continue
-        model = check_model(Path(folder), config_only)
+        model = check_model(Path(folder), config_only, named_to_ignore(words))
         _check_layout(flags, model.heads, model.groups, model.max_positions)
         tensors = "" if config_only else "; its tensors are complete"
         lines.append(f"{folder}: {_described(model)}, can be converted{tensors}")
+        lines += model.ignored_lines(Path(folder) / "config.json")
     if "--hf-model" not in flags and "--num-attention-heads" in flags:
         heads = _number(flags, "--num-attention-heads", 1)
         positions = _number(flags, "--max-position-embeddings", 1 << 62)
@@ -50,15 +52,20 @@ def check_inputs(words: Sequence[str], config_only: bool = False) -> list[str]:
     return lines
 
 
-def check_model(folder: Path, config_only: bool = False) -> ModelShape:
+def check_model(folder: Path, config_only: bool = False, ignore: Sequence[str] = ()) -> ModelShape:
     """The shape of a Hugging Face folder that can be converted: its config.json, and every tensor's name and shape.
+
+    Args:
+        folder: of the model.
+        config_only: only its config.json is there yet.
+        ignore: fields of config.json, as in `to_megatron`.
 
     Raises:
         ConversionError, InputError: as `to_megatron`, but for faults that only the weights themselves show.
     """
     if not folder.is_dir():
         raise ConversionError(f"{folder} is not a folder")
-    model = read_model(read_config(folder), str(folder / "config.json"))
+    model = read_folder_model(folder, ignore)
     if not config_only:
         check_source(folder, read_folder(folder), pieces(model, "gpt"), model)
     return model

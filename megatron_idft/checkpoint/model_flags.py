@@ -113,6 +113,8 @@ def checkpoint_args(model: ModelShape, model_class: ModelClass) -> argparse.Name
     args = {setting.name: setting.value for setting in megatron_settings(model, model_class)}
     if model_class == "hybrid":
         args["num_layers"] = len(hybrid_pattern(model))
+    if model.ignored_by_user:
+        args["ignore_config"] = list(model.ignored_by_user)  # for the way back
     return argparse.Namespace(
         **args,
         add_position_embedding=True,

@@ -2,12 +2,16 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from megatron_idft.checkpoint.ignored_config import add_ignore_config
+from megatron_idft.errors import ArgumentError
 from megatron_idft.parsing import Parser
 
-USAGE = """usage: megatron-idft convert to-megatron HF_DIR OUT_DIR [--model gpt|hybrid]
+USAGE = """usage: megatron-idft convert to-megatron HF_DIR OUT_DIR [--model gpt|hybrid] [--ignore-config FIELD ...]
        megatron-idft convert to-hf MEGATRON_DIR OUT_DIR [--hf-config DIR] [--iteration N] [--dtype bf16|fp16|fp32]
-       megatron-idft convert check HF_DIR|FLAG ... [--config-only]
+                                  [--ignore-config FIELD ...]
+       megatron-idft convert check HF_DIR|FLAG ... [--config-only] [--ignore-config FIELD ...]
 
 Converts Llama, Mistral, Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE between Hugging Face safetensors folders and Megatron's
 torch_dist checkpoints, tensor by tensor, on the CPU, in one process. One checkpoint serves every TP, PP and EP, and the
@@ -17,6 +21,9 @@ local as well as the Transformer Engine layers. Other families go to Megatron-Br
   --hf-config DIR      the Hugging Face folder that the model came from, where the checkpoint does not have its config
   --iteration N        instead of the last one
   --dtype              of the tensors written; the checkpoint's own unless given
+  --ignore-config FIELD ...
+                       fields of config.json that would be refused and do not change what the model computes: you take
+                       responsibility. to-hf takes over those that the checkpoint was converted or trained with
 
 to-megatron  writes OUT_DIR for --load, with the model's flags in OUT_DIR/model_flags.sh and the tokenizer in
              OUT_DIR/tokenizer
@@ -33,10 +40,12 @@ def _parser() -> Parser:
     megatron = verbs.add_parser("to-megatron", usage=USAGE.removeprefix("usage: "), add_help=False)
     megatron.add_argument("source")
     megatron.add_argument("target")
+    add_ignore_config(megatron)
     megatron.add_argument("--model", choices=("gpt", "hybrid"), default="gpt")
     hf = verbs.add_parser("to-hf", usage=USAGE.removeprefix("usage: "), add_help=False)
     hf.add_argument("source")
     hf.add_argument("target")
+    add_ignore_config(hf)
     hf.add_argument("--hf-config", metavar="DIR", default=None)
     hf.add_argument("--iteration", type=int, default=None)
     hf.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default=None)
@@ -58,16 +67,19 @@ def main(argv: Sequence[str]) -> int:
 
     if args.direction == "to-megatron":
         try:
-            model = to_megatron(args.source, args.target, args.model)
+            model = to_megatron(args.source, args.target, args.model, ignore=args.ignore_config or ())
         except UnknownFamilyError as error:
             bridge.to_megatron(args.source, args.target, error)
             print(f"{args.target}: converted by Megatron-Bridge; its flags are in its run_config.yaml")
             return 0
+        _tell(model.ignored_lines(Path(args.source) / "config.json"))
         print(f"{args.target}: --load it with the flags in model_flags.sh; true vocabulary {model.vocab}")
         return 0
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
     try:
-        to_hf(args.source, args.target, args.hf_config, args.iteration, dtypes[args.dtype])
+        ignore = args.ignore_config or ()
+        model = to_hf(args.source, args.target, args.hf_config, args.iteration, dtypes[args.dtype], ignore=ignore)
+        _tell(model.ignored_lines(Path(args.target) / "config.json"))
     except UnknownFamilyError as error:
         if args.hf_config is None:
             raise
@@ -80,8 +92,14 @@ def _check(argv: Sequence[str]) -> int:
     from megatron_idft.checkpoint.input_check import check_inputs
 
     words = [word for word in argv if word != "--config-only"]
+    if words and words[0].startswith("--ignore-config"):
+        raise ArgumentError("name the folder, or --hf-model, before --ignore-config: the words after it are fields")
     if words and not words[0].startswith("-"):
         words = ["--hf-model", *words]
-    for line in check_inputs(words, config_only="--config-only" in argv):
-        print(line)
+    _tell(check_inputs(words, config_only="--config-only" in argv))
     return 0
+
+
+def _tell(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line)

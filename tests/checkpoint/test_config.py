@@ -9,7 +9,7 @@ import pytest
 from megatron_idft.checkpoint.config import read_config, read_model
 from megatron_idft.checkpoint.model_flags import megatron_settings
 from megatron_idft.errors import ConversionError
-from tests.cluster.public_configs import CONFIGS
+from tests.public_configs import CONFIGS, PUBLIC
 
 _LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _LLAMA2 = {"vocab_size": 32000, "rope_theta": 10000.0, "num_key_value_heads": 32, "max_position_embeddings": 4096}
@@ -26,62 +26,38 @@ _BASE: dict[str, dict[str, Any]] = {
     "qwen3": CONFIGS["qwen3-8b"],
     "qwen3_moe": CONFIGS["qwen3-30b-a3b"],
 }
-_SAVED = {"torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True}
-_GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None, "do_sample": True, "temperature": 0.6}
-
-# What public repositories of these models hold, beside the sizes: family, and the fields that are theirs.
-PUBLIC: dict[str, tuple[str, dict[str, Any]]] = {
-    "Qwen2.5 base": ("qwen2", {"use_mrope": False, "sliding_window": 131072, **_SAVED, "bos_token_id": 151643}),
-    "Qwen2.5 Instruct": ("qwen2", {"sliding_window": 131072, "max_window_layers": 70, **_SAVED}),
-    "Qwen2.5-Math": ("qwen2", {"use_mrope": False, "sliding_window": 4096, "max_position_embeddings": 4096}),
-    "Qwen2.5-Coder": ("qwen2", {"sliding_window": 131072, "max_window_layers": 28, "rope_theta": 1000000.0, **_SAVED}),
-    "R1-Distill-Qwen": ("qwen2", {"use_mrope": False, "sliding_window": 4096, "rope_theta": 10000, **_SAVED}),
-    "R1-Distill-Llama": ("llama3.1", {"head_dim": 128, "mlp_bias": False, "bos_token_id": 128000, **_SAVED}),
-    "Llama 2": ("llama", {**_LLAMA2, "pad_token_id": 0, "pretraining_tp": 1, "max_sequence_length": 4096, **_SAVED}),
-    "Llama 3.1 Instruct": ("llama3.1", {"mlp_bias": False, "eos_token_id": [128001, 128008, 128009], **_SAVED}),
-    "Llama 3.2": ("llama", {"rope_scaling": _LLAMA3 | {"rope_type": "llama3"}, "head_dim": 64, "mlp_bias": False}),
-    "Llama 3.3": ("llama3.1", {"head_dim": 128, "mlp_bias": False, "_attn_implementation_autoset": True, **_SAVED}),
-    "SmolLM2": ("llama", {"is_llama_config": True, "rope_interleaved": False, "rope_theta": 100000, **_SAVED}),
-    "SmolLM2 of a browser": ("llama", {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}}),
-    "SmolLM2 in a registry": ("llama", {"_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", **_GENERATION}),
-    "Mistral v0.2": ("mistral", {"sliding_window": None, "rope_theta": 1000000.0, "attention_dropout": 0.0, **_SAVED}),
-    "Mistral v0.3": ("mistral", {"sliding_window": None, "rope_theta": 1000000.0, "vocab_size": 32768, **_SAVED}),
-    "Mistral Nemo": ("mistral", {"sliding_window": None, "head_dim": 128, "hidden_size": 5120}),
-    "Qwen3": ("qwen3", {"max_window_layers": 36, "sliding_window": None, **_SAVED}),
-    "Qwen3-MoE 2507": ("qwen3_moe", {"rope_theta": 10000000, "max_position_embeddings": 262144, **_SAVED}),
-    "Qwen3-Coder": ("qwen3_moe", {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}),
-    "an Unsloth upload": ("qwen2", {"unsloth_fixed": True, "unsloth_version": "2025.3.9", "model_name": "unsloth/q"}),
-    "a fine-tune": ("llama", {"_name_or_path": "me/base", "quantization_config": None, "auto_map": None}),
-    "saved by transformers 5": (
-        "qwen2",
-        {
-            "dtype": "bfloat16", "layer_types": ["full_attention"] * 28, "pad_token_id": None,
-            "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
-        },
-    ),
-    "Llama 3.2 of transformers 5": (
-        "llama",
-        {"rope_parameters": {**_LLAMA3, "rope_theta": 500000.0, "rope_type": "llama3"}, "dtype": "bfloat16"},
-    ),
-    "all attributes of transformers 4": (
-        "llama",
-        {
-            "return_dict": True, "output_scores": False, "is_decoder": False, "add_cross_attention": False,
-            "cross_attention_hidden_size": None, "pruned_heads": {}, "tie_encoder_decoder": False, "top_k": 50,
-            "tf_legacy_loss": False, "use_bfloat16": False, "id2label": {"0": "LABEL_0"}, "suppress_tokens": None,
-        },
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_public_forms_are_read(name):
-    family, fields = PUBLIC[name]
-    config = _BASE[family] | fields
-    shape = read_model(config)
-    assert shape.layers == config["num_hidden_layers"]
-    assert shape.vocab == config["vocab_size"]
-    assert megatron_settings(shape, "gpt")
+def test_public_folders_convert_or_are_refused_by_name(name):
+    public = PUBLIC[name]
+    if public.refused:
+        with pytest.raises(ConversionError) as caught:
+            read_model(public.config)
+        assert all(part in str(caught.value) for part in public.refused)
+        assert len(str(caught.value).splitlines()) == 2  # the title and the one field
+    if not public.refused or public.ignore:
+        shape = read_model(public.config, ignore=public.ignore)
+        assert (shape.ignored_by_user, megatron_settings(shape, "gpt") != []) == (public.ignore, True)
+        if not public.refused:
+            assert shape.ignored == public.ignored
+
+
+@pytest.mark.parametrize("name", [name for name, public in PUBLIC.items() if not public.refused])
+def test_public_folders_are_read_as_transformers_reads_them(name):
+    from transformers import AutoConfig
+
+    config = PUBLIC[name].config
+    fields = {field: value for field, value in config.items() if field != "model_type"}
+    theirs, ours = AutoConfig.for_model(config["model_type"], **fields), read_model(config)
+    rope = theirs.rope_parameters
+    heads = theirs.num_attention_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads)
+    assert (ours.heads, ours.groups, ours.layers) == (heads, theirs.num_key_value_heads, theirs.num_hidden_layers)
+    assert (ours.norm_eps, ours.tied) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
+    assert (ours.rope_theta, ours.rope_scaling_factor) == (rope["rope_theta"], rope.get("factor"))
+    assert getattr(theirs, "sliding_window", None) is None
+    assert ours.normalise_top_k == getattr(theirs, "norm_topk_prob", False)
 
 
 # Fields with which Megatron's model would compute something else.
@@ -97,7 +73,6 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "qkv bias": ("qwen3_moe", {"qkv_bias": True}, "qkv_bias is true"),
     "no norm": ("qwen3", {"use_qk_norm": False}, "use_qk_norm is false"),
     "shared expert": ("qwen3_moe", {"shared_expert_intermediate_size": 512}, "shared_expert_intermediate_size is 512"),
-    "tensor parallel": ("llama", {"pretraining_tp": 2}, "pretraining_tp is 2"),
     "million tokens": ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 262144}}, "dual_chunk_attention_config"),
     "a number for a switch": ("llama", {"mlp_bias": 0}, "mlp_bias is 0"),
     "heads": ("llama", {"num_attention_heads": 24}, "no multiple of num_attention_heads 24"),

@@ -120,8 +120,14 @@ def test_experts_that_learned_nothing_come_out_as_they_went_in(corpus, tmp_path)
     """Learning rate 0, bf16: every tensor passes through Megatron's training and checkpoint with one rounding."""
     cache = f"--hf-cache {tmp_path / 'cache'}"
     flags = f"--bf16 --train-iters 1 --lr 0 --min-lr 0 --save {tmp_path} --save-hf final --chat-template chatml {cache}"
-    forked(command(corpus, "qwen3_moe", flags))
+    model = shutil.copytree(corpus / "qwen3_moe", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"strange": 7, "unsloth_version": "2025.3"}
+    (model / "config.json").write_text(json.dumps(config))
+    output = forked(command(corpus, str(model), f"{flags} --ignore-config strange"))
+    assert output.count("ignored by --ignore-config: strange") == 1 == output.count("so ignored: unsloth_version")
     exported = tmp_path / "hf" / "iter_0000001"
+    assert json.loads((exported / "config.json").read_text()) == config | {"dtype": "bfloat16"}
+    to_hf(tmp_path, tmp_path / "again", progress=False)  # the checkpoint knows what was ignored
     assert "<|im_start|>" in (exported / "chat_template.jinja").read_text(), "the template that was trained"
     assert tiny_models.dtype_of(exported) == "bfloat16"
     got, want = tensors(exported), tensors(corpus / "qwen3_moe")

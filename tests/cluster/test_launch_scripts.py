@@ -24,8 +24,8 @@ from megatron_idft.checkpoint.config import read_model
 from megatron_idft.checkpoint.model_flags import megatron_settings
 from megatron_idft.checkpoint.safetensors_files import SafetensorsWriter
 from megatron_idft.checkpoint.tensors import pieces
-from tests.cluster.public_configs import CONFIGS
 from tests.launch import ROOT
+from tests.public_configs import CONFIGS
 
 LAUNCH = ROOT / "launch"
 SETTINGS = {"HF_MODEL": "/models/m", "DATA": "/data/a.jsonl", "SAVE": "/save/my run", "PYTHON": sys.executable}

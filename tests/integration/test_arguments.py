@@ -28,6 +28,7 @@ LOSS_FLAGS = [
 DATA_FLAGS = [
     "--hf-cache",
     "--hf-model",
+    "--ignore-config",
     "--no-checkpoint-checksums",
     "--no-exit-signal-handler",
     "--no-sft-source-metrics",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_idft.checkpoint.cache import build_cached_checkpoint, cached_checkpoint
-from megatron_idft.checkpoint.config import read_config, read_model, read_vocabulary
+from megatron_idft.checkpoint.config import read_folder_model, read_vocabulary
 from megatron_idft.checkpoint.folders import COMPANIONS, copy_companions
+from megatron_idft.checkpoint.ignored_config import add_ignore_config, named_to_ignore
 from megatron_idft.checkpoint.model_flags import ModelClass, Setting, megatron_settings
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.platform.local_flags import given_flags
@@ -57,6 +59,7 @@ def add_hf_model_arguments(group: Any) -> None:
         help="Where converted models are kept, under a fingerprint of the folder's files; as large as the model."
         " Default: the folder `.megatron-idft-cache` beside the folder of --hf-model.",
     )
+    add_ignore_config(group)
 
 
 def add_save_hf_argument(group: Any) -> None:
@@ -73,7 +76,7 @@ def add_save_hf_argument(group: Any) -> None:
 def expand(argv: Sequence[str]) -> list[str]:
     """`argv` with the flags that `--hf-model` stands for; without it, with the tokenizer beside the checkpoint, if any.
 
-    Reads only config.json.
+    Reads only config.json. Rank 0 prints which of its fields are ignored.
 
     Raises:
         ArgumentError: flags beside it that describe another model, or other weights, all of them named.
@@ -83,7 +86,7 @@ def expand(argv: Sequence[str]) -> list[str]:
     if "--hf-model" not in given:
         return [*argv, *own_tokenizer_flags(given)]
     source = Path(given["--hf-model"])
-    model = read_model(read_config(source), str(source / "config.json"))
+    model = read_folder_model(source, named_to_ignore(argv))
     model_class = _model_class(given)
     settings = megatron_settings(model, model_class)
     conflicts = _conflicts(given, settings)
@@ -93,9 +96,12 @@ def expand(argv: Sequence[str]) -> list[str]:
         raise ArgumentError(
             f"--hf-model {source} brings the model's flags, and these say otherwise; drop them: " + ", ".join(conflicts)
         )
+    if os.environ.get("RANK", "0") == "0":
+        for line in model.ignored_lines(source / "config.json"):
+            print(f"> {line}", flush=True)
     added = [word for setting in settings if setting.flag not in given for word in setting.words]
     cache = Path(given.get("--hf-cache") or source.resolve().parent / ".megatron-idft-cache")
-    added += ["--pretrained-checkpoint", str(cached_checkpoint(source, cache, model_class))]
+    added += ["--pretrained-checkpoint", str(cached_checkpoint(source, cache, model_class, model.ignored_by_user))]
     if "--tokenizer-model" not in given:
         added += ["--tokenizer-model", str(source)]
     if "--sft-loss" in given and "--sft-loss-vocab-size" not in given:
@@ -146,7 +152,8 @@ def convert_before_loading(args: argparse.Namespace) -> None:
 
     model_class: ModelClass = "hybrid" if args.hybrid_layer_pattern else "gpt"
     source, target = Path(args.hf_model), Path(args.pretrained_checkpoint)
-    build_once("--hf-model", lambda progress: build_cached_checkpoint(source, target, model_class, progress))
+    ignore = args.ignore_config or ()
+    build_once("--hf-model", lambda progress: build_cached_checkpoint(source, target, model_class, progress, ignore))
 
 
 class HuggingFaceExport:
@@ -173,7 +180,7 @@ class HuggingFaceExport:
                 "--save-hf must know the Hugging Face model: begin with --hf-model, or with a checkpoint of"
                 " `megatron-idft convert to-megatron`"
             )
-        read_model(read_config(self._model), str(self._model / "config.json"))  # refuse now, not after training
+        read_folder_model(self._model, args.ignore_config or ())  # refuse now, not after training
 
     def keep_companions(self, args: argparse.Namespace, template: str) -> None:
         """Put config.json and tokenizer into SAVE/tokenizer, so that the checkpoints there can be converted.
