@@ -8,6 +8,8 @@ field that would be refused, on the user's word.
 
 from __future__ import annotations
 
+import difflib
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -211,20 +213,26 @@ def _refusal(name: str, value: Any, checked: dict[str, Check]) -> str | None:
         return f"{name} is {shown(value)}, only {' or '.join(map(shown, check.served))} is served: {check.remedy}"
     if not could_matter(name, value):
         return None
-    field = shown_name(name)
     return (
-        f"{field} ({shown(value)}) is not known to the conversion, and could change what the model computes. If it"
-        f" does not, pass {FLAG} {field}"
+        f"{shown_name(name)} ({shown(value)}) is not known to the conversion, and could change what the model computes."
+        f" If it does not, pass {FLAG} {_word(name)}"
     )
 
 
 def _not_ignorable(name: str, config: dict[str, Any], read: frozenset[str], checked: dict[str, Check]) -> str | None:
-    field = shown_name(name)
     if name not in config:
-        return f"{FLAG} {field}: there is no such field. Drop it, or correct its name"
+        nearest = difflib.get_close_matches(name[:100], config, n=1)
+        meant = f"; did you mean {_word(nearest[0])}?" if nearest else ". Drop it, or correct its name"
+        return f"{FLAG} {_word(name)}: there is no such field{meant}"
     if name in read or (name in checked and not checked[name].ignorable):
-        return f"{FLAG} {field}: the model depends on this field. Drop the flag, or correct a copy of config.json"
+        return f"{FLAG} {_word(name)}: the model depends on this field. Drop the flag, or correct a copy of config.json"
     return None
+
+
+def _word(name: str) -> str:
+    """A name as a word of a shell's command line."""
+    text = shown_name(name)
+    return shlex.quote(name) if text == name else f"${text}"
 
 
 def _same(value: Any, served: Any) -> bool:

@@ -39,7 +39,7 @@ def named_to_ignore(words: Sequence[str]) -> tuple[str, ...]:
 def ignored_lines(where: str, ignored: Sequence[str], by_user: Sequence[str]) -> list[str]:
     """What to tell of the fields that are ignored, a line for each kind; none if there are no such fields."""
     kinds = (
-        (ignored, "not known to the conversion and without a part in what the model computes, so ignored"),
+        (ignored, "ignored, without a part in what the model computes"),
         (by_user, f"ignored by {FLAG}"),
     )
     return [f"{where}: {why}: {_few(names)}" for names, why in kinds if names]

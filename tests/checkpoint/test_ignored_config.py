@@ -81,11 +81,13 @@ def test_text_and_switches_that_choose_a_computation_are_known_by_name(model, fi
 
 
 def test_fields_that_the_model_depends_on_cannot_be_ignored():
-    names = ["hidden_size", "hidden_act", "rope_scaling", "nosuch", "x" * 1000]
+    names = ["hidden_size", "hidden_act", "rope_scaling", "nosuch", "x" * 1000, "use_cach", "a b\n"]
     with pytest.raises(ConversionError) as caught:
         read_model(CONFIGS["llama3.1-8b"], ignore=names)
     lines = str(caught.value).splitlines()[1:]
-    assert [" depends on this field" in line for line in lines] == [True, True, False, True, False]
+    assert [" depends on this field" in line for line in lines] == [False, True, True, False, True, False, False]
+    assert lines[0].startswith(r"  - --ignore-config $'a b\n': there is no such field")
+    assert lines[5].endswith("--ignore-config use_cach: there is no such field. Drop it, or correct its name")
     assert all("--ignore-config" in line and len(line) < 200 for line in lines)
 
 
@@ -107,10 +109,12 @@ def test_a_conversion_names_what_it_ignores_and_the_way_back_keeps_it(folder, tm
     there, back = str(tmp_path / "megatron"), tmp_path / "back"
     with pytest.raises(ConversionError, match=r"strange \(7\) is not known.*--ignore-config strange"):
         main(["to-megatron", str(folder), there])
+    with pytest.raises(ConversionError, match=r"strang: there is no such field; did you mean strange\?"):
+        main(["to-megatron", str(folder), there, "--ignore-config", "strang"])
     assert main(["to-megatron", str(folder), there, "--ignore-config", "strange"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "ignored" in line]
     assert len(lines) == 2
-    assert lines[0].endswith("so ignored: note, unsloth_version")
+    assert lines[0].endswith("model computes: note, unsloth_version")
     assert lines[1] == f"{folder}/config.json: ignored by --ignore-config: strange"
     record = json.loads((tmp_path / "megatron" / "conversion.json").read_text())
     assert (record["ignored"], record["ignored_by_user"]) == (["note", "unsloth_version"], ["strange"])
@@ -134,7 +138,7 @@ def test_the_check_of_the_launcher_says_it_too(folder, capsys):
         main(["check", *flags])
     assert main(["check", *flags, "--ignore-config", "strange", "--bf16"]) == 0
     out = capsys.readouterr().out
-    assert "ignored by --ignore-config: strange" in out and "so ignored: note, unsloth_version" in out
+    assert "ignored by --ignore-config: strange" in out and "model computes: note, unsloth_version" in out
     with pytest.raises(ArgumentError, match="expected at least one argument"):
         main(["check", *flags, "--ignore-config"])
     with pytest.raises(ArgumentError, match="name the folder"):
