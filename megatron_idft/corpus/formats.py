@@ -29,7 +29,11 @@ def _sharegpt(row: Row, bad: Bad, from_parquet: bool) -> list[Message]:
     masked = row.get("mask")  # NeMo: whose turns are not trained
     if isinstance(masked, str) and masked.lower() not in ("", "user", "human"):
         raise bad("mask", 'is not served but for "User": give the turns "loss", 0 or 1, and remove the key')
-    return _talk("conversations", row, bad, from_parquet)
+    messages = _talk("conversations", row, bad, from_parquet)
+    for i, message in enumerate(messages if masked is not None else ()):
+        if "label" in message:
+            raise bad(f"conversations[{i}].label", "is not served: SteerLM's values are not written; remove the key")
+    return messages
 
 
 def _prompted(answer: str, row: Row, bad: Bad, from_parquet: bool) -> list[Message]:
@@ -146,7 +150,7 @@ def conversation(row: Row, bad: Bad, *, from_parquet: bool = False) -> tuple[lis
         _refuse_preferences(row, form, bad)  # where the answer is there, a pair beside it is carried through
     used = form.used
     for other in others:
-        if other.name not in form.over:
+        if other.name not in form.over and row.get("token_ids") is None:  # else nobody renders the conversation
             if _with_system(other.read(row, bad, from_parquet), row, bad) != messages:
                 differs = next(key for key in other.keys if key not in form.keys)
                 raise bad(

@@ -203,6 +203,8 @@ def _unusual_content(content: Any, message: Message, at: str, bad: Bad) -> Any:
         return "".join(_part_text(part, f"{at}.content[{i}]", bad) for i, part in enumerate(content))
     if content is None and "value" in message:
         raise bad(f"{at}.value", 'stands beside "role": write "role" and "content", or "from" and "value"')
+    if content is None and "function_call" in message:
+        raise bad(f"{at}.function_call", "is not served: write it as tool_calls")
     return content
 
 

@@ -62,6 +62,11 @@ READ = {
     "messages beside what they were made of": ({"messages": QA} | ALPACA, QA, "messages"),
     "messages beside a pair of answers": ({"messages": QA, "chosen": "r", "rejected": "s"}, QA, "messages"),
     "messages beside the same conversations": ({"messages": QA} | TALK, QA, "messages"),
+    "messages with ids of their own beside other conversations": (
+        {"messages": QA, "token_ids": [1, 2], "loss_mask": [0, 1], "conversations": [HUMAN, turn("gpt", "s")]},
+        QA,
+        "messages",
+    ),
     "messages beside null conversations": ({"messages": QA, "conversations": None}, QA, "messages"),
     # content as parts
     "a text part": ({"messages": [user([text_part("q")]), assistant([text_part("r")])]}, QA, "messages"),
@@ -293,6 +298,11 @@ REFUSED = {
         "only text is",
     ),
     "a part without text": ({"messages": [user([{"type": "text"}])]}, "messages[0].content[0].text", "found nothing"),
+    "a call of before": (
+        {"messages": [user(), {"role": "assistant", "content": None, "function_call": ADD}]},
+        "messages[1].function_call",
+        "write it as tool_calls",
+    ),
     "a part that is text": ({"messages": [user(["q"]), assistant()]}, "messages[0].content[0]", "found a string"),
     "empty parts": ({"messages": [ASKED, assistant([text_part(" ")])]}, "messages[1].content", "empty"),
     "no part": ({"messages": [ASKED, assistant([])]}, "messages[1].content", "empty"),
@@ -335,6 +345,11 @@ REFUSED = {
     "a trained human": ({"conversations": [turn("human", "q", weight=1), GPT]}, "conversations[0].weight", "only what"),
     "a masked turn": ({"conversations": [HUMAN, turn("gpt", "r", mask=True)]}, "conversations[1].mask", "write loss"),
     "the mask of NeMo on answers": (TALK | {"mask": "Assistant"}, "mask", 'not served but for "User"'),
+    "values of SteerLM": (
+        {"conversations": [HUMAN, turn("gpt", "r", label="quality:4")], "mask": "User"},
+        "conversations[1].label",
+        "remove the key",
+    ),
     "another system": (
         {"conversations": [turn("system", "x"), HUMAN, GPT], "system": "y"},
         "system",
