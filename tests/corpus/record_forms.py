@@ -199,6 +199,11 @@ READ = {
         [user(), assistant("", tool_calls=[called("add", {"a": 3}), called("b", {"c": 1})]), assistant()],
         "ShareGPT",
     ),
+    "a call beside null for calls": (
+        {"conversations": [HUMAN, turn("function_call", json.dumps(ADD), tool_calls=None)]},
+        [user(), assistant("", tool_calls=[called("add", {"a": 3})])],
+        "ShareGPT",
+    ),
     "a tool's turn": (
         {"conversations": [HUMAN, turn("gpt", "", tool_calls=[{"function": ADD}]), turn("tool", "7"), GPT]},
         [user(), assistant("", tool_calls=[called("add", {"a": 3})]), tool(), assistant()],

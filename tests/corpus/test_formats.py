@@ -66,6 +66,13 @@ def test_what_is_refused_by_name(tmp_path, name, suffix):
     assert words in errors[0].message and len(str(errors[0])) < 1500
 
 
+def test_a_conversation_said_twice_is_not_carried_through(tmp_path):
+    """`realign` writes other messages beside what is."""
+    rows = [{"messages": QA} | TALK, {"prompt": "q", "response": "r", "completion": "r"}, TALK | ALPACA]
+    for record in read_records(write(tmp_path, "jsonl", *rows)):
+        assert record.messages == QA and not record.extra
+
+
 def test_rows_of_every_form_in_one_file(tmp_path):
     """As a concatenation leaves them: in Parquet each row has the columns of all, most of them null."""
     rows = [{"messages": QA}, {"prompt": "q", "response": "r"}, {"prompt": "q", "completion": "r"}, TALK, ALPACA]
