@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_idft.checkpoint.config import ModelShape
+from megatron_idft.checkpoint.config_fields import WINDOWS
 from megatron_idft.errors import ConversionError
 
 ModelClass = Literal["gpt", "hybrid"]
@@ -83,7 +84,8 @@ def megatron_settings(model: ModelShape, model_class: ModelClass) -> list[Settin
     switch("use_rope_scaling", "--use-rope-scaling", model.rope_scaling_factor is not None)
     if model.rope_scaling_factor is not None:
         value("rope_scaling_factor", "--rope-scaling-factor", model.rope_scaling_factor)
-    value("max_position_embeddings", "--max-position-embeddings", model.max_positions, fixed=False)
+    windowed = not WINDOWS.isdisjoint(model.ignored_by_user)  # more positions would then be another model
+    value("max_position_embeddings", "--max-position-embeddings", model.max_positions, fixed=windowed)
     value("normalization", "--normalization", "RMSNorm")
     value("layernorm_epsilon", "--norm-epsilon", model.norm_eps)
     switch("swiglu", "--swiglu", True)

@@ -91,7 +91,7 @@ def test_fields_that_the_model_depends_on_cannot_be_ignored():
     assert all("--ignore-config" in line and len(line) < 200 for line in lines)
 
 
-def test_an_ignored_window_leaves_the_positions_up_to_it(converted):
+def test_an_ignored_window_leaves_the_positions_up_to_it(converted, tmp_path):
     for name in ("Mistral 7B v0.1", "Ministral 8B"):
         config = PUBLIC[name].config
         model = read_model(config, ignore=["sliding_window"])
@@ -100,6 +100,14 @@ def test_an_ignored_window_leaves_the_positions_up_to_it(converted):
     switched = CONFIGS["qwen2.5-7b"] | {"use_sliding_window": True, "sliding_window": 64}
     switched |= {"layer_types": ["full_attention"] * 14 + ["sliding_attention"] * 14}
     assert read_model(switched, ignore=["use_sliding_window"]).max_positions == 64
+    folder = shutil.copytree(converted["mistral"].huggingface, tmp_path / "hf")
+    change(folder, sliding_window=32)
+    words = ["--hf-model", str(folder), "--ignore-config", "sliding_window", "--max-position-embeddings"]
+    assert expand([*words, "32"])
+    with pytest.raises(ArgumentError, match=r"embeddings 128 \(the model is --max-position-embeddings 32\)"):
+        expand([*words, "128"])
+    with pytest.raises(ArgumentError, match="more than the 32 positions"):
+        main(["check", *words[:4], "--seq-length", "33"])
     for bad in (0, 1.5, "4096", True):
         with pytest.raises(ConversionError, match=r"sliding_window is .*, should be a whole number"):
             read_model(PUBLIC["Mistral 7B v0.1"].config | {"sliding_window": bad}, ignore=["sliding_window"])
