@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,9 +20,15 @@ from tests.launch import forked, forked_codes
 def test_statistics_are_those_of_transformers(corpus, tmp_path, name, dtype):  # noqa: F811
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    flags = f"--hf-model {corpus / name} --hf-cache {tmp_path / 'cache'} --data {corpus / 'train.jsonl'}"
+    folder = shutil.copytree(corpus / name, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"strange": 7, "unsloth_version": "2025.3"}))
+    flags = (
+        f"--hf-model {folder} --ignore-config strange --hf-cache {tmp_path / 'cache'} --data {corpus / 'train.jsonl'}"
+    )
     flags += f" --output {tmp_path / 'out'} --seq-length 32 --per-token --tensor-model-parallel-size 2"
-    forked(["-m", "megatron_idft", "score", *flags.split()], nproc=2)
+    output = forked(["-m", "megatron_idft", "score", *flags.split()], nproc=2)
+    assert output.count("ignored by --ignore-config: strange") == 1 == output.count("model computes: unsloth_version")
     rows = pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
 
     model = AutoModelForCausalLM.from_pretrained(corpus / name).to(dtype).eval()
