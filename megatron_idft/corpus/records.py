@@ -229,7 +229,7 @@ def parse_line(text: bytes, file: str, line: int) -> Any:
     except json.JSONDecodeError as error:
         reason = f"not JSON: {error.msg} at column {error.colno}"
         if line == 1 and text.strip() in (b"[", b"{"):
-            reason = f"the file is JSON over several lines, not a record in each: {_TO_LINES}"
+            reason = f"not JSON by itself, but the beginning of JSON over several lines: {_TO_LINES}"
     except RecursionError:  # of json's own, or ours
         reason = f"not readable JSON: nested more than {MAX_DEPTH} levels deep"
     except ValueError as error:  # absurdly long integers

@@ -207,6 +207,18 @@ def test_the_first_bad_record_is_named_and_skipping_goes_on_from_there(run, toke
         run(write(tmp_path / "b.jsonl", [b"{"]), output="none", bad_records="skip")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_refused_input_leaves_nothing_in_the_way_of_the_mended_one(run, tmp_path, workers):
+    rows = corpus(20)
+    with pytest.raises(RecordError, match="line 1, text"):
+        run(write(tmp_path / "a.jsonl", [{"text": "x"}, *rows]), workers=workers)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    assert run(write(tmp_path / "a.jsonl", rows), workers=workers).store.meta["documents"] == 20
+    with pytest.raises(RecordError):  # but what is finished is kept
+        run(write(tmp_path / "b.jsonl", [*corpus(100), {"text": "x"}]), output="b", chunk_bytes=2000, workers=workers)
+    assert (tmp_path / "b.chunks").exists()
+
+
 def test_a_damaged_file_is_named(run, tmp_path):
     whole = gzip.compress(write(tmp_path / "a.jsonl", corpus(300)).read_bytes())
     (tmp_path / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
@@ -230,9 +242,9 @@ def test_other_settings_are_refused_by_name(run, huggingface, tmp_path):
         run(file, tokenizer=huggingface("byte-level"))
     stopped = write(tmp_path / "b.jsonl", [*corpus(60), b"{"])
     with pytest.raises(RecordError):
-        run(stopped, output="unfinished")
+        run(stopped, output="unfinished", chunk_bytes=4000)
     with pytest.raises(SettingsMismatch, match=r"unfinished\.chunks(.|\n)*truncation: \"truncate\" in the folder"):
-        run(stopped, output="unfinished", truncation="drop")
+        run(stopped, output="unfinished", chunk_bytes=4000, truncation="drop")
     write(stopped, corpus(60))
     with pytest.raises(SettingsMismatch, match="sources"):
         run(stopped, output="unfinished")

@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_idft.corpus.ledger.files import plain_errors
+from megatron_idft.corpus.ledger.files import finished_parts, plain_errors
 from megatron_idft.corpus.ledger.manifest import agree
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.data.packed import summary
@@ -34,7 +34,7 @@ from megatron_idft.data.packed.chunks import ChunkInfo, is_finished, read_info
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.store import FORMAT, PackedStore, companion
 from megatron_idft.data.packed.tasks import Workers, encoding_workers, run_tasks
-from megatron_idft.errors import InputError, PrepareError, RecordError, SettingsMismatch
+from megatron_idft.errors import InputError, PrepareError, RecordError, SettingsMismatch, UserError
 from megatron_idft.processes import Task
 
 
@@ -109,7 +109,10 @@ def prepare(
         with _locked(folder):
             job = {"settings": settings.of_chunks(fingerprint), "num_chunks": None, "part_suffix": ".json"}
             agree(folder, folder, f"{os.getpid()}", job)
-            with closing(encoding_workers(workers, tokenizer, settings, folder)) as pool:
+            with (
+                _removed_unless_begun(folder),
+                closing(encoding_workers(workers, tokenizer, settings, folder)) as pool,
+            ):
                 run = _Run(settings, prefix, folder, pool, progress)
                 infos = run.tokenize()
                 if settings.of_packs(fingerprint) != described:
@@ -269,6 +272,17 @@ def _locked(folder: Path) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
         yield
+
+
+@contextmanager
+def _removed_unless_begun(folder: Path) -> Iterator[None]:
+    """Where the input is refused before a chunk is finished: the mended input is another one, for the same output."""
+    try:
+        yield
+    except UserError:
+        if not finished_parts(folder, ".json"):
+            shutil.rmtree(folder)
+        raise
 
 
 def _json(values: dict[str, Any]) -> bytes:
