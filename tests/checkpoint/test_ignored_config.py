@@ -159,6 +159,8 @@ def test_the_flags_of_a_model_say_it_once_on_rank_0(folder, tmp_path, capsys, mo
         expand(words)
     expanded = expand([*words, "--ignore-config", "strange", "--lr", "1"])
     told = capsys.readouterr().out.splitlines()
+    with pytest.raises(ArgumentError, match="pass --hf-model, or drop it"):
+        expand(["--load", "checkpoint", "--ignore-config", "strange"])
     assert [line.rpartition(": ")[2] for line in told] == ["note, unsloth_version", "strange"]
     assert all(line.startswith(f"> {folder}/config.json: ") for line in told)
     monkeypatch.setenv("RANK", "1")

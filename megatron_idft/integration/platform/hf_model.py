@@ -84,6 +84,8 @@ def expand(argv: Sequence[str]) -> list[str]:
     """
     given = given_flags(argv)
     if "--hf-model" not in given:
+        if "--ignore-config" in given and "--save-hf" not in given:
+            raise ArgumentError("--ignore-config names fields of --hf-model's config.json: pass --hf-model, or drop it")
         return [*argv, *own_tokenizer_flags(given)]
     source = Path(given["--hf-model"])
     model = read_folder_model(source, named_to_ignore(argv))
