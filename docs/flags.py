@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_idft.cli import convert, doctor, init, prepare, realign, run, score
-from megatron_idft.integration.loss.arguments import add_arguments
+from megatron_idft.integration.loss.flags import add_arguments
 from megatron_idft.integration.offline.realign_arguments import add_realign_arguments
 from megatron_idft.integration.offline.score_arguments import add_score_arguments
 from megatron_idft.integration.plan.arguments import add_plan_arguments

@@ -6,10 +6,11 @@ import argparse
 import difflib
 import functools
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_idft.errors import ArgumentError
 
+OF_EVERY_VERB = "--verbose shows what Megatron, torch and other libraries print, and tracebacks, on the console."
 _UNRECOGNIZED = "unrecognized arguments: "
 
 
@@ -19,6 +20,9 @@ class Parser(argparse.ArgumentParser):
     Raises:
         ArgumentError: from `parse_args`.
     """
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **{"epilog": OF_EVERY_VERB} | options)
 
     def error(self, message: str) -> NoReturn:
         refuse(self, message)

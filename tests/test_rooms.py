@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_idft"
 
 # Everything may import these; among themselves only in this order.
-BASE = ("errors", "links", "files", "processes", "parsing")
+BASE = ("errors", "console", "progress", "links", "files", "processes", "parsing")
 # The library's rooms, and what each may import beside the base.
 MAY_IMPORT: dict[str, set[str]] = {
     "statistics": set(),

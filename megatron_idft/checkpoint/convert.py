@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megatron_idft.checkpoint import checksums
 from megatron_idft.checkpoint.checks import check_checkpoint, check_source, check_tied, checked_model_class
@@ -32,7 +29,9 @@ from megatron_idft.checkpoint.model_flags import (
 from megatron_idft.checkpoint.safetensors_files import DTYPES, SHARD_BYTES, SafetensorsFolder, SafetensorsWriter
 from megatron_idft.checkpoint.tensors import Part, cut, extra_states, join, pieces
 from megatron_idft.checkpoint.torch_dist import TorchDistCheckpoint, TorchDistWriter, find_iteration
+from megatron_idft.console import complain
 from megatron_idft.errors import ConversionError
+from megatron_idft.progress import byte_bar
 
 RECORD = "conversion.json"
 _EMPTY_STATE = torch.empty(0, dtype=torch.uint8)  # Transformer Engine's sign that there is no FP8 state
@@ -71,7 +70,7 @@ def to_megatron(
     check_source(source, folder.tensors, plan, model)
     check_tied(folder, model)
     total = sum(math.prod(part.size) * _dtype(folder, part).itemsize for piece in plan for part in piece.parts)
-    with new_folder(target) as building, _bar(f"to {target.name}", total, progress) as bar:
+    with new_folder(target) as building, byte_bar(f"converting {source.name}", total, progress) as bar:
         copy_companions(source, building / COMPANIONS)
         release = building / "release"
         release.mkdir()
@@ -173,13 +172,13 @@ def to_hf(
     keys = check_checkpoint(stored, plan, folder)
     verified = checkpoint.verify(keys.values())
     if verified and progress:
-        print(f"> {folder} is verified by sizes and checksums: {verified / 1e9:.3f} GB", file=sys.stderr)
+        complain(f"> {folder} is verified by sizes and checksums: {verified / 1e9:.3f} GB")
     dtypes = {piece.key: dtype or stored[keys[piece.key]][1] for piece in plan}
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         part.name: (part.shape, dtypes[piece.key]) for piece in plan for part in piece.parts
     }
     total = sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values())
-    with new_folder(target, replace) as building, _bar(f"to {target.name}", total, progress) as bar:
+    with new_folder(target, replace) as building, byte_bar(f"converting {source.name}", total, progress) as bar:
         copy_companions(companion, building)
         name = "torch_dtype" if "torch_dtype" in config else "dtype"
         config[name] = str(dtypes[plan[0].key]).removeprefix("torch.")
@@ -197,9 +196,3 @@ def to_hf(
 
 def _dtype(folder: SafetensorsFolder, part: Part) -> torch.dtype:
     return DTYPES[folder.tensors[part.name].dtype]
-
-
-def _bar(title: str, total: int, enabled: bool) -> Any:
-    return tqdm(
-        total=total, desc=title, unit="B", unit_scale=True, disable=not enabled, file=sys.stderr, mininterval=1.0
-    )

@@ -3,12 +3,15 @@
 May import every room. Begin with main below; each verb is a file, failures.py says how a verb fails.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from itertools import takewhile
 
 from megatron_idft import __version__
+from megatron_idft.errors import VERBOSE
 
 VERBS = {
     "train": "fine-tune on chat records with Megatron's trainer:  torchrun … -m megatron_idft train <Megatron flags>",
@@ -22,10 +25,12 @@ VERBS = {
     "doctor": "check versions, devices and packages; exit 0 only if training can start",
 }
 
+VERBOSE_FLAG = "--verbose"
 EXIT_CODES = """Exit codes: 0 done. 1 failed while it worked, or the answer is no (`plan`: no fit; `doctor`: cannot
 start). 2 flags, files or an installation that cannot be used. 143 stopped by SIGTERM, 130 by
 Ctrl-C; in `train` only where a checkpoint holds all that was trained. torchrun makes 1 of all but 0.
-An error is one message. MEGATRON_IDFT_VERBOSE=1 shows the traceback too, and all that Megatron prints.
+An error is one message. `--verbose`, of every verb, or MEGATRON_IDFT_VERBOSE=1 shows tracebacks, and on the console
+what Megatron and other libraries print: without it they print to a log file in all verbs but `train` and `run`.
 """
 
 
@@ -45,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         meant = f"; did you mean {nearest[0]}?" if nearest else f"; choose one of {', '.join(VERBS)}"
         print(f"megatron-idft: error: there is no verb {verb[:100]!r}{meant}", file=sys.stderr)
         return 2
+    if VERBOSE_FLAG in (of_verb := _before_script(rest) if verb == "run" else rest):
+        os.environ[VERBOSE] = "1"
+        rest = [word for word in of_verb if word != VERBOSE_FLAG] + rest[len(of_verb) :]
     try:
         return int(import_module(f"megatron_idft.cli.{verb}").main(rest))
     except KeyboardInterrupt:
@@ -54,3 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megatron_idft.cli import failures
 
         return failures.report(verb, error)
+
+
+def _before_script(words: Sequence[str]) -> list[str]:
+    """What comes after it is the script's."""
+    return list(takewhile(lambda word: word.startswith("-"), words))

@@ -1,14 +1,15 @@
 """`convert to-megatron|to-hf|check`: models between Hugging Face folders and Megatron checkpoints."""
 
-import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_idft import console
 from megatron_idft.checkpoint.ignored_config import add_ignore_config
 from megatron_idft.errors import ArgumentError
-from megatron_idft.parsing import Parser
+from megatron_idft.parsing import OF_EVERY_VERB, Parser
 
-USAGE = """usage: megatron-idft convert to-megatron HF_DIR OUT_DIR [--model gpt|hybrid] [--ignore-config FIELD ...]
+USAGE = f"""usage: megatron-idft convert to-megatron HF_DIR OUT_DIR [--model gpt|hybrid] [--ignore-config FIELD ...]
        megatron-idft convert to-hf MEGATRON_DIR OUT_DIR [--hf-config DIR] [--iteration N] [--dtype bf16|fp16|fp32]
                                   [--ignore-config FIELD ...]
        megatron-idft convert check HF_DIR|FLAG ... [--config-only] [--ignore-config FIELD ...]
@@ -31,7 +32,9 @@ to-hf        writes OUT_DIR for transformers, from a checkpoint of this tool or 
 check        says in a fraction of a second whether HF_DIR can be converted: config.json, and every tensor's name and
              shape; no weights are read. Given the flags of train, score, realign or prepare it takes --hf-model, checks
              that --tensor-model-parallel-size and --seq-length fit the model and that the data they name is there. What
-             this machine does not see is named. --config-only: nothing but config.json is there yet"""
+             this machine does not see is named. --config-only: nothing but config.json is there yet
+
+{OF_EVERY_VERB}"""
 
 
 def _parser() -> Parser:
@@ -59,6 +62,13 @@ def main(argv: Sequence[str]) -> int:
     if argv[0] == "check":
         return _check(argv[1:])
     args = _parser().parse_args(list(argv))
+    with console.quiet("convert", filled="kept"):
+        console.say(_convert(args))
+    return 0
+
+
+def _convert(args: Namespace) -> str:
+    """Convert; returns what the user can do with the result."""
     import torch
 
     from megatron_idft.checkpoint import bridge
@@ -70,11 +80,9 @@ def main(argv: Sequence[str]) -> int:
             model = to_megatron(args.source, args.target, args.model, ignore=args.ignore_config or ())
         except UnknownFamilyError as error:
             bridge.to_megatron(args.source, args.target, error)
-            print(f"{args.target}: converted by Megatron-Bridge; its flags are in its run_config.yaml")
-            return 0
+            return f"{args.target}: converted by Megatron-Bridge; its flags are in its run_config.yaml"
         _tell(model.ignored_lines(Path(args.source) / "config.json"))
-        print(f"{args.target}: --load it with the flags in model_flags.sh; true vocabulary {model.vocab}")
-        return 0
+        return f"{args.target}: --load it with the flags in model_flags.sh; true vocabulary {model.vocab}"
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
     try:
         ignore = args.ignore_config or ()
@@ -84,8 +92,7 @@ def main(argv: Sequence[str]) -> int:
         if args.hf_config is None:
             raise
         bridge.to_hf(args.source, args.target, args.hf_config, error)
-    print(f"{args.target}: open it with transformers' from_pretrained", file=sys.stdout)
-    return 0
+    return f"{args.target}: open it with transformers' from_pretrained"
 
 
 def _check(argv: Sequence[str]) -> int:
@@ -102,4 +109,4 @@ def _check(argv: Sequence[str]) -> int:
 
 def _tell(lines: Sequence[str]) -> None:
     for line in lines:
-        print(line)
+        console.say(line)

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 
-USAGE = """usage: megatron-idft doctor
+from megatron_idft.parsing import OF_EVERY_VERB
+
+USAGE = f"""usage: megatron-idft doctor
 
 Prints versions, where megatron.core and megatron.training load from, devices, libraries and the backend that each part
-will use. Exit code 0 only if training can start."""
+will use. Exit code 0 only if training can start.
+
+{OF_EVERY_VERB}"""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -14,7 +14,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_idft.errors import VERBOSE, LostRankError, UserError, verbose
+from megatron_idft import console
+from megatron_idft.errors import LostRankError, UserError, verbose
 from megatron_idft.integration.platform.outcome import tell_script
 from megatron_idft.integration.platform.signals import INTERRUPTED, STOPPED
 
@@ -42,9 +43,14 @@ def report(verb: str, error: Exception) -> int:
     kind = "" if failure.exit_code in (INTERRUPTED, STOPPED) else "error: "
     text, speaks = f"megatron-idft {verb}: {kind}{message}", _speaks(message)
     tell_script(text, failure.exit_code)
+    if failure.keep_traceback and (speaks or console.kept_log()):
+        text += _kept(verb, error)
+    else:
+        if failure.exit_code == UNUSABLE:
+            console.retract_log()
+        text += console.where_log_is()
+    console.drop_log()
     if speaks:
-        if failure.keep_traceback:
-            text += _kept(verb, error)
         print(text, file=sys.stderr, flush=True)
     _tell_agent(text, speaks, is_cause=speaks and not isinstance(error, LostRankError))
     return failure.exit_code
@@ -129,13 +135,15 @@ def _kept(verb: str, error: BaseException) -> str:
         sys.stderr.write(text)
         return ""
     try:
+        if log := console.write_log(text):
+            return f"\nThe traceback is at the end of {log}, after what libraries printed (--verbose shows both here)"
         with tempfile.NamedTemporaryFile(
             "w", prefix=f"megatron-idft-{verb}-", suffix=".log", delete=False, encoding="utf-8", errors="replace"
         ) as file:
             file.write(f"{' '.join(sys.argv)}\n{text}")
     except OSError:  # the disk is full: nothing must hide the message
-        return f"\n{VERBOSE}=1 shows the traceback"
-    return f"\nThe traceback is in {file.name} ({VERBOSE}=1 shows it here)"
+        return "\n--verbose shows the traceback"
+    return f"\nThe traceback is in {file.name} (--verbose shows it here)"
 
 
 def _speaks(message: str) -> bool:

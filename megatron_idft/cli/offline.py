@@ -3,6 +3,8 @@
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 
+from megatron_idft import console
+
 Main = Callable[[Sequence[str]], int]
 
 
@@ -36,9 +38,10 @@ def run_verb(
         parser = ArgumentParser(usage=SUPPRESS, add_help=False)
         print(usage + "\n\n" + add_arguments(parser).format_help())
         return 0
-    from megatron_idft.integration.platform.hf_model import expand
-    from megatron_idft.integration.platform.start import prepare_process
+    with console.quiet(verb):
+        from megatron_idft.integration.platform.hf_model import expand
+        from megatron_idft.integration.platform.start import prepare_process
 
-    prepare_process(f"megatron-idft {verb}", expand(argv), force_cpu="--cpu" in argv)
-    run()
+        prepare_process(f"megatron-idft {verb}", expand(argv), force_cpu="--cpu" in argv)
+        run()
     return 0

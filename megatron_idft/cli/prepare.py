@@ -2,10 +2,11 @@
 
 import os
 import signal
-import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import NoReturn
 
+from megatron_idft import console
 from megatron_idft.data import flags
 from megatron_idft.integration.platform import signals
 from megatron_idft.parsing import Parser
@@ -45,6 +46,11 @@ def _parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(list(argv))
+    with console.quiet("prepare", filled="kept"):
+        return _prepare(args)
+
+
+def _prepare(args: Namespace) -> int:
     # Before transformers is imported: the processes below keep all processors busy.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from megatron_idft.data.chat.tokenizer import load_tokenizer
@@ -66,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(args.tokenizer_model, args.chat_template, args.trust_remote_code, args.sft_template_date)
     if args.dry_run:
         for sample in show_records(settings, tokenizer, args.show or 3):
-            print(sample, end="\n\n")
+            console.say(f"{sample}\n")
         return 0
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
@@ -78,17 +84,15 @@ def main(argv: Sequence[str]) -> int:
         keep_chunks=args.keep_chunks,
         progress=not args.no_progress,
     )
-    print(prepared.report)
+    console.say(prepared.report)
     for sample in show_packs(prepared.store, tokenizer, args.show or 0):
-        print(f"\n{sample}")
+        console.say(f"\n{sample}")
     return 0
 
 
 def _stop(number: int, _: object) -> NoReturn:
-    print(
+    console.complain(
         f"megatron-idft prepare: stopped by {signals.name_of(number)}; the finished chunks stand, and the same command"
-        " goes on from there",
-        file=sys.stderr,
-        flush=True,
+        " goes on from there"
     )
     raise SystemExit(signals.exit_code(number))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_idft.cli.offline import run_verb
-from megatron_idft.parsing import Parser
+from megatron_idft.parsing import OF_EVERY_VERB, Parser
 
-USAGE = """usage: torchrun … -m megatron_idft realign --hf-model DIR --sft-data FILE … --output DIR <flags>
+USAGE = f"""usage: torchrun … -m megatron_idft realign --hf-model DIR --sft-data FILE … --output DIR <flags>
        torchrun … -m megatron_idft realign --load DIR [--tokenizer-model PATH] --sft-data FILE … --output DIR <flags>
        megatron-idft realign status DIR
        megatron-idft realign merge DIR --output FILE.jsonl
@@ -18,7 +18,9 @@ USAGE = """usage: torchrun … -m megatron_idft realign --hf-model DIR --sft-dat
 Rewrites the responses of a corpus into the model's own distribution: its own response where that is right, else Hinted
 Decoding (arXiv 2602.12222), which mixes what the model says with and without a hint; wrong results are left out.
 Start it as often as you like on one output folder: launches share the work, and a stopped one goes on where it was.
-Every flag of Megatron-LM 0.19 that describes a model or a layout is understood besides those below."""
+Every flag of Megatron-LM 0.19 that describes a model or a layout is understood besides those below.
+
+{OF_EVERY_VERB}"""
 
 
 def _status_parser() -> Parser:

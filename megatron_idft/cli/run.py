@@ -9,7 +9,8 @@ Runs a Megatron training script (Megatron-LM's pretrain_gpt.py or pretrain_hybri
 unmodified, and adds the flags of the loss to its own: the group "sft loss" of `megatron-idft train --help`. Everything
 after SCRIPT.py is the script's. Without --sft-loss the script runs as it is.
 
-  --cpu   run on the CPU with gloo even where a GPU is present; automatic where there is none"""
+  --cpu      run on the CPU with gloo even where a GPU is present; automatic where there is none
+  --verbose  show tracebacks"""
 
 
 def main(argv: Sequence[str]) -> int:

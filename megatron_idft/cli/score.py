@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_idft.cli.offline import run_verb
 from megatron_idft.data import flags
-from megatron_idft.parsing import Parser
+from megatron_idft.parsing import OF_EVERY_VERB, Parser
 
-USAGE = """usage: torchrun … -m megatron_idft score --hf-model DIR --sft-data FILE … --output DIR <flags>
+USAGE = f"""usage: torchrun … -m megatron_idft score --hf-model DIR --sft-data FILE … --output DIR <flags>
        torchrun … -m megatron_idft score --load DIR [--tokenizer-model PATH] --sft-data FILE … --output DIR <flags>
        megatron-idft score status DIR
        megatron-idft score report DIR … [--output DIR] [--title TEXT]
@@ -18,7 +18,9 @@ USAGE = """usage: torchrun … -m megatron_idft score --hf-model DIR --sft-data 
 
 Scores the responses of a corpus under a Megatron model: log p, entropy and phi = log p + H of every trained token.
 Start it as often as you like on one output folder: launches share the work, and a stopped one goes on where it was.
-Every flag of Megatron-LM 0.19 that describes a model or a layout is understood besides those below."""
+Every flag of Megatron-LM 0.19 that describes a model or a layout is understood besides those below.
+
+{OF_EVERY_VERB}"""
 
 
 def _status_parser() -> Parser:

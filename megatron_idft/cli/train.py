@@ -3,16 +3,20 @@
 import argparse
 from collections.abc import Sequence
 
-USAGE = """usage: torchrun … -m megatron_idft train --sft-data FILE … --hf-model DIR [--sft-loss idft] <flags>
+from megatron_idft.parsing import OF_EVERY_VERB
+
+USAGE = f"""usage: torchrun … -m megatron_idft train --sft-data FILE … --hf-model DIR [--sft-loss idft] <flags>
        torchrun … -m megatron_idft train --sft-data FILE … --load DIR [--tokenizer-model PATH] <model flags> <flags>
 
 Fine-tunes a Megatron model on chat records. Every flag of Megatron-LM 0.19 is understood besides those below. Without
---sft-loss the loss is Megatron's own cross-entropy."""
+--sft-loss the loss is Megatron's own cross-entropy.
+
+{OF_EVERY_VERB}"""
 
 
 def print_help() -> None:
     """Only our flags: argparse cannot print Megatron 0.19's, one of whose help texts has a stray percent sign."""
-    from megatron_idft.integration.loss.arguments import add_arguments
+    from megatron_idft.integration.loss.flags import add_arguments
     from megatron_idft.integration.training.arguments import add_data_arguments
 
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, description=None)

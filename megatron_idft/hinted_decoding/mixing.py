@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_idft.errors import InputError
-
-MixingMode = Literal["linear", "sigmoid", "piecewise", "fixed"]
-MIXING_MODES: tuple[MixingMode, ...] = get_args(MixingMode)
+from megatron_idft.hinted_decoding.mixing_modes import MIXING_MODES, MixingMode
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ NCCL_GRAPH_REGISTER=0 leaves them unregistered. It is read when the first commun
 
 import os
 
+from megatron_idft.console import say
 from megatron_idft.errors import GraphRegistrationError
 
 _VARIABLE = "NCCL_GRAPH_REGISTER"
@@ -22,7 +23,7 @@ def leave_graphs_unregistered(program: str) -> None:
     if _VARIABLE not in os.environ:
         os.environ[_VARIABLE] = "0"
         if os.environ.get("RANK", "0") == "0":
-            print(f"{program}: added: {_VARIABLE}=0, for collectives in CUDA graphs", flush=True)
+            say(f"{program}: added: {_VARIABLE}=0, for collectives in CUDA graphs")
     require_unregistered_graphs()
 
 

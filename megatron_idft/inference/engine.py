@@ -68,6 +68,9 @@ class DecodeEngine:
         memory_bytes: for keys and values on this rank, at most. None: a share of what is free now, see memory.py.
         tell: is given a line for a person whenever more memory is allocated for them.
 
+    Attributes:
+        decoded_tokens: so far, for who shows progress.
+
     Raises:
         UnservedModelError: the model or its layout is not served.
     """
@@ -87,6 +90,7 @@ class DecodeEngine:
         self.cache = KeyValueCache(self.model, memory_for_cache(memory_bytes, self.model.device, self.model.tp_group))
         self._forward = DecodeForward(self.model, self.cache)
         self._tell = tell
+        self.decoded_tokens = 0
         self._banks: tuple[Bank, ...] = ()  # of the latest call
         self._kept = 0  # tokens that the last cut left: how many candidates the next one begins with
 
@@ -117,11 +121,13 @@ class DecodeEngine:
         temperature: float,
         seed: int,
         stop_ids: Collection[int],
+        on_done: Callable[[], None] = lambda: None,
     ) -> list[Tokens]:
         """Continuations of `prompts`, each up to and with its first stop token, or of `max_tokens` tokens.
 
         Called by all ranks with the same arguments; returns the same on all of them. A draw depends on (seed, record
-        id, step) only. temperature 1 is the model's own distribution, 0 the most probable token.
+        id, step) only. temperature 1 is the model's own distribution, 0 the most probable token. on_done is called
+        after each continuation.
         """
         requests = [Request(id, prompt, seed=seed) for id, prompt in zip(record_ids, prompts, strict=True)]
         room = [i for i, prompt in enumerate(prompts) if len(prompt) < self.max_positions]
@@ -130,6 +136,7 @@ class DecodeEngine:
         positions = {id(requests[i]): i for i in room}
         for completion in self.decode([requests[i] for i in room], settings):
             found[positions[id(completion.request)]] = completion.token_ids
+            on_done()
         return found
 
     @torch.no_grad()
@@ -190,6 +197,7 @@ class DecodeEngine:
                 )
             self._admit(waiting, plain, hinted, running, paired)
             values = self._step(plain, hinted, running, paired, settings)
+            self.decoded_tokens += len(running)
             # From the last to the first: the last row, which has been looked at by then, fills a row that is freed.
             for row in reversed(range(len(running))):
                 sequence = running[row]

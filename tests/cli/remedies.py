@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from megatron_idft.cli import init, prepare, realign, score
-from megatron_idft.integration.loss.arguments import add_arguments
+from megatron_idft.integration.loss.flags import add_arguments
 from megatron_idft.integration.offline.realign_arguments import add_realign_arguments
 from megatron_idft.integration.offline.score_arguments import add_score_arguments
 from megatron_idft.integration.plan.arguments import add_plan_arguments
@@ -31,7 +31,7 @@ OWN = {
     "realign merge": realign._merge_parser,
     "realign report": realign._report_parser,
 }
-OF_LAUNCHERS = {"--nproc-per-node", "--nnodes", "--standalone", "--help", "--cpu"}
+OF_ALL = {"--nproc-per-node", "--nnodes", "--standalone", "--help", "--cpu", "--verbose"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*\w")
 
 
@@ -56,8 +56,8 @@ def flags_of_megatron() -> frozenset[str]:
 @functools.cache
 def flags_of_verb(verb: str) -> frozenset[str]:
     if verb in ADDED:
-        return flags_of_megatron() | added_by(verb) | OF_LAUNCHERS
-    return frozenset(flags_of(OWN[verb]()) | OF_LAUNCHERS)
+        return flags_of_megatron() | added_by(verb) | OF_ALL
+    return frozenset(flags_of(OWN[verb]()) | OF_ALL)
 
 
 def foreign_flags(words: list[str], message: str) -> set[str]:

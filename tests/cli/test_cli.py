@@ -104,7 +104,7 @@ def test_without_torch_a_verb_says_what_to_install():
     code = "import sys; sys.modules['torch'] = None; from megatron_idft.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for words in (
-        ["train", "--help"],
+        ["train", "--sft-data", "a"],
         ["plan", "--gpus", "8"],
         ["score", "--sft-data", "a"],
         ["convert", "to-hf", "a", "b"],
@@ -116,15 +116,49 @@ def test_without_torch_a_verb_says_what_to_install():
         assert f"`{words[0]}` needs torch" in done.stderr and "megatron-idft[train]" in done.stderr
 
 
+HELPS = """train;run;prepare;score;score status;score report;score select;realign;realign status;realign merge
+    realign report;plan;convert;doctor;init""".replace("\n", ";").split(";")
+# What each of them imports, in all, with room for a release of Python: torch alone brings 2,000 modules.
+MOST_MODULES = 400
+
+
 def test_a_help_comes_without_torch():
-    code = "import sys; sys.modules['torch'] = sys.modules['numpy'] = None; from megatron_idft.cli import main\n"
-    code += "sys.exit(any([main([verb, '--help']) for verb in sys.argv[1:]]))"  # a list: each is asked
-    verbs = ("score", "plan", "run", "doctor")
+    """And names the flag that every verb has."""
+    code = """
+import contextlib, io, os, sys
+slow = ("torch", "megatron", "transformers", "matplotlib", "tqdm")
+sys.modules |= dict.fromkeys(slow)
+for words in sys.argv[1:]:
+    if os.fork() == 0:
+        from megatron_idft.cli import main
+        with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+            assert main([*words.split(), "--help"]) == 0
+        found = [str(part in text.getvalue()) for part in ("usage: ", "--verbose")]
+        os.write(1, f"{words}: {len(sys.modules)} {' '.join(found)}\\n".encode())
+        os._exit(0)
+    os.wait()
+"""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-c", code, *verbs]
+    words = [sys.executable, "-c", code, *map(str.strip, HELPS)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert all(f"megatron_idft {verb}" in done.stdout or f"megatron-idft {verb}" in done.stdout for verb in verbs)
+    assert not done.stderr, done.stderr
+    found = {line.partition(": ")[0]: line.partition(": ")[2].split() for line in done.stdout.splitlines()}
+    assert list(found) == [word.strip() for word in HELPS]
+    assert all(rest == ["True", "True"] for _, *rest in found.values()), found
+    assert {verb: count for verb, (count, *_) in found.items() if int(count) > MOST_MODULES} == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [("run SCRIPT --verbose", "0"), ("run --verbose SCRIPT", "1"), ("run --cpu --verbose SCRIPT --verbose", "1")],
+)
+def test_verbose_before_the_script_is_ours_and_after_it_the_scripts(tmp_path, words, seen):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys; print('seen', os.environ.get('MEGATRON_IDFT_VERBOSE', '0'), '--verbose' in sys.argv)\n"
+    )
+    done = command(*words.replace("SCRIPT", str(script)).split())
+    assert f"seen {seen} {words.endswith('--verbose')}" in done.stdout, done
 
 
 def test_a_bug_says_that_it_is_one_and_where_the_traceback_is(tmp_path):

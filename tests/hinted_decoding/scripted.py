@@ -23,7 +23,7 @@ class ScriptedEngine:
     """script: request id -> what is answered. A request that is not in it fails: nothing may be asked in vain."""
 
     def __init__(self, tokenizer: ChatTokenizer, script: dict[str, Answer]):
-        self.tokenizer, self.script = tokenizer, script
+        self.tokenizer, self.script, self.decoded_tokens = tokenizer, script, 0
         self.calls: list[tuple[list[Request], DecodeSettings]] = []
         self.scored: list[list[list[int]]] = []
 
@@ -49,6 +49,7 @@ class ScriptedEngine:
             [encoding] = self.tokenizer.encode_batch([answer + ("<|im_end|>" if reason == "eos" else "")], [[]])
             answer = encoding.ids.tolist()
         ids = np.array(answer, dtype=np.int32)
+        self.decoded_tokens += len(ids)
         assert reason != "eos" or int(ids[-1]) in settings.stopping.stop_ids
         n, hinted = len(ids), request.hinted_prompt is not None
         mixed = np.arange(n) < n // 2

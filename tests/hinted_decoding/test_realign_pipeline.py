@@ -476,3 +476,37 @@ def test_what_lacks_references_is_told_at_the_start(tokenizer):
     text = describe_unreferenced([without, given], 9, "drop")
     assert text is not None and "1 of 2 records looked at (of 9)" in text and "WARNING" not in text
     assert "right or wrong" in str(describe_unreferenced([without], 1, "keep"))
+
+
+def test_progress_names_the_stages_and_only_rises(tokenizer):
+    """Two records: one whose own response is right, and one that needs every stage."""
+    script = {"a/0/rollout/0": RIGHT, "b/0/rollout/0": WRONG, "b/0/analysis": "# Analysis\nadd\n# CoT\n"}
+    script |= {"b/0/hinted": WRONG, "b/0/retry/1": RIGHT}
+    seen = []
+
+    class Watched(ScriptedEngine):
+        def decode(self, requests, settings):
+            for completion in super().decode(requests, settings):
+                seen.append((realigner.progress.describe(), realigner.progress.share))
+                yield completion
+
+        def score(self, sequences):
+            seen.append((realigner.progress.describe(), realigner.progress.share))
+            return super().score(sequences)
+
+    chosen = settings(fallback="retry", retries=1)
+    realigner = Realigner(Watched(tokenizer, script), tokenizer, chosen, Verifier(), LeakFilter(), {})
+    rows = realigner.realign([RealignInput(i, record(identity=name)) for i, name in enumerate("ab")])
+    assert [row["status"] for row in rows] == ["kept", "kept"]
+    assert [words for words, _ in seen] == [
+        "scoring the originals",
+        "own responses, 0 of 2",
+        "own responses, 1 of 2",
+        "analyses of the references, 0 of 1",
+        "hinted responses, 0 of 1",
+        "hinted responses, try 2, 0 of 1",
+    ]
+    shares = [share for _, share in seen]
+    assert shares == sorted(shares) and shares[0] == 0 and 0 < shares[1] < shares[-1] < 1
+    assert shares[3] >= 0.5 + 0.5 / 4, "one record is settled, and the other has been through one stage of four"
+    assert realigner.progress.share == 0, "no records are at hand"

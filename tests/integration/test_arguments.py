@@ -6,10 +6,11 @@ import pytest
 import torch
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_idft.integration.loss import arguments
+from megatron_idft.integration.loss import arguments, flags
 from megatron_idft.integration.plan.arguments import add_plan_arguments
 from megatron_idft.integration.training.arguments import add_data_arguments, validate_data_arguments
 from megatron_idft.loss import triton_backend
+from megatron_idft.objectives import objective_names
 
 LOSS_FLAGS = [
     "--cpu",
@@ -64,7 +65,7 @@ def new_parser() -> argparse.ArgumentParser:
     return add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
-def parse(line: str, provider=arguments.add_arguments) -> argparse.Namespace:
+def parse(line: str, provider=flags.add_arguments) -> argparse.Namespace:
     return provider(new_parser()).parse_args(line.split())
 
 
@@ -76,7 +77,7 @@ def validated(line: str) -> argparse.Namespace:
 
 @pytest.mark.parametrize(
     ("provider", "flags"),
-    [(arguments.add_arguments, LOSS_FLAGS), (add_data_arguments, DATA_FLAGS), (add_plan_arguments, PLAN_FLAGS)],
+    [(flags.add_arguments, LOSS_FLAGS), (add_data_arguments, DATA_FLAGS), (add_plan_arguments, PLAN_FLAGS)],
 )
 def test_flags_are_frozen_and_documented(provider, flags):
     megatron = {option for action in new_parser()._actions for option in action.option_strings}
@@ -104,7 +105,7 @@ def test_per_token_loss_has_a_negative_form():
 
 
 def test_without_the_flag_megatron_is_left_alone():
-    args = parse("", lambda parser: arguments.compose_providers(None, per_token_loss_default=False)(parser))
+    args = parse("", lambda parser: flags.compose_providers(None, per_token_loss_default=False)(parser))
     arguments.validate_arguments(args)
     assert args.sft_loss is None and not args.calculate_per_token_loss
 
@@ -114,7 +115,7 @@ def test_a_scripts_own_provider_is_composed_with_ours():
         parser.add_argument("--mine", type=int)
         return parser
 
-    args = parse("--mine 3 --sft-loss dft", arguments.compose_providers(provider, per_token_loss_default=True))
+    args = parse("--mine 3 --sft-loss dft", flags.compose_providers(provider, per_token_loss_default=True))
     assert args.mine == 3
     assert args.sft_loss == "dft"
 
@@ -230,3 +231,7 @@ def test_exempt_tokens_are_ids_or_names():
     args = validated("--sft-loss idft --sft-loss-exempt-tokens end-of-turn 7")
     assert args.sft_loss_exempt_tokens == ["end-of-turn", 7]
     assert arguments.build_objective(args).exempt_token_ids == (7,), "names wait for the tokenizer"
+
+
+def test_the_flag_names_the_objectives_that_there_are():
+    assert objective_names() == flags.OBJECTIVES

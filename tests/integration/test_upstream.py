@@ -14,7 +14,6 @@ PROBE = ROOT / "tests" / "integration" / "changes_probe.py"
 LATER = {
     "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue",
     "megatron.training.global_vars:_GLOBAL_SIGNAL_HANDLER",
-    "megatron.training.arguments:_print_args",
 }
 
 

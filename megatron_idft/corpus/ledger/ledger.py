@@ -144,6 +144,11 @@ class Ledger:
         with plain_errors(self.folder, "list the parts"):
             return len(self._finished()) == self.num_chunks
 
+    def finished(self) -> list[int]:
+        """The finished chunks, in their order."""
+        with plain_errors(self.folder, "list the parts"):
+            return list(finished_parts(self._parts, self._suffix))
+
     def parts(self) -> list[Path]:
         """The finished parts in the order of their chunks."""
         with plain_errors(self.folder, "list the parts"):

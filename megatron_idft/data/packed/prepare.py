@@ -15,14 +15,11 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from megatron_idft.corpus.ledger.files import finished_parts, plain_errors
 from megatron_idft.corpus.ledger.manifest import agree
@@ -36,6 +33,7 @@ from megatron_idft.data.packed.store import FORMAT, PackedStore, companion
 from megatron_idft.data.packed.tasks import Workers, encoding_workers, run_tasks
 from megatron_idft.errors import InputError, PrepareError, RecordError, SettingsMismatch, UserError
 from megatron_idft.processes import Task
+from megatron_idft.progress import byte_bar
 
 
 @dataclass(slots=True)
@@ -156,7 +154,7 @@ class _Run:
                 disk_bytes[block.index] = block.disk_bytes
                 yield Task(block.index, _header(block), block.data, f"{block.file} from line {block.first} on")
 
-        with self._bar("tokenizing", "B", total) as bar:
+        with byte_bar("tokenizing", total, self._progress, "B") as bar:
             for task, reply in run_tasks(self._workers, tasks()):
                 figures["chunks"] += 1
                 figures["tokens"] += reply["tokens"]
@@ -180,7 +178,7 @@ class _Run:
             numbers |= summary.packing_numbers(sizes, len(assembly.packs), self._settings.seq_length)
         assembly.write_index()
         assembly.write_origins()
-        with self._bar("packing", " tokens", assembly.tokens) as bar:
+        with byte_bar("packing", assembly.tokens, self._progress, " tokens") as bar:
             for _, reply in run_tasks(self._workers, assembly.place_tasks()):
                 bar.update(reply["tokens"])
                 self._note(reply)
@@ -215,17 +213,6 @@ class _Run:
     def _note(self, reply: dict[str, Any]) -> None:
         self._figures["cpu_seconds"] += reply["cpu_seconds"]
         self._figures["peak_worker_bytes"] = max(self._figures["peak_worker_bytes"], reply["peak_bytes"])
-
-    def _bar(self, name: str, unit: str, total: int) -> Any:
-        return tqdm(
-            total=total,
-            desc=name,
-            unit=unit,
-            unit_scale=True,
-            disable=not self._progress,
-            file=sys.stderr,
-            mininterval=1.0,
-        )
 
 
 def _nothing_left(infos: list[ChunkInfo], settings: PrepareSettings) -> str:

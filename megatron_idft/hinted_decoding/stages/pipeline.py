@@ -27,6 +27,7 @@ from megatron_idft.hinted_decoding.settings import RealignSettings
 from megatron_idft.hinted_decoding.stages.candidates import Candidate, Floats, Ids, from_completion, from_text
 from megatron_idft.hinted_decoding.stages.conversation import encode, encode_after
 from megatron_idft.hinted_decoding.stages.judge import Judge, Verifies
+from megatron_idft.hinted_decoding.stages.progress import StageProgress
 from megatron_idft.hinted_decoding.stages.tasks import RealignInput, RecordTask, Turn
 from megatron_idft.inference.requests import Completion, DecodeSettings, Request, Sampling, Stopping, Tokens
 
@@ -35,6 +36,8 @@ _SHOWN_ANALYSIS = 2000  # characters of one without a marker
 
 class Engine(Protocol):
     """The part of inference.engine.DecodeEngine that is needed here."""
+
+    decoded_tokens: int
 
     def decode(self, requests: Sequence[Request], settings: DecodeSettings) -> Iterator[Completion]: ...
 
@@ -53,6 +56,9 @@ class Realigner:
         provenance: model and versions of the job, written into the kept records.
         share: a broadcast: the leading rank's value on all ranks that hold the model together.
         leads: whether this is the leading rank.
+
+    Attributes:
+        progress: how far the records of the call are.
     """
 
     def __init__(
@@ -71,31 +77,38 @@ class Realigner:
         self._judge = Judge(verifier, leaks, accept_unverified=settings.unverified == "keep", share=share, leads=leads)
         self._provenance = {**provenance, "prompt": settings.template.sha256}
         self._fingerprint = tokenizer.fingerprint()
+        self.progress = StageProgress.of(settings, lambda: engine.decoded_tokens)
         self._piece = lru_cache(maxsize=None)(lambda token: tokenizer.decode([token]))
 
     def realign(self, records: Sequence[RealignInput]) -> list[OutcomeRow]:
         """The outcomes of `records`, in their order; the error of a record stands in its row."""
         tasks = [RecordTask(given, self._tokenizer, self._settings.max_positions) for given in records]
+        self.progress.begin(sum(task.num_turns for task in tasks))
         for number in range(max((task.num_turns for task in tasks), default=0)):
             begun = [(task, task.begin(number)) for task in tasks]
             turns = {turn.name: (task, turn) for task, turn in begun if turn is not None}
+            self.progress.begin_turns(len(turns))
             self._run_stages([turn for _, turn in turns.values()])
             for task, turn in turns.values():
                 task.settle(turn)
+        self.progress.begin(0)
         return [task.row(self._provenance, self._fingerprint) for task in tasks]
 
     def _run_stages(self, turns: list[Turn]) -> None:
         settings = self._settings
+        self.progress.stage = "scoring the originals"
         self._score_originals(turns)
         tried = [turn for turn in turns if turn.reference is not None or settings.unverified == "keep"]
         self._roll_out(tried)
         missed = [turn for turn in tried if turn.accepted is None]
+        self.progress.settle(len(turns) - len(missed))
         self._hint(missed)
         self._decode_hinted(missed, "hinted", attempt=0)
         for attempt in range(1, 1 + settings.retries if settings.fallback == "retry" else 1):
             self._decode_hinted(missed, "retry", attempt)
         for turn in turns:
             self._choose(turn)
+        self.progress.settle(len(missed))
 
     def _score_originals(self, turns: Sequence[Turn]) -> None:
         """A response that is longer than the context counts as far as that reaches."""
@@ -122,7 +135,7 @@ class Realigner:
             if not turn.rollouts
             for i in range(settings.rollout_samples)
         }
-        done = self._decode(requests, settings.rollout_sampling, settings.max_tokens)
+        done = self._decode("own responses", requests, settings.rollout_sampling, settings.max_tokens)
         made = [(turn, self._from_completion(turn, done[name], "rollout")) for name, (turn, _) in requests.items()]
         self._judge(made + self._read_rollouts([turn for turn in turns if turn.rollouts]))
 
@@ -170,7 +183,9 @@ class Realigner:
                 turn.not_hinted = "hinted prompt longer than --seq-length"
             else:
                 requests[name] = turn, Request(name, asked[name], seed=settings.seed)
-        done = self._decode(requests, settings.analysis_sampling, settings.analysis_max_tokens)
+        done = self._decode(
+            "analyses of the references", requests, settings.analysis_sampling, settings.analysis_max_tokens
+        )
         for name, (turn, request) in requests.items():
             ids = done[name].token_ids
             turn.analysis_tokens = len(ids)
@@ -201,7 +216,8 @@ class Realigner:
             if turn.accepted is None and turn.hinted_prompt is not None:
                 name = f"{turn.name}/{stage}" + (f"/{attempt}" if attempt else "")
                 requests[name] = turn, Request(name, turn.prompt.ids, turn.hinted_prompt, seed)
-        done = self._decode(requests, settings.hinted_sampling, settings.max_tokens, mixing)
+        name = f"hinted responses, try {attempt + 1}" if attempt else "hinted responses"
+        done = self._decode(name, requests, settings.hinted_sampling, settings.max_tokens, mixing)
         made = [(turn, self._from_completion(turn, done[name], stage)) for name, (turn, _) in requests.items()]
         for _, candidate in made:
             candidate.slope = mixing.slope if mixing.has_slope else None
@@ -209,12 +225,14 @@ class Realigner:
 
     def _decode(
         self,
+        stage: str,
         requests: Mapping[str, tuple[Turn, Request]],
         sampling: Sampling,
         max_tokens: int,
         mixing: EntropyMixing | None = None,
     ) -> dict[str, Completion]:
-        """Completions by the requests' ids."""
+        """Completions by the requests' ids. stage: its name, for who watches."""
+        self.progress.enter(stage, len(requests), max_tokens)
         if not requests:
             return {}
         settings = self._settings
@@ -231,7 +249,9 @@ class Realigner:
             [request for _, request in requests.values()],
             DecodeSettings(sampling, stopping, mixing),
         )
-        return {completion.request.id: completion for completion in decoded}
+        completions = {completion.request.id: completion for completion in self.progress.count(decoded)}
+        self.progress.stage = f"verifying {stage}"
+        return completions
 
     def _choose(self, turn: Turn) -> None:
         """The stage that a turn ends with, and why no candidate was accepted where none was."""

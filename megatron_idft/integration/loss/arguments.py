@@ -1,4 +1,4 @@
-"""The flags of the loss: declared, checked and resolved in one place."""
+"""The flags of the loss, checked and resolved in one place; flags.py declares them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from megatron_idft.errors import ArgumentError
+from megatron_idft.integration.loss.flags import END_OF_TURN
 from megatron_idft.loss.backends import resolve_backend
 from megatron_idft.objectives import LambdaSchedule, Objective, objective_names, resolve_objective
-from megatron_idft.parsing import raise_errors
 
-END_OF_TURN = "end-of-turn"  # a name of tokens for --sft-loss-exempt-tokens
 IDFT_DEFAULTS = {
     "idft_beta": 1.0,
     "idft_gamma_min": 0.1,
@@ -29,114 +28,6 @@ OBJECTIVE_ARGUMENTS = (
     "sft_loss_exempt_tokens",
     "sft_loss_vocab_size",
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool = True) -> argparse.ArgumentParser:
-    """Add the loss flags to Megatron's parser: an `extra_args_provider` of `megatron.training`.
-
-    Args:
-        parser: Megatron's parser, with its own flags added.
-        per_token_loss_default: whether `--calculate-per-token-loss` is on unless negated.
-    """
-    group = parser.add_argument_group(title="sft loss")
-    group.add_argument(
-        "--sft-loss",
-        metavar=f"{{{','.join(objective_names())}}} or MODULE:FUNCTION",
-        default=None,
-        help="Objective of fine-tuning: each token's cross-entropy is weighted by a detached weight. ce: 1. dft: the"
-        " token's probability p (arXiv 2508.05629). idft: p^gamma, gamma = clamp(exp(-phi/beta), min, max), phi ="
-        " log p + entropy (arXiv 2602.12222). entropy: entropy / ln(vocabulary). MODULE:FUNCTION: a function of yours"
-        " from TokenStatistics to weights. Without this flag Megatron's own loss is left alone.",
-    )
-    group.add_argument(
-        "--idft-beta",
-        type=float,
-        default=None,
-        help="idft: temperature of gamma; larger values pull gamma towards 1, where IDFT is DFT. Default 1.0.",
-    )
-    group.add_argument(
-        "--idft-gamma-min",
-        type=float,
-        default=None,
-        help="idft: lower clamp of gamma, reached by tokens likelier than the distribution's average. Default 0.1.",
-    )
-    group.add_argument(
-        "--idft-gamma-max",
-        type=float,
-        default=None,
-        help="idft: upper clamp of gamma, reached by tokens far from the model's distribution. Default 2.0.",
-    )
-    group.add_argument(
-        "--idft-lambda-warmup",
-        type=float,
-        default=None,
-        help="idft: share of training, 0 to 1, during which lambda is 0 (the loss is then DFT). Default 0.0.",
-    )
-    group.add_argument(
-        "--idft-lambda-ramp",
-        type=float,
-        default=None,
-        help="idft: share of training after the warm-up over which lambda rises linearly to 1. Default 0.0. Both shares"
-        " are turned into iterations at the first start and recorded in the checkpoint; a resumed run keeps them.",
-    )
-    group.add_argument(
-        "--sft-loss-weight-floor",
-        type=float,
-        default=None,
-        help="Smallest weight of a trained token, 0 to 1, for any objective. Default 0.0: off, as in the papers. Raise"
-        " it when rare but right tokens are never learned.",
-    )
-    group.add_argument(
-        "--sft-loss-exempt-tokens",
-        type=_token,
-        nargs="+",
-        default=None,
-        metavar="TOKEN",
-        help="Tokens that always have weight 1: `end-of-turn`, the text of a special token such as <|im_end|> (in"
-        " `train`), or an id. Models trained with DFT-like objectives may otherwise never learn to stop. Default none.",
-    )
-    group.add_argument(
-        "--sft-loss-backend",
-        choices=("auto", "reference", "triton"),
-        default=None,
-        help="Implementation of the loss. triton: fused kernels, on a GPU. reference: plain torch, on any device. auto:"
-        " triton on a GPU where it is installed, else reference; the choice is printed. Default auto.",
-    )
-    group.add_argument(
-        "--sft-loss-vocab-size",
-        type=int,
-        default=None,
-        help="Rows of the true vocabulary; columns above are Megatron's padding and are left out of every sum."
-        " Default: that of the config.json kept beside the checkpoint, else the tokenizer's size.",
-    )
-    group.add_argument(
-        "--cpu",
-        action="store_true",
-        help="Train on the CPU with gloo even where a GPU is present. Automatic where there is none.",
-    )
-    group.add_argument(
-        "--no-calculate-per-token-loss",
-        action="store_false",
-        dest="calculate_per_token_loss",
-        help="Turn off --calculate-per-token-loss, which --sft-loss turns on: without it every micro-batch counts the"
-        " same however few tokens it trains, and context parallelism weighs prompts and answers wrongly.",
-    )
-    if per_token_loss_default:
-        parser.set_defaults(calculate_per_token_loss=True)
-    return parser
-
-
-def compose_providers(
-    script_provider: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] | None, per_token_loss_default: bool
-) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
-    """An argument provider that adds the script's own flags and then these."""
-
-    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        if script_provider is not None:
-            parser = script_provider(parser)
-        return raise_errors(add_arguments(parser, per_token_loss_default))
-
-    return provider
 
 
 def validate_arguments(args: argparse.Namespace) -> None:
@@ -229,13 +120,6 @@ def _refuse_incompatible(args: argparse.Namespace) -> None:
             "--ddp-average-in-collective averages gradients over ranks, --calculate-per-token-loss (on with --sft-loss)"
             " over tokens. Drop --ddp-average-in-collective, or add --no-calculate-per-token-loss"
         )
-
-
-def _token(word: str) -> int | str:
-    try:
-        return int(word)
-    except ValueError:
-        return word
 
 
 def resolve_exempt_tokens(

@@ -19,7 +19,7 @@ import torch
 
 from megatron_idft.errors import ArgumentError, UnsupportedModelError
 from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
-from megatron_idft.integration.loss import arguments
+from megatron_idft.integration.loss import arguments, flags
 from megatron_idft.integration.loss.hook import LossHook, install, installed_hooks
 from megatron_idft.integration.loss.metrics import LossMetrics, MetricsReport, PhiAlarm, stopping_warning
 from megatron_idft.integration.loss.publishing import print_rank_last, publish_evaluation, publish_training
@@ -84,7 +84,7 @@ class TrainerIntegration:
         compatibility.check_megatron_origin()  # once more: by now the script has imported what it uses
         # Megatron's own default stays for runs that keep Megatron's own loss.
         wants_loss = any(word == "--sft-loss" or word.startswith("--sft-loss=") for word in sys.argv[1:])
-        call.arguments["extra_args_provider"] = arguments.compose_providers(
+        call.arguments["extra_args_provider"] = flags.compose_providers(
             call.arguments.get("extra_args_provider"), per_token_loss_default=wants_loss
         )
         args: argparse.Namespace = original(*call.args, **call.kwargs)

@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from megatron_idft import console
 from megatron_idft.corpus.ledger.ledger import Ledger
-from megatron_idft.errors import ArgumentError, verbose
+from megatron_idft.errors import ArgumentError
 from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
 from megatron_idft.integration.loss.trainer import true_vocab_size
-from megatron_idft.integration.platform import flag_checks, hf_model, signals, upstream
+from megatron_idft.integration.platform import flag_checks, hf_model, signals
 from megatron_idft.integration.platform.own_tokenizer import require_tokenizer, tokenizer_type
 from megatron_idft.integration.platform.restricted_loading import restrict_checkpoint_reading
 from megatron_idft.integration.training.checkpoints import RunCheckpoints
@@ -49,7 +50,7 @@ def _raise_terminated(number: int, _: object) -> None:
     if not _terminated:
         program, name = Path(sys.argv[0]).name, signals.name_of(number)
         text = f"stopped by {name}; the finished chunks stand, and the same command goes on from there"
-        print(f"{program}: {text}", file=sys.stderr, flush=True)
+        console.complain(f"{program}: {text}{console.where_log_is()}")
     _terminated = _terminated or signals.exit_code(number)
     raise Terminated(_terminated)
 
@@ -105,11 +106,11 @@ def parse(
         sys.argv += ["--distributed-timeout-minutes", "1440"]
     if args.tokenizer_type is None:
         sys.argv += ["--tokenizer-type", tokenizer_type(args.tokenizer_model)]
-    if not verbose():  # 800 lines, nearly all of them about training
-        upstream.replace("megatron.training.arguments:_print_args", lambda title, args: None)
     args = megatron_arguments.parse_and_validate_args(provider)
     if args.sft_loss_vocab_size is None:
         args.sft_loss_vocab_size = hf_model.recorded_vocab_size(args)
+    if not (args.dry_run or args.estimate):
+        console.keep_log(Path(args.output))
     initialize_megatron()
     return args
 
@@ -156,12 +157,15 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def claimed(ledger: Ledger | None, share: Callable[[Any], Any]) -> Iterator[int]:
+def claimed(
+    ledger: Ledger | None, share: Callable[[Any], Any], on_wait: Callable[[Sequence[int]], None]
+) -> Iterator[int]:
     """Chunks for this launch until all are finished. Waits for those that others hold.
 
     Args:
         ledger: of the leading rank, None on the others.
         share: the leader's value on every rank that takes part.
+        on_wait: is told on the leader, while others work on all that is left, which chunks are finished.
     """
     wait = _FIRST_POLL_SECONDS
     while True:
@@ -172,6 +176,8 @@ def claimed(ledger: Ledger | None, share: Callable[[Any], Any]) -> Iterator[int]
         if finished:
             return
         if chunk is None:
+            if ledger is not None:
+                on_wait(ledger.finished())
             time.sleep(wait)
             wait = min(2 * wait, _LAST_POLL_SECONDS)
         else:

@@ -11,7 +11,6 @@ import argparse
 import functools
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from megatron_idft import __version__
 from megatron_idft.corpus.formats import describe_forms
@@ -52,7 +50,8 @@ from megatron_idft.integration.offline.realign_settings import (
     resolve_template,
 )
 from megatron_idft.integration.offline.replica import Replica
-from megatron_idft.integration.platform.ranks import from_rank_0
+from megatron_idft.integration.platform.ranks import from_rank_0, print_on_rank_0
+from megatron_idft.progress import Done, Progress
 
 _ESTIMATED_RECORDS = 200
 
@@ -61,10 +60,8 @@ def realign() -> None:
     """Realign as `sys.argv` says. `prepare_process` must have run."""
     program.stop_on_sigterm()
     args = program.parse(add_realign_arguments, WHOLE_NUMBERS_FROM_1, check_realign_arguments)
-    from megatron.training.utils import print_rank_0
-
     for line in describe_renamed(args):
-        print_rank_0(f"> {line}")
+        print_on_rank_0(f"> {line}")
     tokenizer = load_tokenizer(
         args.tokenizer_model,
         chat_template=args.chat_template,
@@ -86,15 +83,13 @@ def realign() -> None:
 
 
 def _show_first(args: argparse.Namespace, tokenizer: ChatTokenizer, template: HintTemplate) -> None:
-    from megatron.training.utils import print_rank_0
-
     on_error = None if args.sft_bad_records == "stop" else lambda error: None
     record = next(iter(read_records(args.sft_data, on_error=on_error)), None)
     if record is None:
         raise ArgumentError(f"{', '.join(args.sft_data)}: no record in there")
     for line in describe_forms([(record.file, record.form, 1)]):
-        print_rank_0(f"> {line}")
-    print_rank_0(render_prompts(record, tokenizer, template, args.seq_length))
+        print_on_rank_0(f"> {line}")
+    print_on_rank_0(render_prompts(record, tokenizer, template, args.seq_length))
 
 
 class _Job:
@@ -118,22 +113,25 @@ class _Job:
             self.replica.print_once("> no record ended as an error: there is nothing to try again")
             return
         folder, indices = opened
-        chunks = -(-len(indices) // args.chunk_records)
+        work = _Work(self.realigner, len(indices), args.chunk_records)
         with ExitStack() as stack:
             ledger = None
             if self.replica.leads:
                 agreed = self._agreed(indices)
                 ledger = stack.enter_context(
-                    Ledger(folder, agreed, chunks, lease_seconds=args.lease_seconds, current=current_settings)
+                    Ledger(folder, agreed, work.chunks, lease_seconds=args.lease_seconds, current=current_settings)
                 )
-            progress = stack.enter_context(_Progress(chunks, shown=ledger is not None and self.replica.number == 0))
-            for chunk in program.claimed(ledger, self.replica.share):
-                begin = chunk * args.chunk_records
-                rows = self._realign(indices[begin : begin + args.chunk_records])
+                work.set_finished(ledger.finished())
+            shown = ledger is not None and self.replica.number == 0
+            stack.enter_context(Progress("realigning", work.total, None, work.look, shown=shown))
+            for chunk in program.claimed(ledger, self.replica.share, work.set_finished):
+                rows = self._realign([indices[number] for number in work.numbers(chunk)])
                 if ledger is not None:
                     write = functools.partial(program.write_part, rows=rows, schema=OUTCOME_SCHEMA)
                     ledger.finish(chunk, write)
-                    progress.update(len(ledger.parts()), rows)
+                    work.set_finished(ledger.finished(), rows)
+            if ledger is not None:
+                work.set_finished(ledger.finished())
         torch.distributed.barrier()
         self.replica.print_once(_summary(Path(args.output)))
 
@@ -141,8 +139,12 @@ class _Job:
         """Realign some records; each replica takes its share of them."""
         total, replica = self.inputs.total(), self.replica
         spread = sorted({int(i) for i in np.linspace(0, total - 1, min(total, _ESTIMATED_RECORDS))})
+        mine = spread[replica.number :: replica.count]
+        work = _Work(self.realigner, len(mine), max(len(mine), 1))
         start = time.monotonic()
-        rows = self._realign(spread[replica.number :: replica.count])
+        with Progress("estimating", work.total, None, work.look, shown=replica.leads and replica.number == 0):
+            rows = self._realign(mine)
+            work.set_finished([0], rows)
         found = {"seconds": time.monotonic() - start, "rows": [summary_row(row) for row in rows]}
         # By the store: no collective's timeout limits by how much the replicas' times may differ.
         store = torch.distributed.distributed_c10d._get_default_store()
@@ -248,30 +250,31 @@ class _Job:
         return realigner, settings
 
 
-class _Progress:
-    """A bar of chunks, with the tokens per second of this replica and the share of its records that is kept."""
+class _Work:
+    """The chunks of records: how many records are done, by this launch and by others, and what is being done here."""
 
-    def __init__(self, chunks: int, shown: bool) -> None:
-        self._bar = tqdm(total=chunks, desc="realigning", unit="chunk", disable=not shown, file=sys.stderr)
-        self._start, self._tokens, self._kept, self._records = time.monotonic(), 0, 0, 0
+    def __init__(self, realigner: Realigner, total: int, chunk_records: int) -> None:
+        self._stage = realigner.progress
+        self.total, self._chunk_records = total, chunk_records
+        self.chunks = -(-total // chunk_records)
+        self._finished = self._kept = self._here = 0
 
-    def update(self, finished: int, rows: Sequence[OutcomeRow]) -> None:
-        turns = [turn for row in rows for turn in row["turns"]]
-        self._tokens += sum(turn["analysis_tokens"] or 0 for turn in turns)
-        self._tokens += sum(candidate["num_tokens"] for turn in turns for candidate in turn["candidates"])
+    def numbers(self, chunk: int) -> range:
+        """Of the records of a chunk."""
+        return range(chunk * self._chunk_records, min((chunk + 1) * self._chunk_records, self.total))
+
+    def set_finished(self, chunks: Sequence[int], rows: Sequence[OutcomeRow] = ()) -> None:
+        """These chunks are finished; rows: of the last one that was finished here."""
+        self._finished = sum(len(self.numbers(chunk)) for chunk in chunks)
         self._kept += sum(row["status"] == "kept" for row in rows)
-        self._records += len(rows)
-        self._bar.n = finished
-        rate = self._tokens / max(time.monotonic() - self._start, 1e-9)
-        kept = self._kept / max(self._records, 1)
-        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s and {kept:.0%} kept here", refresh=False)
-        self._bar.refresh()
+        self._here += len(rows)
 
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+    def look(self) -> Done:
+        at_hand, stage = min(self._chunk_records, self.total - self._finished), self._stage
+        kept = f"{self._kept / self._here:.0%} kept here" if self._here else ""
+        records = self._finished + int(at_hand * stage.settled / max(stage.turns, 1))
+        share = (self._finished + at_hand * stage.share) / max(self.total, 1)
+        return Done(records, stage.tokens(), share, ", ".join(filter(None, [kept, stage.describe()])))
 
 
 def _provenance(args: argparse.Namespace) -> dict[str, Any]:

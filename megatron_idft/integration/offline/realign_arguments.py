@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_idft.corpus.scores.display import bounded
-from megatron_idft.hinted_decoding.mixing import MIXING_MODES
+from megatron_idft.hinted_decoding.mixing_modes import MIXING_MODES
 from megatron_idft.hinted_decoding.output.former_names import hint_share_of
 from megatron_idft.integration.offline.arguments import add_input_arguments, add_work_arguments
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-
-from tqdm import tqdm
 
 from megatron_idft.corpus.formats import describe_forms
 from megatron_idft.hinted_decoding.input.provided import Kind, ProvidedTexts
@@ -18,6 +15,7 @@ from megatron_idft.hinted_decoding.preview import describe_unreferenced
 from megatron_idft.hinted_decoding.stages.tasks import RealignInput
 from megatron_idft.integration.offline.replica import Replica
 from megatron_idft.integration.platform.ranks import build_once
+from megatron_idft.progress import byte_bar
 
 _LOOKED_AT = 200  # records, spread over the corpus, for the notice at the start
 
@@ -87,9 +85,7 @@ class RealignInputs:
 
         def build(progress: bool) -> None:
             size = sum(Path(file).stat().st_size for file in args.sft_data)
-            with tqdm(
-                total=size, desc="reading records", unit="B", unit_scale=True, disable=not progress, file=sys.stderr
-            ) as bar:
+            with byte_bar("reading records", size, progress) as bar:
                 build_store(path, *source, on_bytes=bar.update)
 
         build_once("records", build)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_idft.console import say
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:
@@ -41,4 +43,4 @@ class Replica:
     def print_once(self, text: str) -> None:
         """Print on the first rank of the launch only."""
         if self.leads and self.number == 0:
-            print(text, flush=True)
+            say(text)

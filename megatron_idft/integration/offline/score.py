@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from megatron_idft.console import say
 from megatron_idft.corpus.ledger.ledger import Ledger
 from megatron_idft.corpus.scored_folder import OWN_SAMPLE_TEMPERATURES, OWN_SAMPLES, describe_own_samples, finish_scores
 from megatron_idft.corpus.scores.rows import TOKEN_SCHEMA, ScoredRow, scored_record
@@ -33,8 +32,9 @@ from megatron_idft.inference.served import require_served, require_served_layout
 from megatron_idft.integration.offline import program
 from megatron_idft.integration.offline.score_arguments import add_score_arguments
 from megatron_idft.integration.offline.scorer import ModelScorer
-from megatron_idft.integration.platform.ranks import gather
+from megatron_idft.integration.platform.ranks import gather, print_on_rank_0
 from megatron_idft.integration.training.data import shared_records
+from megatron_idft.progress import Done, Progress
 
 _CALIBRATION_ROWS = 64  # own answers decoded at once
 
@@ -43,14 +43,12 @@ def score() -> None:
     """Score as `sys.argv` says. `prepare_process` must have run."""
     program.stop_on_sigterm()
     args = _parse()
-    from megatron.training.utils import print_rank_0
-
     if args.calibrate is not None:
         with _calibration_refused_with_its_remedy():
             require_served_layout(args.sequence_parallel)
     tokenizer, records = _open_data(args)
     if args.dry_run:
-        print_rank_0("> first record, scored spans in brackets:\n" + render_sample(*records[0], tokenizer))
+        print_on_rank_0("> first record, scored spans in brackets:\n" + render_sample(*records[0], tokenizer))
         return
     scorer = _load_scorer(args)
     if args.calibrate is not None:
@@ -81,8 +79,6 @@ def _parse() -> argparse.Namespace:
 
 
 def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenizedRecords]:
-    from megatron.training.utils import print_rank_0
-
     tokenizer = load_tokenizer(
         args.tokenizer_model,
         chat_template=args.chat_template,
@@ -91,7 +87,7 @@ def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenizedRecord
     )
     records = shared_records(args, tokenizer, "--sft-data", args.sft_data)
     require_rows(records, tokenizer, args.sft_loss_vocab_size)
-    print_rank_0(records.report())
+    print_on_rank_0(records.report())
     return tokenizer, records
 
 
@@ -113,7 +109,7 @@ def _leads() -> bool:
 
 def _print_on_leader(line: str) -> None:
     if _leads():
-        print(f"> {line}", flush=True)
+        say(f"> {line}")
 
 
 def _from_leader(value: Any) -> Any:
@@ -122,10 +118,14 @@ def _from_leader(value: Any) -> Any:
 
 
 def _rows(
-    scorer: ModelScorer, tokenizer: ChatTokenizer, records: TokenizedRecords, samples: Sequence[int]
+    scorer: ModelScorer,
+    tokenizer: ChatTokenizer,
+    records: TokenizedRecords,
+    samples: Sequence[int],
+    on_done: Callable[[Sequence[int]], None] = lambda samples: None,
 ) -> list[ScoredRow] | None:
-    """Scored rows of these samples on the leading rank, None elsewhere."""
-    return _score_sequences(scorer, tokenizer, records, samples, [records[index] for index in samples])
+    """Scored rows of these samples on the leading rank, None elsewhere. on_done: is told of samples that are done."""
+    return _score_sequences(scorer, tokenizer, records, samples, [records[index] for index in samples], on_done)
 
 
 def _score_sequences(
@@ -134,9 +134,12 @@ def _score_sequences(
     records: TokenizedRecords,
     samples: Sequence[int],
     sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.uint8]]],
+    on_done: Callable[[Sequence[int]], None] = lambda samples: None,
 ) -> list[ScoredRow] | None:
     """The same for (token ids, mask) that belong to these samples."""
-    statistics = scorer.score([ids for ids, _ in sequences])
+    statistics = scorer.score(
+        [ids for ids, _ in sequences], lambda indices: on_done([samples[index] for index in indices])
+    )
     if statistics is None or not _leads():
         return None
     rows: list[ScoredRow] = []
@@ -159,31 +162,56 @@ def _score_sequences(
     return rows
 
 
+class _Work:
+    """The chunks of records: how much of them is done, by this launch and by others."""
+
+    def __init__(self, records: TokenizedRecords, total: int, chunk_records: int) -> None:
+        self._lengths, self._chunk_records = records.lengths()[:total], chunk_records
+        self.total, self.tokens = total, int(self._lengths.sum())
+        self.chunks = -(-total // chunk_records)
+        self._finished, self._at_hand = (0, 0), (0, 0)  # records and tokens
+
+    def samples(self, chunk: int) -> range:
+        return range(chunk * self._chunk_records, min((chunk + 1) * self._chunk_records, self.total))
+
+    def set_finished(self, chunks: Sequence[int]) -> None:
+        """These chunks are finished, and none is at hand."""
+        samples = [self.samples(chunk) for chunk in chunks]
+        tokens = sum(int(self._lengths[part.start : part.stop].sum()) for part in samples)
+        self._finished, self._at_hand = (sum(map(len, samples)), tokens), (0, 0)
+
+    def add(self, samples: Sequence[int]) -> None:
+        """Samples of the chunk at hand are done."""
+        records, tokens = self._at_hand
+        self._at_hand = records + len(samples), tokens + sum(int(self._lengths[index]) for index in samples)
+
+    def look(self) -> Done:
+        (finished, finished_tokens), (records, tokens) = self._finished, self._at_hand
+        return Done(finished + records, finished_tokens + tokens, (finished_tokens + tokens) / max(self.tokens, 1))
+
+
 def _score_chunks(
     args: argparse.Namespace, scorer: ModelScorer, tokenizer: ChatTokenizer, records: TokenizedRecords, total: int
 ) -> None:
-    chunks = -(-total // args.chunk_records)
+    work = _Work(records, total, args.chunk_records)
     with ExitStack() as stack:
         ledger = None
         if _leads():
             settings = _settings(args, records, total)
-            ledger = stack.enter_context(Ledger(args.output, settings, chunks, lease_seconds=args.lease_seconds))
-        bar = tqdm(total=chunks, desc="scoring", unit="chunk", disable=ledger is None, file=sys.stderr, mininterval=1.0)
-        stack.callback(bar.close)
-        tokens = 0
-        for chunk in program.claimed(ledger, _from_leader):
-            samples = range(chunk * args.chunk_records, min((chunk + 1) * args.chunk_records, total))
-            rows = _rows(scorer, tokenizer, records, samples)
-            if ledger is None or rows is None:
-                continue
-            ledger.finish(chunk, functools.partial(program.write_part, rows=rows, schema=TOKEN_SCHEMA))
-            tokens += sum(len(records[index][0]) for index in samples)
-            bar.n = len(ledger.parts())
-            bar.set_postfix_str(f"{tokens / bar.format_dict['elapsed']:,.0f} tokens/s in this launch", refresh=False)
-            bar.refresh()
-        bar.close()
+            ledger = stack.enter_context(Ledger(args.output, settings, work.chunks, lease_seconds=args.lease_seconds))
+            work.set_finished(ledger.finished())
+        progress = Progress("scoring", total, work.tokens, work.look, shown=ledger is not None)
+        with progress:
+            for chunk in program.claimed(ledger, _from_leader, work.set_finished):
+                samples = work.samples(chunk)
+                rows = _rows(scorer, tokenizer, records, samples, work.add)
+                if ledger is not None and rows is not None:
+                    ledger.finish(chunk, functools.partial(program.write_part, rows=rows, schema=TOKEN_SCHEMA))
+                    work.set_finished(ledger.finished())
+            if ledger is not None:
+                work.set_finished(ledger.finished())
         if ledger is not None:
-            print(finish_scores(Path(args.output), ledger.parts(), per_token=args.per_token), flush=True)
+            say(finish_scores(Path(args.output), ledger.parts(), per_token=args.per_token))
 
 
 def _settings(args: argparse.Namespace, records: TokenizedRecords, total: int) -> dict[str, Any]:
@@ -194,6 +222,23 @@ def _settings(args: argparse.Namespace, records: TokenizedRecords, total: int) -
         "records": total,
         "chunk_records": args.chunk_records,
     }
+
+
+class _Answers:
+    """The own answers of all temperatures: how many are written, by this launch and by others."""
+
+    def __init__(self, engine: DecodeEngine, of_each: int) -> None:
+        self._engine, self._of_each = engine, of_each
+        self.total, self.done, self.stage = of_each * len(OWN_SAMPLE_TEMPERATURES), 0, ""
+
+    def set_finished(self, temperatures: Sequence[int]) -> None:
+        self.done = self._of_each * len(temperatures)
+
+    def count(self) -> None:
+        self.done += 1
+
+    def look(self) -> Done:
+        return Done(self.done, self._engine.decoded_tokens, self.done / max(self.total, 1), self.stage)
 
 
 def _calibrate(
@@ -221,7 +266,14 @@ def _calibrate(
             }
             folder, count = Path(args.output) / OWN_SAMPLES, len(OWN_SAMPLE_TEMPERATURES)
             ledger = stack.enter_context(Ledger(folder, settings, count, lease_seconds=args.lease_seconds))
-        for chunk in program.claimed(ledger, _from_leader):
+        work = _Answers(engine, len(samples))
+        if ledger is not None:
+            work.set_finished(ledger.finished())
+        stack.enter_context(
+            Progress("own samples", work.total, None, work.look, shown=ledger is not None, unit="answers")
+        )
+        for chunk in program.claimed(ledger, _from_leader, work.set_finished):
+            work.stage = f"at temperature {OWN_SAMPLE_TEMPERATURES[chunk]:g}"
             answers = engine.generate(
                 prompts,
                 [str(index) for index in samples],
@@ -229,6 +281,7 @@ def _calibrate(
                 temperature=OWN_SAMPLE_TEMPERATURES[chunk],
                 seed=args.seed,
                 stop_ids={*records.end_of_turn_ids, tokenizer.eos_id},
+                on_done=work.count,
             )
             answered = [(i, p, a) for i, p, a in zip(samples, prompts, answers, strict=True) if len(a)]
             sequences = [
@@ -238,8 +291,9 @@ def _calibrate(
             rows = _score_sequences(scorer, tokenizer, records, [index for index, _, _ in answered], sequences)
             if ledger is not None and rows is not None:
                 ledger.finish(chunk, functools.partial(program.write_part, rows=rows, schema=TOKEN_SCHEMA))
+                work.set_finished(ledger.finished())
     if ledger is not None:
-        print(describe_own_samples(Path(args.output)), flush=True)
+        say(describe_own_samples(Path(args.output)))
 
 
 def _estimate(
@@ -255,9 +309,8 @@ def _estimate(
     tokens = sum(len(records[index][0]) for index in samples)
     all_tokens = int(records.lengths()[:total].sum())
     phi = np.array([row["phi_mean"] for row in rows])
-    print(
+    say(
         f"> {len(rows)} records, {tokens:,} tokens in {elapsed:.1f} s: {tokens / elapsed:,.0f} tokens/s\n"
         f"> {total:,} records, {all_tokens:,} tokens: about {all_tokens / tokens * elapsed / 3600:.2f} hours\n"
-        f"> mean of phi over records {phi.mean():+.4f} ± {phi.std() / max(len(phi), 1) ** 0.5:.4f} (standard error)",
-        flush=True,
+        f"> mean of phi over records {phi.mean():+.4f} ± {phi.std() / max(len(phi), 1) ** 0.5:.4f} (standard error)"
     )

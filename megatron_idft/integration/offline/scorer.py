@@ -77,10 +77,17 @@ class ModelScorer:
         self._multiple = mpu.get_tensor_model_parallel_world_size() if config.sequence_parallel else 1
 
     @torch.no_grad()
-    def score(self, sequences: Sequence[NDArray[np.integer]]) -> list[Statistics] | None:
+    def score(
+        self, sequences: Sequence[NDArray[np.integer]], on_done: Callable[[Sequence[int]], None] = lambda indices: None
+    ) -> list[Statistics] | None:
         """log_prob and entropy [n - 1] fp32 of each sequence of n >= 2 token ids: of token t + 1 given those up to t.
 
         Called by all ranks with the same sequences. Data-parallel replicas share the work.
+
+        Args:
+            sequences: token ids.
+            on_done: is told, on the last pipeline stage, which sequences this replica and the others have done, all
+                but those of the last round.
 
         Returns:
             the statistics in the order of `sequences` on rank 0 of the data-parallel group of the last pipeline stage;
@@ -100,7 +107,10 @@ class ModelScorer:
         mine = [batches[min(r * replicas + replica, len(batches) - 1)] for r in range(rounds)]
         outputs = get_forward_backward_func()(
             forward_step_func=_forward_step,
-            data_iterator=[iter(self._tensors(sequences, mine)) for _ in self.model],
+            data_iterator=[
+                *(self._tensors(sequences, mine) for _ in self.model[1:]),
+                _told(self._tensors(sequences, mine), batches, replicas, on_done),
+            ],
             model=self.model,
             num_microbatches=rounds,
             seq_length=self._padded(max(len(sequence) for sequence in sequences) - 1),
@@ -152,6 +162,19 @@ class ModelScorer:
                 name: torch.from_numpy(np.ascontiguousarray(value)).cuda(non_blocking=True)
                 for name, value in (("tokens", tokens), ("labels", labels), ("position_ids", positions))
             }
+
+
+def _told(
+    tensors: Iterator[dict[str, Tensor]],
+    batches: Sequence[Sequence[int]],
+    replicas: int,
+    on_done: Callable[[Sequence[int]], None],
+) -> Iterator[dict[str, Tensor]]:
+    """`tensors`, of one round each. A round is done when the next one is asked for."""
+    for round_number, batch in enumerate(tensors):
+        if round_number:
+            on_done([i for done in batches[(round_number - 1) * replicas : round_number * replicas] for i in done])
+        yield batch
 
 
 def _forward_step(

@@ -25,7 +25,8 @@ import torch
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.packed.epochs import prepared_prefixes
 from megatron_idft.errors import ArgumentError
-from megatron_idft.integration.loss.arguments import compose_providers, validate_arguments
+from megatron_idft.integration.loss.arguments import validate_arguments
+from megatron_idft.integration.loss.flags import compose_providers
 from megatron_idft.integration.plan.arguments import add_plan_arguments
 from megatron_idft.integration.plan.checks import (
     call,
@@ -74,8 +75,7 @@ def read_request(argv: Sequence[str]) -> Request:
         words = _with_local_flags(words)
     _prepare()
     if on_cpu:
-        with contextlib.redirect_stdout(io.StringIO()):
-            words = cpu.add_flags(words, "megatron-idft plan")
+        words = cpu.add_flags(words, "megatron-idft plan", announced=False)
     missing = _missing_environment(on_cpu)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     args = _parse(words, add_data_arguments)

@@ -86,11 +86,11 @@ _REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
 _ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
-def add_flags(argv: Sequence[str], program_name: str) -> list[str]:
+def add_flags(argv: Sequence[str], program_name: str, *, announced: bool = True) -> list[str]:
     """`argv` (without the program) plus the Megatron flags that the CPU needs and the user did not give.
 
-    Sets the environment variables that Megatron wants as well, and says in one line on rank 0 what was added. Raises
-    UnsupportedOnCPUError, naming the remedy, for a flag that cannot work on the CPU.
+    Sets the environment variables that Megatron wants as well, and says in one line on rank 0 what was added, unless it
+    is not `announced`. Raises UnsupportedOnCPUError, naming the remedy, for a flag that cannot work on the CPU.
     """
     given = given_flags(argv)
     for flag, (allowed, remedy) in _REFUSED.items():
@@ -105,7 +105,7 @@ def add_flags(argv: Sequence[str], program_name: str) -> list[str]:
     environment = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(environment)
     also = " ".join(f"{name}={value}" for name, value in environment.items())
-    return add_missing(argv, _NEEDED, program_name, "no GPU in use, running on the CPU", also=also)
+    return add_missing(argv, _NEEDED, program_name, "no GPU in use, running on the CPU", also=also, announced=announced)
 
 
 # ----------------------------------------------------------------------------------------------------------------- shim

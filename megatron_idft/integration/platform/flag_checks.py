@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_idft.console import say
 from megatron_idft.data.validation_sets import named_sets
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.platform.megatron_errors import NO_MODEL, ranks_needed, uneven_batch
@@ -217,4 +218,4 @@ def check_train(args: argparse.Namespace, *, reads_records: bool) -> None:
         )
     if args.rank == 0:
         for remark in remarks(args):
-            print(f"WARNING: {remark}", flush=True)
+            say(f"WARNING: {remark}")

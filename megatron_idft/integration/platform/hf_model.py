@@ -14,6 +14,7 @@ from megatron_idft.checkpoint.config import read_folder_model, read_vocabulary
 from megatron_idft.checkpoint.folders import COMPANIONS, copy_companions
 from megatron_idft.checkpoint.ignored_config import add_ignore_config, named_to_ignore
 from megatron_idft.checkpoint.model_flags import ModelClass, Setting, megatron_settings
+from megatron_idft.console import say
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.platform.local_flags import given_flags
 from megatron_idft.integration.platform.own_tokenizer import own_tokenizer_flags
@@ -100,7 +101,7 @@ def expand(argv: Sequence[str]) -> list[str]:
         )
     if os.environ.get("RANK", "0") == "0":
         for line in model.ignored_lines(source / "config.json"):
-            print(f"> {line}", flush=True)
+            say(f"> {line}")
     added = [word for setting in settings if setting.flag not in given for word in setting.words]
     cache = Path(given.get("--hf-cache") or source.resolve().parent / ".megatron-idft-cache")
     added += ["--pretrained-checkpoint", str(cached_checkpoint(source, cache, model_class, model.ignored_by_user))]
@@ -236,7 +237,7 @@ class HuggingFaceExport:
 
         def convert() -> None:
             to_hf(args.save, target, iteration=iteration, replace=True, verify=False)  # just saved and summed
-            print(f"> saved {target} for transformers", flush=True)
+            say(f"> saved {target} for transformers")
 
         on_rank_0(f"save-hf/{iteration}", convert)
         self._written = iteration

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
+from megatron_idft.console import say
 from megatron_idft.errors import MissingLibraryError
 from megatron_idft.integration.platform.gpu_libraries import GPULibraries
 
@@ -53,13 +54,19 @@ def _flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def add_missing(
-    argv: Sequence[str], needed: Sequence[tuple[str, str | None]], program_name: str, why: str, *, also: str = ""
+    argv: Sequence[str],
+    needed: Sequence[tuple[str, str | None]],
+    program_name: str,
+    why: str,
+    *,
+    also: str = "",
+    announced: bool = True,
 ) -> list[str]:
     """`argv` and those of the needed flags that the user did not give; rank 0 names them in one line, after `also`."""
     given = given_flags(argv)
     added = [word for flag, value in needed if flag not in given for word in (flag, value) if word]
-    if os.environ.get("RANK", "0") == "0" and (added or also):
-        print(f"{program_name}: {why}; added: {' '.join(filter(None, (also, *added)))}", flush=True)
+    if announced and os.environ.get("RANK", "0") == "0" and (added or also):
+        say(f"{program_name}: {why}; added: {' '.join(filter(None, (also, *added)))}")
     return [*argv, *added]
 
 

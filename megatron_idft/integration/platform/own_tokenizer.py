@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_idft.checkpoint.folders import COMPANIONS
+from megatron_idft.console import say
 from megatron_idft.data.chat.tokenizer_files import holds_tokenizer
 from megatron_idft.errors import ArgumentError
 
@@ -40,7 +41,7 @@ def own_tokenizer_flags(given: Mapping[str, str], *, of_script: bool = False) ->
         if path.is_file() and template.is_file() and "--chat-template" not in given and not of_script:
             added += ["--chat-template", str(template)]
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"> {' '.join(added)}: the tokenizer kept beside the checkpoint of {flag}", flush=True)
+            say(f"> {' '.join(added)}: the tokenizer kept beside the checkpoint of {flag}")
         return added
     return []
 

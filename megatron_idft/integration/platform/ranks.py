@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_idft.console import say
 from megatron_idft.errors import UserError
 
 _FOREVER = timedelta(days=7)
@@ -65,7 +66,7 @@ def on_rank_0(name: str, work: Callable[[], None]) -> None:
 
 def print_on_rank_0(text: str) -> None:
     if torch.distributed.get_rank() == 0:
-        print(text, flush=True)
+        say(text)
 
 
 def reduced(value: int, operation: Any) -> int:

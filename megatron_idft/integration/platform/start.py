@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from megatron_idft.console import say
 from megatron_idft.integration.platform import launch
 
 
@@ -28,9 +29,9 @@ def prepare_process(program: str, argv: Sequence[str], force_cpu: bool) -> None:
     # Before anything of megatron is imported: a mixture would fail later, and elsewhere.
     origin = compatibility.check_megatron_origin()
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"> {origin.describe()}", flush=True)
+        say(f"> {origin.describe()}")
         if alone:
-            print("> one process, on one GPU where there is one; torchrun starts more", flush=True)
+            say("> one process, on one GPU where there is one; torchrun starts more")
     if force_cpu or not torch.cuda.is_available():
         from megatron_idft.integration.platform import cpu
 

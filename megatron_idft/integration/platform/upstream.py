@@ -217,12 +217,6 @@ CHANGES = (
         "reads objects with torch's weights-only unpickler",
         "a foreign checkpoint can run code",
     ),
-    Change(
-        "megatron.training.arguments:_print_args",
-        "score and realign",
-        "prints nothing, unless MEGATRON_IDFT_VERBOSE=1",
-        "800 lines about training before the first record",
-    ),
     # CPU mode.
     Change(
         "megatron.training.initialize:_warmup_jit_function",

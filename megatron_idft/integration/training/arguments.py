@@ -9,9 +9,9 @@ from megatron_idft.data import flags
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.platform import hf_model
 from megatron_idft.integration.platform.own_tokenizer import require_tokenizer, tokenizer_type
-from megatron_idft.integration.training.evaluation import MOST_SOURCES
 
 NEVER = 10**9  # an interval, in iterations, that no training reaches
+MOST_SOURCES = 64  # of which metrics are kept without being asked
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -28,6 +28,7 @@ import torch
 from megatron_idft.checkpoint import checksums
 from megatron_idft.checkpoint.checksums import Record, iteration_folder
 from megatron_idft.checkpoint.torch_dist import check_pickles
+from megatron_idft.console import say
 from megatron_idft.errors import ArgumentError, DamagedCheckpointError
 from megatron_idft.integration.platform.early_ending import tracked_iteration
 from megatron_idft.integration.platform.ranks import from_rank_0, gather, print_on_rank_0, reduced
@@ -231,7 +232,7 @@ class RunCheckpoints:
         if every is not None:
             record = Record({name: entry for part in every for name, entry in part.items()}, self._begun_with)
             checksums.write_record(folder, record)
-            print(f"> {folder / checksums.RECORD}: {_amount(record)} in {time.monotonic() - start:.1f} s", flush=True)
+            say(f"> {folder / checksums.RECORD}: {_amount(record)} in {time.monotonic() - start:.1f} s")
         self.continues_at, self.size = iteration, size
 
 
@@ -266,14 +267,14 @@ def _candidates(home: Path) -> list[int | str]:
     try:
         tracked = checksums.read_tracker(home)
     except DamagedCheckpointError as error:
-        print(f"WARNING: {error}. The newest complete checkpoint is taken", flush=True)
+        say(f"WARNING: {error}. The newest complete checkpoint is taken")
         return [number for number in saved if checksums.is_complete(iteration_folder(home, number))]
     if isinstance(tracked, str):
         return [tracked]
     for number in saved:
         folder = iteration_folder(home, number)
         if (tracked is None or number > tracked) and not checksums.is_complete(folder):
-            print(f"> {folder} is half-written, its save did not end: it is not used, and written anew", flush=True)
+            say(f"> {folder} is half-written, its save did not end: it is not used, and written anew")
     if tracked is None:  # only what is proven: nobody has said that there was anything to continue
         return [number for number in saved if (iteration_folder(home, number) / checksums.RECORD).is_file()]
     # Never one that is newer than the tracker says: somebody may have set it back.

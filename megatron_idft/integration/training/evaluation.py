@@ -14,8 +14,7 @@ import torch
 
 from megatron_idft.checkpoint.best import BestCheckpoints
 from megatron_idft.data.packed.dataset import RepeatedRounds
-
-MOST_SOURCES = 64  # of which metrics are kept without being asked
+from megatron_idft.integration.training.arguments import MOST_SOURCES
 
 
 @dataclass(frozen=True)
