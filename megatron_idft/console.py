@@ -104,15 +104,19 @@ def keep_log(output: Path) -> None:
 
 
 def retract_log() -> None:
-    """After a refusal: delete the log, and the folders made for it, where the output folder holds nothing else."""
+    """After a refusal: delete the logs of this launch, and their folders, where the output folder holds nothing else.
+
+    Those of the other ranks of this node, too: torchrun may have killed them.
+    """
     if _last is None or _last.temporary or _last.path.parent.name != LOGS:
         return
     logs = _last.path.parent
     with contextlib.suppress(OSError):
         if [entry.name for entry in logs.parent.iterdir()] == [LOGS]:
-            _last.path.unlink()
             _last.temporary = True  # nobody needs to know its path
-            logs.rmdir()  # not while the logs of other ranks are there
+            for path in logs.glob(f"*-{_launch()}*.log"):
+                path.unlink(missing_ok=True)
+            logs.rmdir()  # not while those of other launches are there
             logs.parent.rmdir()
 
 
@@ -177,7 +181,7 @@ class _Quiet:
 
     def move(self, folder: Path, suffix: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path, new = _new_file(folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}{suffix}")
+        path, new = _new_file(folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{_launch()}{suffix}")
         sys.stdout.flush()
         sys.stderr.flush()
         old = os.dup(self.descriptor)
@@ -193,6 +197,11 @@ class _Quiet:
 
     def end(self) -> None:
         self._undo.close()
+
+
+def _launch() -> str:
+    """The same for the ranks of one node that one torchrun has started."""
+    return f"{socket.gethostname()}-{os.getppid() if 'RANK' in os.environ else os.getpid()}"
 
 
 def _new_file(folder: Path, name: str) -> tuple[Path, int]:

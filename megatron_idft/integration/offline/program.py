@@ -22,6 +22,7 @@ from megatron_idft.integration.loss.trainer import true_vocab_size
 from megatron_idft.integration.platform import flag_checks, hf_model, signals
 from megatron_idft.integration.platform.own_tokenizer import require_tokenizer, tokenizer_type
 from megatron_idft.integration.platform.restricted_loading import restrict_checkpoint_reading
+from megatron_idft.integration.platform.settings_lines import data_line, model_line
 from megatron_idft.integration.training.checkpoints import RunCheckpoints
 from megatron_idft.parsing import raise_errors
 
@@ -109,6 +110,9 @@ def parse(
     args = megatron_arguments.parse_and_validate_args(provider)
     if args.sft_loss_vocab_size is None:
         args.sft_loss_vocab_size = hf_model.recorded_vocab_size(args)
+    if args.rank == 0:
+        for line in (model_line(args), data_line(args)):
+            console.say(f"> {line}")
     if not (args.dry_run or args.estimate):
         console.keep_log(Path(args.output))
     initialize_megatron()

@@ -20,6 +20,7 @@ from megatron_idft.integration.loss.trainer import TrainerIntegration
 from megatron_idft.integration.platform import flag_checks, hf_model, upstream
 from megatron_idft.integration.platform.ranks import print_on_rank_0
 from megatron_idft.integration.platform.restricted_loading import restrict_checkpoint_reading
+from megatron_idft.integration.platform.settings_lines import training_lines
 from megatron_idft.integration.training import batches, checkpoints, elastic, stops
 from megatron_idft.integration.training.arguments import NEVER, add_data_arguments, validate_data_arguments
 from megatron_idft.integration.training.data import NamedData, TrainingData, named_data
@@ -198,6 +199,10 @@ class ChatTraining(TrainerIntegration):
         call.apply_defaults()
         if args.do_valid and args.iteration == 0 and not args.start_eval_at_iter:
             evaluate_before_training(args, call.arguments)
+        if not self._finished and not args.skip_train:
+            assert self.data is not None
+            lines = training_lines(args, self.data.unit)
+            print_on_rank_0("\n".join(["> this training", *(f">   {line}" for line in lines)]))
         return original(*call.args, **call.kwargs)
 
     def _evaluate_and_print_results(self, original: Callable[..., Any], call: inspect.BoundArguments) -> None:
