@@ -116,8 +116,8 @@ def retract_log() -> None:
             _last.temporary = True  # nobody needs to know its path
             for path in logs.glob(f"*-{_launch()}*.log"):
                 path.unlink(missing_ok=True)
-            logs.rmdir()  # not while those of other launches are there
-            logs.parent.rmdir()
+            for made in _last.made:  # which fails while logs of other launches are there
+                made.rmdir()
 
 
 def kept_log() -> Path | None:
@@ -152,7 +152,7 @@ class _Quiet:
 
     def __init__(self, verb: str) -> None:
         self.descriptor, name = tempfile.mkstemp(prefix=f"megatron-idft-{verb}-", suffix=".log")
-        self.path, self.temporary = Path(name), True
+        self.path, self.temporary, self.made = Path(name), True, list[Path]()
         with contextlib.ExitStack() as self._undo:
             self.out, self.err = self._divert("stdout", OUT), self._divert("stderr", ERR)
             if not faulthandler.is_enabled() and _number(self.err) is not None:
@@ -180,6 +180,7 @@ class _Quiet:
         return cast(TextIO, _Terminal(before, stream.encoding)) if leads_there else stream
 
     def move(self, folder: Path, suffix: str) -> None:
+        self.made = [made for made in (folder, folder.parent) if not made.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         path, new = _new_file(folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{_launch()}{suffix}")
         sys.stdout.flush()

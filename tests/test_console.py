@@ -127,7 +127,7 @@ def test_of_a_crash_in_c_the_console_shows_where_it_was(tmp_path):
 
 
 def test_two_launches_of_the_same_second_have_a_log_each(tmp_path):
-    code = "import time; time.strftime = lambda _: 'now'\n"
+    code = "import time; time.strftime, os.getpid = lambda _: 'now', lambda: 1\n"
     code += "with console.quiet('score'):\n    console.keep_log(Path(sys.argv[1]))\n    print(sys.argv[2])\n"
     for name in ("first", "second"):
         run(code, str(tmp_path), name)
@@ -187,16 +187,19 @@ def test_an_error_leaves_the_log_to_who_reports_it(tmp_path):
     log.unlink()
 
 
-@pytest.mark.parametrize("began", [False, True])
-def test_after_a_refusal_nothing_is_left_where_nothing_was_begun(tmp_path, began):
+@pytest.mark.parametrize(("began", "existed"), [(False, False), (False, True), (True, False)])
+def test_after_a_refusal_nothing_is_left_where_nothing_was_begun(tmp_path, began, existed):
     output = tmp_path / "out"
+    if existed:
+        output.mkdir()
     with pytest.raises(ZeroDivisionError), console.quiet("score"):
         console.keep_log(output)
         if began:
             (output / "parts").mkdir()
         raise ZeroDivisionError
     console.retract_log()
-    assert output.exists() == began and bool(console.where_log_is()) == began
+    assert output.exists() == (began or existed) and (output / "logs").exists() == began
+    assert bool(console.where_log_is()) == began
 
 
 def test_ours_prints_through_the_console_alone():

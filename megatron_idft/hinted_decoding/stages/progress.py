@@ -55,7 +55,13 @@ class StageProgress:
         self._open -= turns
 
     def enter(self, stage: str, requests: int, longest: int) -> None:
-        """The next stage begins; longest: tokens of one of its responses, at most."""
+        """The next stage begins.
+
+        Args:
+            stage: its name.
+            requests: responses that it writes.
+            longest: tokens of one of them, at most.
+        """
         self.stage, self.requests, self.done = stage, requests, 0
         self._most_tokens, self._tokens_before = requests * longest, self.tokens()
         self._number += 1

@@ -264,7 +264,12 @@ class _Work:
         return range(chunk * self._chunk_records, min((chunk + 1) * self._chunk_records, self.total))
 
     def set_finished(self, chunks: Sequence[int], rows: Sequence[OutcomeRow] = ()) -> None:
-        """These chunks are finished; rows: of the last one that was finished here."""
+        """These chunks are finished.
+
+        Args:
+            chunks: their numbers.
+            rows: of the last one that was finished here.
+        """
         self._finished = sum(len(self.numbers(chunk)) for chunk in chunks)
         self._kept += sum(row["status"] == "kept" for row in rows)
         self._here += len(rows)

@@ -89,8 +89,15 @@ _ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 def add_flags(argv: Sequence[str], program_name: str, *, announced: bool = True) -> list[str]:
     """`argv` (without the program) plus the Megatron flags that the CPU needs and the user did not give.
 
-    Sets the environment variables that Megatron wants as well, and says in one line on rank 0 what was added, unless it
-    is not `announced`. Raises UnsupportedOnCPUError, naming the remedy, for a flag that cannot work on the CPU.
+    Sets the environment variables that Megatron wants as well.
+
+    Args:
+        argv: the flags.
+        program_name: for the line and for errors.
+        announced: say in one line on rank 0 what was added.
+
+    Raises:
+        UnsupportedOnCPUError: a flag cannot work on the CPU; names the remedy.
     """
     given = given_flags(argv)
     for flag, (allowed, remedy) in _REFUSED.items():

@@ -34,7 +34,12 @@ def shortened(paths: Sequence[str]) -> str:
 
 
 def training_lines(args: argparse.Namespace, unit: str) -> list[str]:
-    """The settings of a training, just before its first step. unit: what a sample is, in the plural."""
+    """The settings of a training, just before its first step.
+
+    Args:
+        args: Megatron's, validated, with the length of the training.
+        unit: what a sample is, in the plural.
+    """
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     decay = f", {args.lr_decay_style} to {args.min_lr or 0:g}" if args.lr_decay_style != "constant" else ", constant"
     begins = f", from {args.iteration} on" if args.iteration else ""
