@@ -19,7 +19,7 @@ from megatron_idft.errors import UserError
 from megatron_idft.integration.platform import start
 from megatron_idft.integration.platform.hf_model import expand
 
-POSITIONS = 96
+POSITIONS = 96  # unless the flags have a --seq-length
 
 
 class Linear:
@@ -109,7 +109,7 @@ def main() -> None:
     config = json.loads(Path(flags[flags.index("--hf-model") + 1], "config.json").read_text())
     common = f"--seq-length {POSITIONS} --no-load-optim --no-load-rng --tokenizer-type NullTokenizer"
     common += f" --vocab-size {config['vocab_size']}"
-    flags += [*common.split(), "--data", cases, "--output", "-"]
+    flags = [*common.split(), *flags, "--data", cases, "--output", "-"]
     start.prepare_process("engine probe", expand(flags), force_cpu=not torch.cuda.is_available())
     from megatron_idft.inference.engine import DecodeEngine
     from megatron_idft.integration.offline import score as scoring_program
@@ -119,7 +119,7 @@ def main() -> None:
     vocab_size = args.sft_loss_vocab_size
     told: list[str] = []
     engine = DecodeEngine(
-        scorer.model, vocab_size, max_positions=POSITIONS, max_rows=4, memory_bytes=1 << 28, tell=told.append
+        scorer.model, vocab_size, max_positions=args.seq_length, max_rows=4, memory_bytes=1 << 28, tell=told.append
     )
     told.append(engine.describe())
     results = {name: run(engine, case, vocab_size) for name, case in json.loads(Path(cases).read_text()).items()}

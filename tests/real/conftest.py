@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_idft.checkpoint.cache import cached_checkpoint
 from megatron_idft.checkpoint.convert import to_megatron
 from tests.launch import ROOT
 
@@ -48,14 +49,27 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
 
 
 @pytest.fixture(scope="session")
-def megatron(huggingface, once) -> Path:
-    """The model, converted."""
-    return once("smol-megatron", lambda path: to_megatron(huggingface, path, progress=False))
+def cache(huggingface, once) -> Path:
+    """The folder for --hf-cache, which holds the model, converted."""
+
+    def convert(folder: Path) -> None:
+        folder.mkdir()
+        to_megatron(huggingface, cached_checkpoint(huggingface, folder, "gpt"), "gpt", progress=False)
+
+    return once("smol-cache", convert)
 
 
 @pytest.fixture(scope="session")
-def model_flags(megatron) -> list[str]:
-    return json.loads((megatron / "conversion.json").read_text())["megatron_flags"]
+def megatron(huggingface, cache) -> Path:
+    """The converted model."""
+    return cached_checkpoint(huggingface, cache, "gpt")
+
+
+@pytest.fixture(scope="session")
+def verb(huggingface, cache) -> Callable[..., list[str]]:
+    """verb(name, *flags): the command line of a verb that begins with the model."""
+    common = ["--hf-model", str(huggingface), "--hf-cache", str(cache)]
+    return lambda name, *flags: ["-m", "megatron_idft", name, *common, *map(str, flags)]
 
 
 @pytest.fixture(scope="session")

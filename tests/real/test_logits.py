@@ -29,9 +29,10 @@ def expected(model, tokens) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_are_those_of_transformers(megatron, model_flags, tokens, expected, layout, tmp_path):
+def test_logits_are_those_of_transformers(megatron, tokens, expected, layout, tmp_path):
     nproc, flags = LAYOUTS[layout]
-    case = {"flags": [*model_flags, "--seq-length", str(LENGTH), "--load", str(megatron)], "tokens": tokens}
+    model = json.loads((megatron / "conversion.json").read_text())["megatron_flags"]
+    case = {"flags": [*model, "--seq-length", str(LENGTH), "--load", str(megatron)], "tokens": tokens}
     (tmp_path / "cases.json").write_text(json.dumps({"logits": case}))
     script = ROOT / "tests" / "checkpoint" / "logits.py"
     log = forked([script, tmp_path / "cases.json", tmp_path, *flags.split()], nproc=nproc)
