@@ -66,6 +66,11 @@ def megatron(huggingface, cache) -> Path:
 
 
 @pytest.fixture(scope="session")
+def model_flags(megatron) -> list[str]:
+    return json.loads((megatron / "conversion.json").read_text())["megatron_flags"]
+
+
+@pytest.fixture(scope="session")
 def verb(huggingface, cache) -> Callable[..., list[str]]:
     """verb(name, *flags): the command line of a verb that begins with the model."""
     common = ["--hf-model", str(huggingface), "--hf-cache", str(cache)]

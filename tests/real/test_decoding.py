@@ -98,7 +98,7 @@ def test_a_realignment_is_complete_and_its_programs_agree(verb, model, tokenizer
         for candidate in turn["candidates"]:
             cut = candidate["finish_reason"] == "length"
             assert candidate["num_tokens"] == 8 if cut else candidate["num_tokens"] < 8
-            assert (candidate["rejected_because"] == "unfinished") == cut
+            assert not cut or candidate["rejected_because"] == "unfinished"
         assert turn["num_prompt_tokens"] == len(prompt(tokenizer, record))
         assert turn["original_text"] == record["messages"][1]["content"]
         assert turn["original_phi_sum"] == pytest.approx(phi_sum(model, tokenizer, record), abs=1e-3)

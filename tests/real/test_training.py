@@ -1,13 +1,13 @@
 """Three steps of IDFT on real problems, by `train` at TP 3 and by transformers and torch; and the tuned model."""
 
-import json
 from itertools import combinations
 
 import pytest
 import torch
 
 from tests.checkpoint.test_round_trip import tensors
-from tests.launch import ROOT, forked
+from tests.launch import forked
+from tests.real.logits import assert_same_logits, megatron_logits
 from tests.run_outputs import load_scalars
 from tests.tiny_corpora import write_records
 
@@ -58,14 +58,16 @@ def idft_step(model, optimizer, batch: list[Sample]) -> tuple[float, float]:
     total = 0.0
     optimizer.zero_grad()
     for ids, start in batch:
-        log_probs = model(ids[None]).logits[0, start - 1 : -1].log_softmax(-1)
+        log_probs = model(ids[None]).logits[0, start - 1 : -1].double().log_softmax(-1)
         log_p = log_probs.gather(-1, ids[start:, None])[:, 0]
         with torch.no_grad():
             phi = log_p - (log_probs.exp() * log_probs).sum(-1)
             weight = (log_p * torch.exp(-phi).clamp(0.1, 2)).exp()
         (-(weight * log_p).sum() / trained_tokens(batch)).backward()
-        total -= log_p.detach().double().sum().item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        total -= log_p.sum().item()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    norm = sum(gradient.double().square().sum().item() for gradient in gradients) ** 0.5
+    torch._foreach_mul_(gradients, min(1.0, 1.0 / norm))
     optimizer.step()
     return total / trained_tokens(batch), norm
 
@@ -87,25 +89,20 @@ def test_steps_are_those_of_transformers_and_adamw(trained, samples, model):
         print(f"step {step}: loss {loss:.6f} {found - loss:+.1e}, gradient norm {norm:.5f} {found_norm - norm:+.1e}")
         # Adam's first steps follow the signs of gradients: where one is near 0, rounding decides about 2 x LR.
         assert found == pytest.approx(loss, abs=1e-5 if step == 1 else 1e-4), f"step {step}"
-        assert found_norm == pytest.approx(norm, rel=1e-4 if step == 1 else 1e-3), f"step {step}"
+        # Megatron sums the squares by torch.norm in fp32, which loses some 1e-4 of a large tensor's.
+        assert found_norm == pytest.approx(norm, rel=1e-3), f"step {step}"
 
 
-def test_the_tuned_model_has_the_same_logits_in_transformers(trained, megatron, samples, huggingface, tmp_path):
+def test_the_tuned_model_has_the_same_logits_in_transformers(trained, model_flags, samples, huggingface, tmp_path):
     """What `--save-hf` wrote, against the checkpoint beside it, in one process."""
     from transformers import AutoModelForCausalLM
 
     exported = trained / "save" / "hf" / f"iter_{STEPS:07d}"
-    tuned = AutoModelForCausalLM.from_pretrained(exported).eval()
     tokens = samples[0][1][0][None]
     with torch.no_grad():
-        expected = tuned(tokens).logits
-    model = json.loads((megatron / "conversion.json").read_text())["megatron_flags"]
-    case = {"flags": [*model, "--seq-length", str(LENGTH), "--load", str(trained / "save")], "tokens": tokens.tolist()}
-    (tmp_path / "cases.json").write_text(json.dumps({"tuned": case}))
-    forked([ROOT / "tests" / "checkpoint" / "logits.py", tmp_path / "cases.json", tmp_path])
-    difference = (torch.load(tmp_path / "tuned.pt") - expected).abs().max().item()
-    print(f"{difference:.1e} at most")
-    assert difference < 1e-4, f"the logits differ by {difference:.1e} at most"
+        expected = AutoModelForCausalLM.from_pretrained(exported).eval()(tokens).logits
+    got = megatron_logits(trained / "save", model_flags, tokens, tmp_path)
+    assert_same_logits(got, expected, "tuned")
 
     before, after = tensors(huggingface), tensors(exported)
     assert before.keys() == after.keys()
