@@ -20,6 +20,7 @@ HEAD = """# Flags
 
 Made by `python docs/flags.py` from the parsers; do not edit. `train`, `run`, `score`, `realign` and `plan` understand
 every flag of Megatron-LM 0.19 too. `megatron-idft VERB --help` prints the same texts.
+Every verb has `--verbose`, `run` before its script: [what is on the console](install.md#what-is-on-the-console).
 """
 
 
