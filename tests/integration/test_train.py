@@ -83,6 +83,18 @@ def test_start_shows_the_data_and_the_resolved_loss(corpus, tmp_path):
     for part in ("objective entropy", "exempt tokens [5]", "end of turn [5]", "backend reference", "per-token-loss on"):
         assert part in line
     assert "vocabulary 60 of 128 padded rows" in line or re.search(r"vocabulary \d+ of 128 padded rows", line)
+    summary = [line for line in output.splitlines() if re.match(r"> this training|>   \S| sft iteration", line)]
+    assert summary[:-1] == [
+        "> this training",
+        ">   model: random weights, float32, on 1 rank: DP 1",
+        f">   data: {corpus / 'train.jsonl'}",
+        ">   batch: 4 records of 48 tokens a step: 2 micro-batches of 2 on each of 1 data-parallel ranks",
+        ">   steps: 1; learning rate 0.001, constant",
+        ">   loss: entropy",
+        ">   evaluation: none (--sft-valid-data adds one)",
+        ">   checkpoints: none, for want of --save",
+    ]
+    assert summary[-1].startswith(" sft iteration"), "the step comes after it"
 
 
 REGISTERED = """
