@@ -20,6 +20,11 @@ def sequences() -> list[np.ndarray]:
     return [rng.integers(0, VOCAB - 1, size=n) for n in (5, 40, 17, 2, 33, 12, 12, 48, 7)]
 
 
+def masks() -> list[np.ndarray]:
+    """Two spans of the longer ones, and at least the last token."""
+    return [(np.arange(len(ids)) % 11 >= 8) | (np.arange(len(ids)) == len(ids) - 1) for ids in sequences()]
+
+
 def expected(model: torch.nn.Module, vocab_size: int) -> list[np.ndarray]:
     found = []
     for ids in sequences():
@@ -39,10 +44,15 @@ def main() -> None:
 
     args = scoring_program._parse()
     scorer = scoring_program._load_scorer(args)
-    found = scorer.score(sequences())
-    if found is None or not scoring_program._leads():
+    found, masked = scorer.score(sequences()), scorer.score(sequences(), masks())
+    if found is None or masked is None or not scoring_program._leads():
         return
-    arrays = {f"found{i}": array for i, array in enumerate(value for pair in found for value in pair)}
+    arrays = {
+        f"{name}{i}": array
+        for name, pairs in (("found", found), ("masked", masked))
+        for i, array in enumerate(value for pair in pairs for value in pair)
+    }
+    arrays["one_row"] = np.array(scorer.documents.served)
     if torch.distributed.get_world_size() == 1:
         wanted = expected(scorer.model[0], args.sft_loss_vocab_size)
         arrays |= {f"expected{i}": array for i, array in enumerate(wanted)}

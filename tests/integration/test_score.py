@@ -12,6 +12,7 @@ import pytest
 
 from megatron_idft.corpus.ledger.ledger import status_of
 from megatron_idft.corpus.scored_folder import read_own_samples
+from tests.integration.scoring_probe import masks
 from tests.launch import ROOT, forked, forking_python, start
 from tests.tiny_corpora import additions, write_records
 from tests.tiny_tokenizers import train_tokenizer
@@ -72,6 +73,12 @@ def test_statistics_are_those_of_the_whole_logits_under_every_layout(folder, tmp
         for key in keys:
             expected = found["one"][key.replace("found", "expected")]
             np.testing.assert_allclose(arrays[key], expected, rtol=1e-5, atol=5e-6, err_msg=f"{name}, {key}")
+            read = masks()[int(key.removeprefix("found")) // 2][1:]
+            masked = arrays[key.replace("found", "masked")]
+            np.testing.assert_allclose(masked[read], expected[read], rtol=1e-5, atol=5e-6, err_msg=f"{name}, {key}")
+            # Under sequence parallelism every place has its logits made.
+            assert name == "tp" or np.isnan(masked[~read]).all(), f"{name}, {key}"
+        assert arrays["one_row"], f"{name}: local attention on the CPU needs no padding"
 
 
 def test_every_record_is_there_once_in_order_with_its_statistics(folder, scored):

@@ -138,7 +138,9 @@ def _score_sequences(
 ) -> list[ScoredRow] | None:
     """The same for (token ids, mask) that belong to these samples."""
     statistics = scorer.score(
-        [ids for ids, _ in sequences], lambda indices: on_done([samples[index] for index in indices])
+        [ids for ids, _ in sequences],
+        [mask for _, mask in sequences],
+        lambda indices: on_done([samples[index] for index in indices]),
     )
     if statistics is None or not _leads():
         return None

@@ -7,7 +7,8 @@ rank's shard of the logits into the two statistics with one collective. The voca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_idft.errors import UnsupportedModelError
-from megatron_idft.integration.loss.hook import LossHook, language_models
+from megatron_idft.integration.loss.hook import IGNORED_LABEL, LossHook, language_models
+from megatron_idft.integration.offline.causal_attention import Documents
 from megatron_idft.loss import vocab_parallel_loss
 from megatron_idft.objectives import ce
 
@@ -23,22 +25,56 @@ Statistics = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 class StatisticsHook(LossHook):
-    """Makes `model(…, labels=…)` return [b, s, 2] fp32, log_prob and entropy, instead of the loss."""
+    """Makes `model(…, labels=…)` return [b, s, 2] fp32, log_prob and entropy, instead of the loss.
+
+    Attributes:
+        rows: int64 [k], the places in [s, b], flattened, whose logits the next pass makes: of a record's question none
+            is read. The others are NaN. None: all, and so under sequence parallelism, where a rank has a part of the
+            places, and with multi-token prediction, whose heads share the output layer.
+    """
+
+    rows: Tensor | None = None
 
     def __init__(self, model: Any, vocab_size: int | None, backend: str) -> None:
         super().__init__(model, ce(), vocab_size, backend, metrics=None)
+        self._selects = not (model.config.sequence_parallel or model.config.mtp_num_layers)
+
+    def attach(self) -> None:
+        super().attach()
+        if self._selects:
+            self._undo.append(self.model.output_layer.register_forward_pre_hook(self._select).remove)
+
+    def _select(self, output_layer: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.rows is None or not self._pending:
+            return None
+        states, *others = args  # [s, b, h]
+        return states.flatten(0, 1)[self.rows].unsqueeze(1), *others
 
     def _main_head_loss(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:
         self._require_shard(logits)
+        labels, rows = labels.transpose(0, 1), self.rows if self._selects else None
         out = vocab_parallel_loss(
             logits,
-            labels.transpose(0, 1),
+            labels if rows is None else labels.reshape(-1, 1)[rows],
             "ce",
             tp_group=self.model.pg_collection.tp,
             vocab_size=self.vocab_size,
             backend=self.backend,
         )
-        return torch.stack([out.log_prob, out.entropy], -1).transpose(0, 1).contiguous()
+        found = torch.stack([out.log_prob, out.entropy], -1)
+        if rows is not None:
+            everywhere = found.new_full((labels.numel(), 2), torch.nan)
+            everywhere[rows] = found[:, 0]
+            found = everywhere.view(*labels.shape, 2)
+        return found.transpose(0, 1).contiguous()
+
+
+class _Places(NamedTuple):
+    """Of a batch: its shape [b, s], each record's row and where it begins there; lengths of those that share a row."""
+
+    shape: tuple[int, int]
+    starts: list[tuple[int, int]]
+    lengths: list[int] | None
 
 
 class ModelScorer:
@@ -72,20 +108,26 @@ class ModelScorer:
             hook.attach()
         for chunk in self.model:
             chunk.eval()
+        self.documents = Documents(self.model)
         config = get_model_config(self.model[0])
         config.variable_seq_lengths = True  # micro-batches of different lengths share one pipeline pass
         self._multiple = mpu.get_tensor_model_parallel_world_size() if config.sequence_parallel else 1
 
     @torch.no_grad()
     def score(
-        self, sequences: Sequence[NDArray[np.integer]], on_done: Callable[[Sequence[int]], None] = lambda indices: None
+        self,
+        sequences: Sequence[NDArray[np.integer]],
+        masks: Sequence[NDArray[np.integer]] | None = None,
+        on_done: Callable[[Sequence[int]], None] = lambda indices: None,
     ) -> list[Statistics] | None:
         """log_prob and entropy [n - 1] fp32 of each sequence of n >= 2 token ids: of token t + 1 given those up to t.
 
         Called by all ranks with the same sequences. Data-parallel replicas share the work.
 
         Args:
-            sequences: token ids.
+            sequences: the token ids.
+            masks: [n] each, not 0 where a token's statistics are read, as of one at least after the first. What they
+                leave out may be NaN. None: all are read.
             on_done: is told, on the last pipeline stage, which sequences this replica and the others have done, all
                 but those of the last round.
 
@@ -106,10 +148,10 @@ class ModelScorer:
             rounds = -(-rounds // stages) * stages
         mine = [batches[min(r * replicas + replica, len(batches) - 1)] for r in range(rounds)]
         outputs = get_forward_backward_func()(
-            forward_step_func=_forward_step,
+            forward_step_func=self._forward_step,
             data_iterator=[
-                *(self._tensors(sequences, mine) for _ in self.model[1:]),
-                _told(self._tensors(sequences, mine), batches, replicas, on_done),
+                *(self._tensors(sequences, mine, masks) for _ in self.model[1:]),
+                _told(self._tensors(sequences, mine, masks), batches, replicas, on_done),
             ],
             model=self.model,
             num_microbatches=rounds,
@@ -123,7 +165,7 @@ class ModelScorer:
         found = {
             index: (row[: len(sequences[index]) - 1, 0], row[: len(sequences[index]) - 1, 1])
             for batch, output in zip(mine, outputs, strict=True)
-            for index, row in zip(batch, output.cpu().numpy(), strict=True)
+            for index, row in zip(batch, self._split(output.cpu().numpy(), sequences, batch), strict=True)
         }
         group = mpu.get_data_parallel_group()
         gathered: list[Any] | None = [None] * replicas if replica == 0 else None
@@ -132,6 +174,26 @@ class ModelScorer:
             return None
         merged: dict[int, Statistics] = {index: pair for part in gathered for index, pair in part.items()}
         return [merged[index] for index in range(len(sequences))]
+
+    def _forward_step(
+        self, data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[..., Tensor]]:
+        batch = next(data_iterator)
+        # Padding stands on the right, where a causal model does not look.
+        with self.fed(batch):
+            output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return output, lambda output, non_loss_data: output
+
+    @contextmanager
+    def fed(self, batch: dict[str, Any]) -> Iterator[None]:
+        """While it lasts, the model takes its input for this batch, and makes the logits that the batch needs."""
+        with ExitStack() as stack:
+            if self.documents.served:
+                stack.enter_context(self.documents.within(batch["lengths"], batch["position_ids"][0]))
+            for hook in self.hooks:
+                hook.rows = batch["rows"]
+                stack.callback(setattr, hook, "rows", None)
+            yield
 
     def _batches(self, sequences: Sequence[NDArray[np.integer]]) -> list[list[int]]:
         """Indices of sequences of like length, longest first: running out of memory shows at once."""
@@ -147,40 +209,55 @@ class ModelScorer:
         return -(-length // self._multiple) * self._multiple
 
     def _tensors(
-        self, sequences: Sequence[NDArray[np.integer]], batches: Sequence[Sequence[int]]
-    ) -> Iterator[dict[str, Tensor]]:
+        self,
+        sequences: Sequence[NDArray[np.integer]],
+        batches: Sequence[Sequence[int]],
+        masks: Sequence[NDArray[np.integer]] | None = None,
+    ) -> Iterator[dict[str, Any]]:
         for batch in batches:
-            length = self._padded(max(len(sequences[index]) for index in batch) - 1)
-            tokens = np.zeros((len(batch), length), dtype=np.int64)
-            labels = np.full((len(batch), length), -100, dtype=np.int64)
-            for row, index in enumerate(batch):
-                sequence = sequences[index]
-                tokens[row, : len(sequence) - 1] = sequence[:-1]
-                labels[row, : len(sequence) - 1] = sequence[1:]
-            positions = np.broadcast_to(np.arange(length), tokens.shape)
-            yield {
-                name: torch.from_numpy(np.ascontiguousarray(value)).cuda(non_blocking=True)
-                for name, value in (("tokens", tokens), ("labels", labels), ("position_ids", positions))
-            }
+            places = self._places([len(sequences[index]) - 1 for index in batch])
+            tokens, positions = (np.zeros(places.shape, dtype=np.int64) for _ in range(2))
+            labels = np.full(places.shape, IGNORED_LABEL, dtype=np.int64)
+            for index, (row, begin) in zip(batch, places.starts, strict=True):
+                sequence, n = sequences[index], len(sequences[index]) - 1
+                tokens[row, begin : begin + n], labels[row, begin : begin + n] = sequence[:-1], sequence[1:]
+                positions[row, begin : begin + n] = np.arange(n)
+                if masks is not None:
+                    labels[row, begin : begin + n][masks[index][1:] == 0] = IGNORED_LABEL
+            if not self.documents.served:
+                positions[:] = np.arange(positions.shape[1])
+            rows = np.flatnonzero(labels.T != IGNORED_LABEL)
+            arrays = (("tokens", tokens), ("labels", labels), ("position_ids", positions), ("rows", rows))
+            tensors: dict[str, Any] = {name: torch.from_numpy(value).cuda(non_blocking=True) for name, value in arrays}
+            yield tensors | {"lengths": places.lengths}
+
+    def _places(self, lengths: Sequence[int]) -> _Places:
+        """Where the records of a batch stand: side by side with padding, or after each other in one row."""
+        if not self.documents.served:
+            return _Places((len(lengths), self._padded(max(lengths))), [(row, 0) for row in range(len(lengths))], None)
+        used = sum(lengths)
+        padding = self._padded(used) - used
+        starts = np.cumsum([0, *lengths[:-1]]).tolist()
+        return _Places(
+            (1, used + padding), [(0, begin) for begin in starts], [*lengths, *([padding] if padding else [])]
+        )
+
+    def _split(
+        self, output: NDArray[np.float32], sequences: Sequence[NDArray[np.integer]], batch: Sequence[int]
+    ) -> list[NDArray[np.float32]]:
+        """[b, s, 2] -> of each record [at least n - 1, 2]."""
+        places = self._places([len(sequences[index]) - 1 for index in batch])
+        return [output[row, begin:] for row, begin in places.starts]
 
 
 def _told(
-    tensors: Iterator[dict[str, Tensor]],
+    tensors: Iterator[dict[str, Any]],
     batches: Sequence[Sequence[int]],
     replicas: int,
     on_done: Callable[[Sequence[int]], None],
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[dict[str, Any]]:
     """`tensors`, of one round each. A round is done when the next one is asked for."""
     for round_number, batch in enumerate(tensors):
         if round_number:
             on_done([i for done in batches[(round_number - 1) * replicas : round_number * replicas] for i in done])
         yield batch
-
-
-def _forward_step(
-    data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
-) -> tuple[Tensor, Callable[..., Tensor]]:
-    batch = next(data_iterator)
-    # Padding stands on the right, where a causal model does not look.
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, lambda output, non_loss_data: output
