@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_idft.inference.cache import Bank, BankStep, KeyValueCache
 from megatron_idft.inference.captured_collectives import require_unregistered_graphs
+from megatron_idft.inference.packed_weights import PackedWeights
 from megatron_idft.inference.served import ServedModel
 
 _KEPT_GRAPHS = 32  # the captured shapes that were used last
@@ -41,7 +42,7 @@ class DecodeForward:
     """
 
     def __init__(self, model: ServedModel, cache: KeyValueCache) -> None:
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.packed = model, cache, PackedWeights(model)
         # The dispatchers of experts read token counts on the host, which cannot be captured.
         self.graphs = model.device.type == "cuda" and not model.has_experts
         if self.graphs and model.tp_group.size() > 1:
@@ -64,6 +65,7 @@ class DecodeForward:
 
     def close(self) -> None:
         self._captured.clear()
+        self.packed.close()
 
     def _inputs(self, parts: Sequence[tuple[Bank, int, int]]) -> tuple[list[BankStep], Tensor, Tensor]:
         """Rows of (bank, rows, positions read)."""
@@ -76,9 +78,9 @@ class DecodeForward:
         return steps, tokens, lengths
 
     def _run(self, steps: list[BankStep], tokens: Tensor, lengths: Tensor) -> Tensor:
-        with self.cache.decoding(steps):
+        with self.cache.decoding(steps), self.packed.used(len(tokens)):
             states = self.model.hidden_states(tokens.unsqueeze(1), lengths.unsqueeze(1))  # [1, rows, h]
-        return self.model.logits(states)[0]
+            return self.model.logits(states)[0]
 
     def _tensor(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self.model.device, non_blocking=True)

@@ -105,6 +105,11 @@ class DecodeEngine:
             f" budget for keys and values on this rank {_size(cache.memory_bytes)}, allocated as needed,"
             f" {cache.bytes_per_token:,} bytes per token; attention by {attention}, CUDA graphs"
             f" {'on' if self._forward.graphs else 'off'}"
+            + (
+                f"; another {_size(packed)} for packed copies of the weights"
+                if (packed := self._forward.packed.bytes)
+                else ""
+            )
         )
 
     def close(self) -> None:
