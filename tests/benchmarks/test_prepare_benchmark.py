@@ -8,6 +8,19 @@ from tests.launch import ROOT, forking_python
 PROGRAM = ROOT / "tools" / "benchmarks" / "prepare.py"
 
 
+def test_a_tokenizer_of_a_folder_is_taken_without_its_weights(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(PROGRAM.parent))
+    from prepare import copy_tokenizer
+
+    source = tmp_path / "model"
+    source.mkdir()
+    kept = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+    for name in (*kept, "model.safetensors", "model.safetensors.index.json", "config.json"):
+        (source / name).write_text("{}")
+    copy_tokenizer(source, tmp_path / "tokenizer")
+    assert {file.name for file in (tmp_path / "tokenizer").iterdir()} == set(kept)
+
+
 def test_every_variant_is_measured(tmp_path):
     flags = ["--records", "60", "--workers", "1", "--vocab", "400", "--documents", "3000", "--rounds", "1"]
     command = [forking_python(), str(PROGRAM), *flags, "--json", str(tmp_path / "r.json")]

@@ -1,6 +1,10 @@
 """Tokens per second of Hinted Decoding against the number of pairs, beside slower ways and the machine's own limits.
 
     torchrun --standalone --nproc-per-node 1 tools/benchmarks/decoding.py --out RESULTS [--shape tiny|7b] [--pairs 64 1]
+        [--shape smollm2 --hf-model DIR --records-file FILE [--rows 8 32]]
+
+With `--shape smollm2` a real model is measured row for row beside `transformers.generate`: real_decoding.py says how.
+All that follows is of the other shapes.
 
 Random weights, prompts of one length each for the hinted and the plain stream, no stop tokens: all work is known
 beforehand. The output layer is scaled so that the mean entropy is 1 nat, as of a trained model: top-p over nearly
@@ -47,6 +51,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout needs no installation
 
+import real_decoding
+import real_model
+from real_decoding import Linear
+
 SPEEDUP_GOAL, SPEEDUP_PAIRS = 50.0, 32
 FLOOR_GOAL, FLOOR_PAIRS = 0.5, 64
 
@@ -86,7 +94,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of decoding.json")
-    parser.add_argument("--shape", choices=SHAPES, default=None, help="default: 7b on a GPU, tiny elsewhere")
+    shapes = (*SHAPES, "smollm2", "smollm2-smoke")
+    parser.add_argument("--shape", choices=shapes, default=None, help="default: 7b on a GPU, tiny elsewhere")
+    real_model.add_arguments(parser)
+    parser.add_argument("--rows", type=int, nargs="+", default=None, help="of smollm2")
     parser.add_argument("--pairs", type=int, nargs="+", default=None)
     parser.add_argument("--rounds", type=int, default=None)
     return parser.parse_args()
@@ -175,18 +186,6 @@ class Ceiling:
         cache = pairs * positions * 2 * layers * kv_width
         read = (weights + cache) * itemsize / self.bytes_per_second
         return max(read, 2 * 2 * pairs * weights / self.flops_per_second)
-
-
-class Linear:
-    """Share of the plain stream: clamp(3 H / ln V, 0, 1), the paper's form."""
-
-    first_token_hinted = True
-
-    def __init__(self, vocab: int) -> None:
-        self.scale = 3 / float(np.log(vocab))
-
-    def plain_share(self, hinted_entropy: torch.Tensor) -> torch.Tensor:
-        return (self.scale * hinted_entropy).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -372,6 +371,8 @@ def print_variant(name: str, row: dict[str, Any]) -> None:
 
 def main() -> int:
     args = parse_arguments()
+    if (args.shape or "").startswith("smollm2"):
+        return real_decoding.main(args)
     on_gpu = torch.cuda.is_available()
     name = args.shape or ("7b" if on_gpu else "tiny")
     shape = SHAPES[name]

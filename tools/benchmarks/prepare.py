@@ -1,7 +1,8 @@
 """Tokens per second of `prepare` on this machine, beside the raw tokenizer and Megatron-LM's own preprocessing.
 
 Over two generated corpora of conversations (source text of Python's library, one to three turns, a long tail of
-lengths; about 700 and about 100 tokens for each record) and a byte-level BPE of 32,000 tokens trained on the same text:
+lengths; about 700 and about 100 tokens for each record) and a byte-level BPE of 32,000 tokens trained on the same text,
+or with `--tokenizer` a real model's (its template included):
 
     raw             the tokenizer's `encode_batch` on the rendered texts, in batches of 128, and nothing else
     raw, fast       the same with `encode_batch_fast`, which computes no offsets
@@ -24,7 +25,7 @@ Packing is compared on lengths drawn from a long-tailed mix: best-fit decreasing
 and one record to a pack as stock `--sft` has it. Expected: 0.99, 0.98 and 0.2, at less than a second for a million
 documents. (A smoke run had shown about these.) The goal is 0.97.
 
-    MEGATRON_LM=/path/to/checkout python tools/benchmarks/prepare.py --json RESULTS.json
+    MEGATRON_LM=/path/to/checkout python tools/benchmarks/prepare.py --json RESULTS.json [--tokenizer DIR]
 """
 
 import argparse
@@ -37,6 +38,7 @@ import platform
 import random
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -67,6 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--records", type=int, default=12_000, help="long ones; of the short, five times as many")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--vocab", type=int, default=32_000)
+    parser.add_argument("--tokenizer", type=Path, help="a Hugging Face folder with a chat template")
     parser.add_argument("--documents", type=int, default=1_000_000, help="to pack")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -99,6 +102,14 @@ def save_tokenizer(texts: list[str], vocab: int, folder: Path) -> None:
     saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     saved.chat_template = BUILTIN_TEMPLATES["chatml"]
     saved.save_pretrained(folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer's files, without a model's weights."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.suffix in (".json", ".jinja") and not file.name.startswith(("model", "config")):
+            shutil.copy(file, folder)
 
 
 def conversations(texts: list[str], count: int, sizes: Any) -> list[dict[str, Any]]:
@@ -249,13 +260,20 @@ def main() -> None:
 
     checkout = Path(os.environ["MEGATRON_LM"]) if os.environ.get("MEGATRON_LM") else None
     result: dict[str, Any] = {"benchmark": "prepare", **surroundings(checkout)}
-    result |= {"options": {name: value for name, value in vars(options).items() if name != "json"}, "corpora": {}}
+    result |= {
+        "options": {name: value for name, value in vars(options).items() if name not in ("json", "tokenizer")},
+        "corpora": {},
+    }
+    result["tokenizer"] = None if options.tokenizer is None else options.tokenizer.name
     texts = library()
     for corpus, sizes in CORPORA.items():
         count = options.records * (SHORT_FOR_A_LONG if corpus == "short records" else 1)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            save_tokenizer(texts, options.vocab, folder / "tokenizer")
+            if options.tokenizer is None:
+                save_tokenizer(texts, options.vocab, folder / "tokenizer")
+            else:
+                copy_tokenizer(options.tokenizer, folder / "tokenizer")
             tokenizer = load_tokenizer(folder / "tokenizer")
             rows = conversations(texts, count, sizes)
             figures = result["corpora"][corpus] = measure(folder, rows, tokenizer, checkout, options)

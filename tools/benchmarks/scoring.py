@@ -1,9 +1,12 @@
 """Tokens per second of scoring on this machine, beside the same forward pass without it and a Hugging Face loop.
 
-Three variants over the same records and the same weights, a randomly initialised Qwen2-like model, in one process:
+Of a narrow model, and with `--shape smollm2` of SmolLM2-135M's (real_scoring.py says what is measured then). Three
+variants over the same records and the same weights, a randomly initialised Qwen2-like model, in one process:
 
-    scoring        what `score` does: batches of like length, the hook's statistics, rows with their worst tokens
-    forward        the same batches through the same Megatron model with its own cross-entropy as the loss, nothing else
+    scoring        what `score` does: batches of like length, the hook's statistics of the trained two thirds of the
+                   tokens, rows with their worst tokens
+    forward        the same batches through the same Megatron model with its own cross-entropy of all tokens as the
+                   loss, nothing else
     hugging_face   transformers, one record at a time: logits, log_softmax, entropy, gather
 
 Expected before the first run: scoring reaches at least 95 % of the forward's tokens per second, the goal, where the
@@ -13,6 +16,7 @@ this is the hard case. The loop is slower by what batches gain, on a CPU perhaps
 The variants take turns, record set by record set; the median over the rounds counts. Goals are printed as hit or MISS.
 
     torchrun --standalone --nproc-per-node 1 tools/benchmarks/scoring.py --json RESULTS.json
+        [--shape smollm2 --hf-model DIR --records-file FILE]
 """
 
 import argparse
@@ -33,20 +37,28 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout needs no installation
 
+import real_model
+import real_scoring
+
 MIN_SHARE_OF_FORWARD = 0.95
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=96)
+    parser.add_argument("--shape", choices=("narrow", "smollm2", "smollm2-smoke"), default="narrow")
+    real_model.add_arguments(parser)
+    parser.add_argument("--records", type=int, default=None, help="default: 96, of smollm2 16")
     parser.add_argument("--longest", type=int, default=192, help="tokens; lengths are drawn from 16 to this")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--tokens-per-batch", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=None, help="default: 5, of smollm2 3")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    records, rounds = (96, 5) if options.shape == "narrow" else (16, 3)
+    options.records, options.rounds = options.records or records, options.rounds or rounds
+    return options
 
 
 def save_model(options: argparse.Namespace, folder: Path) -> Any:
@@ -60,7 +72,7 @@ def save_model(options: argparse.Namespace, folder: Path) -> Any:
         num_hidden_layers=options.layers,
         num_attention_heads=options.hidden // 32,
         num_key_value_heads=options.hidden // 64,
-        max_position_embeddings=options.longest,
+        max_position_embeddings=real_model.POSITIONS,
         tie_word_embeddings=False,
     )
     model = Qwen2ForCausalLM(config).eval()
@@ -68,33 +80,20 @@ def save_model(options: argparse.Namespace, folder: Path) -> Any:
     return model
 
 
-def load_scorer(options: argparse.Namespace, folder: Path) -> Any:
-    """The scorer of `score --hf-model`, set up by the program itself."""
-    from megatron_idft.integration.offline import score as scoring_program
-    from megatron_idft.integration.platform.hf_model import expand
-    from megatron_idft.integration.platform.start import prepare_process
-
-    flags = f"--hf-model {folder} --tokenizer-model unused.model --data unused --output unused"
-    flags += f" --seq-length {options.longest} --tokens-per-batch {options.tokens_per_batch}"
-    flags += " --tokenizer-type NullTokenizer --vocab-size " + str(options.vocab - 1)
-    prepare_process("scoring benchmark", expand(flags.split()), force_cpu=not torch.cuda.is_available())
-    args = scoring_program._parse()
-    return scoring_program._load_scorer(args)
-
-
 def main() -> None:
     options = parse_arguments()
+    if options.shape != "narrow":
+        real_scoring.main(options)
+        return
     rng = np.random.default_rng(0)
     lengths = rng.integers(16, options.longest + 1, options.records)
     sequences = [rng.integers(0, options.vocab, n) for n in lengths]
     masks = [np.arange(n) >= n // 3 for n in lengths]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
-        hugging_face_model = save_model(options, folder)
-        sys.argv = sys.argv[:1]
-        scorer = load_scorer(options, folder)
+        hugging_face_model = save_model(options, Path(scratch) / "model")
+        scorer = real_model.load_scorer(Path(scratch) / "model", Path(scratch), options.tokens_per_batch)
         variants: dict[str, Callable[[], None]] = {
-            "scoring": lambda: score(scorer, sequences, masks),
+            "scoring": lambda: real_scoring.score(scorer, sequences, masks),
             "forward": lambda: forward(scorer, sequences),
             "hugging_face": lambda: hugging_face(hugging_face_model, sequences, masks),
         }
@@ -122,7 +121,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "load_average": os.getloadavg()[0],
             "torch": torch.__version__,
-            "options": {k: v for k, v in vars(options).items() if k != "json"},
+            "options": {k: v for k, v in vars(options).items() if k not in ("json", "hf_model", "records_file")},
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": rates,
@@ -133,20 +132,14 @@ def main() -> None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def score(scorer: Any, sequences: list[np.ndarray], masks: list[np.ndarray]) -> None:
-    from megatron_idft.corpus.scores.rows import scored_record
-
-    for ids, mask, (log_prob, entropy) in zip(sequences, masks, scorer.score(sequences), strict=True):
-        scored_record(ids, mask, log_prob, entropy, decode=lambda ids: "", end_of_turn_ids=[0], special_ids=[0])
-
-
 @torch.no_grad()
 def forward(scorer: Any, sequences: list[np.ndarray]) -> None:
     for hook in scorer.hooks:
         hook.detach()  # Megatron's own cross-entropy is back
     try:
         for batch in scorer._tensors(sequences, scorer._batches(sequences)):
-            scorer.model[0](batch["tokens"], batch["position_ids"], None, labels=batch["labels"].clamp(min=0)).sum()
+            with scorer.fed(batch):
+                scorer.model[0](batch["tokens"], batch["position_ids"], None, labels=batch["labels"].clamp(min=0)).sum()
     finally:
         for hook in scorer.hooks:
             hook.attach()
