@@ -15,6 +15,7 @@ import pytest
 
 from megatron_idft.corpus.ledger.ledger import status_of
 from megatron_idft.corpus.ledger.manifest import read_manifest
+from megatron_idft.corpus.records import read_records
 from megatron_idft.data.chat.conversations import encode_conversation
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.hinted_decoding.output.merge import merge
@@ -261,11 +262,10 @@ def test_the_model_analyses_the_reference_itself(folder, tmp_path):
     hinted = [turn for turn in first_turns if turn["candidates"]]
     assert len(hinted) > len(rows) / 2
     assert {turn["reason"] for turn in first_turns if not turn["candidates"]} <= {"no marker in the analysis"}
-    records = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
     tokenizer = load_tokenizer(folder / "tokenizer.model", chat_template="chatml")
     as_expected = 0
-    for record, turn in zip(records, first_turns, strict=True):
-        question, solution = (message["content"] for message in record["messages"][:2])
+    for record, turn in zip(read_records(folder / "data.jsonl"), first_turns, strict=True):
+        question, solution = (message["content"] for message in record.messages[:2])
         asked = [{"role": "user", "content": f"{question} {solution} answer"}]
         text = tokenizer.template.render(asked, add_generation_prompt=True) + "answer:"
         as_expected += turn["num_hinted_prompt_tokens"] == len(tokenizer.encode_batch([text], [[]])[0].ids)
