@@ -4,7 +4,7 @@ import json
 import subprocess
 
 from tests.checkpoint.test_round_trip import assert_same
-from tests.launch import ROOT, forking_python
+from tests.launch import ROOT, forked_codes, forking_python
 
 
 def convert(*words) -> subprocess.CompletedProcess[str]:
@@ -26,9 +26,12 @@ def test_there_and_back_is_the_same_to_the_bit_and_loads_in_transformers(hugging
     assert not any(loading.values()), loading
 
 
-def test_two_ranks_cannot_share_nine_heads(huggingface):
+def test_two_ranks_cannot_share_nine_heads(huggingface, verb, tmp_path):
+    refusal = "--tensor-model-parallel-size 2 does not divide the 9 attention heads"
     done = convert("check", huggingface, "--tensor-model-parallel-size", "2")
-    assert (
-        done.returncode == 2 and "--tensor-model-parallel-size 2 does not divide the 9 attention heads" in done.stderr
-    )
+    assert done.returncode == 2 and refusal in done.stderr
     assert convert("check", huggingface, "--tensor-model-parallel-size", "3").returncode == 0
+    (tmp_path / "data.jsonl").write_text('{"prompt": "2 + 2?", "response": "4."}\n')
+    flags = f"--sft-data {tmp_path / 'data.jsonl'} --output {tmp_path / 'out'} --seq-length 128"
+    codes, text = forked_codes(verb("score", *flags.split(), "--tensor-model-parallel-size", 2), nproc=2)
+    assert 2 in codes and refusal in text and "Traceback" not in text
