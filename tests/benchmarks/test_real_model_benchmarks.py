@@ -13,7 +13,7 @@ TOOLS = ROOT / "tools" / "benchmarks"
 def run(program, *flags):
     command = [forking_python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     words = [*command, str(TOOLS / program), *map(str, flags), "--rounds", "1"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
