@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -48,7 +49,7 @@ def stop_on_sigterm() -> None:
 
 def _raise_terminated(number: int, _: object) -> None:
     global _terminated
-    if not _terminated:
+    if not _terminated and os.environ.get("LOCAL_RANK", "0") == "0":
         program, name = Path(sys.argv[0]).name, signals.name_of(number)
         text = f"stopped by {name}; the finished chunks stand, and the same command goes on from there"
         console.complain(f"{program}: {text}{console.where_log_is()}")

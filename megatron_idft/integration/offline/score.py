@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from megatron_idft.console import say
@@ -93,7 +94,9 @@ def _open_data(args: argparse.Namespace) -> tuple[ChatTokenizer, TokenizedRecord
 
 def _load_scorer(args: argparse.Namespace) -> ModelScorer:
     model = program.load_model(args)
-    return ModelScorer(model, args.sft_loss_vocab_size, args.tokens_per_batch, args.sft_loss_backend)
+    on_gpu = next(model[0].parameters()).is_cuda and torch.cuda.is_available()
+    tokens_per_batch = args.tokens_per_batch or (16384 if on_gpu else 1024)
+    return ModelScorer(model, args.sft_loss_vocab_size, tokens_per_batch, args.sft_loss_backend)
 
 
 def _leads() -> bool:
