@@ -37,7 +37,7 @@ import torch
 from real_model import Conversation
 
 SPEEDUP_GOAL = 1.5
-ROWS, TOKENS, ROUNDS = (8, 32), 48, 2
+ROWS, TOKENS, ROUNDS = (8, 32), 64, 1
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "sampled": {"temperature": 1.0},
