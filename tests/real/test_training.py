@@ -78,6 +78,7 @@ def test_steps_are_those_of_transformers_and_adamw(trained, samples, model):
     steps = sorted(scalars["trained tokens"])
     order = [by_size[int(scalars["trained tokens"][step])] for step in steps]
     assert len(steps) == STEPS and sum(map(trained_tokens, order)) == sum(trained_tokens([s]) for _, s in samples)
+    model.get_input_embeddings().padding_idx = None  # the end of turn's: transformers would leave out its gradient
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
@@ -87,10 +88,8 @@ def test_steps_are_those_of_transformers_and_adamw(trained, samples, model):
         loss, norm = idft_step(model, optimizer, batch)
         found, found_norm = scalars["lm loss"][step], scalars["grad-norm"][step]
         print(f"step {step}: loss {loss:.6f} {found - loss:+.1e}, gradient norm {norm:.5f} {found_norm - norm:+.1e}")
-        # Adam's first steps follow the signs of gradients: where one is near 0, rounding decides about 2 x LR.
-        assert found == pytest.approx(loss, abs=1e-5 if step == 1 else 1e-4), f"step {step}"
-        # Megatron sums the squares by torch.norm in fp32, which loses some 1e-4 of a large tensor's.
-        assert found_norm == pytest.approx(norm, rel=1e-3), f"step {step}"
+        assert found == pytest.approx(loss, abs=1e-5), f"step {step}"
+        assert found_norm == pytest.approx(norm, rel=1e-4), f"step {step}"  # Megatron's is of fp32 sums of squares
 
 
 def test_the_tuned_model_has_the_same_logits_in_transformers(trained, model_flags, samples, huggingface, tmp_path):
