@@ -4,6 +4,7 @@ May import every room. Begin with main below; each verb is a file, failures.py s
 """
 
 import os
+import select
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"megatron-idft {verb}: ended by Ctrl-C", file=sys.stderr, flush=True)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_ended():  # such as `--help | head`
+            return 1
         from megatron_idft.cli import failures
 
         return failures.report(verb, error)
@@ -67,3 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _before_script(words: Sequence[str]) -> list[str]:
     """What comes after it is the script's."""
     return list(takewhile(lambda word: word.startswith("-"), words))
+
+
+def _reader_has_ended() -> bool:
+    """Whether nobody reads standard output; what is left for it is dropped: Python's end would fail on it."""
+    output, poll = sys.stdout.fileno(), select.poll()
+    poll.register(output, 0)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, output)
+    os.close(nothing)
+    return True

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megatron_idft import console
 from megatron_idft.errors import LostRankError, UserError, verbose
+from megatron_idft.integration.platform.megatron_errors import is_lost_peer
 from megatron_idft.integration.platform.outcome import tell_script
 from megatron_idft.integration.platform.signals import INTERRUPTED, STOPPED
 
@@ -52,7 +53,7 @@ def report(verb: str, error: Exception) -> int:
     console.drop_log()
     if speaks:
         print(text, file=sys.stderr, flush=True)
-    _tell_agent(text, speaks, is_cause=speaks and not isinstance(error, LostRankError))
+    _tell_agent(text, speaks, is_cause=speaks and not _has_lost_a_rank(error))
     return failure.exit_code
 
 
@@ -60,6 +61,13 @@ def explain(error: Exception, verb: str) -> Failure:
     """The message for an error, whatever it is."""
     if isinstance(error, UserError):
         return Failure(str(error), error.exit_code)
+    if _has_lost_a_rank(error):
+        return Failure(
+            f"rank {os.environ.get('RANK')} has lost another rank: {_first_line(error)}. A process or a node of this"
+            " launch has died or hangs; its own lines, or its agent's, say why. Start the same command again",
+            FAILED,
+            keep_traceback=True,
+        )
     if isinstance(error, ModuleNotFoundError) and (missing := _missing_package(error, verb)):
         return Failure(missing, UNUSABLE)
     if isinstance(error, OSError) and (text := _of_the_system(error)):
@@ -84,6 +92,11 @@ def explain(error: Exception, verb: str) -> Failure:
     )
 
 
+def _has_lost_a_rank(error: Exception) -> bool:
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return isinstance(error, LostRankError) or (several and is_lost_peer(error))
+
+
 def _missing_package(error: ModuleNotFoundError, verb: str) -> str | None:
     from megatron_idft.integration.platform.doctor import install_line
 
@@ -93,6 +106,12 @@ def _missing_package(error: ModuleNotFoundError, verb: str) -> str | None:
 
 
 def _of_the_system(error: OSError) -> Failure | None:
+    if isinstance(error, BrokenPipeError):
+        return Failure("a program that this one wrote to has ended, such as one after `|`", FAILED, keep_traceback=True)
+    if error.errno in _NO_SPACE:
+        return Failure(
+            f"{error.filename or 'a file'}: {os.strerror(error.errno)}: free some space and start again", FAILED
+        )
     if error.filename is None:
         return Failure(str(error), UNUSABLE) if isinstance(error, FileNotFoundError) else None
     remedies = {
@@ -105,8 +124,6 @@ def _of_the_system(error: OSError) -> Failure | None:
     for kind, remedy in remedies.items():
         if isinstance(error, kind):
             return Failure(f"{error.filename}: {error.strerror}: {remedy}", UNUSABLE)
-    if error.errno in _NO_SPACE:
-        return Failure(f"{error.filename}: {error.strerror}: free some space and start again", FAILED)
     return None
 
 

@@ -1,5 +1,6 @@
 """The verbs from outside: help, exit codes, and what doctor finds."""
 
+import errno
 import json
 import os
 import re
@@ -199,3 +200,24 @@ def test_of_a_cause_and_its_consequence_torchrun_shows_the_cause(tmp_path, monke
         told = json.loads((tmp_path / f"{rank}.json").read_text())["message"]
         dates.append(told["extraInfo"]["timestamp"])
     assert dates == ["1001", "1000"]
+
+
+def test_a_lost_rank_and_a_full_disk_are_no_bugs(monkeypatch, capfd):
+    """As gloo says it where the other rank was killed, and as pyarrow says it: without a file's name."""
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:48016. GLHF!")
+    full = OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left on device")
+    assert [report("score", lost), report("score", full)] == [1, 1]
+    said = capfd.readouterr().err
+    assert "rank 0 has lost another rank: " in said and "No space left on device: free some space" in said
+    assert "bug" not in said
+
+
+def test_help_whose_reader_has_ended_says_nothing():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [forking_python(), "-m", "megatron_idft", "score", "--help"]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        started.stdout.close()
+        assert started.stderr.read() == "" and started.wait(60) == 1

@@ -158,6 +158,20 @@ _CHECKS = {
 _REFUSALS = (AssertionError, ValueError, TypeError, RuntimeError, NotImplementedError, KeyError)
 
 
+_SIGNS_OF_A_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Broken pipe",
+    "Socket closed",
+)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective has failed because another rank is gone."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PEER)
+
+
 def translate(error: BaseException) -> str | None:
     """The sentence for an error that Megatron raised because of flags or data; None if it is not known to be one."""
     frames = [

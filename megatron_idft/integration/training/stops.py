@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_idft.errors import LostRankError, TrainingStoppedError, UserError
 from megatron_idft.integration.platform import early_ending, signals, upstream
+from megatron_idft.integration.platform.megatron_errors import is_lost_peer
 from megatron_idft.integration.platform.outcome import tell_launcher
 from megatron_idft.integration.platform.ranks import from_rank_0, gather, print_on_rank_0, reduced
 from megatron_idft.integration.training.checkpoints import RunCheckpoints
@@ -264,16 +265,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_lost_peer(error: BaseException) -> bool:
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    signs = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Timed out waiting",
-        "Broken pipe",
-        "Socket closed",
-    )
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return isinstance(error, torch.distributed.DistError) or is_lost_peer(error)
 
 
 def _first_line(error: BaseException) -> str:
