@@ -4,17 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "real_model"
-sys.path.insert(0, str(FOLDER))
-
-import fetch  # noqa: E402
-import problems  # noqa: E402
-
-from megatron_idft.corpus.records import read_records  # noqa: E402
+from megatron_idft.corpus.records import read_records
+from tests.real_model import FOLDER, fetch, problems
 
 SIZES = {"train": 60, "validation": 12, "held-out": 12}
 

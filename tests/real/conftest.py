@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,7 @@ import pytest
 
 from megatron_idft.checkpoint.cache import cached_checkpoint
 from megatron_idft.checkpoint.convert import to_megatron
-from tests.launch import ROOT
-
-sys.path.insert(0, str(ROOT / "examples" / "real_model"))
-
-import fetch
-import problems
+from tests.real_model import fetch, problems
 
 
 @pytest.fixture(scope="session")
