@@ -106,6 +106,10 @@ MISTAKES: dict[str, tuple] = {
     "no output": (f"score {OFFLINE.replace('--output {folder}/out', '')} --load x", "--output DIR"),
     "typo in score": (f"score {OFFLINE} --calibrat 3", "did you mean --calibrate"),
     "data path in score": (f"score {OFFLINE.replace('train', 'nosuch')} --load {{folder}}", "--sft-data: there is no"),
+    "output below a file": (
+        f"score {OFFLINE} --load {{folder}}".replace("{folder}/out", "{folder}/train.jsonl/out"),
+        r"train\.jsonl is a file\. Pass another folder",
+    ),
     "no checkpoint in score": (f"score {OFFLINE} --load {{folder}}", "holds no checkpoint"),
     "too long in score": (
         f"score {OFFLINE} --load {{folder}}".replace(LENGTH, "--seq-length 96"),

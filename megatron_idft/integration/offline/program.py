@@ -95,6 +95,8 @@ def parse(
     flag_checks.check_model(args)
     flag_checks.check_files("--sft-data", args.sft_data)
     flag_checks.check_files("--tokenizer-model", [args.tokenizer_model])
+    if not (args.dry_run or args.estimate):
+        flag_checks.check_output("--output", args.output)
     if args.hf_model is None:
         _require_checkpoint(args)
     decodes = getattr(args, "calibrate", True) is not None  # realign always does

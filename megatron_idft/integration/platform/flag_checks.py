@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +26,20 @@ def check_files(flag: str, paths: Iterable[str]) -> None:
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ArgumentError(f"{flag}: there is no {shown}. Pass paths that this machine sees")
+
+
+def check_output(flag: str, folder: str) -> None:
+    """Refuse a folder that cannot be made, or not be written, before anything expensive starts.
+
+    Raises:
+        ArgumentError: names the path that stands in the way.
+    """
+    path = Path(folder).absolute()
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not nearest.is_dir():
+        raise ArgumentError(f"{flag} {folder}: {nearest} is a file. Pass another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ArgumentError(f"{flag} {folder}: {nearest} may not be written by this user. Pass another folder")
 
 
 def check_layout(args: argparse.Namespace) -> None:
