@@ -13,13 +13,13 @@ The engine also finds each token's log-probability and entropy, which generate d
 round. A step's time is the median between two tokens; whole responses count the prompts, too. Floors of a step: reading
 the weights once, and the model's matrix products alone at as many rows, as torch multiplies them.
 
-Expected before the first run. The weights are 538 MB, about 45 ms a step to read at 12 GB/s on one core. torch's
-products with 8 rows were measured at 105 to 150 ms, as it re-orders the weights in each call; with oneDNN's copies of
-them, at 65. generate should add 60 ms to its products: attention over keys and values that it copies in each step
-(46 kB a token and row), small operations from Python. The engine writes keys and values in place and adds 40 ms. So
-about 1.9 times at 8 rows, 1.4 at 32, where the products themselves take most of the time, and about 1 at one row. With
-top-p, generate sorts 49,152 numbers for each row, some 4 ms each: pairs more than twice. The goal is 1.5 at each number
-of rows.
+Expected once the products alone and a first baseline had been measured. The weights are 538 MB, about 45 ms a step to
+read at 12 GB/s on one core. torch's products with 8 rows were measured at 105 to 150 ms, as it re-orders the weights in
+each call; with oneDNN's copies of them, at 65. generate should add 60 ms to its products: attention over keys and
+values that it copies in each step (46 kB a token and row), small operations from Python. The engine writes keys and
+values in place and adds 40 ms. So about 1.9 times at 8 rows, 1.4 at 32, where the products themselves take most of the
+time, and about 1 at one row. With top-p, generate sorts 49,152 numbers for each row, some 4 ms each: pairs more than
+twice. The goal is 1.5 at each number of rows.
 """
 
 import argparse
