@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from megatron_idft.checkpoint.config import read_model
 from megatron_idft.checkpoint.families import FAMILIES
@@ -76,6 +78,10 @@ def _logits(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> torch.T
         return None
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5"),
+    reason="transformers 4 declares other fields, and masks by a window that use_sliding_window switches off",
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_field_that_changes_logits_is_passed_over(family):
     from transformers import AutoConfig, AutoModelForCausalLM
