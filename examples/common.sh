@@ -52,6 +52,9 @@ enter_folder() {
     cd "$out" || exit
 }
 
+# After what torchrun says when it is stopped.
+trap 'echo "run.sh: stopped by Ctrl-C; the same command goes on from here" >&2; exit 130' INT
+
 started=$SECONDS
 say() { printf '[%3d s] %s\n' $((SECONDS - started)) "$*"; }
 
