@@ -61,8 +61,7 @@ def quiet(verb: str, filled: Literal["kept", "deleted"] = "deleted") -> Iterator
         filled: what becomes of a temporary log that is not empty; where it is kept, its path is printed.
     """
     global _quiet, _last
-    drop_log()
-    _last = None
+    forget_log()
     if verbose() or sys.stdout is None or sys.stderr is None:
         yield
         return
@@ -145,6 +144,13 @@ def drop_log() -> None:
     """Delete the log of the last block, unless it was kept."""
     if _last is not None and _last.temporary:
         _last.path.unlink(missing_ok=True)
+
+
+def forget_log() -> None:
+    """A new verb begins: an error of it is not told with the log of an earlier one of this process."""
+    global _last
+    drop_log()
+    _last = None
 
 
 class _Quiet:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_idft import console
+from megatron_idft.cli import main
 from tests.launch import ROOT
 
 # One line by each way to the descriptors, and one of ours after each.
@@ -200,6 +201,14 @@ def test_after_a_refusal_nothing_is_left_where_nothing_was_begun(tmp_path, began
     console.retract_log()
     assert output.exists() == (began or existed) and (output / "logs").exists() == began
     assert bool(console.where_log_is()) == began
+
+
+def test_an_error_of_a_verb_is_not_told_with_the_log_of_an_earlier_one(tmp_path, capsys):
+    with console.quiet("score"):
+        console.keep_log(tmp_path)
+        (tmp_path / "parts").mkdir()
+    assert main(["score", "select", str(tmp_path / "none"), "--data", "none.jsonl", "--output", "out.jsonl"]) == 2
+    assert str(tmp_path / "logs") not in capsys.readouterr().err
 
 
 def test_ours_prints_through_the_console_alone():

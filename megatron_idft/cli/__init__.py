@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from itertools import takewhile
 
-from megatron_idft import __version__
+from megatron_idft import __version__, console
 from megatron_idft.errors import VERBOSE
 
 VERBS = {
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if VERBOSE_FLAG in (of_verb := _before_script(rest) if verb == "run" else rest):
         os.environ[VERBOSE] = "1"
         rest = [word for word in of_verb if word != VERBOSE_FLAG] + rest[len(of_verb) :]
+    console.forget_log()
     try:
         return int(import_module(f"megatron_idft.cli.{verb}").main(rest))
     except KeyboardInterrupt:
