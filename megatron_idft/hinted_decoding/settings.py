@@ -23,7 +23,8 @@ class RealignSettings:
     Attributes:
         max_positions: the context in tokens.
         max_tokens: the longest response in tokens.
-        template: with a marker, the model analyses the reference first; without one, the rendered template is the hint.
+        templates: of the hint, in order of preference, at least one. With a marker, the model analyses the reference
+            first; without one, the rendered template is the hint.
         rollout_samples: 0 leaves the stage out.
         fallback, after_retries: the fate of a turn for which no candidate was accepted.
         retries: further tries of hinted decoding, for fallback "retry"; each with another seed.
@@ -35,7 +36,7 @@ class RealignSettings:
     seed: int
     max_positions: int
     max_tokens: int
-    template: HintTemplate
+    templates: tuple[HintTemplate, ...]
     mixing: EntropyMixing
     rollout_samples: int = 1
     rollout_sampling: Sampling = field(default_factory=Sampling)
@@ -58,7 +59,7 @@ class RealignSettings:
     def describe(self) -> dict[str, Any]:
         """As plain types, for the manifest: launches on one folder must agree, and the report reads it."""
         analysis = None
-        if self.template.marker is not None:
+        if any(template.marker is not None for template in self.templates):
             analysis = _sampling(self.analysis_sampling) | {"max_tokens": self.analysis_max_tokens}
         rollouts = _sampling(self.rollout_sampling) | {"samples": self.rollout_samples}
         retry = {"retries": self.retries, "slope_factor": self.retry_slope_factor, "after_retries": self.after_retries}
@@ -66,7 +67,7 @@ class RealignSettings:
             "seed": self.seed,
             "seq_length": self.max_positions,
             "max_new_tokens": self.max_tokens,
-            "prompt": {"sha256": self.template.sha256, "marker": self.template.marker},
+            "prompts": [{"sha256": template.sha256, "marker": template.marker} for template in self.templates],
             "rollouts": rollouts if self.rollout_samples else None,
             "analysis": analysis,
             "mixing": self.mixing.describe(),

@@ -291,9 +291,11 @@ def test_a_job_that_was_begun_under_the_former_names_goes_on_and_others_are_refu
     misread = now | {"mixing": {"mode": "fixed", "hint_share": 0.9}}
     with pytest.raises(SettingsMismatch, match=r"mixing\.hint_share: 0\.1 in the folder, 0\.9 now"):
         Ledger(tmp_path / "fixed", misread, 1, current=current_settings)
-    with Ledger(tmp_path / "linear", {"mixing": {"mode": "linear", "beta": 3.0}, "retry": None}, 1):
+    prompt = {"sha256": "a", "marker": None}
+    former = {"mixing": {"mode": "linear", "beta": 3.0}, "retry": None, "prompt": prompt}
+    with Ledger(tmp_path / "linear", former, 1):
         pass
-    linear = {"mixing": {"mode": "linear", "slope": 3.0}, "retry": None}
+    linear = {"mixing": {"mode": "linear", "slope": 3.0}, "retry": None, "prompts": [prompt]}
     assert read_settings(tmp_path / "linear") == linear
     with Ledger(tmp_path / "linear", linear, 1, current=current_settings):
         pass

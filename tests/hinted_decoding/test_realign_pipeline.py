@@ -43,7 +43,7 @@ def record(answer="7", messages=None, identity="r", **extra) -> Record:
 
 
 def settings(**changes) -> RealignSettings:
-    defaults = {"seed": 5, "max_positions": 400, "max_tokens": 50, "template": ANALYSIS}
+    defaults = {"seed": 5, "max_positions": 400, "max_tokens": 50, "templates": (ANALYSIS,)}
     return RealignSettings(**(defaults | {"mixing": EntropyMixing(600)} | changes))
 
 
@@ -139,7 +139,7 @@ def test_what_is_wrong_alone_is_hinted_behind_the_last_marker(tokenizer):
 
 
 def test_without_analysis_the_template_alone_is_the_hint(tokenizer):
-    [row], engine = run(tokenizer, {"r/0/hinted": RIGHT}, record(), template=HINT, rollout_samples=0)
+    [row], engine = run(tokenizer, {"r/0/hinted": RIGHT}, record(), templates=(HINT,), rollout_samples=0)
     asked = "<|im_start|>user\n3 + 4? It is \\boxed{7} 7<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(engine.requests["r/0/hinted"].hinted_prompt) == asked
     assert row["status"] == "kept" and row["turns"][0]["analysis_tokens"] is None
@@ -180,7 +180,7 @@ def test_a_phrase_of_the_question_is_no_leak(tokenizer):
         {"role": "user", "content": "3 + 4? Compare with the reference answer."},
         {"role": "assistant", "content": "7"},
     ]
-    [row], _ = run(tokenizer, {"r/0/hinted": LEAK}, record(messages=messages), template=HINT, rollout_samples=0)
+    [row], _ = run(tokenizer, {"r/0/hinted": LEAK}, record(messages=messages), templates=(HINT,), rollout_samples=0)
     assert row["status"] == "kept"
 
 
@@ -195,7 +195,7 @@ def test_a_turn_without_a_marker_is_not_hinted(tokenizer):
 
 def test_retries_change_seed_and_slope_until_one_is_right(tokenizer):
     script = {"r/0/hinted": WRONG, "r/0/retry/1": LEAK, "r/0/retry/2": RIGHT}
-    policy = {"template": HINT, "rollout_samples": 0, "fallback": "retry", "retries": 4, "retry_slope_factor": 0.5}
+    policy = {"templates": (HINT,), "rollout_samples": 0, "fallback": "retry", "retries": 4, "retry_slope_factor": 0.5}
     [row], engine = run(tokenizer, script, record(), **policy)
     assert stages(row) == [("hinted", "wrong", False), ("retry", "leak", False), ("retry", None, True)]
     tried = row["turns"][0]["candidates"]
@@ -207,7 +207,7 @@ def test_retries_change_seed_and_slope_until_one_is_right(tokenizer):
 @pytest.mark.parametrize("after", ["drop", "original"])
 def test_when_all_retries_fail(tokenizer, after):
     script = {"r/0/hinted": WRONG, "r/0/retry/1": WRONG}
-    policy = {"template": HINT, "rollout_samples": 0, "fallback": "retry", "retries": 1, "after_retries": after}
+    policy = {"templates": (HINT,), "rollout_samples": 0, "fallback": "retry", "retries": 1, "after_retries": after}
     [row], _ = run(tokenizer, script, record(), **policy)
     assert (row["status"], len(row["turns"][0]["candidates"])) == ({"drop": "dropped", "original": "kept"}[after], 2)
 
@@ -216,11 +216,18 @@ def test_each_stage_has_its_reasons(tokenizer):
     script = {"r/0/rollout/0": WRONG, "r/0/rollout/1": (RIGHT, "length"), "r/0/rollout/2": WRONG}
     script |= {"r/0/hinted": LEAK, "r/0/retry/1": WRONG, "r/0/retry/2": (RIGHT, "repetition")}
     [row], _ = run(
-        tokenizer, script, record(), template=HINT, rollout_samples=3, fallback="retry", retries=2, after_retries="drop"
+        tokenizer,
+        script,
+        record(),
+        templates=(HINT,),
+        rollout_samples=3,
+        fallback="retry",
+        retries=2,
+        after_retries="drop",
     )
     assert describe_reason(row) == "own response: wrong, unfinished; hinted: leak; retry: wrong, unfinished"
     assert row["reason"] == "unfinished"
-    [kept], _ = run(tokenizer, script | {"r/0/hinted": RIGHT}, record(), template=HINT, rollout_samples=3)
+    [kept], _ = run(tokenizer, script | {"r/0/hinted": RIGHT}, record(), templates=(HINT,), rollout_samples=3)
     assert kept["status"] == "kept" and kept["turns"][0]["failures"] == []
     failures = summarize([row, kept], {}, "t")["corpus"]["failures"]
     assert failures["rollout"] == [{"name": "wrong, unfinished", "count": 1}]
@@ -242,24 +249,26 @@ def test_kept_unverified_is_the_first_that_ended_without_a_leak(tokenizer):
     [row], _ = run(tokenizer, {"r/0/rollout/0": "Hello world"}, record(None, UNVERIFIABLE), unverified="keep")
     assert stages(row) == [("rollout", None, True)] and row["turns"][0]["candidates"][0]["verdict"] is None
     script = {"r/0/rollout/0": ("Hello", "length"), "r/0/hinted": LEAK, "r/0/retry/1": "Hello"}
-    [row], _ = run(tokenizer, script, record(None, UNVERIFIABLE), template=HINT, fallback="retry", unverified="keep")
+    [row], _ = run(
+        tokenizer, script, record(None, UNVERIFIABLE), templates=(HINT,), fallback="retry", unverified="keep"
+    )
     assert [why for _, why, _ in stages(row)] == ["unfinished", "leak", None] and row["status"] == "kept"
 
 
 def test_an_unknown_verdict_follows_the_policy(tokenizer):
     unknown = record({"a list": "no text"})  # what only a plug-in could compare
     script = {"r/0/rollout/0": RIGHT, "r/0/hinted": RIGHT}
-    [row], _ = run(tokenizer, script, unknown, template=HINT, unverified="keep")
+    [row], _ = run(tokenizer, script, unknown, templates=(HINT,), unverified="keep")
     # Both could be right; neither is known to be. The first is taken, but only when nothing better has come.
     assert stages(row) == [("rollout", None, True), ("hinted", None, False)]
     assert row["turns"][0]["candidates"][0]["verdict"] == "unknown" and row["turns"][0]["stage"] == "rollout"
     [row], _ = run(
-        tokenizer, {"r/0/rollout/0": "The sum? \\boxed{who knows?}", "r/0/hinted": RIGHT}, record(), template=HINT
+        tokenizer, {"r/0/rollout/0": "The sum? \\boxed{who knows?}", "r/0/hinted": RIGHT}, record(), templates=(HINT,)
     )
     assert [accepted for _, _, accepted in stages(row)] == [False, True]
     assert [c["verdict"] for c in row["turns"][0]["candidates"]] == ["unknown", "right"]
     for policy, status in (("drop", "dropped"), ("original", "kept")):
-        [row], _ = run(tokenizer, script, unknown, template=HINT, unverified=policy)
+        [row], _ = run(tokenizer, script, unknown, templates=(HINT,), unverified=policy)
         assert stages(row) == [("rollout", "unverified", False), ("hinted", "unverified", False)]
         assert row["status"] == status and row["turns"][0]["reason"] == "unverified"
 
@@ -311,12 +320,12 @@ def test_later_turns_see_the_realigned_ones_as_the_very_tokens_that_were_drawn(t
 def test_an_original_turn_is_history_for_the_next_and_a_dropped_one_ends_the_record(tokenizer):
     script = {"r/0/rollout/0": WRONG, "r/0/hinted": WRONG, "r/1/rollout/0": "\\boxed{8}"}
     given = record("8", MULTI_TURN)
-    [row], engine = run(tokenizer, script, given, template=HINT, fallback="original")
+    [row], engine = run(tokenizer, script, given, templates=(HINT,), fallback="original")
     assert [turn["stage"] for turn in row["turns"]] == ["original", "rollout"]
     assert "\\boxed{7}<|im_end|>" in tokenizer.decode(engine.requests["r/1/rollout/0"].prompt)
     ids, mask = encode_conversation(tokenizer, given.messages)
     assert (row["token_ids"], row["loss_mask"]) == (ids[:-1].tolist(), mask[:-1].tolist())
-    [row], engine = run(tokenizer, script, given, template=HINT)
+    [row], engine = run(tokenizer, script, given, templates=(HINT,))
     assert row["status"] == "dropped" and len(row["turns"]) == 1 and "r/1/rollout/0" not in engine.requests
 
 
@@ -325,7 +334,7 @@ def test_the_system_message_stays_in_both_prompts_and_history_goes_into_the_hint
         "h", "---\n{% for m in conversation %}{{ m.role }}={{ m.content }};{% endfor %}{{ question }} {{ solution }}"
     )
     script = {"r/0/hinted": "\\boxed{7} it is", "r/1/hinted": "\\boxed{8} it is"}
-    _, engine = run(tokenizer, script, record("8", MULTI_TURN), template=template, rollout_samples=0)
+    _, engine = run(tokenizer, script, record("8", MULTI_TURN), templates=(template,), rollout_samples=0)
     hinted = tokenizer.decode(engine.requests["r/1/hinted"].hinted_prompt)
     system = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
     assert hinted.startswith(
@@ -412,9 +421,22 @@ def test_results_do_not_depend_on_what_is_decoded_together(tokenizer):
     records = [record(identity=f"r{i}") for i in range(4)]
     for i in range(4):
         script |= {f"r{i}/0/rollout/0": [WRONG, RIGHT][i % 2], f"r{i}/0/hinted": [RIGHT, WRONG][i // 2]}
-    together, _ = run(tokenizer, script, *records, template=HINT)
-    alone = [run(tokenizer, script, one, template=HINT)[0][0] | {"index": 10 + i} for i, one in enumerate(records)]
+    together, _ = run(tokenizer, script, *records, templates=(HINT,))
+    alone = [run(tokenizer, script, one, templates=(HINT,))[0][0] | {"index": 10 + i} for i, one in enumerate(records)]
     assert _as_text(together) == _as_text(alone) and {row["status"] for row in together} == {"kept", "dropped"}
+
+
+def test_records_that_went_through_fewer_stages_catch_up_before_the_next_batch(tokenizer):
+    script = {"a/0/rollout/0": WRONG, "a/0/analysis": "x\n# CoT", "a/0/hinted": RIGHT, "b/0/rollout/0": RIGHT}
+    script |= {f"{name}/1/rollout/0": "So \\boxed{8}" for name in "ab"}
+    rows, engine = run(tokenizer, script, record("8", MULTI_TURN, "a"), record("8", MULTI_TURN, "b"))
+    assert [row["status"] for row in rows] == ["kept", "kept"]
+    assert [{request.id for request in requests} for requests, _ in engine.calls] == [
+        {"a/0/rollout/0", "b/0/rollout/0"},
+        {"a/0/analysis"},
+        {"a/0/hinted"},
+        {"a/1/rollout/0", "b/1/rollout/0"},
+    ]
 
 
 def test_ranks_that_do_not_lead_decide_the_same_from_what_is_shared(tokenizer):
@@ -451,7 +473,7 @@ def test_a_model_that_gives_nan_is_named(tokenizer):
 
 def test_by_default_what_is_unknown_is_dropped(tokenizer):
     [row], _ = run(
-        tokenizer, {"r/0/rollout/0": "The sum? \\boxed{who knows?}", "r/0/hinted": WRONG}, record(), template=HINT
+        tokenizer, {"r/0/rollout/0": "The sum? \\boxed{who knows?}", "r/0/hinted": WRONG}, record(), templates=(HINT,)
     )
     assert row["status"] == "dropped" and not any(accepted for _, _, accepted in stages(row))
 
@@ -499,7 +521,7 @@ def test_progress_names_the_stages_and_only_rises(tokenizer):
     rows = realigner.realign([RealignInput(i, record(identity=name)) for i, name in enumerate("ab")])
     assert [row["status"] for row in rows] == ["kept", "kept"]
     assert [words for words, _ in seen] == [
-        "scoring the originals",
+        "scoring",
         "own responses, 0 of 2",
         "own responses, 1 of 2",
         "analyses of the references, 0 of 1",

@@ -46,7 +46,7 @@ def test_without_flags_it_is_the_authors_hinted_decoding():
     assert found.mixing == EntropyMixing(1000, "linear", 3.0, first_token_hinted=True)
     assert found.hinted_sampling == Sampling(0.3, 0.95, 0, cut_before_temperature=True)
     assert found.rollout_sampling == Sampling(1.0, 1.0) and found.rollout_samples == 1
-    assert found.analysis_sampling == Sampling(0.0) and found.template.marker == "# CoT"
+    assert found.analysis_sampling == Sampling(0.0) and found.templates[0].marker == "# CoT"
     assert found.repetition == Repetition(30, 5, 100) and found.splitter == "\\boxed{"
     assert not found.stop_on_first_token and found.max_tokens == 4096  # of 8192: the context is shorter
     assert (found.fallback, found.unverified, found.seed, found.max_positions) == ("drop", "drop", 1234, 4096)
@@ -62,7 +62,7 @@ def test_flags_reach_the_settings():
     )
     assert found.mixing == EntropyMixing(1024, "fixed", hint_share=1.0, first_token_hinted=False)
     assert found.hinted_sampling == Sampling(1.0, 0.8, 9) and found.repetition is None and found.max_tokens == 7
-    assert found.template.marker is None and found.rollout_samples == 0 and found.stop_on_first_token
+    assert found.templates[0].marker is None and found.rollout_samples == 0 and found.stop_on_first_token
     assert (found.fallback, found.retries, found.retry_slope_factor, found.last_resort) == ("retry", 3, 2.0, "original")
     assert (found.unverified, found.seed) == ("keep", 7)
 

@@ -24,6 +24,8 @@ def hint_share_of(plain_share: str | float) -> float:
 def current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a job as `RealignSettings.describe` names them now, whichever version recorded them."""
     found = dict(settings)
+    if "prompt" in found:
+        found["prompts"] = [found.pop("prompt")]
     for part in ("mixing", "retry"):
         if isinstance(given := found.get(part), dict):
             found[part] = {_SETTINGS.get(name, name): value for name, value in given.items()}

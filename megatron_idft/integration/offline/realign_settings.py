@@ -104,7 +104,7 @@ def resolve_settings(args: argparse.Namespace, template: HintTemplate, vocab_siz
         seed=args.seed,
         max_positions=args.seq_length,
         max_tokens=min(args.max_new_tokens, args.seq_length),
-        template=template,
+        templates=(template,),
         mixing=EntropyMixing(
             args.entropy_vocab_size or vocab_size,
             args.mix,
