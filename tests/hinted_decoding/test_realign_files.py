@@ -14,7 +14,7 @@ import pytest
 from megatron_idft.corpus.ledger.ledger import Ledger
 from megatron_idft.corpus.records import read_records
 from megatron_idft.errors import InputError, RecordError, SettingsMismatch
-from megatron_idft.hinted_decoding.input.provided import ProvidedTexts
+from megatron_idft.hinted_decoding.input.provided import Origin, ProvidedText, ProvidedTexts
 from megatron_idft.hinted_decoding.input.record_store import RecordStore, build_store, store_path
 from megatron_idft.hinted_decoding.output.former_names import current_settings
 from megatron_idft.hinted_decoding.output.merge import merge
@@ -28,6 +28,10 @@ from tests.hinted_decoding.outcome_rows import realigned_rows
 
 def lines(count: int) -> list[dict]:
     return [{"prompt": f"{i}?", "response": f"{i}!", "id": f"r{i}", "n": i, "deep": {"a": [i]}} for i in range(count)]
+
+
+def texts(*found: str) -> list[ProvidedText]:
+    return [ProvidedText(text) for text in found]
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -105,10 +109,11 @@ def test_provided_texts_by_id_and_turn(tmp_path):
     ]
     path = write(tmp_path / "a.jsonl", rows)
     found = ProvidedTexts(path, "rollouts", ["7", "b", "c"])
-    assert found.get("7") == {None: ["ä"]} and found.get("b") == {1: ["x", "y"], 0: [""]} and found.get("c") == {}
+    assert found.get("7") == {None: texts("ä")} and found.get("c") == {}
+    assert found.get("b") == {1: texts("x", "y"), 0: texts("")}
     assert len(found) == 2 and found.fingerprint == ProvidedTexts(path, "rollouts", None).fingerprint
     analyses = ProvidedTexts(write(tmp_path / "b.jsonl", [{"id": "b", "analysis": "z"}]), "analyses", ["b"])
-    assert analyses.get("b") == {None: "z"} and analyses.fingerprint != found.fingerprint
+    assert analyses.get("b") == {None: ProvidedText("z")} and analyses.fingerprint != found.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -128,6 +133,41 @@ def test_provided_lines_that_are_wrong_are_named(tmp_path, row, what):
     path = write(tmp_path / "a.jsonl", [{"id": "a", "response": "x"}, row])
     with pytest.raises(InputError, match=what):
         ProvidedTexts(path, "rollouts", ["a", "b"])
+
+
+ORIGIN = Origin("f" * 64, 600, ["a" * 64], {"temperature": 1.0, "top_p": 1.0, "top_k": 0})
+MADE = {"tokenizer_fingerprint": ORIGIN.tokenizer, "prompt_sha256": "p"}
+
+
+def test_provided_texts_with_ids_and_fingerprints(tmp_path):
+    rows = [
+        {"id": "a", "turn": 0, "responses": ["x", "y"], "token_ids": [[1, 2], [3]], "sampling": ORIGIN.sampling} | MADE,
+        {"id": "b", "response": "z", "token_ids": [599]},
+    ]
+    found = ProvidedTexts(write(tmp_path / "a.jsonl", rows), "rollouts", None, ORIGIN)
+    assert found.get("a") == {0: [ProvidedText("x", (1, 2), "p"), ProvidedText("y", (3,), "p")]}
+    assert found.get("b") == {None: [ProvidedText("z", (599,))]} and found.unnamed == 1
+    row = {"id": "a", "analysis": "x", "token_ids": [5], "template_sha256": "a" * 64} | MADE
+    analyses = ProvidedTexts(write(tmp_path / "b.jsonl", [row]), "analyses", None, ORIGIN)
+    assert analyses.get("a") == {None: ProvidedText("x", (5,), "p")} and not analyses.unnamed
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "what"),
+    [
+        ("rollouts", {"tokenizer_fingerprint": "0" * 64}, "another tokenizer or chat template .* --tokenizer-model"),
+        ("analyses", {"template_sha256": "0" * 64}, "another hint template"),
+        ("rollouts", {"sampling": ORIGIN.sampling | {"temperature": 0.5}}, "'temperature': 0.5.*--rollout-temperature"),
+        ("rollouts", {"token_ids": [1, -2]}, "token_ids: expected a list of token ids"),
+        ("rollouts", {"token_ids": [True]}, "token_ids: expected a list of token ids"),
+        ("rollouts", {"token_ids": [600]}, "600 is no token of this tokenizer"),
+        ("rollouts", {"responses": ["x", "y"], "token_ids": [[1]]}, "one list of token ids for each response"),
+    ],
+)
+def test_provided_lines_of_other_prompts_are_refused(tmp_path, kind, row, what):
+    path = write(tmp_path / "a.jsonl", [{"id": "a", "response": "x", "analysis": "x"} | row])
+    with pytest.raises(InputError, match=rf"--{kind} .*a.jsonl, line 1: .*{what}"):
+        ProvidedTexts(path, kind, ["a"], ORIGIN)
 
 
 def test_provided_files_that_cannot_be_read(tmp_path):

@@ -11,6 +11,7 @@ from megatron_idft.corpus.records import Record
 from megatron_idft.corpus.verification.leaks import LeakFilter
 from megatron_idft.corpus.verification.verifier import Verifier
 from megatron_idft.data.chat.conversations import encode_conversation
+from megatron_idft.hinted_decoding.input.provided import ProvidedText, prompt_sha256
 from megatron_idft.hinted_decoding.mixing import EntropyMixing
 from megatron_idft.hinted_decoding.output.outcomes import (
     OUTCOME_SCHEMA,
@@ -22,8 +23,9 @@ from megatron_idft.hinted_decoding.preview import describe_unreferenced
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.report.summary import summarize
 from megatron_idft.hinted_decoding.settings import RealignSettings
+from megatron_idft.hinted_decoding.stages.conversation import encode
 from megatron_idft.hinted_decoding.stages.pipeline import Realigner
-from megatron_idft.hinted_decoding.stages.tasks import RealignInput
+from megatron_idft.hinted_decoding.stages.tasks import RealignInput, RecordTask
 from tests.hinted_decoding.scripted import LLAMA3, MISTRAL, QWEN3_MARKED, ScriptedEngine, make_tokenizer, score_ids
 
 ANALYSIS = HintTemplate("a", 'marker: # CoT\nafter-marker: "\\n"\n---\n{{ question }} {{ solution }} # CoT')
@@ -386,7 +388,7 @@ def test_a_hint_that_does_not_fit_is_no_error(tokenizer):
 
 
 def test_rollouts_and_analyses_from_files(tokenizer):
-    given = {"rollouts": {None: [WRONG, "Clearly, the answer is 7."]}}
+    given = {"rollouts": {None: [ProvidedText(WRONG), ProvidedText("Clearly, the answer is 7.")]}}
     [row], engine = run(tokenizer, {}, record(), given=given)
     assert stages(row) == [("rollout", "wrong", False), ("rollout", None, True)] and not engine.calls
     [turn] = row["turns"]
@@ -397,18 +399,64 @@ def test_rollouts_and_analyses_from_files(tokenizer):
     ids, _ = encode_conversation(tokenizer, json.loads(row["record"])["messages"])
     assert row["token_ids"] == ids[:-1].tolist()
 
-    given = {"rollouts": {0: [WRONG]}, "analyses": {0: "from a file\n# CoT\nand more"}}
+    given = {"rollouts": {0: [ProvidedText(WRONG)]}, "analyses": {0: ProvidedText("from a file\n# CoT\nand more")}}
     [row], engine = run(tokenizer, {"r/0/hinted": RIGHT}, record(), given=given)
     assert tokenizer.decode(engine.requests["r/0/hinted"].hinted_prompt).endswith("from a file\n# CoT\n")
     assert row["status"] == "kept" and row["turns"][0]["analysis_tokens"] is None
 
 
+def drawn(tokenizer, text: str, *after: int) -> tuple[int, ...]:
+    """Ids that no tokenization gives, one for each character, as a model may draw them."""
+    return (*(i for letter in text for i in encode(tokenizer, letter).tolist()), *after)
+
+
+def test_ids_that_another_engine_drew_are_taken_as_they_are(tokenizer):
+    end = encode(tokenizer, "<|im_end|>").tolist()[0]
+    ids = drawn(tokenizer, RIGHT, end)
+    assert len(ids) > len(encode(tokenizer, RIGHT)) + 1
+    prompt = prompt_sha256(begin_turn(tokenizer).prompt.ids)
+    given = {"rollouts": {0: [ProvidedText(RIGHT, ids, prompt)]}}
+    [row], engine = run(tokenizer, {}, record(), given=given)
+    assert row["status"] == "kept" and not engine.calls
+    [turn] = row["turns"]
+    assert turn["token_ids"] == list(ids) and row["token_ids"][turn["num_prompt_tokens"] :][: len(ids)] == list(ids)
+    [candidate] = turn["candidates"]
+    assert (candidate["text"], candidate["finish_reason"], candidate["seed"]) == (RIGHT, "eos", None)
+
+    # An analysis, too; and a response that only its length ended.
+    analysis = drawn(tokenizer, "mine\n# CoT\n", end)
+    given = {
+        "rollouts": {0: [ProvidedText(RIGHT, ids[:-1])]},
+        "analyses": {0: ProvidedText("mine\n# CoT\n", analysis)},
+    }
+    [row], engine = run(tokenizer, {"r/0/hinted": RIGHT}, record(), given=given)
+    assert stages(row) == [("rollout", "unfinished", False), ("hinted", None, True)]
+    assert row["turns"][0]["candidates"][0]["finish_reason"] == "length"
+    assert engine.requests["r/0/hinted"].hinted_prompt.tolist()[-len(analysis) + 1 :] == list(analysis[:-1])
+
+
+def test_texts_for_another_prompt_or_with_other_ids_are_refused(tokenizer):
+    for given, what in (
+        ({"rollouts": {0: [ProvidedText(RIGHT, None, "0" * 64)]}}, "--rollouts answers another prompt"),
+        ({"rollouts": {0: [ProvidedText(RIGHT, drawn(tokenizer, WRONG))]}}, "take out the token_ids of edited texts"),
+    ):
+        [row], _ = run(tokenizer, {}, record(), given=given)
+        assert row["status"] == "error" and what in row["reason"]
+    given = {"analyses": {0: ProvidedText("x\n# CoT", None, "0" * 64)}}
+    [row], _ = run(tokenizer, {"r/0/rollout/0": WRONG}, record(), given=given)
+    assert (row["status"], "--analyses answers another prompt" in row["reason"]) == ("dropped", True)
+
+
+def begin_turn(tokenizer):
+    return RecordTask(RealignInput(0, record()), tokenizer, 400).begin(0)
+
+
 @pytest.mark.parametrize(
     ("given", "what"),
     [
-        ({"rollouts": {None: ["a"]}}, 'add "turn"'),
-        ({"rollouts": {2: ["a"]}}, "whose turns are 0 to 1"),
-        ({"analyses": {-1: "a"}}, "whose turns are 0 to 1"),
+        ({"rollouts": {None: [ProvidedText("a")]}}, 'add "turn"'),
+        ({"rollouts": {2: [ProvidedText("a")]}}, "whose turns are 0 to 1"),
+        ({"analyses": {-1: ProvidedText("a")}}, "whose turns are 0 to 1"),
     ],
 )
 def test_files_must_say_which_turn(tokenizer, given, what):

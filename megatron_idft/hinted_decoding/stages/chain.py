@@ -18,8 +18,9 @@ from megatron_idft.hinted_decoding.mixing import EntropyMixing
 from megatron_idft.hinted_decoding.output.outcomes import Stage
 from megatron_idft.hinted_decoding.prompts import HintTemplate, cut_at_marker
 from megatron_idft.hinted_decoding.settings import RealignSettings
-from megatron_idft.hinted_decoding.stages.candidates import Candidate, Ids, from_completion, from_text
-from megatron_idft.hinted_decoding.stages.conversation import encode, encode_after
+from megatron_idft.hinted_decoding.stages.candidates import Candidate, Ids, from_completion
+from megatron_idft.hinted_decoding.stages.conversation import encode
+from megatron_idft.hinted_decoding.stages.given import analysis_ids, check_given, read_rollouts
 from megatron_idft.hinted_decoding.stages.judge import Judge
 from megatron_idft.hinted_decoding.stages.needs import Decode, Steps, decode, score
 from megatron_idft.hinted_decoding.stages.tasks import Turn
@@ -72,7 +73,7 @@ class Chain:
     def _roll_out(self, turn: Turn) -> Steps[None]:
         settings = self._settings
         if turn.rollouts:
-            made = yield from self._read_rollouts(turn)
+            made = yield from read_rollouts(turn.prompt, turn.rollouts, self._tokenizer, settings.max_positions)
         else:
             names = [f"{turn.name}/rollout/{i}" for i in range(settings.rollout_samples)]
             requests = [Request(name, turn.prompt.ids, seed=settings.seed) for name in names]
@@ -81,17 +82,6 @@ class Chain:
             )
             made = [self._from_completion(turn, completion, "rollout") for completion in done]
         yield from self._judge.judge(turn, made)
-
-    def _read_rollouts(self, turn: Turn) -> Steps[list[Candidate]]:
-        """Responses that another engine wrote, scored here."""
-        prompt = turn.prompt
-        room = self._settings.max_positions - len(prompt.ids)
-        written = [encode_after(self._tokenizer, prompt.text, text + prompt.end) for text in turn.rollouts]
-        scored = yield from score([np.concatenate([prompt.ids, ids[:room]]) for ids in written])
-        return [
-            from_text(text, ids[:room], len(ids) <= room, *(values[len(prompt.ids) - 1 :] for values in statistics))
-            for text, ids, statistics in zip(turn.rollouts, written, scored, strict=True)
-        ]
 
     def _from_completion(self, turn: Turn, completion: Completion, stage: Stage) -> Candidate:
         tokenizer = self._tokenizer
@@ -104,14 +94,16 @@ class Chain:
         try:
             messages = template.render(turn.history, turn.original_text, turn.answer)
             text = self._tokenizer.template.render(messages, add_generation_prompt=True)
+            asked = encode(self._tokenizer, text)
+            if turn.analysis is not None:
+                check_given("analyses", turn.analysis, asked, self._tokenizer)
         except UserError as error:
             turn.not_hinted = f"no hinted prompt: {error}"
             return
-        asked = encode(self._tokenizer, text)
         if template.marker is None:
             self._set_hinted_prompt(turn, asked)
         elif turn.analysis is not None:
-            ids = encode_after(self._tokenizer, text, turn.analysis)
+            ids = analysis_ids(turn.analysis, text, self._tokenizer)
             self._set_hinted_prompt(turn, asked, self._cut_analysis(turn, template, ids))
         elif len(asked) >= self._settings.max_positions:
             turn.not_hinted = _TOO_LONG

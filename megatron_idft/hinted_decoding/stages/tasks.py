@@ -14,9 +14,11 @@ from megatron_idft.corpus.records import Record
 from megatron_idft.corpus.verification.answers import final_answer
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import InputError, UserError
+from megatron_idft.hinted_decoding.input.provided import ProvidedText
 from megatron_idft.hinted_decoding.output.outcomes import FailureRow, OutcomeRow, Stage, TurnRow, TurnStage
 from megatron_idft.hinted_decoding.stages.candidates import Candidate, Ids, response_sums
 from megatron_idft.hinted_decoding.stages.conversation import RunningConversation, TurnPrompt
+from megatron_idft.hinted_decoding.stages.given import check_given
 
 _NONE, _NO_IDS = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int32)
 
@@ -27,8 +29,8 @@ class RealignInput:
 
     index: int
     record: Record
-    rollouts: Mapping[int | None, Sequence[str]] = field(default_factory=dict)
-    analyses: Mapping[int | None, str] = field(default_factory=dict)
+    rollouts: Mapping[int | None, Sequence[ProvidedText]] = field(default_factory=dict)
+    analyses: Mapping[int | None, ProvidedText] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -51,8 +53,8 @@ class Turn:
     history: list[dict[str, Any]]
     original_text: str
     reference: Any
-    rollouts: Sequence[str]
-    analysis: str | None
+    rollouts: Sequence[ProvidedText]
+    analysis: ProvidedText | None
     original: tuple[NDArray[np.float32], NDArray[np.float32]] = (_NONE, _NONE)  # log_prob, entropy
     candidates: list[Candidate] = field(default_factory=list)
     hinted_prompt: Ids | None = None
@@ -233,6 +235,8 @@ class RecordTask:
             rollouts=rollouts.get(number) or rollouts.get(None) or (),
             analysis=analyses.get(number, analyses.get(None)),
         )
+        for given in turn.rollouts:
+            check_given("rollouts", given, prompt.ids, self._tokenizer)
         self.turns.append(turn)
         return turn
 

@@ -46,6 +46,7 @@ from megatron_idft.integration.offline.realign_inputs import RealignInputs
 from megatron_idft.integration.offline.realign_settings import (
     WHOLE_NUMBERS_FROM_1,
     check_realign_arguments,
+    resolve_origin,
     resolve_settings,
     resolve_template,
 )
@@ -101,7 +102,7 @@ class _Job:
         self.args, self.tokenizer = args, tokenizer
         self.replica = Replica.here()
         self.leaks = LeakFilter() if args.leak_phrases is None else LeakFilter.from_file(args.leak_phrases)
-        self.inputs = RealignInputs(args, self.replica, stack)
+        self.inputs = RealignInputs(args, self.replica, stack, resolve_origin(args, tokenizer, [template]))
         verifier = self._open_verifier(stack)
         self.realigner, self.settings = self._load(template, verifier)
 

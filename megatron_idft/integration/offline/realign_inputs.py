@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_idft.corpus.formats import describe_forms
-from megatron_idft.hinted_decoding.input.provided import Kind, ProvidedTexts
+from megatron_idft.hinted_decoding.input.provided import Kind, Origin, ProvidedTexts
 from megatron_idft.hinted_decoding.input.record_store import RecordStore, build_store, store_path
 from megatron_idft.hinted_decoding.preview import describe_unreferenced
 from megatron_idft.hinted_decoding.stages.tasks import RealignInput
@@ -27,13 +27,14 @@ class RealignInputs:
         args: the flags.
         replica: whose ranks these are.
         stack: closes what was opened.
+        origin: what texts of other engines must have been made with.
 
     Raises:
         RecordError, InputError: the input cannot be used; the message names file and line.
     """
 
-    def __init__(self, args: argparse.Namespace, replica: Replica, stack: ExitStack) -> None:
-        self._args, self._replica = args, replica
+    def __init__(self, args: argparse.Namespace, replica: Replica, stack: ExitStack, origin: Origin) -> None:
+        self._args, self._replica, self._origin = args, replica, origin
         self._store = self._open_store(stack)
         for line in describe_forms(self._store.forms) if self._store is not None else ():
             replica.print_once(f"> {line}")
@@ -94,6 +95,11 @@ class RealignInputs:
     def _open_provided(self, kind: Kind, path: str | None) -> ProvidedTexts | None:
         if path is None or self._store is None:
             return None
-        file = ProvidedTexts(path, kind, None if self._args.limit else self._store.ids())
+        file = ProvidedTexts(path, kind, None if self._args.limit else self._store.ids(), self._origin)
         self._replica.print_once(f"> --{kind} {path}: for {len(file):,} of {len(self._store):,} records")
+        if file.unnamed:
+            self._replica.print_once(
+                f"> --{kind} {path}: {file.unnamed:,} of its lines name no tokenizer and template, so nothing says that"
+                " they answer the prompts of this run"
+            )
         return file

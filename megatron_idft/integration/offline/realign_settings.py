@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
+from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import ArgumentError
+from megatron_idft.hinted_decoding.input.provided import Origin
 from megatron_idft.hinted_decoding.mixing import EntropyMixing
 from megatron_idft.hinted_decoding.prompts import HintTemplate, analysis_template, hint_template
 from megatron_idft.hinted_decoding.settings import RealignSettings
@@ -113,7 +116,7 @@ def resolve_settings(args: argparse.Namespace, template: HintTemplate, vocab_siz
             first_token_hinted=args.first_token == "hinted",
         ),
         rollout_samples=args.rollout_samples,
-        rollout_sampling=_sampling("rollout-", args.rollout_temperature, args.rollout_top_p, args.rollout_top_k, False),
+        rollout_sampling=rollout_sampling(args),
         analysis_sampling=_sampling("analysis-", args.analysis_temperature, 1.0, 0, False),
         analysis_max_tokens=args.analysis_max_tokens,
         hinted_sampling=_sampling("", args.temperature, args.top_p, args.top_k, args.nucleus_before_temperature),
@@ -126,6 +129,32 @@ def resolve_settings(args: argparse.Namespace, template: HintTemplate, vocab_siz
         after_retries=args.after_retries,
         unverified=args.unverified,
     )
+
+
+def resolve_origin(args: argparse.Namespace, tokenizer: ChatTokenizer, templates: Sequence[HintTemplate]) -> Origin:
+    """What --rollouts and --analyses must have been made with.
+
+    Args:
+        args: checked.
+        tokenizer: of the model.
+        templates: in use.
+    """
+    sampling = rollout_sampling(args)
+    return Origin(
+        tokenizer=tokenizer.fingerprint(),
+        vocab_size=tokenizer.vocab_size,
+        templates=[template.sha256 for template in templates if template.marker is not None],
+        sampling={"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k},
+    )
+
+
+def rollout_sampling(args: argparse.Namespace) -> Sampling:
+    """How own responses are drawn.
+
+    Raises:
+        ArgumentError: a value lies outside its range.
+    """
+    return _sampling("rollout-", args.rollout_temperature, args.rollout_top_p, args.rollout_top_k, False)
 
 
 def _sampling(prefix: str, temperature: float, top_p: float, top_k: int, cut_before: bool) -> Sampling:
