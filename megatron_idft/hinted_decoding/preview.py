@@ -9,13 +9,13 @@ from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate
 from megatron_idft.corpus.verification.answers import final_answer
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import InputError
+from megatron_idft.hinted_decoding.named_prompts import NamedPrompts
 from megatron_idft.hinted_decoding.output.outcomes import OutcomeRow
-from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.stages.tasks import RealignInput, RecordTask
 
 
-def render_prompts(record: Record, tokenizer: ChatTokenizer, template: HintTemplate, max_positions: int) -> str:
-    """The plain, the analysis and the hinted prompt of a record's first assistant turn.
+def render_prompts(record: Record, tokenizer: ChatTokenizer, named: NamedPrompts, max_positions: int) -> str:
+    """The plain prompt of a record's first assistant turn, and those with each of the hint prompts.
 
     Raises:
         InputError: the record cannot be realigned.
@@ -24,16 +24,20 @@ def render_prompts(record: Record, tokenizer: ChatTokenizer, template: HintTempl
     turn = task.begin(0)
     if turn is None:
         raise InputError(f"{record.file}, line {record.line}: {task.error}")
-    asked = tokenizer.template.render(
-        template.render(turn.history, turn.original_text, turn.answer), add_generation_prompt=True
-    )
     parts = [(f"plain prompt, {len(turn.prompt.ids)} tokens", turn.prompt.text)]
-    if template.marker is None:
-        parts.append(("hinted prompt", asked))
-    else:
-        parts.append((f"analysis prompt ({template.name})", asked))
-        written = f"{asked}⟦the model's analysis, through its last⟧{template.marker}{template.after_marker}"
-        parts.append(("hinted prompt", written))
+    if named.auto:
+        names = ", ".join(template.name for template in named.templates)
+        parts.append(("hint prompts", f"a trial before the run chooses among these: {names}"))
+    for template in named.templates:
+        asked = tokenizer.template.render(
+            template.render(turn.history, turn.original_text, turn.answer), add_generation_prompt=True
+        )
+        if template.marker is None:
+            parts.append((f"hinted prompt ({template.name})", asked))
+        else:
+            parts.append((f"analysis prompt ({template.name})", asked))
+            after = f"{template.marker}{template.after_marker}".rstrip("\n")
+            parts.append((f"hinted prompt ({template.name})", f"the same, the model's analysis, and then:\n{after}"))
     parts.append(("original response", tokenizer.decode(turn.prompt.original_ids)))
     parts.append(("reference answer", "none: this turn cannot be verified" if turn.answer is None else turn.answer))
     return "\n\n".join(f"> {title}:\n{text}" for title, text in parts)

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_idft.corpus.verification.leaks import LeakFilter
 from megatron_idft.errors import InputError
+from megatron_idft.hinted_decoding.named_prompts import PACKAGED, packaged_prompt
 from megatron_idft.hinted_decoding.prompts import HintTemplate, analysis_template, cut_at_marker, hint_template
 from tests.hinted_decoding.scripted import make_tokenizer
 
@@ -24,8 +25,27 @@ def tokenizer(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
+@pytest.mark.parametrize("template", map(packaged_prompt, PACKAGED), ids=lambda template: template.name)
+def test_the_packaged_templates_read_well(template):
+    """One turn and several, with and without an answer: no loose ends of the template's own text."""
+    for conversation in ([QUESTION], CONVERSATION):
+        for solution, answer in ((SOLUTION, "7"), ("It is 7.", "7"), ("Hello!", None)):
+            [message] = template.render(conversation, solution, answer)
+            text = message["content"]
+            assert message["role"] == "user" and conversation[-1]["content"] in text
+            assert solution in text or (template.name == "answer-only" and answer)
+            assert "{{" not in text and "{%" not in text and "\n\n\n" not in text and "\n " not in text
+            assert text == text.strip() and not any(line != line.rstrip() for line in text.splitlines())
+            assert answer is None or f"{answer}" in text.replace(solution, "", 1)
+            if answer is None:
+                assert "answer is" not in text and "final result" not in text
+            assert ("\\boxed" in text.replace(solution, "", 1)) == (
+                "\\boxed" in solution and template.name != "answer-only"
+            )
+
+
 @pytest.mark.parametrize("template", [analysis_template(), hint_template()], ids=lambda template: template.name)
-def test_the_packaged_templates_hold_question_reference_and_answer(template):
+def test_the_elaborate_templates_hold_question_reference_and_answer(template):
     [message] = template.render([QUESTION], SOLUTION, "7")
     text = message["content"]
     assert message["role"] == "user" and QUESTION["content"] in text and SOLUTION in text and "result: 7" in text
@@ -41,7 +61,7 @@ def test_the_packaged_templates_hold_question_reference_and_answer(template):
     assert "final result" not in message["content"] and "Its final" not in message["content"]
 
 
-@pytest.mark.parametrize("template", [analysis_template(), hint_template()], ids=lambda template: template.name)
+@pytest.mark.parametrize("template", map(packaged_prompt, PACKAGED), ids=lambda template: template.name)
 def test_history_and_system_message(template):
     system = {"role": "system", "content": "Answer in French."}
     found_system, message = template.render([system, *CONVERSATION], "6", "6")

@@ -324,6 +324,18 @@ def test_the_page_shows_the_numbers_of_the_json(tmp_path):
         assert said in text
 
 
+def test_the_page_shows_the_trial_of_prompts(tmp_path):
+    share = {"value": 0.625, "se": 0.171}
+    prompt = dict.fromkeys(("right", "kept", "bare", "kept_not_bare", "phi", "tokens_per_turn"), share)
+    prompts = [prompt | {"name": "one", "analysis": False, "turns": 8}, dict.fromkeys(prompt) | {"name": "<two>"}]
+    trial = {"order": ["one"], "rule": "the best", "prompts": [prompts[0], prompts[1] | {"analysis": True, "turns": 0}]}
+    page, numbers = write_report(rows_once(), SETTINGS, tmp_path, "t", trial | {"sources": {"a": "long"}})
+    text = "".join(check_page(page.read_text(encoding="utf-8")).text)
+    assert json.loads(numbers.read_text())["prompt_trial"] == trial
+    assert "Chosen: one" in text and "<two>" in text and "62.5 %" in text
+    assert data_once()["prompt_trial"] is None
+
+
 def test_equal_rows_give_equal_bytes(tmp_path):
     written = [write_report(rows_once(), SETTINGS, tmp_path / name, "equal") for name in "ab"]
     for one, other in zip(*written, strict=True):

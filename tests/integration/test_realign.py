@@ -335,13 +335,14 @@ def test_dry_run_and_estimate_write_nothing(folder, tmp_path):
     assert (
         "> data.jsonl: 1 record in the messages form (messages)\n" in text
         and "> plain prompt" in text
-        and "> hinted prompt:" in text
+        and "> hinted prompt (" in text
         and "> reference answer:" in text
     )
     analysis = [word for word in flags(folder, output, "--dry-run") if word != "--no-analysis"]
     at = analysis.index("--hint-prompt")
     text = forked(["-m", "megatron_idft", "realign", *analysis[:at], *analysis[at + 2 :]])
-    assert "> analysis prompt (analysis.txt):" in text and "# CoT" in text
+    assert "> analysis prompt (analysis):" in text and "the model's analysis, and then:\n# CoT\n" in text
+    assert "a trial before the run chooses among these: solve-again, " in text and "> hinted prompt (explain):" in text
     text = forked(["-m", "megatron_idft", "realign", *flags(folder, output, "--estimate")], nproc=2)
     assert text.count("> data.jsonl: 16 records in the ShareGPT form (conversations)\n") == 1
     assert f"{RECORDS} of {RECORDS} records" in text and "on 2 replicas" in text and "hours" in text

@@ -5,14 +5,15 @@ import argparse
 import numpy as np
 import pytest
 
-from megatron_idft.errors import UserError
+from megatron_idft.errors import InputError, UserError
 from megatron_idft.hinted_decoding.mixing import EntropyMixing
+from megatron_idft.hinted_decoding.named_prompts import PACKAGED
 from megatron_idft.inference.requests import Repetition, Sampling
 from megatron_idft.integration.offline.realign_arguments import add_realign_arguments, describe_renamed
 from megatron_idft.integration.offline.realign_settings import (
     check_realign_arguments,
+    resolve_prompts,
     resolve_settings,
-    resolve_template,
 )
 from megatron_idft.parsing import raise_errors
 
@@ -38,15 +39,16 @@ def parsed(words: str, **layout) -> argparse.Namespace:
 
 def settings(words: str, **layout):
     args = parsed(words, **layout)
-    return resolve_settings(args, resolve_template(args), 1000)
+    return resolve_settings(args, resolve_prompts(args).templates, 1000)
 
 
-def test_without_flags_it_is_the_authors_hinted_decoding():
-    found = settings("")
+def test_the_paper_is_the_authors_hinted_decoding():
+    found = settings("--paper")
     assert found.mixing == EntropyMixing(1000, "linear", 3.0, first_token_hinted=True)
     assert found.hinted_sampling == Sampling(0.3, 0.95, 0, cut_before_temperature=True)
     assert found.rollout_sampling == Sampling(1.0, 1.0) and found.rollout_samples == 1
-    assert found.analysis_sampling == Sampling(0.0) and found.templates[0].marker == "# CoT"
+    assert found.analysis_sampling == Sampling(0.0) and found.analysis_max_tokens == 16384
+    assert [template.marker for template in found.templates] == ["# CoT"]
     assert found.repetition == Repetition(30, 5, 100) and found.splitter == "\\boxed{"
     assert not found.stop_on_first_token and found.max_tokens == 4096  # of 8192: the context is shorter
     assert (found.fallback, found.unverified, found.seed, found.max_positions) == ("drop", "drop", 1234, 4096)
@@ -70,7 +72,7 @@ def test_flags_reach_the_settings():
 def test_an_empty_splitter_is_none():
     args = add_realign_arguments(argparse.ArgumentParser()).parse_args(["--splitter", ""])
     vars(args).update(LAYOUT)
-    assert resolve_settings(args, resolve_template(args), 1000).splitter is None
+    assert resolve_settings(args, resolve_prompts(args).templates, 1000).splitter is None
 
 
 FORMER = "--mix fixed --mix-lambda 0.9 --mix-beta 2 --fallback retry --retry-beta-factor 3"
@@ -84,6 +86,46 @@ def test_the_former_flags_of_the_mix_mean_the_same():
         share = parsed(f"--mix fixed --mix-lambda {thousandth / 1000}").hint_share
         assert 1 - share == pytest.approx(thousandth / 1000, abs=1e-15)
         assert np.float32(1 - share) == np.float32(thousandth / 1000)  # what the streams are mixed with
+
+
+def test_the_prompts_that_flags_name(tmp_path):
+    assert [t.name for t in resolve_prompts(parsed("")).templates] == list(PACKAGED)
+    assert resolve_prompts(parsed("")).auto and resolve_prompts(parsed("--hint-prompt auto")).auto
+    assert [t.name for t in resolve_prompts(parsed("--hint-prompt analysis explain")).templates] == [
+        "analysis",
+        "explain",
+    ]
+    mine = tmp_path / "mine.txt"
+    mine.write_text("---\n{{ question }} {{ answer }}")
+    more = resolve_prompts(parsed(f"--hint-prompt auto {mine}"))
+    assert (
+        more.auto and [t.name for t in more.templates] == [*PACKAGED, str(mine)] and more.extra == more.templates[-1:]
+    )
+    # As they were meant before --hint-prompt named any prompt.
+    for former, names in (
+        ("--no-analysis", ["hint"]),
+        (f"--no-analysis --hint-prompt {mine}", [str(mine)]),
+        ("--analyses x.jsonl", ["analysis"]),
+    ):
+        found = resolve_prompts(parsed(former))
+        assert not found.auto and [template.name for template in found.templates] == names
+    plain = resolve_prompts(parsed("--no-analysis --hint-prompt auto"))
+    assert plain.auto and {template.marker for template in plain.templates} == {None}
+    with pytest.raises(InputError, match="--analysis-prompt needs a prompt with a header line"):
+        resolve_prompts(parsed(f"--analysis-prompt {mine}"))
+    marked = tmp_path / "marked.txt"
+    marked.write_text("marker: X\n---\n{{ question }} {{ answer }} X")
+    assert [t.name for t in resolve_prompts(parsed(f"--analysis-prompt {marked}")).templates] == [str(marked)]
+    assert describe_renamed(parsed(f"--analysis-prompt {marked}")) == [
+        f"--analysis-prompt is now --hint-prompt: write --hint-prompt {marked}"
+    ]
+    [line] = describe_renamed(parsed("--no-analysis"))
+    assert line.endswith("write --hint-prompt hint")
+
+
+def test_the_paper_leaves_lengths_to_the_user():
+    found = settings("--paper --analysis-max-tokens 9 --max-new-tokens 8 --mix-slope 3")
+    assert (found.analysis_max_tokens, found.max_tokens) == (9, 8)
 
 
 def test_a_former_flag_is_announced_and_not_shown():
@@ -105,7 +147,8 @@ def test_the_manifest_tells_apart_what_makes_other_responses():
             ("", {}), ("", {"seed": 1}), ("", {"seq_length": 8}), ("--max-new-tokens 9", {}),
             ("--rollout-samples 2", {}), ("--rollout-samples 0", {}), ("--rollout-temperature 2", {}),
             ("--rollout-top-p 0.5", {}),
-            ("--rollout-top-k 5", {}), ("--no-analysis", {}), ("--analysis-max-tokens 9", {}),
+            ("--rollout-top-k 5", {}), ("--no-analysis", {}), ("--hint-prompt hint analysis", {}),
+            ("--analysis-max-tokens 9", {}),
             ("--analysis-temperature 1", {}), ("--mix sigmoid", {}), ("--mix piecewise", {}), ("--mix-slope 2", {}),
             ("--mix fixed --hint-share 0", {}), ("--mix fixed --hint-share 1", {}), ("--first-token mixed", {}),
             ("--entropy-vocab-size 9", {}), ("--temperature 1", {}), ("--top-p 0.5", {}), ("--top-k 5", {}),
@@ -128,7 +171,16 @@ def test_the_manifest_tells_apart_what_makes_other_responses():
         ("", {"num_layers_per_virtual_pipeline_stage": 1}, "weights load under any layout"),
         ("--no-analysis --analyses x.jsonl", {}, "drop one of them"),
         ("--no-analysis --analysis-prompt x", {}, "drop one of them"),
-        ("--hint-prompt x", {}, "only with --no-analysis"),
+        ("--hint-prompt nowhere", {}, "neither a packaged one .*solve-again.* nor a file"),
+        ("--hint-prompt hint auto", {}, "auto comes first"),
+        ("--hint-prompt hint hint", {}, "hint is the same as hint"),
+        ("--hint-prompt hint --prompt-trial-records 9", {}, "only with --hint-prompt auto"),
+        ("--no-analysis --hint-prompt analysis", {}, "analysis: with --no-analysis there is no marker"),
+        ("--analysis-prompt x --hint-prompt y", {}, "drop one of them"),
+        ("--analyses x.jsonl --hint-prompt hint", {}, "hint: --analyses needs a prompt with a header line"),
+        ("--paper --hint-prompt hint", {}, "--paper sets .*, and --hint-prompt says otherwise"),
+        ("--paper --retry-beta-factor 3 --mix-beta 1 --nucleus-after-temperature", {}, "--mix-beta, --nucleus-after"),
+        ("--paper --no-analysis", {}, "--no-analysis says otherwise"),
         ("--mix fixed", {}, "needs --hint-share"),
         ("--hint-share 0.5", {}, "only with --mix fixed"),
         ("--mix fixed --hint-share 2", {}, "from 0 to 1"),
@@ -145,7 +197,8 @@ def test_the_manifest_tells_apart_what_makes_other_responses():
         ("--fallback retry --temperature 0 --mix piecewise", {}, "the same again"),
         ("--top-p 0", {}, "--top-p"),
         ("--rollout-temperature -1", {}, "--rollout-temperature"),
-        ("--analysis-prompt nowhere", {}, "name a UTF-8 text file"),
+        ("--analysis-prompt nowhere", {}, "nor a file"),
+        ("--hint-prompt .", {}, "name a UTF-8 text file"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_the_remedy(words, layout, remedy):

@@ -53,13 +53,13 @@ def agree(
             temporary.unlink(missing_ok=True)
         sync(folder)
     there = read_manifest(folder)
-    differences = dict(_differences(current(there["settings"]), job["settings"]))
+    found = dict(differences(current(there["settings"]), job["settings"]))
     # The format first: a manifest of another one may mean anything.
     for key in ("part_suffix", "num_chunks", "format"):
         if there[key] != job[key]:
-            differences = {key: (there[key], job[key])} | differences
-    if differences:
-        raise SettingsMismatch(folder, differences)
+            found = {key: (there[key], job[key])} | found
+    if found:
+        raise SettingsMismatch(folder, found)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -81,10 +81,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _differences(old: Any, new: Any, at: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+def differences(old: Any, new: Any, at: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """(key, (old, new)) of everything that differs between two settings."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key, ABSENT), new.get(key, ABSENT), f"{at}.{key}" if at else key)
+            yield from differences(old.get(key, ABSENT), new.get(key, ABSENT), f"{at}.{key}" if at else key)
     # Compared as text: NaN equals itself, and true is not 1.
     elif json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
         yield at, (old, new)

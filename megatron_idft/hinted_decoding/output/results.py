@@ -16,6 +16,7 @@ from megatron_idft.errors import InputError
 from megatron_idft.files import write_atomically
 from megatron_idft.hinted_decoding.output.former_names import current_row, current_settings
 from megatron_idft.hinted_decoding.output.outcomes import OutcomeRow
+from megatron_idft.hinted_decoding.prompts import HintTemplate
 
 RETRIES = "retries"  # its folders 001, 002, … are ledgers of their own, for records that were errors before
 _INDICES = "indices.json"
@@ -90,6 +91,28 @@ def open_retry(folder: Path) -> tuple[Path, list[int]] | None:
 def read_settings(folder: Path) -> dict[str, Any]:
     """The settings that the job was begun with, under today's names."""
     return current_settings(read_manifest(folder)["settings"])
+
+
+def recorded_prompts(folder: Path, known: Sequence[HintTemplate]) -> tuple[HintTemplate, ...] | None:
+    """The prompts that a folder was begun with where no trial chose them; None where the folder is not begun.
+
+    Args:
+        folder: the output folder of a job.
+        known: prompts, among which they are looked for.
+
+    Raises:
+        InputError: one of them is not known.
+    """
+    if not (folder / "manifest.json").exists():
+        return None
+    by_hash = {template.sha256: template for template in known}
+    recorded = [prompt["sha256"] for prompt in read_settings(folder)["prompts"]]
+    for sha256 in recorded:
+        if sha256 not in by_hash:
+            raise InputError(
+                f"{folder} was begun with a prompt of the user's, sha256 {sha256[:12]}…: pass its file as --hint-prompt"
+            )
+    return tuple(by_hash[sha256] for sha256 in recorded)
 
 
 def _rows(folder: Path, columns: Sequence[str] | None) -> Iterator[OutcomeRow]:

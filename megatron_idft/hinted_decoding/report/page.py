@@ -17,7 +17,11 @@ from megatron_idft.hinted_decoding.report.tallies import NameCount
 
 
 def write_report(
-    rows: Iterable[OutcomeRow], settings: Mapping[str, Any], output: Path, title: str
+    rows: Iterable[OutcomeRow],
+    settings: Mapping[str, Any],
+    output: Path,
+    title: str,
+    trial: Mapping[str, Any] | None = None,
 ) -> tuple[Path, Path]:
     """Write report.html and report.json into a folder.
 
@@ -26,6 +30,7 @@ def write_report(
         settings: of the job; all are shown, and "rollouts" decides whether the rollouts are the model's own samples.
         output: the folder.
         title: of the page.
+        trial: what prompts.json says, see `prompt_trial.read_choice`.
 
     Returns:
         The paths of the two files.
@@ -34,7 +39,7 @@ def write_report(
         InputError: a row is none that `realign` can have written.
         UserError: matplotlib is not installed.
     """
-    data = summarize(rows, settings, title)
+    data = summarize(rows, settings, title, trial)
     return save_report(output, render_page(data), data)
 
 

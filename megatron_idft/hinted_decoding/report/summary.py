@@ -28,6 +28,7 @@ class Report(TypedDict):
     open.
 
     Attributes:
+        prompt_trial: the prompts that a trial chose among, and those that it chose; null where there was none.
         examples: by kind, see `Examples`.
     """
 
@@ -40,10 +41,13 @@ class Report(TypedDict):
     difference_edges: list[float]
     corpus: Part
     sources: list[SourcePart]
+    prompt_trial: dict[str, Any] | None
     examples: dict[str, list[Example]]
 
 
-def summarize(rows: Iterable[OutcomeRow], settings: Mapping[str, Any], title: str) -> Report:
+def summarize(
+    rows: Iterable[OutcomeRow], settings: Mapping[str, Any], title: str, trial: Mapping[str, Any] | None = None
+) -> Report:
     """Add up the rows, read once as a stream; the memory that it takes does not grow with their number.
 
     Raises:
@@ -71,6 +75,7 @@ def summarize(rows: Iterable[OutcomeRow], settings: Mapping[str, Any], title: st
         "difference_edges": [round(float(edge), 2) for edge in DIFFERENCE_EDGES],
         "corpus": corpus.as_json(),
         "sources": [{"source": name, **part.as_json()} for name, part in ordered],
+        "prompt_trial": None if trial is None else {key: _plain(trial[key]) for key in ("order", "rule", "prompts")},
         "examples": examples.as_json(),
     }
 

@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,11 +32,13 @@ from megatron_idft.corpus.verification.verifier import Verifier
 from megatron_idft.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_idft.data.model_rows import require_rows_of_records
 from megatron_idft.errors import ArgumentError, InputError
+from megatron_idft.hinted_decoding.named_prompts import NamedPrompts
 from megatron_idft.hinted_decoding.output.former_names import current_settings
 from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA, OutcomeRow
 from megatron_idft.hinted_decoding.output.results import open_retry, read_settings
 from megatron_idft.hinted_decoding.output.status import describe_status
 from megatron_idft.hinted_decoding.preview import describe_estimate, render_prompts, summary_row
+from megatron_idft.hinted_decoding.prompt_trial import trial_indices, trial_settings, trial_size
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.settings import RealignSettings
 from megatron_idft.hinted_decoding.stages.pipeline import Realigner
@@ -43,12 +46,19 @@ from megatron_idft.inference.engine import DecodeEngine
 from megatron_idft.integration.offline import program
 from megatron_idft.integration.offline.realign_arguments import add_realign_arguments, describe_renamed
 from megatron_idft.integration.offline.realign_inputs import RealignInputs
+from megatron_idft.integration.offline.realign_paper import apply_paper
+from megatron_idft.integration.offline.realign_prompts import (
+    describe_prompts,
+    prompts_of_folder,
+    try_in_launch,
+    try_in_ledger,
+)
 from megatron_idft.integration.offline.realign_settings import (
     WHOLE_NUMBERS_FROM_1,
     check_realign_arguments,
     resolve_origin,
+    resolve_prompts,
     resolve_settings,
-    resolve_template,
 )
 from megatron_idft.integration.offline.replica import Replica
 from megatron_idft.integration.platform.ranks import from_rank_0, print_on_rank_0
@@ -61,6 +71,7 @@ def realign() -> None:
     """Realign as `sys.argv` says. `prepare_process` must have run."""
     program.stop_on_sigterm()
     args = program.parse(add_realign_arguments, WHOLE_NUMBERS_FROM_1, check_realign_arguments)
+    apply_paper(args)  # once more: Megatron has parsed anew
     for line in describe_renamed(args):
         print_on_rank_0(f"> {line}")
     tokenizer = load_tokenizer(
@@ -71,40 +82,40 @@ def realign() -> None:
     )
     on_error = None if args.sft_bad_records == "stop" else lambda error: None
     require_rows_of_records(read_records(args.sft_data, on_error=on_error), tokenizer, args.sft_loss_vocab_size)
-    template = resolve_template(args)
+    named = resolve_prompts(args)
     if args.dry_run:
-        _show_first(args, tokenizer, template)
+        _show_first(args, tokenizer, named)
         return
     with ExitStack() as stack:
-        job = _Job(args, tokenizer, template, stack)
+        job = _Job(args, tokenizer, named, stack)
         if args.estimate:
             job.estimate()
         else:
             job.run()
 
 
-def _show_first(args: argparse.Namespace, tokenizer: ChatTokenizer, template: HintTemplate) -> None:
+def _show_first(args: argparse.Namespace, tokenizer: ChatTokenizer, named: NamedPrompts) -> None:
     on_error = None if args.sft_bad_records == "stop" else lambda error: None
     record = next(iter(read_records(args.sft_data, on_error=on_error)), None)
     if record is None:
         raise ArgumentError(f"{', '.join(args.sft_data)}: no record in there")
     for line in describe_forms([(record.file, record.form, 1)]):
         print_on_rank_0(f"> {line}")
-    print_on_rank_0(render_prompts(record, tokenizer, template, args.seq_length))
+    print_on_rank_0(render_prompts(record, tokenizer, named, args.seq_length))
 
 
 class _Job:
     """The model, the records and the verifier, opened from the flags; `stack` closes them."""
 
     def __init__(
-        self, args: argparse.Namespace, tokenizer: ChatTokenizer, template: HintTemplate, stack: ExitStack
+        self, args: argparse.Namespace, tokenizer: ChatTokenizer, named: NamedPrompts, stack: ExitStack
     ) -> None:
-        self.args, self.tokenizer = args, tokenizer
+        self.args, self.tokenizer, self.named = args, tokenizer, named
         self.replica = Replica.here()
         self.leaks = LeakFilter() if args.leak_phrases is None else LeakFilter.from_file(args.leak_phrases)
-        self.inputs = RealignInputs(args, self.replica, stack, resolve_origin(args, tokenizer, [template]))
-        verifier = self._open_verifier(stack)
-        self.realigner, self.settings = self._load(template, verifier)
+        self.inputs = RealignInputs(args, self.replica, stack, resolve_origin(args, tokenizer, named.templates))
+        self.verifier = self._open_verifier(stack)
+        self.engine = self._load()
 
     def run(self) -> None:
         """Realign every chunk that is left, and print the outcome."""
@@ -114,11 +125,12 @@ class _Job:
             self.replica.print_once("> no record ended as an error: there is nothing to try again")
             return
         folder, indices = opened
+        self._begin(self._prompts(Path(args.output)))
         work = _Work(self.realigner, len(indices), args.chunk_records)
         with ExitStack() as stack:
             ledger = None
             if self.replica.leads:
-                agreed = self._agreed(indices)
+                agreed = self._agreed(self.settings, indices)
                 ledger = stack.enter_context(
                     Ledger(folder, agreed, work.chunks, lease_seconds=args.lease_seconds, current=current_settings)
                 )
@@ -139,6 +151,7 @@ class _Job:
     def estimate(self) -> None:
         """Realign some records; each replica takes its share of them."""
         total, replica = self.inputs.total(), self.replica
+        self._begin(self._prompts(None))
         spread = sorted({int(i) for i in np.linspace(0, total - 1, min(total, _ESTIMATED_RECORDS))})
         mine = spread[replica.number :: replica.count]
         work = _Work(self.realigner, len(mine), max(len(mine), 1))
@@ -147,18 +160,75 @@ class _Job:
             rows = self._realign(mine)
             work.set_finished([0], rows)
         found = {"seconds": time.monotonic() - start, "rows": [summary_row(row) for row in rows]}
-        # By the store: no collective's timeout limits by how much the replicas' times may differ.
-        store = torch.distributed.distributed_c10d._get_default_store()
-        if replica.leads:
-            store.set(f"megatron-idft/estimate/{replica.number}", json.dumps(found))
-        keys = [f"megatron-idft/estimate/{number}" for number in range(replica.count)]
-        store.wait(keys, timedelta(days=7))
-        parts = [json.loads(store.get(key)) for key in keys]
-        torch.distributed.barrier()  # the store ends with the rank that holds it
+        parts = self._gather("estimate", found)
         seconds = max(part["seconds"] for part in parts)
         self.replica.print_once(
             describe_estimate([row for part in parts for row in part["rows"]], seconds, total, replica.count)
         )
+
+    def _begin(self, templates: tuple[HintTemplate, ...]) -> None:
+        """Be ready to realign with these prompts."""
+        self.settings = resolve_settings(self.args, templates, self.args.sft_loss_vocab_size)
+        self.realigner = self._realigner(self.settings)
+
+    def _prompts(self, output: Path | None) -> tuple[HintTemplate, ...]:
+        """The prompts that the flags or the folder name, or a trial chooses. output: None where nothing is kept."""
+        job = self._trial_job()
+        looked_at = Path(self.args.output)
+        there = None
+        if self.replica.leads:
+            there = prompts_of_folder(looked_at, self.named, None if self.args.retry_errors else job)
+        there = self.replica.share(there)
+        if there is not None:
+            self.replica.print_once(f"> {describe_prompts(there, looked_at if self.named.auto else None)}")
+            found: tuple[HintTemplate, ...] = there
+            return found
+        total = self.inputs.total()
+        indices = trial_indices(total, trial_size(total, self.args.prompt_trial_records))
+        candidates = self.named.templates
+        base = resolve_settings(self.args, candidates, self.args.sft_loss_vocab_size)
+        self.replica.print_once(
+            f"> trying {len(candidates)} prompts on {len(indices):,} of {total:,} records each: up to"
+            f" {len(candidates) * len(indices):,} responses, and an analysis for each prompt that asks for one"
+            " (--prompt-trial-records; --hint-prompt NAME tries none)"
+        )
+
+        def try_one(template: HintTemplate) -> list[OutcomeRow]:
+            realigner = self._realigner(trial_settings(base, template))
+            work = _Work(realigner, len(indices), len(indices))
+            shown = self.replica.leads and self.replica.number == 0
+            with Progress(f"trying {template.name}", work.total, None, work.look, shown=shown):
+                given = self.inputs.read(indices)
+                rows = realigner.realign(self.replica.share(given and [replace(g, rollouts={}) for g in given]))
+                work.set_finished([0])
+            return rows
+
+        if output is None:
+            return try_in_launch(candidates, try_one, self.replica, self._gather)
+        agreed = {**self._agreed(base, indices), "trial_records": len(indices)} if self.replica.leads else {}
+        return try_in_ledger(output, candidates, try_one, self.replica, agreed, job, self.args.lease_seconds)
+
+    def _trial_job(self) -> dict[str, Any]:
+        """What a choice of prompts holds for; empty on ranks that do not lead."""
+        if not self.replica.leads:
+            return {}
+        return {
+            **program.model_settings(self.args),
+            "data_fingerprint": self.inputs.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint(),
+        }
+
+    def _gather(self, name: str, value: Any) -> list[Any]:
+        """The values of the leading ranks of all replicas, as JSON gives them back; on every rank."""
+        # By the store: no collective's timeout limits by how much the replicas' times may differ.
+        store, replica = torch.distributed.distributed_c10d._get_default_store(), self.replica
+        if replica.leads:
+            store.set(f"megatron-idft/{name}/{replica.number}", json.dumps(value))
+        keys = [f"megatron-idft/{name}/{number}" for number in range(replica.count)]
+        store.wait(keys, timedelta(days=7))
+        parts = [json.loads(store.get(key)) for key in keys]
+        torch.distributed.barrier()  # the store ends with the rank that holds it
+        return parts
 
     def _realign(self, indices: Sequence[int]) -> list[OutcomeRow]:
         """Rows of these records. All ranks of the replica call it together."""
@@ -183,7 +253,7 @@ class _Job:
 
         return from_rank_0(open_errors)  # once for all replicas: the errors that are left change while they work
 
-    def _agreed(self, indices: Sequence[int]) -> dict[str, Any]:
+    def _agreed(self, settings: RealignSettings, indices: Sequence[int]) -> dict[str, Any]:
         """The settings in which all launches on one output folder must agree."""
         args = self.args
         try:
@@ -197,7 +267,7 @@ class _Job:
             "records": len(indices),
             "chunk_records": args.chunk_records,
             "tokenizer": self.tokenizer.fingerprint(),
-            **self.settings.describe(),
+            **settings.describe(),
             "verifier": {
                 "plugin": args.verifier_plugin,
                 "math_verify": None if args.verifier_plugin else math_verify,
@@ -219,7 +289,7 @@ class _Job:
             self.replica.print_once(said)
         return stack.enter_context(verifier)
 
-    def _load(self, template: HintTemplate, verifier: Verifier | None) -> tuple[Realigner, RealignSettings]:
+    def _load(self) -> DecodeEngine:
         args = self.args
         model = program.load_model(args)
         if self.tokenizer.vocab_size > args.padded_vocab_size:
@@ -227,7 +297,6 @@ class _Job:
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens but the model {args.padded_vocab_size} rows:"
                 " pass the tokenizer that the model was trained with as --tokenizer-model"
             )
-        settings = resolve_settings(args, template, args.sft_loss_vocab_size)
         on_gpu = next(model[0].parameters()).is_cuda and torch.cuda.is_available()
         engine = DecodeEngine(
             model,
@@ -238,17 +307,19 @@ class _Job:
             tell=lambda line: self.replica.print_once(f"> {line}"),
         )
         self.replica.print_once(f"> {engine.describe()}")
-        realigner = Realigner(
-            engine,
+        return engine
+
+    def _realigner(self, settings: RealignSettings) -> Realigner:
+        return Realigner(
+            self.engine,
             self.tokenizer,
             settings,
-            verifier,
+            self.verifier,
             self.leaks,
-            _provenance(args),
+            _provenance(self.args),
             share=self.replica.share,
             leads=self.replica.leads,
         )
-        return realigner, settings
 
 
 class _Work:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_idft.corpus.scores.display import bounded
 from megatron_idft.hinted_decoding.mixing_modes import MIXING_MODES
+from megatron_idft.hinted_decoding.named_prompts import PACKAGED
 from megatron_idft.hinted_decoding.output.former_names import hint_share_of
 from megatron_idft.integration.offline.arguments import add_input_arguments, add_work_arguments
 
@@ -42,7 +43,13 @@ def _complement(text: str) -> float:
 def describe_renamed(args: argparse.Namespace) -> list[str]:
     """A line for each flag that was given under its former name."""
     flags = args.renamed_flags.items()
-    return [f"{former} is now {now}: write {now} {getattr(args, now[2:].replace('-', '_'))}" for now, former in flags]
+    lines = [f"{former} is now {now}: write {now} {getattr(args, now[2:].replace('-', '_'))}" for now, former in flags]
+    if args.analysis_prompt is not None:
+        lines.append(f"--analysis-prompt is now --hint-prompt: write --hint-prompt {args.analysis_prompt}")
+    if args.no_analysis:
+        named = "hint" if args.hint_prompt is None else " ".join(args.hint_prompt)
+        lines.append(f"--no-analysis is now the choice of a prompt without one: write --hint-prompt {named}")
+    return lines
 
 
 def add_realign_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -53,6 +60,7 @@ def add_realign_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     add_work_arguments(group, chunk_records=256)
     _add_program_arguments(group)
     _add_rollout_arguments(parser.add_argument_group(title="realign: own responses"))
+    _add_prompt_arguments(parser.add_argument_group(title="realign: prompts of the hint"))
     _add_analysis_arguments(parser.add_argument_group(title="realign: analysis of the reference"))
     _add_hinted_arguments(parser.add_argument_group(title="realign: hinted decoding"))
     _add_judging_arguments(parser.add_argument_group(title="realign: what is accepted"))
@@ -123,24 +131,38 @@ def _add_rollout_arguments(group: Any) -> None:
     )
 
 
-def _add_analysis_arguments(group: Any) -> None:
-    group.add_argument(
-        "--no-analysis",
-        action="store_true",
-        help="Hint only by the question and the reference. Default: the model first analyses the reference.",
-    )
-    group.add_argument(
-        "--analysis-prompt",
-        metavar="FILE",
-        default=None,
-        help="Template of the analysis instead of hinted_decoding/templates/analysis.txt, whose form it must have.",
-    )
+def _add_prompt_arguments(group: Any) -> None:
     group.add_argument(
         "--hint-prompt",
-        metavar="FILE",
+        metavar="NAME",
+        nargs="+",
         default=None,
-        help="With --no-analysis: template of the hint instead of hinted_decoding/templates/hint.txt.",
+        help="Prompts that show the model the reference, in order of preference: packaged ones"
+        f" ({', '.join(PACKAGED)}) or files of their form. auto, the default: a trial before the run tries the packaged"
+        " ones, and files named after auto, on some records, prints the right and kept share of each, and goes on with"
+        " the best and the best of the other kind, with or without an analysis; OUTPUT/prompts.json has the choice for"
+        " all launches.",
     )
+    group.add_argument(
+        "--prompt-trial-records",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Records on which the trial of auto tries each prompt: N responses for each, and N analyses where it asks"
+        " for one. Default: an eighth of the records, from 4 to 32; never more than there are.",
+    )
+    group.add_argument(
+        "--paper",
+        action="store_true",
+        help="Everything as in the authors' code: the analysis prompt, whose marker the model must write, one try of"
+        " Hinted Decoding with slope 3, temperature 0.3 and top-p 0.95, no further prompt, try or room. Flags that say"
+        " otherwise are refused; lengths stay yours.",
+    )
+
+
+def _add_analysis_arguments(group: Any) -> None:
+    group.add_argument("--no-analysis", action="store_true", help=argparse.SUPPRESS)
+    group.add_argument("--analysis-prompt", metavar="FILE", default=None, help=argparse.SUPPRESS)
     group.add_argument(
         "--analysis-max-tokens",
         type=int,

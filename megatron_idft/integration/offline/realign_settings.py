@@ -6,15 +6,18 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
-from megatron_idft.errors import ArgumentError
+from megatron_idft.errors import ArgumentError, InputError
 from megatron_idft.hinted_decoding.input.provided import Origin
 from megatron_idft.hinted_decoding.mixing import EntropyMixing
-from megatron_idft.hinted_decoding.prompts import HintTemplate, analysis_template, hint_template
+from megatron_idft.hinted_decoding.named_prompts import AUTO, PAPER, NamedPrompts, named_prompts
+from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.settings import RealignSettings
 from megatron_idft.inference.requests import Repetition, Sampling
+from megatron_idft.integration.offline.realign_paper import apply_paper
 
 WHOLE_NUMBERS_FROM_1 = (
     "max_rows",
+    "prompt_trial_records",
     "max_new_tokens",
     "analysis_max_tokens",
     "entropy_vocab_size",
@@ -31,22 +34,18 @@ def check_realign_arguments(args: argparse.Namespace) -> None:
     Raises:
         ArgumentError: flags cannot be used together, or at all.
     """
+    apply_paper(args)
     for name in _WHOLE_NUMBERS_FROM_0:
         if getattr(args, name) < 0:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: pass a whole number from 0")
     _check_layout(args)
-    for flag, given, needs, there in (
-        ("--hint-prompt", args.hint_prompt, "--no-analysis", args.no_analysis),
-        ("--hint-share", args.hint_share, "--mix fixed", args.mix == "fixed"),
-    ):
+    for flag, given, needs, there in (("--hint-share", args.hint_share, "--mix fixed", args.mix == "fixed"),):
         if given is not None and not there:
             written = args.renamed_flags.get(flag, flag)
             raise ArgumentError(f"{written} is used only with {needs}: add that, or drop {written}")
     if args.mix == "fixed" and args.hint_share is None:
         raise ArgumentError("--mix fixed needs --hint-share, a number from 0 to 1")
-    for flag, given in (("--analysis-prompt", args.analysis_prompt), ("--analyses", args.analyses)):
-        if given is not None and args.no_analysis:
-            raise ArgumentError(f"{flag} and --no-analysis say different things about the analysis: drop one of them")
+    _check_prompts(args)
     if args.estimate and args.retry_errors:
         raise ArgumentError("--estimate and --retry-errors are different things to do: pass one of them")
     if not 0 < args.retry_slope_factor < float("inf"):
@@ -59,6 +58,24 @@ def check_realign_arguments(args: argparse.Namespace) -> None:
             f"--fallback retry with --temperature 0 and --mix {args.mix} would write the same again: raise"
             " --temperature, or choose another fallback"
         )
+
+
+def _check_prompts(args: argparse.Namespace) -> None:
+    if args.analyses is not None and args.no_analysis:
+        raise ArgumentError("--analyses and --no-analysis say different things about the analysis: drop one of them")
+    if args.analysis_prompt is not None and (args.hint_prompt is not None or args.no_analysis):
+        other = "--no-analysis" if args.hint_prompt is None else "--hint-prompt"
+        raise ArgumentError(f"--analysis-prompt and {other} say different things about the hint: drop one of them")
+    if args.analyses is not None and AUTO in (args.hint_prompt or ()):
+        raise ArgumentError("--analyses belong to one prompt: name it as --hint-prompt, instead of auto")
+    if args.prompt_trial_records is not None and not _tries(args):
+        raise ArgumentError("--prompt-trial-records is used only with --hint-prompt auto: drop one of them")
+
+
+def _tries(args: argparse.Namespace) -> bool:
+    """Whether a trial chooses the prompts."""
+    former = args.analysis_prompt is not None or args.no_analysis or args.analyses is not None
+    return not former if args.hint_prompt is None else AUTO in args.hint_prompt
 
 
 def _check_layout(args: argparse.Namespace) -> None:
@@ -80,21 +97,35 @@ def _check_layout(args: argparse.Namespace) -> None:
         raise ArgumentError(f"--sequence-parallel is not served in decoding: one token cannot be split; {remedy}")
 
 
-def resolve_template(args: argparse.Namespace) -> HintTemplate:
-    """The template that the flags name.
+def resolve_prompts(args: argparse.Namespace) -> NamedPrompts:
+    """The prompts that the flags name.
+
+    Without --hint-prompt, texts of --analyses belong to the packaged analysis, and the flags that --hint-prompt has
+    replaced mean what they did.
 
     Raises:
-        InputError: it cannot be used; the message names the file.
+        InputError: one cannot be used; the message names the file.
     """
-    return hint_template(args.hint_prompt) if args.no_analysis else analysis_template(args.analysis_prompt)
+    names = args.hint_prompt
+    if args.analysis_prompt is not None:
+        names = [args.analysis_prompt]
+    elif names is None:
+        names = ["hint"] if args.no_analysis else [AUTO] if _tries(args) else [PAPER]
+    named = named_prompts(names)
+    if args.no_analysis:
+        named = named.without_analysis()
+    if (args.analysis_prompt or args.analyses) and not any(template.marker for template in named.templates):
+        flag = "--analyses" if args.analyses else "--analysis-prompt"
+        raise InputError(f"{named.templates[0].name}: {flag} needs a prompt with a header line `marker: …`")
+    return named
 
 
-def resolve_settings(args: argparse.Namespace, template: HintTemplate, vocab_size: int) -> RealignSettings:
+def resolve_settings(args: argparse.Namespace, templates: tuple[HintTemplate, ...], vocab_size: int) -> RealignSettings:
     """The settings that the flags describe.
 
     Args:
         args: checked by `check_realign_arguments`.
-        template: of `resolve_template`.
+        templates: the prompts, in order of preference.
         vocab_size: the true one.
 
     Raises:
@@ -107,7 +138,7 @@ def resolve_settings(args: argparse.Namespace, template: HintTemplate, vocab_siz
         seed=args.seed,
         max_positions=args.seq_length,
         max_tokens=min(args.max_new_tokens, args.seq_length),
-        templates=(template,),
+        templates=templates,
         mixing=EntropyMixing(
             args.entropy_vocab_size or vocab_size,
             args.mix,

@@ -1,0 +1,324 @@
+"""What `realign` keeps of grade-school problems with SmolLM2-135M-Instruct, beside the ways that it competes with.
+
+    python tools/benchmarks/real_realign.py --hf-model DIR --out FOLDER [--arms defaults paper …] [--records 200]
+
+The problems are gsm_symbolic of a seed that no prompt and no default was tuned on. Each way gets the same problems and
+the same longest response:
+
+    own            the model's own samples at temperature 1 from the whole distribution, some for each problem: the mean
+                   phi of those that are right is the mark for the others. Its first sample is plain sampling
+    defaults       realign without a flag: prompts tried on a sample, own response, hints in a chain
+    paper          realign --paper: the authors' code
+    distillation   answer-conditioned self-distillation: the hinted stream alone writes (--mix fixed --hint-share 1),
+                   one try, by the prompt that the defaults chose (so they come first)
+
+Every way leaves a folder of its own, with every text, and is taken up again where it was stopped; a way that is
+finished is only read. The table and FOLDER/real_realign.json are made from the folders. Verdicts are those of this
+version's verifier on the kept texts, whatever the way itself found; a leak is a phrase of corpus/verification/leaks.py
+that the question does not use. Mean phi is per token, its standard error treats each problem as one draw.
+
+Expected before the first run on these problems, from runs on others. Plain sampling: 1 to 4 % right, mean phi of all
+samples 0 within its error, of right ones +0.1 to +0.2, as they are shorter and surer than most. --paper: 0 to 5 % kept,
+for a model of this size does not write the marker and is not followed up. Self-distillation: 30 to 50 % kept at phi
+above that of own samples, for temperature 0.3 sharpens. The defaults: 60 to 75 % kept, phi +0.3 to +0.5. The goals: at
+least 60 % of the records kept and right, their mean phi no more than two standard errors below that of the model's own
+right samples, no leak phrase.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import real_model
+
+sys.path.insert(0, str(real_model.ROOT / "examples" / "real_model"))
+import problems
+
+ARMS = ("own", "defaults", "paper", "distillation")
+GOAL_KEPT, STANDARD_ERRORS = 0.6, 2.0
+AT_ONCE = 64  # own samples that are decoded side by side
+Row = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hf-model", type=Path, required=True, help="the folder of examples/real_model/fetch.py")
+    parser.add_argument("--out", type=Path, required=True, help="the folder of all ways, and of the JSON")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="the ways to run; default: all")
+    parser.add_argument("--seed", type=int, default=2026, help="of the problems and the draws; default: %(default)s")
+    parser.add_argument("--records", type=int, default=200, help="number of problems; default: %(default)s")
+    parser.add_argument("--samples", type=int, default=4, help="own samples of a problem; default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=320, help="longest response; default: %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; default: %(default)s")
+    options = parser.parse_args()
+    options.hf_model = options.hf_model.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = options.out / "problems.jsonl"
+    if not data.exists():
+        made = problems.corpora(options.seed, {"held-out": options.records, "validation": 0, "train": 0})
+        data.write_text("".join(json.dumps(record) + "\n" for record in made["held-out"]), encoding="utf-8")
+    for arm in options.arms:
+        run_arm(arm, options, data)
+    summarize(options, data)
+    return 0
+
+
+def run_arm(arm: str, options: argparse.Namespace, data: Path) -> None:
+    """Run what is left of a way, and write down under which conditions."""
+    folder = options.out / arm
+    folder.mkdir(exist_ok=True)
+    if (folder / "finished").exists():
+        return
+    command = None if arm == "own" else realign_command(arm, options, data)
+    start, began = time.monotonic(), real_model.surroundings(options)
+    try:
+        if command is None:
+            sample(options, data, folder / "samples.jsonl")
+        else:
+            environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+            subprocess.run(command, check=True, env=environment, stdin=subprocess.DEVNULL)
+    finally:
+        session = began | {
+            "threads": options.threads,
+            "command": command and command[1:],
+            "seconds": time.monotonic() - start,
+            "load_average_at_the_end": os.getloadavg()[0],
+        }
+        with open(folder / "sessions.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(session) + "\n")
+    (folder / "finished").touch()
+
+
+def realign_command(arm: str, options: argparse.Namespace, data: Path) -> list[str]:
+    """The command of a way that `realign` runs."""
+    flags = {
+        "defaults": [],
+        "paper": ["--paper"],
+        "distillation": ["--mix", "fixed", "--hint-share", "1", "--rollout-samples", "0", "--fallback", "drop"],
+    }[arm]
+    if arm == "distillation":
+        choice = json.loads((options.out / "defaults" / "prompts.json").read_text(encoding="utf-8"))
+        flags += ["--hint-prompt", choice["order"][0]]
+    words = [sys.executable, "-m", "megatron_idft", "realign", "--cpu", "--hf-model", options.hf_model]
+    words += ["--sft-data", data, "--output", options.out / arm, "--seq-length", 2048, "--seed", options.seed]
+    words += ["--max-new-tokens", options.max_new_tokens, "--analysis-max-tokens", options.max_new_tokens]
+    words += ["--chunk-records", 40, *flags]
+    return [str(word) for word in words]
+
+
+def sample(options: argparse.Namespace, data: Path, path: Path) -> None:
+    """Own samples of each problem, at temperature 1 from the whole distribution, appended to a file as they come."""
+    import torch
+
+    from megatron_idft.data.chat.tokenizer import load_tokenizer
+    from megatron_idft.hinted_decoding.stages.conversation import encode
+    from megatron_idft.inference.engine import DecodeEngine
+    from megatron_idft.inference.requests import DecodeSettings, Request, Sampling, Stopping
+
+    done = {row["request"] for row in _lines(path)} if path.exists() else set()
+    with tempfile.TemporaryDirectory() as name:
+        scorer = real_model.load_scorer(options.hf_model, Path(name), 2048)
+        torch.set_num_threads(options.threads)
+        tokenizer = load_tokenizer(str(options.hf_model))
+        engine = DecodeEngine(scorer.model, tokenizer.vocab_size, max_positions=1024, max_rows=AT_ONCE)
+        end = tokenizer.template.render([{"role": "user", "content": "?"}], add_generation_prompt=False)
+        stops = {int(encode(tokenizer, end.rstrip())[-1]), tokenizer.eos_id}
+        settings = DecodeSettings(Sampling(), Stopping(stops, options.max_new_tokens))
+        requests, owners = [], {}
+        for record in _lines(data):
+            prompt = encode(tokenizer, tokenizer.template.render(record["messages"][:1], add_generation_prompt=True))
+            for number in range(options.samples):
+                request = Request(f"{record['id']}/own/{number}", prompt, seed=options.seed)
+                owners[request.id] = record["id"], number
+                requests.append(request)
+        left = sorted((r for r in requests if r.id not in done), key=lambda r: owners[r.id][1])
+        with open(path, "a", encoding="utf-8") as file:
+            for completion in engine.decode(left, settings):
+                record, number = owners[completion.request.id]
+                finished = completion.finish_reason == "eos"
+                row = {
+                    "request": completion.request.id,
+                    "record": record,
+                    "sample": number,
+                    "finish_reason": completion.finish_reason,
+                    "text": tokenizer.decode(completion.token_ids[: -1 if finished else None]),
+                    "tokens": len(completion.token_ids),
+                    "phi": float(completion.phi.sum(dtype="float64")),
+                }
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+
+
+def kept_of_realign(folder: Path) -> tuple[list[Row], int]:
+    """The accepted texts of a folder, and the tokens that were decoded for all of it but the trial of prompts."""
+    from megatron_idft.hinted_decoding.output.results import read_outcomes
+
+    rows: list[Row] = []
+    decoded = 0
+    for outcome in read_outcomes(folder):
+        for turn in outcome["turns"]:
+            decoded += (turn["analysis_tokens"] or 0) + sum(c["num_tokens"] for c in turn["candidates"])
+            rows += [
+                {
+                    "record": outcome["id"],
+                    "stage": candidate["stage"],
+                    "text": candidate["text"],
+                    "tokens": candidate["num_tokens"],
+                    "phi": candidate["phi_sum"],
+                }
+                for candidate in turn["candidates"]
+                if candidate["accepted"] and outcome["status"] == "kept"
+            ]
+    return rows, decoded
+
+
+def summarize(options: argparse.Namespace, data: Path) -> None:
+    """The table and the JSON, from the folders of all ways that are finished."""
+    from megatron_idft.corpus.verification.verifier import Verifier
+
+    records = {record["id"]: record for record in _lines(data)}
+    result: dict[str, Any] = {
+        "benchmark": "real_realign",
+        "records": len(records),
+        "seed": options.seed,
+        "max_new_tokens": options.max_new_tokens,
+        "arms": {},
+        "goals": [],
+    }
+    with Verifier(workers=1) as verifier:
+        result["verifier"] = verifier.describe()
+        for arm in ARMS:
+            if (options.out / arm / "finished").exists():
+                measure = own_numbers if arm == "own" else numbers
+                sessions = list(_lines(options.out / arm / "sessions.jsonl"))
+                found = measure(options, arm, records, verifier)
+                result["arms"] |= {name: part | {"sessions": sessions} for name, part in found.items()}
+    judge(result)
+    show(result)
+    (options.out / "real_realign.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def own_numbers(options: argparse.Namespace, arm: str, records: dict[str, Row], verifier: Any) -> dict[str, Any]:
+    every = list(_lines(options.out / arm / "samples.jsonl"))
+    finished = [row for row in every if row["finish_reason"] == "eos"]
+    right = [row for row in finished if _judged(row, records, verifier) == "right"]
+    first = [row for row in right if row["sample"] == 0]
+    plain = _share_and_phi(first, len(records), records)
+    plain["decoded_tokens"] = sum(row["tokens"] for row in every if row["sample"] == 0)
+    own = {
+        "samples": len(every),
+        "finished": len(finished),
+        "right": len(right),
+        "records_with_a_right_sample": len({row["record"] for row in right}),
+        "phi_of_all": _phi(every),
+        "phi": _phi(right),
+        "decoded_tokens": sum(row["tokens"] for row in every),
+    }
+    return {"own right samples": own, "plain sampling": plain}
+
+
+def numbers(options: argparse.Namespace, arm: str, records: dict[str, Row], verifier: Any) -> dict[str, Any]:
+    folder = options.out / arm
+    kept, decoded = kept_of_realign(folder)
+    right = [row for row in kept if _judged(row, records, verifier) == "right"]
+    found = _share_and_phi(right, len(records), records) | {"kept_and_not_right": len(kept) - len(right)}
+    found["phi_of_all_kept"] = _phi(kept)
+    found["by_stage"] = {
+        stage: sum(row["stage"] == stage for row in right) for stage in sorted({r["stage"] for r in right})
+    }
+    found["decoded_tokens"] = decoded
+    choice = folder / "prompts.json"
+    found["prompts"] = json.loads(choice.read_text(encoding="utf-8")) if choice.exists() else None
+    return {arm: found}
+
+
+def _share_and_phi(right: list[Row], total: int, records: dict[str, Row]) -> dict[str, Any]:
+    from megatron_idft.corpus.verification.leaks import LeakFilter
+
+    leaks = LeakFilter()
+    share = len({row["record"] for row in right}) / total
+    phrases = [leaks.find(row["text"], records[row["record"]]["messages"][0]["content"]) for row in right]
+    return {
+        "kept_and_right": len(right),
+        "share": {"value": share, "se": (share * (1 - share) / max(total - 1, 1)) ** 0.5},
+        "phi": _phi(right),
+        "mean_tokens": sum(row["tokens"] for row in right) / max(len(right), 1),
+        "leaks": [phrase for phrase in phrases if phrase is not None],
+    }
+
+
+def _phi(rows: list[Row]) -> dict[str, float | None] | None:
+    """Mean per token with the standard error clustered by record."""
+    from megatron_idft.corpus.scores.estimates import ClusterSums
+
+    by_record: dict[str, dict[str, float]] = {}
+    for row in rows:
+        sums = by_record.setdefault(row["record"], {"tokens": 0.0, "phi": 0.0})
+        sums["tokens"] += row["tokens"]
+        sums["phi"] += row["phi"]
+    clusters = ClusterSums()
+    for sums in by_record.values():
+        clusters.add(sums)
+    mean = clusters.ratio("phi")
+    return None if mean is None else {"value": mean.value, "se": mean.se}
+
+
+def _judged(row: Row, records: dict[str, Row], verifier: Any) -> str:
+    [found] = verifier.verify([(row["text"], records[row["record"]]["answer"])])
+    return str(found.verdict)
+
+
+def judge(result: dict[str, Any]) -> None:
+    """The goals that can be judged by what is there; printed, hit or missed."""
+    defaults, own = result["arms"].get("defaults"), result["arms"].get("own right samples")
+    if defaults is None:
+        return
+    goals = result["goals"]
+    goals.append(real_model.goal("share of the records kept and right", defaults["share"]["value"], GOAL_KEPT))
+    if own is not None and own["phi"] is not None and defaults["phi"] is not None:
+        error = ((defaults["phi"]["se"] or 0) ** 2 + (own["phi"]["se"] or 0) ** 2) ** 0.5
+        difference = defaults["phi"]["value"] - own["phi"]["value"]
+        goals.append(
+            real_model.goal(
+                "mean phi of the kept less that of own right samples, in standard errors",
+                difference / error if error else 0.0,
+                -STANDARD_ERRORS,
+            )
+            | {"difference": difference, "se": error}
+        )
+    goals.append(real_model.goal("leak phrases in the kept, less", -float(len(defaults["leaks"])), 0))
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table."""
+    print(f"{'':20}{'kept and right':>20}{'phi per token':>20}{'tokens each':>13}{'decoded':>10}{'leaks':>7}")
+    for name, arm in result["arms"].items():
+        phi = arm["phi"]
+        shown = "none" if phi is None else f"{phi['value']:+.3f}" + (f" ± {phi['se']:.3f}" if phi["se"] else "")
+        if "share" in arm:
+            share = f"{arm['share']['value']:.1%} ± {arm['share']['se']:.1%}"
+            print(
+                f"{name:20}{share:>20}{shown:>20}{arm['mean_tokens']:13.0f}{arm['decoded_tokens']:10,}{len(arm['leaks']):7}"
+            )
+        else:
+            share = f"{arm['right']} of {arm['samples']}"
+            print(f"{name:20}{share:>20}{shown:>20}{'':13}{arm['decoded_tokens']:10,}")
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
