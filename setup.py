@@ -11,6 +11,9 @@ ROOT = Path(__file__).parent
 # Read as text: importing the package is not needed to build it.
 VERSION = re.findall(r'^__version__ = "(.+)"$', (ROOT / "megatron_idft/__init__.py").read_text(encoding="utf-8"), re.M)
 
+# For `realign`. Without its extras, which each force one antlr4 runtime: it would replace the one of OmegaConf 2.3.
+VERIFY = ["math-verify>=0.9"]
+
 TRAIN = [
     "torch>=2.8",
     "triton>=3.4; platform_system == 'Linux'",
@@ -19,10 +22,8 @@ TRAIN = [
     "tensorboard>=2.15",
     "pyyaml>=6.0",
     "transformers>=4.51",
+    *VERIFY,
 ]
-
-# Without its extras, which each force one antlr4 runtime: it would replace the one that OmegaConf 2.3 needs.
-VERIFY = ["math-verify>=0.9"]
 
 
 class BuildWithScripts(build_py):
@@ -65,7 +66,7 @@ setup(
         "report": ["matplotlib>=3.8"],  # the pages of `score report`
         "examples": ["matplotlib>=3.8"],
         "real": ["gguf>=0.17", "reasoning-gym>=0.1.25"],  # examples/real_model: a pretrained model and problems for it
-        "verify": VERIFY,
+        "verify": VERIFY,  # for containers that have their own torch and Megatron
         "dev": [
             *VERIFY,
             "hypothesis>=6.100",

@@ -1,4 +1,7 @@
-"""Pairs of answers by kind: what is not the same is never right, in either order, with math-verify and without."""
+"""Pairs of answers by kind: what is not the same is never right, in either order, with math-verify and without.
+
+Replies are in the forms that models give: the last sentence counts where the reference is a number.
+"""
 
 import json
 from pathlib import Path
@@ -9,6 +12,8 @@ from megatron_idft.corpus.verification.verifier import Verifier
 
 FOLDER = Path(__file__).parent / "verdicts"
 
+WITHOUT = "megatron_idft.corpus.verification.verifier.find_spec"
+
 
 def read(name: str) -> list[dict]:
     return [json.loads(line) for line in (FOLDER / name).read_text(encoding="utf-8").splitlines()]
@@ -16,6 +21,8 @@ def read(name: str) -> list[dict]:
 
 SAID = read("said_the_same.jsonl")
 PAIRS = read("pairs.jsonl")  # reference and candidate, each an answer, or a whole response; outcome as it should be
+
+REPLIES = read("replies.jsonl")  # formula: only math-verify can decide; one_way: it says nothing of the other order
 
 
 def in_a_box(answer: str) -> str:
@@ -33,11 +40,17 @@ def in_both_orders(pairs: list[dict]) -> tuple[list[tuple[str, str]], list[tuple
 
 
 @pytest.fixture(scope="module")
-def verdicts():
-    """Of all pairs, in both orders, by one pair of processes."""
-    there, back = in_both_orders(SAID + PAIRS)
+def verifier():
+    """One pair of processes for all tests."""
     with Verifier(timeout_seconds=60) as verifier:
-        found = verifier.verify(there + back)
+        yield verifier
+
+
+@pytest.fixture(scope="module")
+def verdicts(verifier):
+    """Of all pairs, in both orders."""
+    there, back = in_both_orders(SAID + PAIRS)
+    found = verifier.verify(there + back)
     return found[: len(there)], found[len(there) :]
 
 
@@ -66,7 +79,7 @@ def test_pairs_of(kind, verdicts):
 
 
 def test_without_math_verify_fewer_are_right_and_none_wrongly(monkeypatch):
-    monkeypatch.setattr("megatron_idft.corpus.verification.verifier.find_spec", lambda name: None)
+    monkeypatch.setattr(WITHOUT, lambda name: None)
     same = [pair["same"] for pair in SAID] + [pair["outcome"] == "right" for pair in PAIRS]
     there, back = in_both_orders(SAID + PAIRS)
     with Verifier() as verifier:
@@ -75,3 +88,32 @@ def test_without_math_verify_fewer_are_right_and_none_wrongly(monkeypatch):
             assert all(truth for found, truth in zip(right, same, strict=True) if found)
             assert sum(right) > 120
         assert not verifier._pool._processes
+
+
+def check_replies(verifier, *, formulas: bool) -> None:
+    there = [(reply, (reply["response"], reply["reference"])) for reply in REPLIES]
+    symmetric = [reply for reply in REPLIES if "one_way" not in reply]
+    back = [(reply, (f"The answer is {reply['reference']}", reply["response"])) for reply in symmetric]
+    found = verifier.verify([item for _, item in there + back])
+    for (reply, item), verification in zip(there + back, found, strict=True):
+        possible = {reply["verdict"]} if formulas or "formula" not in reply else {reply["verdict"], "unknown"}
+        assert verification.verdict in possible, (item, reply["why"], verification)
+
+
+def test_replies(verifier):
+    check_replies(verifier, formulas=True)
+
+
+def test_replies_without_math_verify(monkeypatch):
+    monkeypatch.setattr(WITHOUT, lambda name: None)
+    with Verifier() as verifier:
+        check_replies(verifier, formulas=False)
+        assert not verifier._pool._processes
+
+
+def test_there_are_enough_replies():
+    assert len({(reply["response"], reply["reference"]) for reply in REPLIES}) == len(REPLIES) > 200
+    for verdict in ("right", "wrong", "unknown"):
+        assert sum(reply["verdict"] == verdict for reply in REPLIES) >= 40
+    assert sum("formula" in reply for reply in REPLIES) < 20
+    assert sum("one_way" not in reply for reply in REPLIES) > 120

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from megatron_idft.corpus.verification.answers import final_answer
 from megatron_idft.corpus.verification.leaks import DEFAULT_LEAK_PHRASES, LeakFilter
 from megatron_idft.corpus.verification.numbers import number, same_number
+from megatron_idft.corpus.verification.sentences import last_sentence, states_number
 from megatron_idft.corpus.verification.texts import same_text
 from megatron_idft.errors import InputError
 
@@ -75,6 +76,10 @@ def test_hostile_texts_take_linear_time():
     size = 1_000_000
     for text in (r"\boxed{" * size, r"\boxed{" * (size // 10) + "}" * (size // 10), "#### 1" + " " * size + "\nx"):
         final_answer(text)
+        last_sentence(text)
+    for text in ("1" * 1000, "1 " * 500, "one " * 250, "# 1 " * 250, "-" * 1000, "1, feet and " * 80, "(1" * 500):
+        states_number(text, "5")
+    assert last_sentence("1. " * (size // 20) + "X. " * (size // 20) + "a 5") is not None
     assert not same_text(" " * size + "^" + "\n" * size, "5")
     assert number("1" * size) is None and number("(" * size) is None
 
@@ -218,6 +223,20 @@ def test_any_text_is_a_number_or_none(text):
 )
 def test_same_number(a, b, same):
     assert same_number(a, b) is same and same_number(b, a) is same
+
+
+@given(st.integers(0, 10**9), st.integers(0, 10**9), st.sampled_from(["{}", "{:,}", "{}.00", "${:,}", "**{}**"]))
+def test_a_sentence_with_one_number_states_it_and_no_other(stated, wanted, form):
+    sentence = f"So she has {form.format(stated)} apples left."
+    assert last_sentence(f"There were 7 of them.\n\n{sentence}\n") == sentence
+    assert states_number(sentence, str(wanted)) is (stated == wanted)
+    assert states_number(sentence, form.format(stated)) is True
+
+
+@given(st.text("0123456789 .,-+=*/%$ab\n#?", max_size=60), st.integers(0, 99))
+def test_a_text_without_the_number_is_never_right(text, wanted):
+    if states_number(text, str(wanted)):
+        assert str(wanted) in text or "%" in text or "/" in text or "." in text
 
 
 def test_leaks():

@@ -54,7 +54,11 @@ def alive(pid: int) -> bool:
         # No final answer.
         ("42", "42", RIGHT, "exact"),
         ("0.50", "1/2", RIGHT, "number"),
-        ("It is 42", "42", WRONG, "exact"),
+        ("It is forty", "The sum", WRONG, "exact"),
+        # The last sentence.
+        ("It is 42", "42", RIGHT, "number, last in text"),
+        ("It is 42", "43", WRONG, "number, last in text"),
+        ("It is 42 or 43", "43", UNKNOWN, "number, last in text"),
         ("", "42", WRONG, "exact"),
         (r"\boxed{4", "4", WRONG, "exact"),
         # No reference.
@@ -70,7 +74,7 @@ def test_without_computer_algebra(math, response, reference, verdict, by):
 
 
 def test_reasons(math):
-    found = math.verify([("It is 42", "42"), (r"\boxed{4}", None), (r"\boxed{4}", {"a": 1}), (r"\boxed{4}", "4")])
+    found = math.verify([("It is so", "an x"), (r"\boxed{4}", None), (r"\boxed{4}", {"a": 1}), (r"\boxed{4}", "4")])
     assert found[0] == Verification(WRONG, "exact", None, "no final answer in the response")
     assert found[1] == Verification(UNKNOWN, None, "4", "no reference answer")
     assert "dict" in found[2].reason and found[3] == Verification(RIGHT, "exact", "4", None)

@@ -265,7 +265,7 @@ def test_an_unknown_verdict_follows_the_policy(tokenizer):
     assert stages(row) == [("rollout", None, True), ("hinted", None, False)]
     assert row["turns"][0]["candidates"][0]["verdict"] == "unknown" and row["turns"][0]["stage"] == "rollout"
     [row], _ = run(
-        tokenizer, {"r/0/rollout/0": "The sum? \\boxed{who knows?}", "r/0/hinted": RIGHT}, record(), templates=(HINT,)
+        tokenizer, {"r/0/rollout/0": "The sum? \\boxed{half of it}", "r/0/hinted": RIGHT}, record(), templates=(HINT,)
     )
     assert [accepted for _, _, accepted in stages(row)] == [False, True]
     assert [c["verdict"] for c in row["turns"][0]["candidates"]] == ["unknown", "right"]
@@ -521,7 +521,7 @@ def test_a_model_that_gives_nan_is_named(tokenizer):
 
 def test_by_default_what_is_unknown_is_dropped(tokenizer):
     [row], _ = run(
-        tokenizer, {"r/0/rollout/0": "The sum? \\boxed{who knows?}", "r/0/hinted": WRONG}, record(), templates=(HINT,)
+        tokenizer, {"r/0/rollout/0": "The sum? \\boxed{half of it}", "r/0/hinted": WRONG}, record(), templates=(HINT,)
     )
     assert row["status"] == "dropped" and not any(accepted for _, _, accepted in stages(row))
 

@@ -29,7 +29,8 @@ _TAKEN_BACK = re.compile(
     re.IGNORECASE,
 )
 _DENIED = re.compile(
-    r"(?:\bnot|n't|\bnever|\bexcept|\binstead of|\brather than|\btry|\bif|\bsuppose|\bassume)[\s$:(\\\[]*\Z",
+    r"(?:\bnot|n't|\bnever|\bexcept|\binstead of|\brather than|\btry|\bif|\bsuppose|\bassume)"
+    r"(?:\s+(?:the|that|your|my|this|final|correct))*[\s$:(\\\[]*\Z",
     re.IGNORECASE,
 )
 _BETWEEN_BOXES = re.compile(

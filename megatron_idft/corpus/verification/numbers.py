@@ -11,13 +11,13 @@ MAX_EXPONENT = 1000  # its power of ten: 1e999999999 may not become a billion di
 
 _WHOLE = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+"
 _DECIMAL = rf"(?:(?:{_WHOLE})(?:\.[0-9]*)?|\.[0-9]+)"
-_NUMBER = re.compile(
+NUMBER = re.compile(
     rf"(?P<sign>[-+]?)(?:(?P<whole>[0-9]+)?\\frac\{{(?P<p>-?{_DECIMAL})\}}\{{(?P<q>-?{_DECIMAL})\}}"
     rf"|(?:(?P<whole_of_slash>[0-9]+) )?(?P<above>{_DECIMAL})/(?P<below>{_DECIMAL})"
     rf"|(?:(?P<factor>{_DECIMAL})\s*(?:\\times|\\cdot|\*)\s*)?10\^(?:\{{(?P<power>[-+]?[0-9]+)\}}|(?P<bare_power>[-+]?[0-9]+))"
     rf"|(?P<decimal>{_DECIMAL})(?:[eE](?P<e>[-+]?[0-9]+))?)"
 )
-_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _ONES, _TENS = (
     {word: value for value, word in zip(values, words.split(), strict=True)}
     for values, words in (
@@ -31,10 +31,10 @@ _BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})(?:[- ](?:{_BELOW_10}))?|{'|'.join(_ONES
 _BELOW_1000 = rf"(?:(?:{_BELOW_10}|a)[- ]hundred(?:(?: and)? {_BELOW_100})?|{_BELOW_100})"
 _MILLIONS, _THOUSANDS = (f"(?:{_BELOW_1000}|a) {scale}" for scale in ("million", "thousand"))
 _REST = f"(?:(?: and)? {_BELOW_1000})?"
-_IN_WORDS = re.compile(
+IN_WORDS = re.compile(
     rf"(?:(?:minus|negative) )?(?:zero|{_MILLIONS}(?: {_THOUSANDS})?{_REST}|{_THOUSANDS}{_REST}|{_BELOW_1000})"
 )
-_SCALED = re.compile(rf"(.+?) ?({'|'.join(_SCALES)})")
+_SCALED = re.compile(rf"(.+?) ?({'|'.join(SCALES)})")
 
 
 def number(text: str) -> Fraction | None:
@@ -51,12 +51,12 @@ def _value(text: str) -> Fraction | None:
     """Of a normalised text without a per cent sign."""
     if len(text) > MAX_NUMBER:
         return None
-    if _IN_WORDS.fullmatch(text):
+    if IN_WORDS.fullmatch(text):
         return _of_words(text)
     scaled = _SCALED.fullmatch(text)
-    found = _NUMBER.fullmatch(scaled[1] if scaled else text)
+    found = NUMBER.fullmatch(scaled[1] if scaled else text)
     value = None if found is None else _exact(found)
-    return value * _SCALES[scaled[2]] if scaled and value is not None else value
+    return value * SCALES[scaled[2]] if scaled and value is not None else value
 
 
 def _of_words(text: str) -> Fraction:
@@ -66,7 +66,7 @@ def _of_words(text: str) -> Fraction:
         if word == "hundred":
             group = 100 * max(group, 1)  # "a hundred"
         elif word in ("thousand", "million"):
-            total, group = total + max(group, 1) * _SCALES[word], 0
+            total, group = total + max(group, 1) * SCALES[word], 0
     return Fraction(-(total + group) if text.startswith(("minus", "negative")) else total + group)
 
 
@@ -99,7 +99,7 @@ def same_number(a: str, b: str) -> Same:
     if first == second:
         return True
     texts = normalised(a), normalised(b)
-    scales = [_SCALES[found[2]] if (found := _SCALED.fullmatch(text)) else 1 for text in texts]
+    scales = [SCALES[found[2]] if (found := _SCALED.fullmatch(text)) else 1 for text in texts]
     if scales[0] != scales[1] and first * scales[1] == second * scales[0]:
         return None
     per_cent = [text.endswith("%") for text in texts]
@@ -142,7 +142,7 @@ _ALTERING_WORDS = (
     " alpha beta gamma delta theta lambda sigma omega epsilon that which so wrong incorrect false too remainder"
 )
 _ALTERING = set(_ALTERING_WORDS.split())
-_NEGATING = {"not", "no", "nor", "wrong", "incorrect", "false", "percent", "percentage"} | set(_SCALES)
+_NEGATING = {"not", "no", "nor", "wrong", "incorrect", "false", "percent", "percentage"} | set(SCALES)
 
 
 def quantity(raw: str) -> Quantity | None:
@@ -151,7 +151,7 @@ def quantity(raw: str) -> Quantity | None:
         return None
     text = _MONEY_FIRST.sub(r"\1", found := without_name(normalised(raw))[1], count=1)
     money = _MONEY_FIRST.match(found)
-    prefix = _NUMBER.match(text)
+    prefix = NUMBER.match(text)
     value = None if prefix is None else _exact(prefix)
     if prefix is None or value is None:
         return None

@@ -38,7 +38,7 @@ _REPLACEMENTS = [
     ]
 ]
 _WORD = re.compile(r"(?<![\\a-zA-Z])(?:[a-zA-Z]{3,}|[nN][oO])(?![a-zA-Z])")
-_THOUSANDS = re.compile(r"[-+]? ?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)? ?%?")
+_THOUSANDS = re.compile(r"[-+]? ?[0-9]{1,3}(?:([, '’])[0-9]{3})(?:\1[0-9]{3})*(?:\.[0-9]+)? ?%?")
 _DEGREES = re.compile(r"[-+]?[0-9.,/]+°")
 _OF_A_LIST = re.compile("(?<=[0-9]), (?=[0-9]{3}(?![0-9]))")  # "1, 234" are two numbers, "1,234" is one
 
@@ -53,19 +53,24 @@ def normalised(text: str) -> str:
     Digits, signs and brackets of other scripts are ASCII, `²` is `^{2}`. Words of three letters or more, and "no", are
     in lower case: "x" and "X" differ, "Yes" and "yes" do not.
     """
-    text = re.sub(r"\s+", " ", _ascii(text))  # first: the patterns below take time with the square of a run of spaces
-    for pattern, replacement in _REPLACEMENTS:
-        text = pattern.sub(replacement, text)
-    text = text.strip().strip("*_` ").rstrip(".,;: \n\t").strip("*_` ").lstrip("=: ")
+    text = in_plain_characters(text).strip().strip("*_` ").rstrip(".,;: \n\t").strip("*_` ").lstrip("=: ")
     text = re.sub(r"\s+", " ", text)
     if _THOUSANDS.fullmatch(text):
-        text = text.replace(",", "")
+        text = re.sub("(?<=[0-9])[, '’](?=[0-9])", "", text)
     text = _OF_A_LIST.sub(",\0", text)
     text = re.sub(r"(?<![a-zA-Z0-9]) | (?![a-zA-Z0-9])", "", text).replace("\0", " ")
     text = _WORD.sub(lambda word: word[0].lower(), text)
     text = text.removesuffix("°") if _DEGREES.fullmatch(text) else text
     letter = re.fullmatch(r"\(([a-zA-Z])\)", text)
     return letter[1] if letter else text
+
+
+def in_plain_characters(text: str) -> str:
+    """The first steps of `normalised`: characters and LaTeX's markup; words, spaces and emphasis stay."""
+    text = re.sub(r"\s+", " ", _ascii(text))  # first: the patterns below take time with the square of a run of spaces
+    for pattern, replacement in _REPLACEMENTS:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def _ascii(text: str) -> str:

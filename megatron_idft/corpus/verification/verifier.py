@@ -19,7 +19,8 @@ from megatron_idft.corpus.verification.formulas import (
     names_differ,
     unreadable,
 )
-from megatron_idft.corpus.verification.numbers import same_number, same_quantity
+from megatron_idft.corpus.verification.numbers import number, same_number, same_quantity
+from megatron_idft.corpus.verification.sentences import holds_number, in_words, last_sentence, states_number
 from megatron_idft.corpus.verification.texts import (
     COMPARISONS,
     NOT_APPLICABLE,
@@ -33,6 +34,7 @@ from megatron_idft.corpus.verification.texts import (
 from megatron_idft.errors import InputError, WorkerError
 from megatron_idft.processes import Failure, ProcessPool, Task
 
+BY_LAST_SENTENCE = "number, last in text"
 MAX_COMPARED = 2000  # characters of an answer that is compared otherwise than as a text
 REMEDY = 'pip install "megatron-idft[verify]"'
 
@@ -48,7 +50,8 @@ class Verification:
     """The verdict on one response.
 
     Attributes:
-        verified_by: exact, number, math-verify or the plug-in's `module:function`, the last that was asked; None: none.
+        verified_by: exact; number; number, last in text; math-verify; or the plug-in's `module:function`: the last that
+            was asked. None: none.
         extracted: the final answer found in the response.
         reason: why it is unknown, or wrong without a comparison.
     """
@@ -121,13 +124,14 @@ class Verifier:
         start = "answers verified as texts and as exact numbers"
         if self._tool:
             return f"{start}, then by math-verify {version('math-verify')} ({limits})"
-        return f"{start} only, what is neither stays unknown: math-verify is not installed, {REMEDY}"
+        return f"WARNING: {start} only, formulas stay unknown: math-verify is not installed; {REMEDY}"
 
     def verify(self, items: Sequence[tuple[str, Any]]) -> list[Verification]:
         """One verification for each (text of a response, reference answer), in order.
 
         A reference may be a whole solution: its final answer counts, if it gives one. None or an empty text is no
         reference. Numbers are compared exactly, so that 0.333 is not 1/3, and math-verify is not asked about them.
+        Where the reference is a number and the response states no answer, the last sentence of the response counts.
         """
         found: list[Verification] = []
         tasks: list[Task] = []
@@ -173,11 +177,18 @@ class Verifier:
         given = behind_thoughts(response) if stated.text is None else stated.text
         same, by = _compare_directly(given, wanted)
         if stated.text is None and same is not True:
-            return say(Verdict.WRONG, "exact", "no final answer in the response")
+            return _by_last_sentence(response, wanted, of_reference.doubt)
         if same is not NOT_APPLICABLE:
-            reason = None if same is not None else "the two can be read in more than one way"
-            return say(_VERDICTS[same], by, reason)
-        return self._formulas(given, wanted, stated, say)
+            return say(_VERDICTS[same], by, None if same is not None else "the two can be read in more than one way")
+        found = self._formulas(given, wanted, stated, say)
+        if not isinstance(found, Verification):
+            return found
+        same = _in_words(given, wanted)
+        if number(wanted) is not None and not holds_number(given):
+            last = _by_last_sentence(response, wanted, stated.doubt)
+            if same is False or (last.extracted is not None and holds_number(last.extracted)):
+                return last  # what is announced, such as "Answer: we add all of them", is a heading
+        return found if same is None else say(_VERDICTS[same], "number")
 
     def _formulas(
         self, given: str, wanted: str, stated: FinalAnswer, say: Callable[..., Verification]
@@ -193,6 +204,28 @@ class Verifier:
         if reason is None and self._tool is None:
             reason = f"neither the same text nor two numbers, and math-verify is not installed: {REMEDY}"
         return asked if reason is None else say(Verdict.UNKNOWN, None, reason)
+
+
+def _in_words(given: str, wanted: str) -> bool | None:
+    """Whether one of them states the number that the other is."""
+    for sentence, value in ((given, wanted), (wanted, given)):
+        if number(value) is not None:
+            return states_number(sentence, value) if in_words(sentence) else None
+    return None
+
+
+def _by_last_sentence(response: str, wanted: str, doubt: str | None) -> Verification:
+    """Of a response without an answer that is marked as such."""
+    sentence = last_sentence(response)
+    if number(wanted) is None or sentence is None or "boxed" in sentence:
+        return Verification(Verdict.WRONG, "exact", None, "no final answer in the response")
+    same = states_number(sentence, wanted)
+    if same is True and doubt is None:
+        return Verification(Verdict.RIGHT, BY_LAST_SENTENCE, sentence)
+    if same is False:
+        return Verification(Verdict.WRONG, BY_LAST_SENTENCE, sentence, "no final answer but another number, or none")
+    reason = doubt or "no final answer, and the last sentence may state another number"
+    return Verification(Verdict.UNKNOWN, BY_LAST_SENTENCE, sentence, reason)
 
 
 _VERDICTS = {True: Verdict.RIGHT, False: Verdict.WRONG, None: Verdict.UNKNOWN}

@@ -101,7 +101,12 @@ def _show_first(args: argparse.Namespace, tokenizer: ChatTokenizer, named: Named
         raise ArgumentError(f"{', '.join(args.sft_data)}: no record in there")
     for line in describe_forms([(record.file, record.form, 1)]):
         print_on_rank_0(f"> {line}")
+    print_on_rank_0(f"> {_verifier(args).describe()}")
     print_on_rank_0(render_prompts(record, tokenizer, named, args.seq_length))
+
+
+def _verifier(args: argparse.Namespace) -> Verifier:
+    return Verifier(plugin=args.verifier_plugin, workers=args.verify_workers, timeout_seconds=args.verify_timeout)
 
 
 class _Job:
@@ -280,10 +285,7 @@ class _Job:
     def _open_verifier(self, stack: ExitStack) -> Verifier | None:
         if not self.replica.leads:
             return None
-        args = self.args
-        verifier = Verifier(
-            plugin=args.verifier_plugin, workers=args.verify_workers, timeout_seconds=args.verify_timeout
-        )
+        args, verifier = self.args, _verifier(self.args)
         self.replica.print_once(f"> {verifier.describe()}")
         if (said := self.inputs.describe_unreferenced(args.unverified)) is not None:
             self.replica.print_once(said)

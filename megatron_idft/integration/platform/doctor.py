@@ -251,8 +251,8 @@ def _choices() -> Iterator[Finding]:
     verify = installed("math-verify")
     yield Finding(
         "uses: verification",
-        f"text, numbers, math-verify {verify}" if verify else "text and numbers only",
-        remedy="" if verify else 'pip install "megatron-idft[verify]" compares formulas too',
+        f"text, numbers, math-verify {verify}" if verify else "text and numbers only: math-verify is missing",
+        remedy="" if verify else 'pip install "megatron-idft[verify]": realign compares formulas too',
     )
     yield _loss_works()
 
