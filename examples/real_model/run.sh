@@ -40,11 +40,11 @@ if [ ! -e scores/report.html ]; then
     idft score report scores --title "Worked solutions under ${model##*/}" | sed 's/^/        /'
 fi
 
-# A plain hint: a model of this size does not follow the packaged one.
+# Which hint a model follows, it shows itself: the packaged ones are tried on two records first.
 stage realign "3. realign: $realigned of the solutions again, in the model's own words where the answer stays right"
 if [ ! -e realigned/report.html ]; then
     launch 2 -m megatron_idft realign --cpu --hf-model "$model" --sft-data problems/train.jsonl --limit "$realigned" \
-        --chunk-records 2 --seq-length 1024 --output realigned --no-analysis --hint-prompt "$here/hint.txt" \
+        --chunk-records 2 --seq-length 1024 --output realigned --prompt-trial-records 2 --analysis-max-tokens 80 \
         --max-new-tokens "$max_new_tokens" --seed 1
     idft realign report realigned --title "Worked solutions, realigned" | sed 's/^/        /'
 fi

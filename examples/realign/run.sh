@@ -45,7 +45,7 @@ fi
 # From " answer" on only the plain stream writes: the sum must follow from the columns, not be copied from the hint.
 say "3. realigning it by two launches on one folder"
 realign=(-m megatron_idft realign --cpu --hf-model model --sft-data data/corpus.jsonl --seq-length 96 --seed 1
-    --max-new-tokens 64 --no-analysis --hint-prompt "$here/hint.txt" --splitter " answer")
+    --max-new-tokens 64 --hint-prompt "$here/hint.txt" --splitter " answer")
 if [ ! -e realigned.jsonl ]; then
     shared=("${realign[@]}" --output realigned --chunk-records "$chunk" --fallback retry)
     logged realign-first.log d launch 1 "${shared[@]}" &

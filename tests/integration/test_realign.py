@@ -87,6 +87,12 @@ def flags(folder: Path, output: Path | str, more: str = "") -> list[str]:
     return f"{words} --max-new-tokens 16 --kv-memory-gb 0.1 --fallback retry --retries 1 {more}".split()
 
 
+def auto(words: list[str]) -> list[str]:
+    """The same with a trial of the packaged prompts and the hint."""
+    at = words.index("--no-analysis")  # the hint follows it
+    return [*words[:at], "--hint-prompt", "auto", *words[at + 2 :]]
+
+
 def realign(folder: Path, output: Path, more: str = "", nproc: int = 1) -> list[dict]:
     forked(["-m", "megatron_idft", "realign", *flags(folder, output, more)], nproc=nproc)
     return list(read_outcomes(output))
@@ -274,6 +280,21 @@ def test_the_model_analyses_the_reference_itself(folder, tmp_path):
     assert as_expected > len(rows) / 2  # where the marker is the first that it wrote
 
 
+def test_replicas_choose_prompts_together(folder, tmp_path):
+    """The hint that the model has learnt is the best, far from the packaged ones, most of which do not even fit."""
+    output = tmp_path / "out"
+    words = auto(flags(folder, output, "--prompt-trial-records 6 --limit 6 --chunk-records 3"))
+    text = forked(["-m", "megatron_idft", "realign", *words], nproc=2)
+    assert "> trying 7 prompts on 6 of 6 records each" in text and text.count("<- first") == 1
+    choice = json.loads((output / "prompts.json").read_text())
+    assert choice["order"][0] == str(folder / "hint.txt") and len(choice["prompts"]) == 7
+    settings = read_manifest(output)["settings"]
+    assert [prompt["sha256"] for prompt in settings["prompts"]] == [chosen["sha256"] for chosen in choice["chosen"]]
+    assert choice["prompts"][-1]["kept"]["value"] > 0
+    assert len(list((output / "prompt_trial" / "parts").glob("*.parquet"))) == 7
+    assert len(list(read_outcomes(output))) == 6
+
+
 def test_other_settings_are_refused_on_the_same_folder(folder, realigned):
     for more, name in (("--chunk-records 3", "chunk_records"), ("--seed 3", "seed")):
         with pytest.raises(AssertionError, match=name):
@@ -343,7 +364,9 @@ def test_dry_run_and_estimate_write_nothing(folder, tmp_path):
     text = forked(["-m", "megatron_idft", "realign", *analysis[:at], *analysis[at + 2 :]])
     assert "> analysis prompt (analysis):" in text and "the model's analysis, and then:\n# CoT\n" in text
     assert "a trial before the run chooses among these: solve-again, " in text and "> hinted prompt (explain):" in text
-    text = forked(["-m", "megatron_idft", "realign", *flags(folder, output, "--estimate")], nproc=2)
+    words = auto(flags(folder, output, "--prompt-trial-records 2 --estimate"))
+    text = forked(["-m", "megatron_idft", "realign", *words], nproc=2)
+    assert text.count("> prompts tried on 2 records") == 1 and text.count("<- first") == 1
     assert text.count("> data.jsonl: 16 records in the ShareGPT form (conversations)\n") == 1
     assert f"{RECORDS} of {RECORDS} records" in text and "on 2 replicas" in text and "hours" in text
     assert "before" in text and "after" in text
