@@ -15,7 +15,8 @@ the same longest response:
 Every way leaves a folder of its own, with every text, and is taken up again where it was stopped; a way that is
 finished is only read. The table and FOLDER/real_realign.json are made from the folders. Verdicts are those of this
 version's verifier on the kept texts, whatever the way itself found; a leak is a phrase of corpus/verification/leaks.py
-that the question does not use. Mean phi is per token, its standard error treats each problem as one draw.
+that the question does not use; bare are right texts with less than a quarter of the original's tokens. Mean phi is per
+token, its standard error treats each problem as one draw.
 
 Expected before the first run on these problems, from runs on others. Plain sampling: 1 to 4 % right, mean phi of all
 samples 0 within its error, of right ones +0.1 to +0.2, as they are shorter and surer than most. --paper: 0 to 5 % kept,
@@ -44,6 +45,7 @@ sys.path.insert(0, str(real_model.ROOT / "examples" / "real_model"))
 import problems
 
 ARMS = ("own", "defaults", "paper", "distillation")
+BARE = 0.25  # of the original's tokens: an answer with hardly anything before it
 GOAL_KEPT, STANDARD_ERRORS = 0.6, 2.0
 AT_ONCE = 64  # own samples that are decoded side by side
 Row = dict[str, Any]
@@ -174,6 +176,7 @@ def kept_of_realign(folder: Path) -> tuple[list[Row], int]:
                     "text": candidate["text"],
                     "tokens": candidate["num_tokens"],
                     "phi": candidate["phi_sum"],
+                    "bare": candidate["num_tokens"] < BARE * turn["original_num_tokens"],
                 }
                 for candidate in turn["candidates"]
                 if candidate["accepted"] and outcome["status"] == "kept"
@@ -231,6 +234,7 @@ def numbers(options: argparse.Namespace, arm: str, records: dict[str, Row], veri
     kept, decoded = kept_of_realign(folder)
     right = [row for row in kept if _judged(row, records, verifier) == "right"]
     found = _share_and_phi(right, len(records), records) | {"kept_and_not_right": len(kept) - len(right)}
+    found["bare"] = sum(row["bare"] for row in right)
     found["phi_of_all_kept"] = _phi(kept)
     found["by_stage"] = {
         stage: sum(row["stage"] == stage for row in right) for stage in sorted({r["stage"] for r in right})
@@ -300,18 +304,18 @@ def judge(result: dict[str, Any]) -> None:
 
 def show(result: dict[str, Any]) -> None:
     """The table."""
-    print(f"{'':20}{'kept and right':>20}{'phi per token':>20}{'tokens each':>13}{'decoded':>10}{'leaks':>7}")
+    heads = ("kept and right", "phi per token", "tokens each", "bare", "decoded", "leaks")
+    print(f"{'':20}" + "".join(f"{head:>18}" for head in heads))
     for name, arm in result["arms"].items():
         phi = arm["phi"]
         shown = "none" if phi is None else f"{phi['value']:+.3f}" + (f" ± {phi['se']:.3f}" if phi["se"] else "")
         if "share" in arm:
             share = f"{arm['share']['value']:.1%} ± {arm['share']['se']:.1%}"
-            print(
-                f"{name:20}{share:>20}{shown:>20}{arm['mean_tokens']:13.0f}{arm['decoded_tokens']:10,}{len(arm['leaks']):7}"
-            )
+            more = (f"{arm['mean_tokens']:.0f}", str(arm.get("bare", "")))
+            columns = (share, shown, *more, f"{arm['decoded_tokens']:,}", str(len(arm["leaks"])))
         else:
-            share = f"{arm['right']} of {arm['samples']}"
-            print(f"{name:20}{share:>20}{shown:>20}{'':13}{arm['decoded_tokens']:10,}")
+            columns = (f"{arm['right']} of {arm['samples']}", shown, "", "", f"{arm['decoded_tokens']:,}", "")
+        print(f"{name:20}" + "".join(f"{column:>18}" for column in columns))
 
 
 def _lines(path: Path) -> Iterator[Row]:
