@@ -90,6 +90,8 @@ def trial_settings(settings: RealignSettings, template: HintTemplate) -> Realign
         seed=settings.seed + _OTHER_DRAWS,
         templates=(template,),
         rollout_samples=0,
+        more_room=0.0,
+        retries=0,
         fallback="original",
         unverified="keep" if settings.unverified == "keep" else "original",
     )
@@ -131,7 +133,7 @@ def _contribution(row: OutcomeRow) -> dict[str, float]:
         last = number == len(row["turns"])
         found["turns"] += 1
         found["answered"] += final_answer(turn["original_text"]) is not None or (last and answered)
-        found["tokens"] += turn["analysis_tokens"] or 0
+        found["tokens"] += sum(hint["analysis_tokens"] or 0 for hint in turn["hints"])
         for candidate in turn["candidates"]:
             found["tokens"] += candidate["num_tokens"]
             found["right"] += candidate["verdict"] == "right"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,15 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from numpy.typing import NDArray
 
 from megatron_idft.corpus.records import Message
-from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import InputError
-from megatron_idft.hinted_decoding.stages.conversation import encode_after
 
 _HEADER = ("marker", "after-marker")
 _VARIABLES = {"conversation", "question", "solution", "answer", "boxed"}
@@ -169,57 +164,6 @@ def hint_template(path: str | Path | None = None) -> HintTemplate:
     if template.marker is not None:
         raise InputError(f"{template.name}: without an analysis there is no marker: take it out of the header")
     return template
-
-
-def cut_at_marker(ids: NDArray[np.int32], template: HintTemplate, tokenizer: ChatTokenizer) -> NDArray[np.int32] | None:
-    """The analysis up to its last marker, followed by the template's after-marker.
-
-    Where the after-marker begins with a line break, a marker counts only if nothing else stands on its line but signs
-    of headings, emphasis and lists: a model may repeat the prompt, which mentions the marker.
-
-    Args:
-        ids: int32 [n], the analysis.
-        template: one with a marker.
-        tokenizer: of the model.
-
-    Returns:
-        int32 [m]; the tokens of the after-marker are the model's own as far as it wrote them. None without a marker.
-    """
-    assert template.marker is not None
-    marker, text = template.marker, tokenizer.decode(ids)
-    # A stop token may follow it.
-    line = (
-        (r"^[ \t#*]*(?:[0-9]+[.)][ \t#*]*)?", r"[ \t*:]*(?:<[^\s<>]+>)?$")
-        if template.after_marker.startswith("\n")
-        else ("", "")
-    )
-    found = list(re.finditer(f"{line[0]}({re.escape(marker)}){line[1]}", text, re.MULTILINE))
-    if not found:
-        return None
-    end = _shortest(ids, tokenizer, marker, text.count(marker, 0, found[-1].end(1)))
-    tail = tokenizer.decode(ids[:end]).rpartition(marker)[2]
-    wanted = template.after_marker
-    while end < len(ids) and len(tail) < len(wanted) and wanted.startswith(tail):
-        longer = tokenizer.decode(ids[: end + 1]).rpartition(marker)[2]
-        if not longer.startswith(wanted) and not wanted.startswith(longer):
-            break
-        end, tail = end + 1, longer
-    missing = wanted[len(tail) :] if wanted.startswith(tail) else ""
-    if not missing:
-        return ids[:end]
-    return np.concatenate([ids[:end], encode_after(tokenizer, marker + tail, missing)])
-
-
-def _shortest(ids: NDArray[np.int32], tokenizer: ChatTokenizer, marker: str, count: int) -> int:
-    """The fewest first tokens whose text holds the marker `count` times."""
-    low, high = 1, len(ids)
-    while low < high:
-        middle = (low + high) // 2
-        if tokenizer.decode(ids[:middle]).count(marker) >= count:
-            high = middle
-        else:
-            low = middle + 1
-    return low
 
 
 def _read(packaged: str, path: str | Path | None) -> HintTemplate:

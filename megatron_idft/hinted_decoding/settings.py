@@ -9,7 +9,8 @@ from megatron_idft.hinted_decoding.mixing import EntropyMixing
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.inference.requests import Repetition, Sampling
 
-Fallback = Literal["drop", "original", "retry"]
+Fallback = Literal["drop", "original"]
+AnalysisMarker = Literal["append", "require"]
 Unverified = Literal["drop", "original", "keep"]
 
 GREEDY = Sampling(temperature=0.0)
@@ -23,11 +24,14 @@ class RealignSettings:
     Attributes:
         max_positions: the context in tokens.
         max_tokens: the longest response in tokens.
-        templates: of the hint, in order of preference, at least one. With a marker, the model analyses the reference
-            first; without one, the rendered template is the hint.
+        templates: of the hint, at least one, in the order in which they are tried. With a marker, the model analyses
+            the reference first; without one, the rendered template is the hint.
         rollout_samples: 0 leaves the stage out.
-        fallback, after_retries: the fate of a turn for which no candidate was accepted.
-        retries: further tries of hinted decoding, for fallback "retry"; each with another seed.
+        analysis_marker: "append" closes an analysis without marker by one; "require" gives no hint then, as the paper.
+        more_room: a response that `max_tokens` cut gets one more try with so many times as many; 0: none.
+        fallback: the fate of a turn for which no candidate was accepted.
+        original_weight: of turns that stay as they were, in the loss.
+        retries: further tries of hinted decoding by the first template; each with another seed.
         retry_slope_factor: each retry multiplies the slope of the mixing by this once more.
         unverified: the fate of a turn without a reference, or for which nothing was right and something could not be
             compared; "keep" accepts its first such candidate that ended by itself and does not betray the hint.
@@ -42,27 +46,26 @@ class RealignSettings:
     rollout_sampling: Sampling = field(default_factory=Sampling)
     analysis_sampling: Sampling = GREEDY
     analysis_max_tokens: int = 2048
+    analysis_marker: AnalysisMarker = "append"
     hinted_sampling: Sampling = PAPER_SAMPLING
     splitter: str | None = "\\boxed{"
     repetition: Repetition | None = field(default_factory=Repetition)
     stop_on_first_token: bool = False
+    more_room: float = 2.0
     fallback: Fallback = "drop"
+    original_weight: float = 1.0
     retries: int = 2
     retry_slope_factor: float = 0.5
-    after_retries: Literal["drop", "original"] = "drop"
     unverified: Unverified = "drop"
-
-    @property
-    def last_resort(self) -> Literal["drop", "original"]:
-        return self.after_retries if self.fallback == "retry" else self.fallback
 
     def describe(self) -> dict[str, Any]:
         """As plain types, for the manifest: launches on one folder must agree, and the report reads it."""
         analysis = None
         if any(template.marker is not None for template in self.templates):
-            analysis = _sampling(self.analysis_sampling) | {"max_tokens": self.analysis_max_tokens}
+            analysis = _sampling(self.analysis_sampling)
+            analysis |= {"max_tokens": self.analysis_max_tokens, "marker": self.analysis_marker}
         rollouts = _sampling(self.rollout_sampling) | {"samples": self.rollout_samples}
-        retry = {"retries": self.retries, "slope_factor": self.retry_slope_factor, "after_retries": self.after_retries}
+        retry = {"retries": self.retries, "slope_factor": self.retry_slope_factor}
         return {
             "seed": self.seed,
             "seq_length": self.max_positions,
@@ -74,8 +77,10 @@ class RealignSettings:
             "hinted": _sampling(self.hinted_sampling)
             | {"splitter": self.splitter, "stop_on_first_token": self.stop_on_first_token},
             "repetition": None if self.repetition is None else asdict(self.repetition),
+            "more_room": self.more_room,
             "fallback": self.fallback,
-            "retry": retry if self.fallback == "retry" else None,
+            "original_weight": self.original_weight,
+            "retry": retry if self.retries else None,
             "unverified": self.unverified,
         }
 

@@ -44,7 +44,7 @@ def candidate(drawn, stage, **columns):
     row = {
         "stage": stage, "seed": 0, "slope": None if stage == "rollout" else 3.0, "accepted": False,
         "rejected_because": None, "verdict": "right", "verified_by": "number", "extracted": "4", "leak": None,
-        "finish_reason": "eos", "text": text(drawn), "split_at": None,
+        "finish_reason": "eos", "text": text(drawn), "more_room": False, "split_at": None,
         "hint_share_mean": float(shares.mean()) if len(shares) else None,
         "hint_share_min": float(shares.min()) if len(shares) else None,
     }  # fmt: skip
@@ -58,8 +58,8 @@ def text(drawn):
 def turn(original, candidates=(), stage=None, accepted=None, **columns):
     """accepted: the scores of the accepted candidate, None where there is none."""
     row = {
-        "message": 1, "stage": stage, "reason": None, "num_prompt_tokens": 9, "num_hinted_prompt_tokens": 30,
-        "analysis_tokens": None, "original_text": None if original is None else text(original),
+        "message": 1, "stage": stage, "reason": None, "num_prompt_tokens": 9, "hints": [],
+        "original_text": None if original is None else text(original),
         "candidates": list(candidates), "token_ids": [], "tokens": [], "hint_share": [], "phi": [], "entropy": [],
         "hinted_entropy": [],
     }  # fmt: skip
@@ -113,7 +113,7 @@ def _turn(rng, temperature, message):
         if right:
             candidates[-1]["accepted"] = True
             return turn(original, candidates, "rollout", drawn, message=message)
-    for stage, limit in (("hinted", 0.65), ("retry", 0.8)):
+    for stage, limit in (("hinted", 0.6), ("second_hint", 0.7), ("retry", 0.8)):
         length = int(rng.integers(20, 60))
         split_at = int(rng.integers(5, length)) if rng.random() < 0.7 else None
         drawn = scores(rng, length, hinted=True, temperature=0.5, alone_from=split_at)

@@ -20,9 +20,12 @@ def make_tokenizer(folder: Path, template: str = CHATML) -> ChatTokenizer:
 
 
 class ScriptedEngine:
-    """script: request id -> what is answered. A request that is not in it fails: nothing may be asked in vain."""
+    """script: request id -> what is answered. A request that is not in it fails: nothing may be asked in vain.
 
-    def __init__(self, tokenizer: ChatTokenizer, script: dict[str, Answer]):
+    What stands under (id, max_tokens) goes first: of a request that comes again with more room.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, script: dict[str | tuple[str, int], Answer]):
         self.tokenizer, self.script, self.decoded_tokens = tokenizer, script, 0
         self.calls: list[tuple[list[Request], DecodeSettings]] = []
         self.scored: list[list[list[int]]] = []
@@ -41,7 +44,8 @@ class ScriptedEngine:
             yield self._completion(request, settings)
 
     def _completion(self, request: Request, settings: DecodeSettings) -> Completion:
-        answer = self.script[request.id]
+        wider = (request.id, settings.stopping.max_tokens)
+        answer = self.script[wider if wider in self.script else request.id]
         reason = "eos"
         if isinstance(answer, tuple):
             answer, reason = answer

@@ -79,7 +79,7 @@ def test_a_trial_measures_one_hinted_try_of_every_turn(tokenizer):
         record("c", "anything", answer="7"),
         record("d", "nobody can check this"),
     ]
-    found = measure(PLAIN, tried(tokenizer, PLAIN, script, *records, fallback="retry"))
+    found = measure(PLAIN, tried(tokenizer, PLAIN, script, *records, retries=2))
     assert (found["records"], found["turns"], found["turns_with_answer"]) == (4, 5, 5)
     shares = {key: found[key]["value"] for key in ("right", "kept", "bare", "kept_not_bare")}
     assert shares == {"right": 3 / 5, "kept": 2 / 5, "bare": 1 / 5, "kept_not_bare": 1 / 5}

@@ -2,14 +2,12 @@
 
 import hashlib
 
-import numpy as np
 import pytest
 
 from megatron_idft.corpus.verification.leaks import LeakFilter
 from megatron_idft.errors import InputError
 from megatron_idft.hinted_decoding.named_prompts import PACKAGED, packaged_prompt
-from megatron_idft.hinted_decoding.prompts import HintTemplate, analysis_template, cut_at_marker, hint_template
-from tests.hinted_decoding.scripted import make_tokenizer
+from megatron_idft.hinted_decoding.prompts import HintTemplate, analysis_template, hint_template
 
 QUESTION = {"role": "user", "content": "What is 3 + 4?"}
 CONVERSATION = [
@@ -18,11 +16,6 @@ CONVERSATION = [
     {"role": "user", "content": "And times 3?"},
 ]
 SOLUTION = "3 + 4 = \\boxed{7}"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.parametrize("template", map(packaged_prompt, PACKAGED), ids=lambda template: template.name)
@@ -120,41 +113,3 @@ def test_each_stage_wants_its_own_kind(tmp_path):
         hint_template(with_marker)
     with pytest.raises(InputError, match="name a UTF-8 text file"):
         hint_template(tmp_path / "c")
-
-
-@pytest.mark.parametrize(
-    ("analysis", "kept"),
-    [
-        (
-            "# Analysis\nThe marker is # CoT here.\n# CoT\nFirst, 3 + 4.",
-            "# Analysis\nThe marker is # CoT here.\n# CoT\n",
-        ),
-        ("short\n# CoT", "short\n# CoT\n"),
-        ("short\n## CoT\nThe # CoT line", "short\n## CoT\n"),
-        ("short\n**# CoT:**\n3 + 4", "short\n**# CoT\n"),
-        ("2. # CoT\n3 + 4", "2. # CoT\n"),
-        ("# CoT\n\n\nmore", "# CoT\n\n"),  # two line breaks are one token
-    ],
-)
-def test_an_analysis_ends_behind_its_last_marker(tokenizer, analysis, kept):
-    ids = tokenizer.encode_batch([analysis], [[]])[0].ids
-    found = cut_at_marker(ids, analysis_template(), tokenizer)
-    assert found is not None and tokenizer.decode(found) == kept
-
-
-def test_the_models_own_tokens_are_kept(tokenizer):
-    """Letter by letter: not what the tokenizer would make of the text."""
-    analysis = "a\n# CoT\nmore"
-    ids = np.concatenate([tokenizer.encode_batch([letter], [[]])[0].ids for letter in analysis])
-    assert len(ids) == len(analysis) > len(tokenizer.encode_batch([analysis], [[]])[0].ids)
-    found = cut_at_marker(ids, analysis_template(), tokenizer)
-    assert found is not None and found.tolist() == ids[: len("a\n# CoT\n")].tolist()
-
-
-@pytest.mark.parametrize(
-    "analysis",
-    ["# Cot and #CoT", '2. A line "# CoT" with nothing else on it, and below it', "short # CoT: 3 + 4", "x # CoT"],
-)
-def test_without_a_marker_on_a_line_of_its_own_there_is_no_cut(tokenizer, analysis):
-    ids = tokenizer.encode_batch([analysis], [[]])[0].ids
-    assert cut_at_marker(ids, analysis_template(), tokenizer) is None

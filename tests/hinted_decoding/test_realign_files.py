@@ -19,7 +19,13 @@ from megatron_idft.hinted_decoding.input.record_store import RecordStore, build_
 from megatron_idft.hinted_decoding.output.former_names import current_settings
 from megatron_idft.hinted_decoding.output.merge import merge
 from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA, TURN
-from megatron_idft.hinted_decoding.output.results import open_retry, read_outcomes, read_settings, retry_folders
+from megatron_idft.hinted_decoding.output.results import (
+    begun_by_earlier_version,
+    open_retry,
+    read_outcomes,
+    read_settings,
+    retry_folders,
+)
 from megatron_idft.hinted_decoding.output.status import describe_status
 from megatron_idft.hinted_decoding.report.summary import summarize
 from megatron_idft.integration.offline.program import write_part
@@ -260,7 +266,7 @@ def test_errors_are_replaced_by_what_retries_gave(finished, tmp_path):
 
 def test_a_folder_of_an_earlier_version_is_read(tmp_path):
     """Without what the schema did not have then, whatever the release of pyarrow."""
-    new = {"failures", "analysis_text"}
+    new = {"failures", "hints"}
     turn = pa.struct([field for field in TURN if field.name not in new])
     schema = OUTCOME_SCHEMA.set(OUTCOME_SCHEMA.get_field_index("turns"), pa.field("turns", pa.list_(turn)))
     rows = [outcome(0, "dropped"), outcome(1, "dropped")]
@@ -272,7 +278,7 @@ def test_a_folder_of_an_earlier_version_is_read(tmp_path):
     assert merge(tmp_path / "out", tmp_path / "a.jsonl")["dropped"] == 2
     numbers = summarize(read_outcomes(tmp_path / "out"), {}, "t")["corpus"]
     assert numbers["reasons"]["dropped"] == [{"name": "why", "count": 2}]
-    assert numbers["failures"] == {"rollout": [], "hinted": [], "retry": []}
+    assert numbers["failures"] == {"rollout": [], "hinted": [], "second_hint": [], "retry": []}
 
 
 FORMER_CANDIDATE = {"slope": "beta", "hint_share_mean": "lambda_mean", "hint_share_min": "lambda_max"}
@@ -282,6 +288,8 @@ def with_shares_of_the_plain_stream(rows: list[dict]) -> pa.Table:
     """As versions wrote them that recorded lambda, the share of the plain stream."""
     for row in rows:
         for turn in row["turns"] or ():
+            turn |= {"num_hinted_prompt_tokens": 30, "analysis_tokens": None, "analysis_text": "It is"}
+            del turn["hints"]
             turn["mix_weight"] = [1 - share for share in turn.pop("hint_share")]
             for candidate in turn["candidates"]:
                 for name, former in FORMER_CANDIDATE.items():
@@ -304,7 +312,9 @@ def test_a_folder_that_recorded_the_share_of_the_plain_stream_is_read_as_hint_sh
     for row, wanted in zip(found, expected, strict=True):
         for turn, turn_wanted in zip(row["turns"] or (), wanted["turns"] or (), strict=True):
             np.testing.assert_allclose(turn["hint_share"], turn_wanted["hint_share"], atol=1e-6)
-            assert "mix_weight" not in turn
+            assert "mix_weight" not in turn and "analysis_text" not in turn
+            [hint] = turn["hints"]
+            assert (hint["num_prompt_tokens"], hint["analysis_text"]) == (30, "It is")
             for one, one_wanted in zip(turn["candidates"], turn_wanted["candidates"], strict=True):
                 assert not set(FORMER_CANDIDATE.values()) & set(one) and one["slope"] == one_wanted["slope"]
                 for name in ("hint_share_mean", "hint_share_min"):
@@ -321,8 +331,10 @@ def test_a_folder_that_recorded_the_share_of_the_plain_stream_is_read_as_hint_sh
 
 
 def test_a_job_that_was_begun_under_the_former_names_goes_on_and_others_are_refused(tmp_path):
-    former = {"mixing": {"mode": "fixed", "value": 0.9}, "retry": {"retries": 2, "beta_factor": 0.5}, "seed": 1}
+    retry = {"retries": 2, "beta_factor": 0.5, "after_retries": "original"}
+    former = {"mixing": {"mode": "fixed", "value": 0.9}, "retry": retry, "seed": 1, "fallback": "retry"}
     now = {"mixing": {"mode": "fixed", "hint_share": 0.1}, "retry": {"retries": 2, "slope_factor": 0.5}, "seed": 1}
+    now["fallback"] = "original"
     with Ledger(tmp_path / "fixed", former, 1):
         pass
     assert read_settings(tmp_path / "fixed") == now
@@ -332,10 +344,12 @@ def test_a_job_that_was_begun_under_the_former_names_goes_on_and_others_are_refu
     with pytest.raises(SettingsMismatch, match=r"mixing\.hint_share: 0\.1 in the folder, 0\.9 now"):
         Ledger(tmp_path / "fixed", misread, 1, current=current_settings)
     prompt = {"sha256": "a", "marker": None}
-    former = {"mixing": {"mode": "linear", "beta": 3.0}, "retry": None, "prompt": prompt}
+    former = {"mixing": {"mode": "linear", "beta": 3.0}, "retry": None, "prompt": prompt, "analysis": {"top_k": 0}}
     with Ledger(tmp_path / "linear", former, 1):
         pass
     linear = {"mixing": {"mode": "linear", "slope": 3.0}, "retry": None, "prompts": [prompt]}
+    linear |= {"analysis": {"top_k": 0, "marker": "require"}, "more_room": 0.0, "original_weight": 1.0}
+    assert begun_by_earlier_version(tmp_path / "linear") == linear
     assert read_settings(tmp_path / "linear") == linear
     with Ledger(tmp_path / "linear", linear, 1, current=current_settings):
         pass

@@ -11,13 +11,16 @@ from megatron_idft.corpus.records import Record
 from megatron_idft.corpus.verification.leaks import LeakFilter
 from megatron_idft.corpus.verification.verifier import Verifier
 from megatron_idft.data.chat.conversations import encode_conversation
+from megatron_idft.data.packed.dataset import PackedDataset
 from megatron_idft.hinted_decoding.input.provided import ProvidedText, prompt_sha256
 from megatron_idft.hinted_decoding.mixing import EntropyMixing
 from megatron_idft.hinted_decoding.output.outcomes import (
     OUTCOME_SCHEMA,
     count_methods,
+    count_tries,
     describe_methods,
     describe_reason,
+    describe_tries,
 )
 from megatron_idft.hinted_decoding.preview import describe_unreferenced
 from megatron_idft.hinted_decoding.prompts import HintTemplate
@@ -26,10 +29,13 @@ from megatron_idft.hinted_decoding.settings import RealignSettings
 from megatron_idft.hinted_decoding.stages.conversation import encode
 from megatron_idft.hinted_decoding.stages.pipeline import Realigner
 from megatron_idft.hinted_decoding.stages.tasks import RealignInput, RecordTask
+from tests.data.prepared_files import tokenized, write
 from tests.hinted_decoding.scripted import LLAMA3, MISTRAL, QWEN3_MARKED, ScriptedEngine, make_tokenizer, score_ids
 
 ANALYSIS = HintTemplate("a", 'marker: # CoT\nafter-marker: "\\n"\n---\n{{ question }} {{ solution }} # CoT')
 HINT = HintTemplate("h", "---\n{{ question }} {{ solution }} {{ answer }}")
+ASKED = "<|im_start|>user\n3 + 4? It is \\boxed{7} # CoT<|im_end|>\n<|im_start|>assistant\n"  # by ANALYSIS
+UNUSABLE = HintTemplate("u", "---\n{{ question }} {{ solution.nothing.there }}")
 RIGHT, WRONG, LEAK = "The answer is 7.", "The answer is 8.", "By the reference answer, the answer is 7."
 
 
@@ -45,7 +51,14 @@ def record(answer="7", messages=None, identity="r", **extra) -> Record:
 
 
 def settings(**changes) -> RealignSettings:
-    defaults = {"seed": 5, "max_positions": 400, "max_tokens": 50, "templates": (ANALYSIS,)}
+    defaults = {
+        "seed": 5,
+        "max_positions": 400,
+        "max_tokens": 50,
+        "templates": (ANALYSIS,),
+        "retries": 0,
+        "more_room": 0.0,
+    }
     return RealignSettings(**(defaults | {"mixing": EntropyMixing(600)} | changes))
 
 
@@ -72,7 +85,7 @@ def test_the_first_right_rollout_is_taken_and_nothing_more_is_asked(tokenizer):
     assert stages(row) == [("rollout", "wrong", False), ("rollout", None, True), ("rollout", None, False)]
     [turn] = row["turns"]
     assert [c["verdict"] for c in turn["candidates"]] == ["wrong", "right", "right"]
-    assert turn["stage"] == "rollout" and turn["num_hinted_prompt_tokens"] is None and len(engine.calls) == 1
+    assert turn["stage"] == "rollout" and turn["hints"] == [] and len(engine.calls) == 1
     written = json.loads(row["record"])
     assert written["messages"][-1]["content"] == RIGHT and written["id"] == "r" and written["kept"] == 1
     assert (written["answer"], written["source"]) == ("7", "sums")
@@ -135,7 +148,9 @@ def test_what_is_wrong_alone_is_hinted_behind_the_last_marker(tokenizer):
     [turn] = row["turns"]
     candidate = turn["candidates"][1]
     assert (candidate["slope"], candidate["hint_share_mean"], candidate["hint_share_min"]) == (3.0, 0.75, 0.75)
-    assert turn["num_hinted_prompt_tokens"] == len(hinted.hinted_prompt) and turn["analysis_tokens"] > 10
+    [hint] = turn["hints"]
+    assert hint["num_prompt_tokens"] == len(hinted.hinted_prompt) and hint["analysis_tokens"] > 10
+    assert (hint["marker"], hint["analysis_text"], hint["failure"]) == ("model", analysis, None)
     assert sum(np.isfinite(turn["hinted_entropy"])) == candidate["split_at"] > 0
     assert turn["tokens"] == [tokenizer.decode([i]) for i in turn["token_ids"]]
 
@@ -144,7 +159,7 @@ def test_without_analysis_the_template_alone_is_the_hint(tokenizer):
     [row], engine = run(tokenizer, {"r/0/hinted": RIGHT}, record(), templates=(HINT,), rollout_samples=0)
     asked = "<|im_start|>user\n3 + 4? It is \\boxed{7} 7<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(engine.requests["r/0/hinted"].hinted_prompt) == asked
-    assert row["status"] == "kept" and row["turns"][0]["analysis_tokens"] is None
+    assert row["status"] == "kept" and row["turns"][0]["hints"][0]["analysis_tokens"] is None
 
 
 @pytest.mark.parametrize(
@@ -188,16 +203,149 @@ def test_a_phrase_of_the_question_is_no_leak(tokenizer):
 
 def test_a_turn_without_a_marker_is_not_hinted(tokenizer):
     script = {"r/0/rollout/0": WRONG, "r/0/analysis": "It is seven."}
-    [row], _ = run(tokenizer, script, record(), fallback="retry", after_retries="original")
+    [row], _ = run(tokenizer, script, record(), fallback="original", analysis_marker="require")
     assert row["status"] == "kept" and row["turns"][0]["reason"] == "no marker in the analysis"
-    [row], _ = run(tokenizer, script, record())
+    [row], _ = run(tokenizer, script, record(), analysis_marker="require")
     assert (row["status"], row["reason"]) == ("dropped", "no marker in the analysis")
     assert describe_reason(row) == "own response: wrong; hinted: no marker in the analysis"
 
 
+def test_an_analysis_without_a_marker_is_closed_by_one_of_ours(tokenizer):
+    letters = [i for letter in "It is" for i in tokenizer.encode_batch([letter], [[]])[0].ids.tolist()]
+    stop = tokenizer.special_ids["<|im_end|>"]
+    for analysis in ([*letters, stop], [*letters, tokenizer.eos_id], ("It is", "length"), ("It is", "repetition")):
+        script = {"r/0/rollout/0": WRONG, "r/0/analysis": analysis, "r/0/hinted": RIGHT}
+        [row], engine = run(tokenizer, script, record())
+        assert row["status"] == "kept"
+        hinted = engine.requests["r/0/hinted"].hinted_prompt
+        assert tokenizer.decode(hinted) == ASKED + "It is\n# CoT\n"
+        if isinstance(analysis, list):
+            assert hinted.tolist()[len(engine.requests["r/0/analysis"].prompt) :][: len(letters)] == letters
+        [hint] = row["turns"][0]["hints"]
+        assert (hint["marker"], hint["analysis_text"], hint["failure"]) == ("appended", "It is", None)
+    given = {"analyses": {0: ProvidedText("7, or")}}
+    [row], engine = run(tokenizer, {"r/0/hinted": RIGHT}, record(), rollout_samples=0, given=given)
+    assert row["turns"][0]["hints"][0]["marker"] == "appended" and row["status"] == "kept"
+    assert tokenizer.decode(engine.requests["r/0/hinted"].hinted_prompt) == ASKED + "7, or\n# CoT\n"
+
+
+def test_each_stage_that_fails_or_cannot_run_is_followed_by_the_next(tokenizer):
+    """Of two hints, each by itself, and both: what is told of them, and where the retries take theirs from."""
+    script = {"r/0/rollout/0": WRONG, "r/0/analysis": "no", "r/0/hinted": LEAK, "r/0/second_hint": WRONG}
+    script |= {"r/0/retry/1": WRONG, "r/0/retry/2": (RIGHT, "length")}
+    [row], engine = run(tokenizer, script, record(), templates=(ANALYSIS, HINT), retries=2)
+    assert stages(row) == [
+        ("rollout", "wrong", False), ("hinted", "leak", False), ("second_hint", "wrong", False),
+        ("retry", "wrong", False), ("retry", "unfinished", False),
+    ]  # fmt: skip
+    assert (row["status"], row["reason"]) == ("dropped", "unfinished")
+    assert describe_reason(row).startswith("own response: wrong; hinted: leak; second hint: wrong; retry: wrong, unf")
+    first, second, again = (engine.requests[f"r/0/{name}"] for name in ("hinted", "second_hint", "retry/1"))
+    assert tokenizer.decode(first.hinted_prompt).endswith("no\n# CoT\n") and first.seed == second.seed == 5
+    assert "# CoT" not in tokenizer.decode(second.hinted_prompt)
+    assert again.hinted_prompt.tolist() == first.hinted_prompt.tolist() and again.seed == 6
+    shown = summarize([row], {}, "t")
+    hints = shown["corpus"]["hints"]
+    assert hints["hinted"] == {"turns": 1, "given": 1, "analyses": 1, "marker_of_model": 0, "marker_appended": 1}
+    assert hints["second_hint"] == {"turns": 1, "given": 1, "analyses": 0, "marker_of_model": 0, "marker_appended": 0}
+    [failed] = shown["failed_turns"]
+    assert failed["hints"][0]["analysis"]["head"] == "no" and failed["candidates"][1]["text"]["head"] == LEAK
+
+    script = {"r/0/rollout/0": WRONG, "r/0/second_hint": WRONG, "r/0/retry/1": RIGHT}
+    for templates, marker in (((UNUSABLE, HINT), "append"), ((ANALYSIS, HINT), "require")):
+        analysed = {"r/0/analysis": "no"} if marker == "require" else {}
+        policy = {"templates": templates, "analysis_marker": marker, "retries": 1}
+        [row], engine = run(tokenizer, script | analysed, record(), **policy)
+        assert [stage for stage, _, _ in stages(row)] == ["rollout", "second_hint", "retry"]
+        assert row["status"] == "kept" and row["turns"][0]["stage"] == "retry"
+        used = [engine.requests[f"r/0/{name}"].hinted_prompt.tolist() for name in ("second_hint", "retry/1")]
+        assert used[0] == used[1], "the first hint that there is"
+        assert row["turns"][0]["hints"][0]["failure"].startswith(("no hinted prompt: u", "no marker"))
+
+    [row], engine = run(tokenizer, {"r/0/rollout/0": WRONG}, record(), templates=(UNUSABLE, UNUSABLE), retries=2)
+    assert len(engine.calls) == 1 and describe_reason(row).count("no hinted prompt") == 2
+    [row], _ = run(tokenizer, {"r/0/rollout/0": WRONG}, record(), templates=(UNUSABLE,), fallback="original")
+    assert (row["status"], row["turns"][0]["stage"]) == ("kept", "original")
+
+
+def test_a_second_analysis_is_one_of_its_own(tokenizer):
+    other = HintTemplate("b", 'marker: # CoT\nafter-marker: "\\n"\n---\n{{ question }} {{ answer }} # CoT')
+    script = {"r/0/analysis": "one", "r/0/hinted": WRONG, "r/0/second_hint/analysis": "two", "r/0/second_hint": RIGHT}
+    [row], engine = run(tokenizer, script, record(), rollout_samples=0, templates=(ANALYSIS, other))
+    assert row["turns"][0]["stage"] == "second_hint"
+    assert [hint["prompt"] for hint in row["turns"][0]["hints"]] == [ANALYSIS.sha256, other.sha256]
+    assert tokenizer.decode(engine.requests["r/0/second_hint"].hinted_prompt).endswith("two\n# CoT\n")
+
+
+def test_what_the_length_limit_cut_is_decoded_once_more_with_more_room(tokenizer):
+    script = {"r/0/rollout/0": (RIGHT, "length"), "r/0/rollout/1": WRONG, ("r/0/rollout/0", 100): RIGHT}
+    [row], engine = run(tokenizer, script, record(), rollout_samples=2, more_room=2.0)
+    assert [(c["text"], c["more_room"], c["accepted"]) for c in row["turns"][0]["candidates"]] == [
+        (WRONG, False, False),
+        (RIGHT, True, True),
+    ]
+    assert [[r.id for r in requests] for requests, _ in engine.calls][1:] == [["r/0/rollout/0"]]
+    assert engine.calls[0][0][0] == engine.calls[1][0][0], "the same draws"
+    numbers = summarize([row], {}, "t")["corpus"]["stages"]["rollout"]
+    assert (numbers["candidates"], numbers["more_room"], numbers["more_room_finished"]) == (2, 1, 1)
+    assert describe_tries(count_tries(row["turns"])) == ["responses decoded with more room: 1, of which 1 then ended"]
+
+    # Where another one is right, it is not asked for, nor where it is switched off or what ended it was no length.
+    for rollouts, room, calls in (((RIGHT, "length"), 0.0, 1), ((RIGHT, "context"), 2.0, 1), (RIGHT, 2.0, 1)):
+        script = {"r/0/rollout/0": (RIGHT, "length"), "r/0/rollout/1": rollouts}
+        if rollouts == (RIGHT, "context"):
+            script["r/0/rollout/0"] = rollouts
+        _, engine = run(tokenizer, script, record(), rollout_samples=2, more_room=room, templates=(UNUSABLE,))
+        assert len(engine.calls) == calls
+
+    # A second cut is the last word, and each hinted stage has its own.
+    cut = (RIGHT, "length")
+    script = {"r/0/hinted": cut, "r/0/retry/1": cut, ("r/0/retry/1", 100): RIGHT}
+    policy = {"templates": (HINT,), "rollout_samples": 0, "more_room": 2.0, "retries": 1}
+    [row], engine = run(tokenizer, script, record(), **policy)
+    assert stages(row) == [("hinted", "unfinished", False), ("retry", None, True)]
+    assert [c["more_room"] for c in row["turns"][0]["candidates"]] == [True, True]
+    assert [call[1].mixing.slope for call in engine.calls] == [3.0, 3.0, 1.5, 1.5]
+    assert row["turns"][0]["candidates"][1]["slope"] == 1.5
+
+
+def test_rejected_texts_may_be_left_out(tokenizer):
+    script = {"r/0/rollout/0": WRONG, "r/0/analysis": "It is seven.", "r/0/hinted": RIGHT}
+    engine = ScriptedEngine(tokenizer, script)
+    realigner = Realigner(engine, tokenizer, settings(), Verifier(), LeakFilter(), {}, rejected_texts=False)
+    rows = realigner.realign([RealignInput(0, record())])
+    [row] = pa.Table.from_pylist(rows, OUTCOME_SCHEMA).to_pylist()
+    [turn] = row["turns"]
+    assert [candidate["text"] for candidate in turn["candidates"]] == [None, RIGHT]
+    assert turn["hints"][0]["analysis_text"] is None and turn["hints"][0]["marker"] == "appended"
+    summarize([row], {}, "t")
+
+
+@pytest.mark.parametrize("rewritten", [True, False])
+def test_training_weighs_an_original_as_it_is_told_to(tokenizer, tmp_path, rewritten):
+    """Through the corpus that the trainer makes of the record, to the mask that multiplies its loss."""
+    script = {"r/0/rollout/0": WRONG, "r/0/hinted": WRONG, "r/1/rollout/0": "So \\boxed{8}" if rewritten else RIGHT}
+    script |= {"r/1/hinted": RIGHT}  # the answer of the first turn
+    policy = {"templates": (HINT,), "fallback": "original", "original_weight": 0.3}
+    [row], _ = run(tokenizer, script, record("8", MULTI_TURN), **policy)
+    written = json.loads(row["record"])
+    assert [turn["stage"] for turn in row["turns"]] == ["original", "rollout" if rewritten else "original"]
+    assert written["realigned"]["turns"][0] == {"stage": "original", "weight": 0.3}
+    assert [m.get("loss") for m in written["messages"] if m["role"] == "assistant"] == [0.3, None if rewritten else 0.3]
+    assert ("token_ids" in written) == rewritten
+    if rewritten:
+        assert set(written["loss_mask"]) == {0, 0.3, 1} and type(written["loss_mask"][0]) is int
+    cache = tokenized(tokenizer, tmp_path / "cache", write(tmp_path / "a.jsonl", [written]), seq_length=200)
+    sample = PackedDataset({"a": cache}, 200, 0)[0]
+    weights, labels = sample["loss_mask"].numpy(), sample["labels"].numpy()
+    assert tokenizer.decode(labels[weights == np.float32(0.3)]).startswith("\\boxed{7}<|im_end|>")
+    assert tokenizer.decode(labels[weights == 1]) == ("So \\boxed{8}<|im_end|>" if rewritten else "")
+    assert set(weights.tolist()) == {0, float(np.float32(0.3))} | ({1.0} if rewritten else set())
+
+
 def test_retries_change_seed_and_slope_until_one_is_right(tokenizer):
     script = {"r/0/hinted": WRONG, "r/0/retry/1": LEAK, "r/0/retry/2": RIGHT}
-    policy = {"templates": (HINT,), "rollout_samples": 0, "fallback": "retry", "retries": 4, "retry_slope_factor": 0.5}
+    policy = {"templates": (HINT,), "rollout_samples": 0, "retries": 4, "retry_slope_factor": 0.5}
     [row], engine = run(tokenizer, script, record(), **policy)
     assert stages(row) == [("hinted", "wrong", False), ("retry", "leak", False), ("retry", None, True)]
     tried = row["turns"][0]["candidates"]
@@ -209,7 +357,7 @@ def test_retries_change_seed_and_slope_until_one_is_right(tokenizer):
 @pytest.mark.parametrize("after", ["drop", "original"])
 def test_when_all_retries_fail(tokenizer, after):
     script = {"r/0/hinted": WRONG, "r/0/retry/1": WRONG}
-    policy = {"templates": (HINT,), "rollout_samples": 0, "fallback": "retry", "retries": 1, "after_retries": after}
+    policy = {"templates": (HINT,), "rollout_samples": 0, "retries": 1, "fallback": after}
     [row], _ = run(tokenizer, script, record(), **policy)
     assert (row["status"], len(row["turns"][0]["candidates"])) == ({"drop": "dropped", "original": "kept"}[after], 2)
 
@@ -223,9 +371,7 @@ def test_each_stage_has_its_reasons(tokenizer):
         record(),
         templates=(HINT,),
         rollout_samples=3,
-        fallback="retry",
         retries=2,
-        after_retries="drop",
     )
     assert describe_reason(row) == "own response: wrong, unfinished; hinted: leak; retry: wrong, unfinished"
     assert row["reason"] == "unfinished"
@@ -241,7 +387,7 @@ UNVERIFIABLE = [{"role": "user", "content": "Say hello."}, {"role": "assistant",
 
 @pytest.mark.parametrize(("policy", "status", "stage"), [("drop", "dropped", None), ("original", "kept", "original")])
 def test_what_cannot_be_verified_is_not_decoded_unless_kept(tokenizer, policy, status, stage):
-    [row], engine = run(tokenizer, {}, record(None, UNVERIFIABLE), unverified=policy, fallback="retry")
+    [row], engine = run(tokenizer, {}, record(None, UNVERIFIABLE), unverified=policy, retries=2)
     assert (row["status"], row["turns"][0]["stage"]) == (status, stage) and not engine.calls
     assert row["turns"][0]["reason"] == "no reference answer to verify with"
     assert row["turns"][0]["original_num_tokens"] > 0
@@ -251,9 +397,7 @@ def test_kept_unverified_is_the_first_that_ended_without_a_leak(tokenizer):
     [row], _ = run(tokenizer, {"r/0/rollout/0": "Hello world"}, record(None, UNVERIFIABLE), unverified="keep")
     assert stages(row) == [("rollout", None, True)] and row["turns"][0]["candidates"][0]["verdict"] is None
     script = {"r/0/rollout/0": ("Hello", "length"), "r/0/hinted": LEAK, "r/0/retry/1": "Hello"}
-    [row], _ = run(
-        tokenizer, script, record(None, UNVERIFIABLE), templates=(HINT,), fallback="retry", unverified="keep"
-    )
+    [row], _ = run(tokenizer, script, record(None, UNVERIFIABLE), templates=(HINT,), retries=2, unverified="keep")
     assert [why for _, why, _ in stages(row)] == ["unfinished", "leak", None] and row["status"] == "kept"
 
 
@@ -402,7 +546,7 @@ def test_rollouts_and_analyses_from_files(tokenizer):
     given = {"rollouts": {0: [ProvidedText(WRONG)]}, "analyses": {0: ProvidedText("from a file\n# CoT\nand more")}}
     [row], engine = run(tokenizer, {"r/0/hinted": RIGHT}, record(), given=given)
     assert tokenizer.decode(engine.requests["r/0/hinted"].hinted_prompt).endswith("from a file\n# CoT\n")
-    assert row["status"] == "kept" and row["turns"][0]["analysis_tokens"] is None
+    assert row["status"] == "kept" and row["turns"][0]["hints"][0]["analysis_tokens"] is None
 
 
 def drawn(tokenizer, text: str, *after: int) -> tuple[int, ...]:
@@ -422,6 +566,12 @@ def test_ids_that_another_engine_drew_are_taken_as_they_are(tokenizer):
     assert turn["token_ids"] == list(ids) and row["token_ids"][turn["num_prompt_tokens"] :][: len(ids)] == list(ids)
     [candidate] = turn["candidates"]
     assert (candidate["text"], candidate["finish_reason"], candidate["seed"]) == (RIGHT, "eos", None)
+
+    # The second hint is without an analysis, and is no other prompt for it.
+    given = {"analyses": {0: ProvidedText("mine", None, prompt_sha256(encode(tokenizer, ASKED)))}}
+    script = {"r/0/rollout/0": WRONG, "r/0/hinted": WRONG, "r/0/second_hint": RIGHT}
+    [row], _ = run(tokenizer, script, record(), given=given, templates=(ANALYSIS, HINT))
+    assert row["turns"][0]["stage"] == "second_hint" and row["turns"][0]["hints"][0]["marker"] == "appended"
 
     # An analysis, too; and a response that only its length ended.
     analysis = drawn(tokenizer, "mine\n# CoT\n", end)
@@ -564,7 +714,7 @@ def test_progress_names_the_stages_and_only_rises(tokenizer):
             seen.append((realigner.progress.describe(), realigner.progress.share))
             return super().score(sequences)
 
-    chosen = settings(fallback="retry", retries=1)
+    chosen = settings(retries=1)
     realigner = Realigner(Watched(tokenizer, script), tokenizer, chosen, Verifier(), LeakFilter(), {})
     rows = realigner.realign([RealignInput(i, record(identity=name)) for i, name in enumerate("ab")])
     assert [row["status"] for row in rows] == ["kept", "kept"]
@@ -574,7 +724,7 @@ def test_progress_names_the_stages_and_only_rises(tokenizer):
         "own responses, 1 of 2",
         "analyses of the references, 0 of 1",
         "hinted responses, 0 of 1",
-        "hinted responses, try 2, 0 of 1",
+        "responses closer to the hint, try 1, 0 of 1",
     ]
     shares = [share for _, share in seen]
     assert shares == sorted(shares) and shares[0] == 0 and 0 < shares[1] < shares[-1] < 1

@@ -26,7 +26,7 @@ SETTINGS = {
     "hinted": {"temperature": 0.5, "top_p": 0.95, "top_k": 0},
     "fallback": "original", "unverified": "drop",
 }  # fmt: skip
-STAGES = ("rollout", "hinted", "retry")
+STAGES = ("rollout", "hinted", "second_hint", "retry")
 
 
 @cache
@@ -217,7 +217,7 @@ def test_hint_share_and_entropy_along_the_response():
     tokens = []  # record, place as a share, position, hint share, entropy, hinted entropy
     for row, one in turns_of(rows, "kept"):
         two = ~np.isnan(one["hinted_entropy"])
-        assert two.any() == (one["stage"] in ("hinted", "retry"))
+        assert two.any() == (one["stage"] in STAGES[1:])
         for i in np.flatnonzero(two):
             place = 10 * i // len(two)
             tokens.append((row, place, i, one["hint_share"][i], one["entropy"][i], one["hinted_entropy"][i]))

@@ -274,9 +274,9 @@ def test_the_model_analyses_the_reference_itself(folder, tmp_path):
         question, solution = (message["content"] for message in record.messages[:2])
         asked = [{"role": "user", "content": f"{question} {solution} answer"}]
         text = tokenizer.template.render(asked, add_generation_prompt=True) + "answer:"
-        as_expected += turn["num_hinted_prompt_tokens"] == len(tokenizer.encode_batch([text], [[]])[0].ids)
+        as_expected += turn["hints"][0]["num_prompt_tokens"] == len(tokenizer.encode_batch([text], [[]])[0].ids)
         if turn["candidates"]:
-            assert turn["candidates"][0]["stage"] == "hinted" and 0 < turn["analysis_tokens"] <= 8
+            assert turn["candidates"][0]["stage"] == "hinted" and 0 < turn["hints"][0]["analysis_tokens"] <= 8
     assert as_expected > len(rows) / 2  # where the marker is the first that it wrote
 
 

@@ -49,6 +49,7 @@ def test_the_paper_is_the_authors_hinted_decoding():
     assert found.rollout_sampling == Sampling(1.0, 1.0) and found.rollout_samples == 1
     assert found.analysis_sampling == Sampling(0.0) and found.analysis_max_tokens == 16384
     assert [template.marker for template in found.templates] == ["# CoT"]
+    assert (found.analysis_marker, found.more_room, found.retries, found.original_weight) == ("require", 0.0, 0, 1.0)
     assert found.repetition == Repetition(30, 5, 100) and found.splitter == "\\boxed{"
     assert not found.stop_on_first_token and found.max_tokens == 4096  # of 8192: the context is shorter
     assert (found.fallback, found.unverified, found.seed, found.max_positions) == ("drop", "drop", 1234, 4096)
@@ -58,14 +59,16 @@ def test_flags_reach_the_settings():
     found = settings(
         "--mix fixed --hint-share 1 --first-token mixed --entropy-vocab-size 1024 --temperature 1 --top-p 0.8 --top-k 9"
         " --nucleus-after-temperature --repetition-ngram 0 --max-new-tokens 7 --no-analysis --rollout-samples 0"
-        " --fallback retry --retries 3 --retry-slope-factor 2 --after-retries original --unverified keep"
+        " --retries 3 --retry-slope-factor 2 --fallback original --original-weight 0.5 --unverified keep"
+        " --more-room 3"
         " --stop-on-first-token",
         seed=7,
     )
     assert found.mixing == EntropyMixing(1024, "fixed", hint_share=1.0, first_token_hinted=False)
     assert found.hinted_sampling == Sampling(1.0, 0.8, 9) and found.repetition is None and found.max_tokens == 7
     assert found.templates[0].marker is None and found.rollout_samples == 0 and found.stop_on_first_token
-    assert (found.fallback, found.retries, found.retry_slope_factor, found.last_resort) == ("retry", 3, 2.0, "original")
+    assert (found.fallback, found.retries, found.retry_slope_factor, found.original_weight) == ("original", 3, 2.0, 0.5)
+    assert found.more_room == 3.0 and settings("--analysis-marker require").analysis_marker == "require"
     assert (found.unverified, found.seed) == ("keep", 7)
 
 
@@ -75,11 +78,42 @@ def test_an_empty_splitter_is_none():
     assert resolve_settings(args, resolve_prompts(args).templates, 1000).splitter is None
 
 
-FORMER = "--mix fixed --mix-lambda 0.9 --mix-beta 2 --fallback retry --retry-beta-factor 3"
+def test_the_former_fallback_means_the_same_and_is_announced():
+    for words, retries, fallback in (
+        ("--fallback retry", 2, "drop"),
+        ("--fallback retry --retries 3 --after-retries original", 3, "original"),
+        ("--fallback drop --after-retries original", 2, "drop"),  # it said nothing then
+    ):
+        found = settings(words)
+        assert (found.retries, found.fallback) == (retries, fallback)
+        [line] = describe_renamed(parsed(words))
+        assert line.endswith(f"write --retries {retries} --fallback {fallback}")
+    help_text = " ".join(add_realign_arguments(argparse.ArgumentParser()).format_help().split())
+    assert "--fallback {drop,original} " in help_text and "after-retries" not in help_text
+
+
+def test_a_folder_of_an_earlier_version_goes_on_with_the_defaults_of_that_version():
+    args = parsed("")
+    for retry, retries in ((None, 0), ({"retries": 3, "slope_factor": 0.5}, 3)):
+        begun = {"retry": retry, "more_room": 0.0, "analysis": {"marker": "require"}}
+        found = resolve_settings(args, resolve_prompts(args).templates, 1000, begun)
+        assert (found.retries, found.more_room, found.analysis_marker) == (retries, 0.0, "require")
+    given = parsed("--retries 1 --more-room 3 --analysis-marker append")
+    found = resolve_settings(given, resolve_prompts(given).templates, 1000, begun)
+    assert (found.retries, found.more_room, found.analysis_marker) == (1, 3.0, "append")
+
+
+def test_what_would_be_written_again_is_not_tried_unless_it_is_asked_for():
+    assert settings("--temperature 0 --mix piecewise").retries == 0
+    assert settings("--temperature 0").retries == 2
+    assert settings("--more-room 1").more_room == settings("--more-room 0").more_room == 0
+
+
+FORMER = "--mix fixed --mix-lambda 0.9 --mix-beta 2 --retry-beta-factor 3"
 
 
 def test_the_former_flags_of_the_mix_mean_the_same():
-    today = "--mix fixed --hint-share 0.1 --mix-slope 2 --fallback retry --retry-slope-factor 3"
+    today = "--mix fixed --hint-share 0.1 --mix-slope 2 --retry-slope-factor 3"
     assert settings(FORMER) == settings(today)
     assert settings(FORMER).mixing.hint_share == 0.1  # not 0.09999999999999998
     for thousandth in range(1001):
@@ -154,9 +188,10 @@ def test_the_manifest_tells_apart_what_makes_other_responses():
             ("--entropy-vocab-size 9", {}), ("--temperature 1", {}), ("--top-p 0.5", {}), ("--top-k 5", {}),
             ("--nucleus-after-temperature", {}), ("--splitter x", {}), ("--repetition-ngram 9", {}),
             ("--repetition-ngram 0", {}), ("--repetition-count 9", {}), ("--repetition-every 9", {}),
-            ("--stop-on-first-token", {}), ("--fallback original", {}), ("--fallback retry", {}),
-            ("--fallback retry --retries 9", {}), ("--fallback retry --retry-slope-factor 9", {}),
-            ("--fallback retry --after-retries original", {}), ("--unverified keep", {}), ("--unverified original", {}),
+            ("--stop-on-first-token", {}), ("--fallback original", {}), ("--retries 0", {}), ("--retries 9", {}),
+            ("--retry-slope-factor 9", {}), ("--fallback original --original-weight 0.5", {}), ("--more-room 0", {}),
+            ("--more-room 3", {}), ("--analysis-marker require", {}), ("--unverified keep", {}),
+            ("--unverified original", {}),
         ]
     ]  # fmt: skip
     assert len(set(described)) == len(described)
@@ -189,12 +224,21 @@ def test_the_manifest_tells_apart_what_makes_other_responses():
         ("--mix fixed --mix-lambda nan", {}, "--mix-lambda: nan: pass a number from 0 to 1"),
         ("--mix fixed --mix-lambda x", {}, "--mix-lambda: x: pass a number from 0 to 1"),
         ("--mix-lambda 0.5", {}, "drop --mix-lambda"),
-        ("--fallback retry --retry-beta-factor 0", {}, "--retry-beta-factor 0.0: pass"),
+        ("--retry-beta-factor 0", {}, "--retry-beta-factor 0.0: pass"),
         ("--rollout-samples -1", {}, "whole number from 0"),
         ("--retry-slope-factor 0", {}, "number above 0"),
         ("--kv-memory-gb 0", {}, "number above 0"),
         ("--estimate --retry-errors", {}, "pass one of them"),
-        ("--fallback retry --temperature 0 --mix piecewise", {}, "the same again"),
+        ("--retries 2 --temperature 0 --mix piecewise", {}, "the same again"),
+        ("--fallback retry --retries 2 --temperature 0 --mix fixed --hint-share 0.5", {}, "the same again"),
+        ("--retries -1", {}, "whole number from 0"),
+        ("--more-room 0.5", {}, "from 1, or 0"),
+        ("--more-room nan", {}, "from 1, or 0"),
+        ("--more-room inf", {}, "from 1, or 0"),
+        ("--fallback original --original-weight 0", {}, "above 0"),
+        ("--fallback original --original-weight nan", {}, "above 0"),
+        ("--original-weight 0.5", {}, "--fallback original or --unverified original"),
+        ("--analysis-marker require --no-analysis", {}, "drop one of them"),
         ("--top-p 0", {}, "--top-p"),
         ("--rollout-temperature -1", {}, "--rollout-temperature"),
         ("--analysis-prompt nowhere", {}, "nor a file"),

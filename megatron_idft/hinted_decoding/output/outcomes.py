@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from megatron_idft.corpus.scores.display import bounded
 
-Stage = Literal["rollout", "hinted", "retry"]
-TurnStage = Literal["rollout", "hinted", "retry", "original"]
+Stage = Literal["rollout", "hinted", "second_hint", "retry"]
+TurnStage = Literal["rollout", "hinted", "second_hint", "retry", "original"]
+MarkerOrigin = Literal["model", "appended"]
 Rejection = Literal["wrong", "unverified", "unfinished", "leak"]
 Status = Literal["kept", "dropped", "error"]
 
@@ -55,7 +56,8 @@ class _Try(TypedDict):
     extracted: Text  # the final answer found in the text
     leak: Text  # the phrase that betrays the hint
     finish_reason: Annotated[str, pa.string()]  # eos | length | context | repetition
-    text: Annotated[str, pa.string()]
+    text: Text  # null where rejected texts are left out
+    more_room: Annotated[bool | None, pa.bool_()]  # decoded again, and further, since the length limit had cut it
     split_at: Annotated[int | None, pa.int32()]  # tokens before the hinted stream was dropped; null: never
     hint_share_mean: Share  # over the tokens drawn from two streams; null for rollouts
     hint_share_min: Share
@@ -72,7 +74,19 @@ class FailureRow(TypedDict):
     reason: Annotated[str, pa.string()]  # of its candidates' rejections, each once; or why there was none
 
 
-CANDIDATE, FAILURE = pa.struct(_fields(CandidateRow)), pa.struct(_fields(FailureRow))
+class HintRow(TypedDict):
+    """What the hinted stream was to see at one stage."""
+
+    stage: Annotated[Stage, pa.string()]
+    prompt: Annotated[str, pa.string()]  # sha256 of the template
+    num_prompt_tokens: Annotated[int | None, pa.int32()]  # null where there is none
+    analysis_tokens: Annotated[int | None, pa.int32()]  # written by the model; null: none, or read from a file
+    analysis_text: Text  # null where there is none, or texts are left out
+    marker: Annotated[MarkerOrigin | None, pa.string()]  # who wrote it; null: nobody
+    failure: Text  # why there is no hinted prompt; null where there is one
+
+
+CANDIDATE, FAILURE, HINT = (pa.struct(_fields(row)) for row in (CandidateRow, FailureRow, HintRow))
 
 
 class TurnRow(TypedDict):
@@ -82,9 +96,6 @@ class TurnRow(TypedDict):
     stage: Annotated[TurnStage | None, pa.string()]  # null where the record was dropped here
     reason: Text  # why no candidate was accepted, by the last stage; null where one was
     num_prompt_tokens: Count
-    num_hinted_prompt_tokens: Annotated[int | None, pa.int32()]  # null where no hinted stream ran
-    analysis_tokens: Annotated[int | None, pa.int32()]  # written by the model; null: none, or read from a file
-    analysis_text: Text  # the head of one without a marker, for the report; else null
     original_text: Annotated[str, pa.string()]
     # The original response under the plain prompt.
     original_num_tokens: Count
@@ -95,6 +106,7 @@ class TurnRow(TypedDict):
     original_phi_below_1: Count
     original_phi_below_3: Count
     original_phi_below_5: Count
+    hints: Annotated[list[HintRow], pa.list_(HINT)]
     candidates: Annotated[list[CandidateRow], pa.list_(CANDIDATE)]
     failures: Annotated[list[FailureRow], pa.list_(FAILURE)]  # by stage, in order; empty where one was accepted
     # Of the accepted candidate, per token; empty where the turn is the original.
@@ -121,18 +133,27 @@ class OutcomeRow(TypedDict):
     reason: Text  # why it was not kept
     record: Text  # the record to write, as JSON; null unless kept
     token_ids: Annotated[NDArray[np.int32] | None, pa.list_(pa.int32())]  # of all; null where a template is to write it
-    loss_mask: Annotated[NDArray[np.uint8] | None, pa.list_(pa.uint8())]
+    loss_mask: Annotated[NDArray[np.float64] | None, pa.list_(pa.float32())]  # 1, or a weight
     turns: Annotated[list[TurnRow], pa.list_(TURN)]
 
 
 OUTCOME_SCHEMA = pa.schema(_fields(OutcomeRow))
 
-STAGE_NAMES = {"rollout": "own response", "hinted": "hinted", "retry": "retry"}  # for a person
+STAGE_NAMES = {  # for a person
+    "rollout": "own response",
+    "hinted": "hinted",
+    "second_hint": "second hint",
+    "retry": "retry",
+}
+NO_MARKER = "no marker in the analysis"  # a hint's failure
 UNVERIFIED, ORIGINAL = "UNVERIFIED", "original"
 _TURNS = "turns.list.element"
 _CANDIDATES = f"{_TURNS}.candidates.list.element"
 FAILURE_COLUMNS = [f"{_TURNS}.failures.list.element.{name}" for name in ("stage", "reason")]
 METHOD_COLUMNS = [f"{_TURNS}.stage"] + [f"{_CANDIDATES}.{name}" for name in ("accepted", "verdict", "verified_by")]
+
+_HINTS = f"{_TURNS}.hints.list.element"
+TRY_COLUMNS = [f"{_CANDIDATES}.more_room", f"{_CANDIDATES}.finish_reason", f"{_HINTS}.marker"]
 
 
 def describe_reason(row: OutcomeRow) -> str | None:
@@ -156,6 +177,33 @@ def _method(turn: TurnRow) -> str:
     if accepted is None:
         return ORIGINAL
     return accepted["verified_by"] if accepted["verdict"] == "right" and accepted["verified_by"] else UNVERIFIED
+
+
+def count_tries(turns: Iterable[TurnRow]) -> Counter[str]:
+    """Analyses by who wrote their marker, "model" or "appended"; responses decoded with "more room", and "finished"."""
+    counts = Counter[str]()
+    for turn in turns:
+        for hint in turn.get("hints") or ():
+            if marker := hint.get("marker"):
+                counts[marker] += 1
+        for candidate in turn.get("candidates") or ():
+            if candidate.get("more_room"):
+                counts["more room"] += 1
+                counts["finished"] += candidate["finish_reason"] == "eos"
+    return counts
+
+
+def describe_tries(counts: Mapping[str, int]) -> list[str]:
+    """For a person; nothing where there were no such ones."""
+    lines = []
+    if model_or_us := counts.get("model", 0) + counts.get("appended", 0):
+        lines.append(
+            f"analyses with a marker: {model_or_us:,}, {counts.get('model', 0):,} by the model,"
+            f" {counts.get('appended', 0):,} appended"
+        )
+    if wider := counts.get("more room", 0):
+        lines.append(f"responses decoded with more room: {wider:,}, of which {counts.get('finished', 0):,} then ended")
+    return lines
 
 
 def describe_methods(methods: Mapping[str, int]) -> str:

@@ -115,6 +115,14 @@ def recorded_prompts(folder: Path, known: Sequence[HintTemplate]) -> tuple[HintT
     return tuple(by_hash[sha256] for sha256 in recorded)
 
 
+def begun_by_earlier_version(folder: Path) -> dict[str, Any] | None:
+    """The settings of a job that was begun before there was a chain of fallbacks; None for any other folder."""
+    if not (folder / "manifest.json").exists():
+        return None
+    settings = read_manifest(folder)["settings"]
+    return current_settings(settings) if "more_room" not in settings else None
+
+
 def _rows(folder: Path, columns: Sequence[str] | None) -> Iterator[OutcomeRow]:
     for part in sorted((folder / "parts").glob("chunk-*.parquet")):
         yield from _read(part, columns)
@@ -122,7 +130,7 @@ def _rows(folder: Path, columns: Sequence[str] | None) -> Iterator[OutcomeRow]:
 
 def _read(part: Path, columns: Sequence[str] | None) -> Iterator[OutcomeRow]:
     with pq.ParquetFile(part) as file:
-        former = file.schema_arrow.field("turns").type.value_type.get_field_index("mix_weight") >= 0
+        former = file.schema_arrow.field("turns").type.value_type.get_field_index("hints") < 0
         for batch in file.iter_batches(batch_size=64, columns=columns):
             rows = batch.to_pylist()
             yield from cast(list[OutcomeRow], [current_row(row) for row in rows] if former else rows)

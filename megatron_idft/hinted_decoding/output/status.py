@@ -7,9 +7,12 @@ from megatron_idft.corpus.ledger.ledger import status_of
 from megatron_idft.hinted_decoding.output.outcomes import (
     FAILURE_COLUMNS,
     METHOD_COLUMNS,
+    TRY_COLUMNS,
     count_methods,
+    count_tries,
     describe_methods,
     describe_reason,
+    describe_tries,
 )
 from megatron_idft.hinted_decoding.output.results import read_outcomes, retry_folders
 
@@ -17,11 +20,12 @@ from megatron_idft.hinted_decoding.output.results import read_outcomes, retry_fo
 def count_outcomes(folder: Path) -> dict[str, Counter[str]]:
     """Numbers of records by "status", of kept turns by "stage" and "method", and of the other records by "reason".
 
-    See `count_methods` and `describe_reason`.
+    Under "tries", of all turns. See `count_methods`, `count_tries` and `describe_reason`.
     """
-    counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "stage", "method", "reason")}
-    for row in read_outcomes(folder, ["index", "status", "reason", *METHOD_COLUMNS, *FAILURE_COLUMNS]):
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "stage", "method", "reason", "tries")}
+    for row in read_outcomes(folder, ["index", "status", "reason", *METHOD_COLUMNS, *FAILURE_COLUMNS, *TRY_COLUMNS]):
         counts["status"][row["status"]] += 1
+        counts["tries"].update(count_tries(row["turns"]))
         if row["status"] == "kept":
             counts["stage"].update(str(turn["stage"]) for turn in row["turns"])
             counts["method"].update(count_methods(row["turns"]))
@@ -41,6 +45,6 @@ def describe_status(folder: Path) -> str:
     for name, what in (("status", "records"), ("stage", "turns of kept records by stage")):
         found = ", ".join(f"{count:,} {key}" for key, count in counts[name].most_common())
         lines.append(f"{what}: {found or 'none'}")
-    lines.append(describe_methods(counts["method"]))
+    lines += [describe_methods(counts["method"]), *describe_tries(counts["tries"])]
     lines += [f"  {count:,} {reason}" for reason, count in counts["reason"].most_common(10)]
     return "\n".join(lines)

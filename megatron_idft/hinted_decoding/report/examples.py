@@ -116,13 +116,14 @@ def _shown(row: OutcomeRow, turn: Turn, identity: int) -> Example:
         "finish_reason": accepted.get("finish_reason"),
         "split_at": accepted.get("split_at"),
         "extracted": None if extracted is None else bounded(extracted),
-        "original": _ends(text),
+        "original": ends_of(text),
         "excerpts": _excerpts(turn),
         "text": bounded(accepted.get("text") or ""),
     }
 
 
-def _ends(text: str) -> Ends:
+def ends_of(text: str) -> Ends:
+    """The text, or its two ends where it is too long to be shown."""
     if len(text) <= MAX_CHARACTERS:
         return {"head": text, "tail": "", "left_out": 0}
     kept = MAX_CHARACTERS // 2

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 _SHOWN_SOURCES = 12
 _BEFORE, _AFTER = COLORS[1], COLORS[0]
-_STAGE_COLORS: dict[str, str] = dict(zip(STAGES, (COLORS[2], COLORS[0], COLORS[5]), strict=True))
+_STAGE_COLORS: dict[str, str] = dict(zip(STAGES, (COLORS[2], COLORS[0], COLORS[3], COLORS[5]), strict=True))
 _FATES = {**_STAGE_COLORS, "original": COLORS[4], "dropped": "#c9c9c9", "error": "#555555"}
-_MARKERS = dict(zip(STAGES, "osD", strict=True))
+_MARKERS = dict(zip(STAGES, "os^D", strict=True))
 _TEXTS: tuple[tuple[Text, str, str], ...] = (
     ("original", OWN, "all originals"),
     ("original_changed", _BEFORE, "before"),
@@ -67,7 +67,7 @@ def fate_figure(data: Report) -> str:
             if shown:
                 accuracy.errorbar(
                     [value["value"] for _, value in shown],
-                    [row + 0.2 * (place - 1) for row, _ in shown],
+                    [row + 0.15 * (place - 1.5) for row, _ in shown],
                     xerr=[value["se"] or 0 for _, value in shown],
                     fmt=_MARKERS[stage],
                     markersize=5,
@@ -78,7 +78,7 @@ def fate_figure(data: Report) -> str:
         accuracy.xaxis.set_major_formatter(percent)
         for axes in (fates, accuracy):
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6 if axes is fates else 1, fontsize=8.5)
+                axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4 if axes is fates else 1, fontsize=8.5)
 
     return svg((11, 1.6 + 0.3 * len(parts)), draw)
 
@@ -109,7 +109,7 @@ def phi_figure(data: Report) -> str:
         for axes in (means, differences):
             axes.yaxis.set_major_formatter(percent)
         listed = [stage for stage in STAGES if tokens[stage]["tokens"]]
-        for stage, line in zip(listed, ("-", "--", ":"), strict=False):
+        for stage, line in zip(listed, ("-", "--", "-.", ":"), strict=False):
             style = {"color": _STAGE_COLORS[stage], "linestyle": line, "linewidth": 1.4}
             phi_histogram(new, data["phi_edges"], tokens[stage], label=stage, **style)
         new.set(xlabel="φ of a token, nats", ylabel="share of tokens per bin")
@@ -250,5 +250,5 @@ def _splitter(axes: Axes, places: list[int]) -> None:
 
 
 def _split_places(part: Part) -> list[int]:
-    by_stage = [part["stages"][stage]["splitter"]["places"] for stage in ("hinted", "retry")]
+    by_stage = [part["stages"][stage]["splitter"]["places"] for stage in STAGES[1:]]
     return [sum(counts) for counts in zip(*by_stage, strict=True)]

@@ -14,6 +14,7 @@ from megatron_idft.corpus.report.numbers import Histogram, TokenEstimates, token
 from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate
 from megatron_idft.corpus.scores.summary import PHI_EDGES, RECORD_EDGES
 from megatron_idft.hinted_decoding.output.outcomes import Stage, count_methods, describe_reason
+from megatron_idft.hinted_decoding.report.hint_numbers import HintNumbers, HintSummary
 from megatron_idft.hinted_decoding.report.mixing_numbers import MixingNumbers, MixingSummary
 from megatron_idft.hinted_decoding.report.outcome import (
     ORIGINAL,
@@ -34,6 +35,7 @@ DIFFERENCE_EDGES = 0.0 - RECORD_EDGES[::-1]  # of a turn's mean phi, after less 
 # before and after. output: the responses of the kept records, rewritten or not. rollouts: all of them, right or wrong.
 Text = Literal["original", "original_changed", "new", "output", "rollouts"]
 TEXTS: tuple[Text, ...] = get_args(Text)
+HINTED: tuple[Stage, ...] = ("hinted", "second_hint")  # stages with a hint of their own
 BY_STAGE = tuple(f"new_{stage}" for stage in STAGES)
 
 OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
@@ -49,6 +51,7 @@ class Part(TypedDict):
     failures: dict[Stage, list[NameCount]]
     kept_turns: dict[str, int]
     stages: dict[Stage, StageNumbers]
+    hints: dict[Stage, HintNumbers]
     phi: dict[str, TokenEstimates]
     paired: PairedNumbers
     turn_histograms: dict[Text, list[int]]
@@ -78,6 +81,7 @@ class CorpusNumbers:
         self._failures = {stage: Names() for stage in STAGES}  # of the turns that no stage rewrote
         self._methods: Counter[str] = Counter()  # of the turns of kept records
         self._stages = {stage: StageSummary() for stage in STAGES}
+        self._hints = {stage: HintSummary() for stage in HINTED}
         self._phi: dict[str, ClusterSums] = {text: ClusterSums() for text in (*TEXTS, *BY_STAGE)}
         self._turn_phi = {text: _zeros(RECORD_EDGES) for text in TEXTS}
         self._differences = _zeros(DIFFERENCE_EDGES)
@@ -104,6 +108,8 @@ class CorpusNumbers:
                     self._failures[failure["stage"]].add(failure["reason"])
         for stage, summary in self._stages.items():
             summary.add(outcome, stage)
+        for stage, hints in self._hints.items():
+            hints.add(outcome, stage)
         for text, responses in _responses(outcome).items():
             self._add_text(text, responses)
         for stage in STAGES:
@@ -155,6 +161,7 @@ class CorpusNumbers:
             "failures": {stage: names.as_json() for stage, names in self._failures.items()},
             "kept_turns": dict(self._methods),
             "stages": {stage: summary.as_json() for stage, summary in self._stages.items()},
+            "hints": {stage: hints.as_json() for stage, hints in self._hints.items()},
             "phi": {text: token_estimates(sums) for text, sums in self._phi.items()},
             "paired": self._paired.as_json(),
             "turn_histograms": {text: counts.tolist() for text, counts in self._turn_phi.items()},

@@ -29,7 +29,12 @@ class SplitterNumbers(TypedDict):
 
 
 class StageNumbers(TypedDict):
-    """Counts of turns and candidates; accuracy and shares with standard errors over records; names with counts."""
+    """Counts of turns and candidates; accuracy and shares with standard errors over records; names with counts.
+
+    Attributes:
+        more_room: candidates that the length limit had cut, decoded once more with more room.
+        more_room_finished: those of them that ended by themselves then.
+    """
 
     turns: int
     turns_right: int
@@ -43,6 +48,8 @@ class StageNumbers(TypedDict):
     decided: int
     leak: int
     unfinished: int
+    more_room: int
+    more_room_finished: int
     accepted: int
     records: int
     accuracy: EstimateNumbers | None
@@ -63,7 +70,7 @@ class StageSums(ClusterSums):
 
     fields = (
         "turns", "turns_right", "turns_accepted", "candidates", *VERDICTS, "not_compared", "compared", "decided",
-        "leak", "unfinished", "accepted",
+        "leak", "unfinished", "more_room", "more_room_finished", "accepted",
     )  # fmt: skip
 
 
@@ -97,7 +104,10 @@ class StageSummary:
         counts["compared"] += verdict is not None
         counts["decided"] += verdict in ("right", "wrong")
         counts["leak"] += bool(candidate.get("leak"))
-        counts["unfinished"] += candidate.get("finish_reason") != "eos"
+        unfinished = candidate.get("finish_reason") != "eos"
+        counts["unfinished"] += unfinished
+        counts["more_room"] += bool(candidate.get("more_room"))
+        counts["more_room_finished"] += bool(candidate.get("more_room")) and not unfinished
         counts["accepted"] += accepted
         self._finish.add(candidate.get("finish_reason"))
         if accepted:
@@ -133,6 +143,8 @@ class StageSummary:
             "decided": int(sums["decided"]),
             "leak": int(sums["leak"]),
             "unfinished": int(sums["unfinished"]),
+            "more_room": int(sums["more_room"]),
+            "more_room_finished": int(sums["more_room_finished"]),
             "accepted": int(sums["accepted"]),
             "records": sums.records,
             "accuracy": estimate_json(sums.ratio("right", "compared")),

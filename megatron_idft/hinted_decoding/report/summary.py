@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from megatron_idft.corpus.scores.summary import FURTHER_SOURCES, MAX_SOURCES, PHI_EDGES, RECORD_EDGES
 from megatron_idft.hinted_decoding.output.outcomes import OutcomeRow
 from megatron_idft.hinted_decoding.report.examples import Example, Examples
+from megatron_idft.hinted_decoding.report.failed_turns import FailedTurn, FailedTurns
 from megatron_idft.hinted_decoding.report.numbers import DIFFERENCE_EDGES, CorpusNumbers, Null, Part, judge_null
 from megatron_idft.hinted_decoding.report.outcome import read_outcome
 
@@ -43,6 +44,7 @@ class Report(TypedDict):
     sources: list[SourcePart]
     prompt_trial: dict[str, Any] | None
     examples: dict[str, list[Example]]
+    failed_turns: list[FailedTurn]
 
 
 def summarize(
@@ -54,6 +56,7 @@ def summarize(
         InputError: a row is none that `realign` can have written.
     """
     corpus, sources, examples = CorpusNumbers(), dict[str | None, CorpusNumbers](), Examples()
+    failed = FailedTurns()
     for row in rows:
         outcome = read_outcome(row)
         source = row.get("source")
@@ -64,6 +67,7 @@ def summarize(
         corpus.add(outcome)
         sources[source].add(outcome)
         examples.add(outcome)
+        failed.add(outcome)
     ordered = sorted(sources.items(), key=lambda item: (-item[1].records, str(item[0])))
     return {
         "version": VERSION,
@@ -77,6 +81,7 @@ def summarize(
         "sources": [{"source": name, **part.as_json()} for name, part in ordered],
         "prompt_trial": None if trial is None else {key: _plain(trial[key]) for key in ("order", "rule", "prompts")},
         "examples": examples.as_json(),
+        "failed_turns": failed.as_json(),
     }
 
 

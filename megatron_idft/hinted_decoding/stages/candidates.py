@@ -48,6 +48,7 @@ class Candidate:
         hint_share: fp32 [n]; 0 without a hinted stream.
         hinted_entropy: fp32 [n]; NaN without a hinted stream.
         seed, slope: None where they took no part.
+        more_room: decoded again, and further, since the length limit had cut it.
         verdict, verified_by: of the verifier; None where nothing was compared.
     """
 
@@ -63,6 +64,7 @@ class Candidate:
     hinted_entropy: Floats
     seed: int | None = None
     slope: float | None = None
+    more_room: bool = False
     split_at: int | None = None
     verdict: str | None = None
     verified_by: str | None = None
@@ -75,8 +77,8 @@ class Candidate:
     def phi(self) -> Floats:
         return self.log_prob + self.entropy
 
-    def row(self) -> CandidateRow:
-        """As it is written."""
+    def row(self, rejected_texts: bool = True) -> CandidateRow:
+        """As it is written; the text of one that was not accepted may be left out."""
         two_streams = ~np.isnan(self.hinted_entropy)
         shares = self.hint_share[two_streams]
         return {
@@ -90,7 +92,8 @@ class Candidate:
             "extracted": self.extracted,
             "leak": self.leak,
             "finish_reason": self.finish_reason,
-            "text": self.text,
+            "text": self.text if rejected_texts or self.accepted else None,
+            "more_room": self.more_room,
             "split_at": self.split_at,
             "hint_share_mean": float(shares.mean(dtype=np.float64)) if len(shares) else None,
             "hint_share_min": float(shares.min()) if len(shares) else None,

@@ -1,13 +1,21 @@
 """The stages of one assistant turn, in order, as a generator that asks for what it needs.
 
-The original is scored; own responses are sampled and verified, and the first right one is taken. Where none is right,
-the model analyses the reference, and hinted decoding mixes its distribution after that analysis with its distribution
-without; that response is verified in turn. Where nothing is accepted, the fallback decides.
+1. The original is scored. Own responses are sampled and verified, and the first right one is taken.
+2. Where none is right, the model is shown the reference by the first template, with or without an analysis of its own,
+   and hinted decoding mixes its distribution after that with its distribution without; the response is verified, too.
+3. The same by the second template, and any after it.
+4. The first hint again, closer to it, each time with another seed.
+5. Where nothing was accepted, the original stays, or the record is dropped.
+
+A stage that cannot run is left out, and the next one follows. Within a stage, a response that the length limit cut is
+decoded once more with more room.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -15,26 +23,34 @@ import numpy as np
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import UserError
 from megatron_idft.hinted_decoding.mixing import EntropyMixing
-from megatron_idft.hinted_decoding.output.outcomes import Stage
-from megatron_idft.hinted_decoding.prompts import HintTemplate, cut_at_marker
+from megatron_idft.hinted_decoding.output.outcomes import NO_MARKER, Stage
+from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.settings import RealignSettings
 from megatron_idft.hinted_decoding.stages.candidates import Candidate, Ids, from_completion
 from megatron_idft.hinted_decoding.stages.conversation import encode
 from megatron_idft.hinted_decoding.stages.given import analysis_ids, check_given, read_rollouts
 from megatron_idft.hinted_decoding.stages.judge import Judge
+from megatron_idft.hinted_decoding.stages.marker import append_marker, cut_at_marker, without_stop
 from megatron_idft.hinted_decoding.stages.needs import Decode, Steps, decode, score
-from megatron_idft.hinted_decoding.stages.tasks import Turn
-from megatron_idft.inference.requests import Completion, DecodeSettings, Request, Sampling, Stopping, Tokens
+from megatron_idft.hinted_decoding.stages.tasks import Hint, Turn
+from megatron_idft.inference.requests import Completion, DecodeSettings, Request, Sampling, Stopping
 
-_SHOWN_ANALYSIS = 2000  # characters of one without a marker
-_ROLLOUT, _ANALYSIS = 0, 1  # places in the chain
+_ROLLOUT = 0  # place in the chain
 _TOO_LONG = "hinted prompt longer than --seq-length"
 
 
 def longest_chain(settings: RealignSettings) -> int:
-    """The number of stages that a turn goes through at most."""
-    retries = settings.retries if settings.fallback == "retry" else 0
-    return _hinted_place(settings) + 1 + retries
+    """The number of batches that a turn goes through at most."""
+    return _places(settings)[-1] + 1 + settings.retries
+
+
+def _places(settings: RealignSettings) -> list[int]:
+    """The places in the chain of each template's response; its analysis comes one before."""
+    places, last = [], _ROLLOUT
+    for template in settings.templates:
+        last += 1 + (template.marker is not None)
+        places.append(last)
+    return places
 
 
 class Chain:
@@ -56,10 +72,7 @@ class Chain:
         yield from self._score_original(turn)
         if turn.reference is not None or settings.unverified == "keep":
             yield from self._roll_out(turn)
-            yield from self._hint(turn, settings.templates[0])
-            yield from self._decode_hinted(turn, "hinted", attempt=0)
-            for attempt in range(1, 1 + settings.retries if settings.fallback == "retry" else 1):
-                yield from self._decode_hinted(turn, "retry", attempt)
+            yield from self._decode_hinted(turn)
         self._choose(turn)
 
     def _score_original(self, turn: Turn) -> Steps[None]:
@@ -74,108 +87,135 @@ class Chain:
         settings = self._settings
         if turn.rollouts:
             made = yield from read_rollouts(turn.prompt, turn.rollouts, self._tokenizer, settings.max_positions)
-        else:
-            names = [f"{turn.name}/rollout/{i}" for i in range(settings.rollout_samples)]
-            requests = [Request(name, turn.prompt.ids, seed=settings.seed) for name in names]
-            done = yield from self._decode(
-                turn, "own responses", _ROLLOUT, requests, settings.rollout_sampling, settings.max_tokens
-            )
-            made = [self._from_completion(turn, completion, "rollout") for completion in done]
-        yield from self._judge.judge(turn, made)
-
-    def _from_completion(self, turn: Turn, completion: Completion, stage: Stage) -> Candidate:
-        tokenizer = self._tokenizer
-        return from_completion(completion, stage, turn.prompt.end_ids, tokenizer.eos_id, tokenizer.decode)
-
-    def _hint(self, turn: Turn, template: HintTemplate) -> Steps[None]:
-        """The hinted prompt; where there is none, `not_hinted` says why."""
-        if turn.accepted is not None:
+            yield from self._judge.judge(turn, made)
             return
+        names = [f"{turn.name}/rollout/{i}" for i in range(settings.rollout_samples)]
+        requests = [Request(name, turn.prompt.ids, seed=settings.seed) for name in names]
+        batch = _Batch("own responses", _ROLLOUT, settings.rollout_sampling)
+        yield from self._respond(turn, "rollout", requests, batch)
+
+    def _decode_hinted(self, turn: Turn) -> Steps[None]:
+        """The stages with a hint, up to the first accepted response."""
+        settings = self._settings
+        places = _places(settings)
+        given: list[Ids] = []
+        for i, template in enumerate(settings.templates):
+            if turn.accepted is not None:
+                return
+            stage: Stage = "second_hint" if i else "hinted"
+            name = f"{turn.name}/{stage}" + (f"/{i}" if i > 1 else "")
+            hint = yield from self._hint(turn, template, Hint(stage, template.sha256), name, places[i] - 1)
+            if hint.ids is not None:
+                given.append(hint.ids)
+                words = "responses by the second hint" if i else "hinted responses"
+                request = Request(name, turn.prompt.ids, hint.ids, settings.seed)
+                yield from self._mix(turn, stage, request, words, places[i], settings.mixing)
+        for attempt in range(1, 1 + settings.retries):
+            if turn.accepted is None and given:
+                words = f"responses closer to the hint, try {attempt}"
+                request = Request(f"{turn.name}/retry/{attempt}", turn.prompt.ids, given[0], settings.seed + attempt)
+                mixing = settings.mixing.scaled(settings.retry_slope_factor**attempt)
+                yield from self._mix(turn, "retry", request, words, places[-1] + attempt, mixing)
+
+    def _mix(
+        self, turn: Turn, stage: Stage, request: Request, words: str, place: int, mixing: EntropyMixing
+    ) -> Steps[None]:
+        """One hinted response."""
+        batch = _Batch(words, place, self._settings.hinted_sampling, mixing)
+        yield from self._respond(turn, stage, [request], batch)
+
+    def _hint(self, turn: Turn, template: HintTemplate, hint: Hint, name: str, place: int) -> Steps[Hint]:
+        """The hint with its prompt by this template, or why there is none. name: of its stage, for the draws."""
+        turn.hints.append(hint)
         try:
             messages = template.render(turn.history, turn.original_text, turn.answer)
             text = self._tokenizer.template.render(messages, add_generation_prompt=True)
-            asked = encode(self._tokenizer, text)
-            if turn.analysis is not None:
-                check_given("analyses", turn.analysis, asked, self._tokenizer)
+            ids = encode(self._tokenizer, text)
+            if turn.analysis is not None and template.marker is not None:
+                check_given("analyses", turn.analysis, ids, self._tokenizer)
         except UserError as error:
-            turn.not_hinted = f"no hinted prompt: {error}"
-            return
-        if template.marker is None:
-            self._set_hinted_prompt(turn, asked)
-        elif turn.analysis is not None:
-            ids = analysis_ids(turn.analysis, text, self._tokenizer)
-            self._set_hinted_prompt(turn, asked, self._cut_analysis(turn, template, ids))
-        elif len(asked) >= self._settings.max_positions:
-            turn.not_hinted = _TOO_LONG
-        else:
-            ids = yield from self._analyse(turn, asked)
-            self._set_hinted_prompt(turn, asked, self._cut_analysis(turn, template, ids))
+            hint.failure = f"no hinted prompt: {error}"
+            return hint
+        if template.marker is not None:
+            if turn.analysis is not None:
+                hint.analysis = without_stop(
+                    analysis_ids(turn.analysis, text, self._tokenizer), turn.prompt.end_ids, self._stop_ids(turn)
+                )
+            elif len(ids) < self._settings.max_positions:
+                yield from self._analyse(turn, hint, ids, name, place)
+            if hint.analysis is not None:
+                ids = np.concatenate([ids, self._closed(hint, template, hint.analysis)]).astype(np.int32)
+        if hint.failure is None and len(ids) >= self._settings.max_positions:
+            hint.failure = _TOO_LONG
+        if hint.failure is None:
+            hint.ids = ids
+        return hint
 
-    def _analyse(self, turn: Turn, asked: Ids) -> Steps[Ids]:
+    def _analyse(self, turn: Turn, hint: Hint, asked: Ids, name: str, place: int) -> Steps[None]:
         """What the model writes about the reference."""
         settings = self._settings
-        request = Request(f"{turn.name}/analysis", asked, seed=settings.seed)
-        stage, longest = "analyses of the references", settings.analysis_max_tokens
-        [done] = yield from self._decode(turn, stage, _ANALYSIS, [request], settings.analysis_sampling, longest)
-        turn.analysis_tokens = len(done.token_ids)
-        return done.token_ids
+        name = f"{turn.name}/analysis" if hint.stage == "hinted" else f"{name}/analysis"
+        request = Request(name, asked, seed=settings.seed)
+        batch = _Batch("analyses of the references", place, settings.analysis_sampling)
+        [done] = yield from self._decode(turn, [request], batch, settings.analysis_max_tokens)
+        hint.analysis_tokens = len(done.token_ids)
+        hint.analysis = without_stop(done.token_ids, turn.prompt.end_ids, self._stop_ids(turn))
 
-    def _cut_analysis(self, turn: Turn, template: HintTemplate, ids: Ids) -> Ids | None:
-        """The analysis through its marker; of one without, the head is kept for the report."""
-        cut = cut_at_marker(ids, template, self._tokenizer)
-        if cut is None:
-            turn.failed_analysis = self._tokenizer.decode(ids)[:_SHOWN_ANALYSIS]
-        return cut
+    def _closed(self, hint: Hint, template: HintTemplate, analysis: Ids) -> Ids:
+        """The analysis through its marker, which is ours to write unless the model has to."""
+        cut = cut_at_marker(analysis, template, self._tokenizer)
+        if cut is not None:
+            hint.marker = "model"
+            return cut
+        if self._settings.analysis_marker == "require":
+            hint.failure = NO_MARKER
+            return analysis
+        hint.marker = "appended"
+        return append_marker(analysis, template, self._tokenizer)
 
-    def _set_hinted_prompt(self, turn: Turn, *parts: Tokens | None) -> None:
-        found = [part for part in parts if part is not None]
-        ids = np.concatenate(found).astype(np.int32)
-        if len(found) < len(parts):
-            turn.not_hinted = "no marker in the analysis"
-        elif len(ids) >= self._settings.max_positions:
-            turn.not_hinted = _TOO_LONG
-        else:
-            turn.hinted_prompt = ids
-
-    def _decode_hinted(self, turn: Turn, stage: Stage, attempt: int) -> Steps[None]:
-        if turn.accepted is not None or turn.hinted_prompt is None:
+    def _respond(self, turn: Turn, stage: Stage, requests: Sequence[Request], batch: _Batch) -> Steps[None]:
+        """Responses, judged; where none is accepted, those that the length limit cut are decoded with more room."""
+        settings, longest = self._settings, self._settings.max_tokens
+        done = yield from self._decode(turn, requests, batch, longest)
+        made = [self._candidate(turn, completion, stage, batch) for completion in done]
+        yield from self._judge.judge(turn, made)
+        cut = [i for i, completion in enumerate(done) if completion.finish_reason == "length"]
+        if turn.accepted is not None or not cut or settings.more_room <= 1:
             return
-        settings = self._settings
-        seed, mixing = settings.seed + attempt, settings.mixing.scaled(settings.retry_slope_factor**attempt)
-        name = f"{turn.name}/{stage}" + (f"/{attempt}" if attempt else "")
-        request = Request(name, turn.prompt.ids, turn.hinted_prompt, seed)
-        shown = f"hinted responses, try {attempt + 1}" if attempt else "hinted responses"
-        place = _hinted_place(settings) + attempt
-        done = yield from self._decode(
-            turn, shown, place, [request], settings.hinted_sampling, settings.max_tokens, mixing
-        )
-        made = [self._from_completion(turn, completion, stage) for completion in done]
-        for candidate in made:
-            candidate.slope = mixing.slope if mixing.has_slope else None
-        yield from self._judge.judge(turn, made, hinted=True)
+        # The same draws write the same beginning.
+        wider = replace(batch, words=f"{batch.words} with more room")
+        longest = math.ceil(settings.more_room * longest)
+        done = yield from self._decode(turn, [requests[i] for i in cut], wider, longest)
+        shorter = {id(made[i]) for i in cut}
+        turn.candidates = [candidate for candidate in turn.candidates if id(candidate) not in shorter]
+        longer = [self._candidate(turn, completion, stage, batch) for completion in done]
+        for candidate in longer:
+            candidate.more_room = True
+        yield from self._judge.judge(turn, longer)
+
+    def _candidate(self, turn: Turn, completion: Completion, stage: Stage, batch: _Batch) -> Candidate:
+        tokenizer, mixing = self._tokenizer, batch.mixing
+        candidate = from_completion(completion, stage, turn.prompt.end_ids, tokenizer.eos_id, tokenizer.decode)
+        candidate.slope = mixing.slope if mixing is not None and mixing.has_slope else None
+        return candidate
 
     def _decode(
-        self,
-        turn: Turn,
-        stage: str,
-        place: int,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        max_tokens: int,
-        mixing: EntropyMixing | None = None,
+        self, turn: Turn, requests: Sequence[Request], batch: _Batch, max_tokens: int
     ) -> Steps[list[Completion]]:
-        settings = self._settings
+        settings, mixing = self._settings, batch.mixing
         stopping = Stopping(
-            stop_ids=frozenset({int(turn.prompt.end_ids[-1]), self._tokenizer.eos_id}),
+            stop_ids=self._stop_ids(turn),
             max_tokens=max_tokens,
             stop_on_first_token=mixing is None or settings.stop_on_first_token,
             repetition=settings.repetition,
             splitter=settings.splitter if mixing is not None else None,
             piece=self._piece,
         )
-        return (
-            yield from decode(Decode(requests, DecodeSettings(sampling, stopping, mixing), stage, turn.number, place))
-        )
+        decoding = DecodeSettings(batch.sampling, stopping, mixing)
+        return (yield from decode(Decode(requests, decoding, batch.words, turn.number, batch.place)))
+
+    def _stop_ids(self, turn: Turn) -> frozenset[int]:
+        return frozenset({int(turn.prompt.end_ids[-1]), self._tokenizer.eos_id})
 
     def _choose(self, turn: Turn) -> None:
         """The stage that a turn ends with, and why no candidate was accepted where none was."""
@@ -184,20 +224,24 @@ class Chain:
         if accepted is not None:
             turn.stage = accepted.stage
             return
-        reasons = {candidate.rejected_because for candidate in turn.candidates}
-        if turn.reference is None and self._settings.unverified != "keep":
+        settings, reasons = self._settings, {candidate.rejected_because for candidate in turn.candidates}
+        if turn.reference is None and settings.unverified != "keep":
             turn.reason = "no reference answer to verify with"
         else:
-            # The last word on it: a hint that could not be given comes after the rollouts.
-            turn.reason = turn.not_hinted or next(
-                (c.rejected_because for c in reversed(turn.candidates) if c.rejected_because), "no stage was run"
-            )
+            turn.reason = turn.rejections[-1][1] if turn.rejections else "no stage was run"
         cannot_tell = turn.reference is None or ("unverified" in reasons and "wrong" not in reasons)
-        policy = self._settings.unverified if cannot_tell else "keep"
+        policy = settings.unverified if cannot_tell else "keep"
         if policy == "keep":
-            policy = self._settings.last_resort
-        turn.stage = "original" if policy == "original" else None
+            policy = settings.fallback
+        if policy == "original":
+            turn.stage, turn.weight = "original", settings.original_weight
 
 
-def _hinted_place(settings: RealignSettings) -> int:
-    return _ANALYSIS + (settings.templates[0].marker is not None)
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What responses of one kind are decoded with, and what they are called for who watches."""
+
+    words: str
+    place: int
+    sampling: Sampling
+    mixing: EntropyMixing | None = None

@@ -56,7 +56,7 @@ class RunningConversation:
         messages: the accepted turns hold their new text.
         turns: indices of the assistant's messages.
         ids: int32 [n], through the last accepted turn.
-        mask: uint8 [n], 1 on the tokens of accepted turns.
+        mask: float64 [n], the weight of each token in the loss: 0 but on the tokens of accepted turns.
 
     Raises:
         ConversationError, TemplateError: as when the record is tokenized for training, and where there is no assistant
@@ -83,7 +83,7 @@ class RunningConversation:
         rendered = render_conversation(tokenizer, messages)
         self._originals = [rendered.text[start:end] for start, end in rendered.spans]
         self.ids: Ids = np.zeros(0, dtype=np.int32)
-        self.mask = np.zeros(0, dtype=np.uint8)
+        self.mask = np.zeros(0, dtype=np.float64)
         self._prompt: TurnPrompt | None = None  # of the last turn that was begun
         self._written = ""  # the text that was accepted there
 
@@ -97,23 +97,26 @@ class RunningConversation:
         history = self.messages[:message]
         text = tokenizer.template.render(history, add_generation_prompt=True)
         new = text if self._prompt is None else self._between(self._prompt, text, message)
-        self._append(encode(tokenizer, new), trained=False)
+        self._append(encode(tokenizer, new), weight=0.0)
         header, end = self._frame(message)
         end_ids = encode(tokenizer, end)
         original = encode_after(tokenizer, text, self._originals[turn])
         self._prompt = TurnPrompt(message, text, self.ids, header, end, end_ids, original)
         return self._prompt
 
-    def accept(self, ids: Ids, content: str | None) -> None:
+    def accept(self, ids: Ids, content: str | None, weight: float = 1.0) -> None:
         """Take a text for the turn that was begun last.
 
         Args:
             ids: int32 [n], of the turn with its end.
             content: its new text; None: the old one.
+            weight: of its tokens in the loss. Another one than 1 is also written into the message, as `loss`.
         """
         prompt = self._prompt
         assert prompt is not None
-        self._append(ids, trained=True)
+        self._append(ids, weight)
+        if weight != 1:
+            self.messages[prompt.message] = {**self.messages[prompt.message], "loss": weight}
         if content is None:
             self._written = self._originals[self.turns.index(prompt.message)].removesuffix(prompt.end)
         else:
@@ -121,9 +124,9 @@ class RunningConversation:
             content = content.removeprefix(prompt.header) if prompt.header else content
             self.messages[prompt.message] = {**self.messages[prompt.message], "content": content}
 
-    def _append(self, ids: Ids, *, trained: bool) -> None:
+    def _append(self, ids: Ids, weight: float) -> None:
         self.ids = np.concatenate([self.ids, ids])
-        self.mask = np.concatenate([self.mask, np.full(len(ids), trained, dtype=np.uint8)])
+        self.mask = np.concatenate([self.mask, np.full(len(ids), weight, dtype=np.float64)])
 
     def _frame(self, message: int) -> tuple[str, str]:
         """The template's text between the generation prompt and the turn's content, and its end of the turn."""

@@ -23,20 +23,19 @@ class Judge:
     def __init__(self, leaks: LeakFilter, *, accept_unverified: bool):
         self._leaks, self._accept_unverified = leaks, accept_unverified
 
-    def judge(self, turn: Turn, made: Sequence[Candidate], *, hinted: bool = False) -> Steps[None]:
+    def judge(self, turn: Turn, made: Sequence[Candidate]) -> Steps[None]:
         """Add the candidates of one stage to their turn, and accept at most one.
 
         The first right one is accepted; where the turn has no reference, the first possible one, if such are accepted.
 
         Args:
             turn: whose candidates they are.
-            made: the candidates.
-            hinted: they were written with a hint in view, which they must not betray.
+            made: the candidates. Those that were written with a hint in view must not betray it.
         """
         for candidate in made:
             turn.candidates.append(candidate)
             candidate.extracted = final_answer(candidate.text)
-            if hinted:
+            if candidate.stage != "rollout":
                 candidate.leak = self._leaks.find(candidate.text, turn.question)
         compared = [candidate for candidate in made if turn.reference is not None and candidate.finished]
         verdicts = yield from verify([(candidate.text, turn.reference) for candidate in compared])

@@ -33,6 +33,7 @@ class Realigner:
         provenance: model and versions of the job, written into the kept records.
         share: a broadcast: the leading rank's value on all ranks that hold the model together.
         leads: whether this is the leading rank.
+        rejected_texts: keep the texts of analyses and rejected candidates in the outcomes.
 
     Attributes:
         progress: how far the records of the call are.
@@ -49,10 +50,12 @@ class Realigner:
         *,
         share: Callable[[Any], Any] = lambda value: value,
         leads: bool = True,
+        rejected_texts: bool = True,
     ):
         self._tokenizer, self._settings = tokenizer, settings
         self._chain = Chain(settings, tokenizer, Judge(leaks, accept_unverified=settings.unverified == "keep"))
         self._provenance = {**provenance, "prompt": settings.templates[0].sha256}
+        self._rejected_texts = rejected_texts
         self._fingerprint = tokenizer.fingerprint()
         self.progress = StageProgress(longest_chain(settings), lambda: engine.decoded_tokens)
         self._scheduler = Lockstep(engine, verifier, self.progress, share=share, leads=leads)
@@ -63,7 +66,8 @@ class Realigner:
         self.progress.begin(sum(task.num_turns for task in tasks))
         self._scheduler.run([self._steps(task) for task in tasks])
         self.progress.begin(0)
-        return [task.row(self._provenance, self._fingerprint) for task in tasks]
+        texts = self._rejected_texts
+        return [task.row(self._provenance, self._fingerprint, rejected_texts=texts) for task in tasks]
 
     def _steps(self, task: RecordTask) -> Steps[None]:
         """The turns of a record, one after the other, until one ends it."""

@@ -33,11 +33,13 @@ class StageProgress:
     _elsewhere: int = 0
     _most_tokens: int = 0
     _tokens_before: int = 0
+    _reached: float = 0.0
 
     def begin(self, turns: int) -> None:
         """Records with so many turns are at hand now; none with 0."""
         self.turns, self.settled, self.stage = turns, 0, ""
         self._here = self._elsewhere = self._place = self.requests = self.done = 0
+        self._reached = 0.0
 
     def settle(self, turns: int) -> None:
         """So many turns need no further stage."""
@@ -45,7 +47,7 @@ class StageProgress:
         self._here = max(self._here - turns, 0)
 
     def enter(self, stage: str, place: int, turns: int, requests: int, longest: int, elsewhere: int) -> None:
-        """A stage begins.
+        """A stage begins, or is run once more for some of its turns.
 
         Args:
             stage: its name.
@@ -55,6 +57,7 @@ class StageProgress:
             longest: tokens of one of them, at most.
             elsewhere: the number of stages that the other turns have been through, those without settled ones.
         """
+        self._reached = self.share
         self.stage, self.requests, self.done = stage, requests, 0
         self._most_tokens, self._tokens_before = requests * longest, self.tokens()
         self._place, self._here, self._elsewhere = place, turns, elsewhere
@@ -74,7 +77,7 @@ class StageProgress:
         if self.requests:  # where all responses are written side by side, the first one ends late
             in_stage = max(self.done / self.requests, (self.tokens() - self._tokens_before) / self._most_tokens)
         begun = (self._elsewhere + self._here * (self._place + min(in_stage, 1.0))) / self.stages
-        return min((self.settled + begun) / self.turns, 1.0)
+        return max(self._reached, min((self.settled + begun) / self.turns, 1.0))
 
     def describe(self) -> str:
         return f"{self.stage}, {self.done} of {self.requests}" if self.requests else self.stage

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,20 @@ from megatron_idft.corpus.verification.answers import final_answer
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import InputError, UserError
 from megatron_idft.hinted_decoding.input.provided import ProvidedText
-from megatron_idft.hinted_decoding.output.outcomes import FailureRow, OutcomeRow, Stage, TurnRow, TurnStage
-from megatron_idft.hinted_decoding.stages.candidates import Candidate, Ids, response_sums
+from megatron_idft.hinted_decoding.output.outcomes import (
+    FailureRow,
+    HintRow,
+    MarkerOrigin,
+    OutcomeRow,
+    Stage,
+    TurnRow,
+    TurnStage,
+)
+from megatron_idft.hinted_decoding.stages.candidates import Candidate, Ids, Provenance, response_sums
 from megatron_idft.hinted_decoding.stages.conversation import RunningConversation, TurnPrompt
 from megatron_idft.hinted_decoding.stages.given import check_given
 
+_CHAIN: tuple[Stage, ...] = get_args(Stage)  # in the order in which they are tried
 _NONE, _NO_IDS = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int32)
 
 
@@ -34,6 +43,39 @@ class RealignInput:
 
 
 @dataclass(slots=True)
+class Hint:
+    """What the hinted stream is shown at one stage.
+
+    Attributes:
+        prompt: sha256 of the template.
+        ids: int32 [n], the hinted prompt; None: there is none, and `failure` says why.
+        analysis: token ids without a stop token, of the model or of a file.
+        analysis_tokens: as many as the model wrote.
+        marker: who wrote it.
+    """
+
+    stage: Stage
+    prompt: str
+    ids: Ids | None = None
+    analysis: Ids | None = None
+    analysis_tokens: int | None = None
+    marker: MarkerOrigin | None = None
+    failure: str | None = None
+
+    def row(self, decode: Callable[[Ids], str], with_text: bool) -> HintRow:
+        """As it is written."""
+        return {
+            "stage": self.stage,
+            "prompt": self.prompt,
+            "num_prompt_tokens": None if self.ids is None else len(self.ids),
+            "analysis_tokens": self.analysis_tokens,
+            "analysis_text": decode(self.analysis) if with_text and self.analysis is not None else None,
+            "marker": self.marker,
+            "failure": self.failure,
+        }
+
+
+@dataclass(slots=True)
 class Turn:
     """One assistant turn.
 
@@ -43,8 +85,9 @@ class Turn:
         reference: the answer that verification compares with.
         rollouts, analysis: of other engines.
         original: log_prob and entropy of the original response, fp32 [n] each.
-        not_hinted: why no hinted stream can run.
+        hints: of the stages that were to be hinted, in order.
         stage: "original" or that of the accepted candidate; None: not settled yet, or dropped.
+        weight: of an original in the loss.
     """
 
     record: Record
@@ -57,11 +100,9 @@ class Turn:
     analysis: ProvidedText | None
     original: tuple[NDArray[np.float32], NDArray[np.float32]] = (_NONE, _NONE)  # log_prob, entropy
     candidates: list[Candidate] = field(default_factory=list)
-    hinted_prompt: Ids | None = None
-    analysis_tokens: int | None = None
-    failed_analysis: str | None = None
-    not_hinted: str | None = None
+    hints: list[Hint] = field(default_factory=list)
     stage: TurnStage | None = None
+    weight: float = 1.0
     reason: str | None = None
 
     @property
@@ -79,12 +120,20 @@ class Turn:
         if self.accepted is not None:
             return []
         found: dict[Stage, dict[str, None]] = {}  # a dict for a set in order
-        for candidate in self.candidates:
-            if candidate.rejected_because is not None:
-                found.setdefault(candidate.stage, {})[candidate.rejected_because] = None
-        if self.not_hinted is not None:
-            found["hinted"] = {self.not_hinted: None}
+        for stage, reason in self.rejections:
+            found.setdefault(stage, {})[reason] = None
         return [{"stage": stage, "reason": ", ".join(reasons)} for stage, reasons in found.items()]
+
+    @property
+    def rejections(self) -> list[tuple[Stage, str]]:
+        """Why candidates were rejected and hints not given, with their stages, in the order of these."""
+        found: list[tuple[Stage, str]] = [
+            (candidate.stage, candidate.rejected_because)
+            for candidate in self.candidates
+            if candidate.rejected_because is not None
+        ]
+        found += [(hint.stage, hint.failure) for hint in self.hints if hint.failure is not None]
+        return sorted(found, key=lambda rejection: _CHAIN.index(rejection[0]))
 
     @property
     def answer(self) -> str | None:
@@ -97,8 +146,14 @@ class Turn:
     def question(self) -> str:
         return "\n".join(str(message["content"]) for message in self.history)
 
-    def row(self, decode: Callable[[Ids], str]) -> TurnRow:
-        """As it is written."""
+    def provenance(self) -> Provenance | dict[str, Any]:
+        """Where its text comes from, for `realigned` of the record."""
+        if self.accepted is not None:
+            return self.accepted.provenance()
+        return {"stage": self.stage} | ({} if self.weight == 1 else {"weight": self.weight})
+
+    def row(self, decode: Callable[[Ids], str], rejected_texts: bool) -> TurnRow:
+        """As it is written, with the texts of analyses and rejected candidates or without."""
         original, candidate = response_sums(*self.original), self.accepted
         ids = _NO_IDS if candidate is None else candidate.token_ids
         return {
@@ -106,9 +161,6 @@ class Turn:
             "stage": self.stage,
             "reason": self.reason,
             "num_prompt_tokens": len(self.prompt.ids),
-            "num_hinted_prompt_tokens": None if self.hinted_prompt is None else len(self.hinted_prompt),
-            "analysis_tokens": self.analysis_tokens,
-            "analysis_text": self.failed_analysis,
             "original_text": self.original_text,
             "original_num_tokens": original["num_tokens"],
             "original_log_prob_sum": original["log_prob_sum"],
@@ -118,7 +170,8 @@ class Turn:
             "original_phi_below_1": original["phi_below_1"],
             "original_phi_below_3": original["phi_below_3"],
             "original_phi_below_5": original["phi_below_5"],
-            "candidates": [candidate.row() for candidate in self.candidates],
+            "hints": [hint.row(decode, rejected_texts) for hint in self.hints],
+            "candidates": [candidate.row(rejected_texts) for candidate in self.candidates],
             "failures": self.failures,
             "token_ids": ids,
             "tokens": [decode(ids[i : i + 1]) for i in range(len(ids))],
@@ -163,19 +216,20 @@ class RecordTask:
         if turn.stage is None:
             self.dropped = turn.reason
         elif candidate is None:
-            conversation.accept(turn.prompt.original_ids, None)
+            conversation.accept(turn.prompt.original_ids, None, turn.weight)
         else:
             conversation.accept(candidate.response_ids, candidate.text)
 
     def fail(self, reason: str) -> None:
         self.error = reason
 
-    def row(self, provenance: Mapping[str, Any], fingerprint: str) -> OutcomeRow:
+    def row(self, provenance: Mapping[str, Any], fingerprint: str, *, rejected_texts: bool = True) -> OutcomeRow:
         """As it is written.
 
         Args:
             provenance: of the job.
             fingerprint: of tokenizer and chat template.
+            rejected_texts: with the texts of analyses and rejected candidates.
         """
         record, conversation = self.record, self._conversation
         kept = self.in_progress
@@ -190,7 +244,7 @@ class RecordTask:
             "record": None,
             "token_ids": None,
             "loss_mask": None,
-            "turns": [turn.row(self._tokenizer.decode) for turn in self.turns],
+            "turns": [turn.row(self._tokenizer.decode, rejected_texts) for turn in self.turns],
         }
         if not kept or conversation is None:
             return row
@@ -200,10 +254,10 @@ class RecordTask:
         written |= record.extra
         if any(turn.accepted is not None for turn in self.turns):
             row["token_ids"], row["loss_mask"] = conversation.ids, conversation.mask
-            written["token_ids"], written["loss_mask"] = conversation.ids.tolist(), conversation.mask.tolist()
+            weights = [int(weight) if weight in (0, 1) else weight for weight in conversation.mask.tolist()]
+            written["token_ids"], written["loss_mask"] = conversation.ids.tolist(), weights
             written["tokenizer_fingerprint"] = fingerprint
-        turns = [{"stage": turn.stage} if turn.accepted is None else turn.accepted.provenance() for turn in self.turns]
-        written["realigned"] = {**provenance, "turns": turns}
+        written["realigned"] = {**provenance, "turns": [turn.provenance() for turn in self.turns]}
         row["record"] = json.dumps(written, ensure_ascii=False)
         return row
 

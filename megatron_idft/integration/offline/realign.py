@@ -35,7 +35,7 @@ from megatron_idft.errors import ArgumentError, InputError
 from megatron_idft.hinted_decoding.named_prompts import NamedPrompts
 from megatron_idft.hinted_decoding.output.former_names import current_settings
 from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA, OutcomeRow
-from megatron_idft.hinted_decoding.output.results import open_retry, read_settings
+from megatron_idft.hinted_decoding.output.results import begun_by_earlier_version, open_retry, read_settings
 from megatron_idft.hinted_decoding.output.status import describe_status
 from megatron_idft.hinted_decoding.preview import describe_estimate, render_prompts, summary_row
 from megatron_idft.hinted_decoding.prompt_trial import trial_indices, trial_settings, trial_size
@@ -117,6 +117,7 @@ class _Job:
     ) -> None:
         self.args, self.tokenizer, self.named = args, tokenizer, named
         self.replica = Replica.here()
+        self.begun = from_rank_0(lambda: begun_by_earlier_version(Path(args.output)))
         self.leaks = LeakFilter() if args.leak_phrases is None else LeakFilter.from_file(args.leak_phrases)
         self.inputs = RealignInputs(args, self.replica, stack, resolve_origin(args, tokenizer, named.templates))
         self.verifier = self._open_verifier(stack)
@@ -173,8 +174,11 @@ class _Job:
 
     def _begin(self, templates: tuple[HintTemplate, ...]) -> None:
         """Be ready to realign with these prompts."""
-        self.settings = resolve_settings(self.args, templates, self.args.sft_loss_vocab_size)
+        self.settings = self._resolved(templates)
         self.realigner = self._realigner(self.settings)
+
+    def _resolved(self, templates: tuple[HintTemplate, ...]) -> RealignSettings:
+        return resolve_settings(self.args, templates, self.args.sft_loss_vocab_size, self.begun)
 
     def _prompts(self, output: Path | None) -> tuple[HintTemplate, ...]:
         """The prompts that the flags or the folder name, or a trial chooses. output: None where nothing is kept."""
@@ -191,7 +195,7 @@ class _Job:
         total = self.inputs.total()
         indices = trial_indices(total, trial_size(total, self.args.prompt_trial_records))
         candidates = self.named.templates
-        base = resolve_settings(self.args, candidates, self.args.sft_loss_vocab_size)
+        base = self._resolved(candidates)
         self.replica.print_once(
             f"> trying {len(candidates)} prompts on {len(indices):,} of {total:,} records each: up to"
             f" {len(candidates) * len(indices):,} responses, and an analysis for each prompt that asks for one"
@@ -321,6 +325,7 @@ class _Job:
             _provenance(self.args),
             share=self.replica.share,
             leads=self.replica.leads,
+            rejected_texts=self.args.rejected_texts,
         )
 
 

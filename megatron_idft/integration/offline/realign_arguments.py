@@ -49,7 +49,19 @@ def describe_renamed(args: argparse.Namespace) -> list[str]:
     if args.no_analysis:
         named = "hint" if args.hint_prompt is None else " ".join(args.hint_prompt)
         lines.append(f"--no-analysis is now the choice of a prompt without one: write --hint-prompt {named}")
+    if args.fallback == "retry" or args.after_retries is not None:
+        lines.append(
+            "--fallback retry and --after-retries: retries come before every fallback now: write --retries"
+            f" {2 if args.retries is None else args.retries} --fallback {last_resort(args)}"
+        )
     return lines
+
+
+def last_resort(args: argparse.Namespace) -> str:
+    """What --fallback says, or said together with --after-retries."""
+    if args.fallback in (None, "retry"):
+        return args.after_retries or "drop"
+    return str(args.fallback)
 
 
 def add_realign_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -170,6 +182,13 @@ def _add_analysis_arguments(group: Any) -> None:
         help="Longest analysis; it holds a reply as well, which is cut off at the marker. Default 2048.",
     )
     group.add_argument(
+        "--analysis-marker",
+        choices=("append", "require"),
+        default=None,
+        help="For an analysis without the template's marker when it ends or reaches its length. append: it is closed by"
+        " one. require: there is no hint, as in the paper. Default append.",
+    )
+    group.add_argument(
         "--analysis-temperature", type=float, default=0.0, help="Sampling temperature of the analysis. Default 0."
     )
     group.add_argument(
@@ -261,13 +280,12 @@ def _add_hinted_arguments(group: Any) -> None:
 
 def _add_judging_arguments(group: Any) -> None:
     group.add_argument(
-        "--fallback",
-        choices=("drop", "original", "retry"),
-        default="drop",
-        help="For a turn without an accepted response: leave its record out, keep the record with that turn as it was,"
-        " or try hinted decoding again. Default drop.",
+        "--retries",
+        type=int,
+        default=None,
+        help="Further tries of hinted decoding by the first hint, before --fallback. Default 2, or 0 where they would"
+        " write the same again.",
     )
-    group.add_argument("--retries", type=int, default=2, help="With --fallback retry: how often. Default 2.")
     group.add_argument(
         "--retry-slope-factor",
         type=float,
@@ -277,10 +295,36 @@ def _add_judging_arguments(group: Any) -> None:
     )
     group.add_argument("--retry-beta-factor", action=_Renamed, now="--retry-slope-factor", type=float)
     group.add_argument(
-        "--after-retries",
-        choices=("drop", "original"),
-        default="drop",
-        help="The same for a record whose retries fail too. Default drop.",
+        "--more-room",
+        type=float,
+        metavar="FACTOR",
+        default=None,
+        help="A response that --max-new-tokens cuts, where none was right, is decoded once more, up to so many times as"
+        " long, as far as the context reaches. 0: not. Default 2.",
+    )
+    group.add_argument(
+        "--fallback",
+        choices=("drop", "original", "retry"),
+        metavar="{drop,original}",
+        default=None,
+        help="For a turn for which every stage failed: leave its record out, or keep the record with that turn as it"
+        " was, weighted by --original-weight. Default drop.",
+    )
+    group.add_argument("--after-retries", choices=("drop", "original"), default=None, help=argparse.SUPPRESS)
+    group.add_argument(
+        "--original-weight",
+        type=float,
+        metavar="W",
+        default=1.0,
+        help="The weight in the loss of the tokens of turns that stay as they were, in loss_mask and as loss of the"
+        " message. Default 1.",
+    )
+    group.add_argument(
+        "--no-rejected-texts",
+        dest="rejected_texts",
+        action="store_false",
+        help="Leave the texts of analyses and of rejected responses out of the outcomes. Default: they are kept, for"
+        " those who want to know why a record was dropped.",
     )
     group.add_argument(
         "--unverified",

@@ -29,6 +29,9 @@ PAPER_VALUES: dict[str, Any] = {
     "repetition_count": 5,
     "repetition_every": 100,
     "stop_on_first_token": False,
+    "analysis_marker": "require",
+    "more_room": 0.0,
+    "retries": 0,
     "fallback": "drop",
     "unverified": "drop",
 }

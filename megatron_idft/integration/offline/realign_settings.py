@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from megatron_idft.corpus.messages import GREATEST_WEIGHT, LEAST_WEIGHT
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import ArgumentError, InputError
 from megatron_idft.hinted_decoding.input.provided import Origin
@@ -13,6 +15,7 @@ from megatron_idft.hinted_decoding.named_prompts import AUTO, PAPER, NamedPrompt
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.settings import RealignSettings
 from megatron_idft.inference.requests import Repetition, Sampling
+from megatron_idft.integration.offline.realign_arguments import last_resort
 from megatron_idft.integration.offline.realign_paper import apply_paper
 
 WHOLE_NUMBERS_FROM_1 = (
@@ -26,6 +29,7 @@ WHOLE_NUMBERS_FROM_1 = (
     "verify_workers",
 )
 _WHOLE_NUMBERS_FROM_0 = ("rollout_samples", "retries", "top_k", "rollout_top_k", "repetition_ngram")
+_RETRIES, _MORE_ROOM = 2, 2.0
 
 
 def check_realign_arguments(args: argparse.Namespace) -> None:
@@ -36,7 +40,7 @@ def check_realign_arguments(args: argparse.Namespace) -> None:
     """
     apply_paper(args)
     for name in _WHOLE_NUMBERS_FROM_0:
-        if getattr(args, name) < 0:
+        if (getattr(args, name) or 0) < 0:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: pass a whole number from 0")
     _check_layout(args)
     for flag, given, needs, there in (("--hint-share", args.hint_share, "--mix fixed", args.mix == "fixed"),):
@@ -53,16 +57,32 @@ def check_realign_arguments(args: argparse.Namespace) -> None:
         raise ArgumentError(f"{written} {args.retry_slope_factor}: pass a number above 0")
     if args.kv_memory_gb is not None and not args.kv_memory_gb > 0:
         raise ArgumentError(f"--kv-memory-gb {args.kv_memory_gb}: pass a number above 0")
-    if args.fallback == "retry" and args.temperature == 0 and args.mix in ("fixed", "piecewise"):
+    if args.more_room is not None and not (args.more_room == 0 or 1 <= args.more_room < float("inf")):
+        raise ArgumentError(f"--more-room {args.more_room}: pass a number from 1, or 0")
+    if not LEAST_WEIGHT <= args.original_weight <= GREATEST_WEIGHT:
+        raise ArgumentError(f"--original-weight {args.original_weight}: pass a weight above 0; see --fallback drop")
+    if args.original_weight != 1 and "original" not in (last_resort(args), args.unverified):
         raise ArgumentError(
-            f"--fallback retry with --temperature 0 and --mix {args.mix} would write the same again: raise"
-            " --temperature, or choose another fallback"
+            "--original-weight is used only with --fallback original or --unverified original: add one of these, or"
+            " drop it"
+        )
+    asked = _RETRIES if args.retries is None and args.fallback == "retry" else args.retries
+    if asked and _repeats_itself(args):
+        raise ArgumentError(
+            f"--retries {asked} with --temperature 0 and --mix {args.mix} would write the same again: raise"
+            " --temperature, or drop --retries"
         )
 
 
+def _repeats_itself(args: argparse.Namespace) -> bool:
+    """Whether a retry, which differs by its seed and its slope, would write what was written before."""
+    return bool(args.temperature == 0 and args.mix in ("fixed", "piecewise"))
+
+
 def _check_prompts(args: argparse.Namespace) -> None:
-    if args.analyses is not None and args.no_analysis:
-        raise ArgumentError("--analyses and --no-analysis say different things about the analysis: drop one of them")
+    for flag, given in (("--analyses", args.analyses), ("--analysis-marker", args.analysis_marker)):
+        if given is not None and args.no_analysis:
+            raise ArgumentError(f"{flag} and --no-analysis say different things about the analysis: drop one of them")
     if args.analysis_prompt is not None and (args.hint_prompt is not None or args.no_analysis):
         other = "--no-analysis" if args.hint_prompt is None else "--hint-prompt"
         raise ArgumentError(f"--analysis-prompt and {other} say different things about the hint: drop one of them")
@@ -120,13 +140,20 @@ def resolve_prompts(args: argparse.Namespace) -> NamedPrompts:
     return named
 
 
-def resolve_settings(args: argparse.Namespace, templates: tuple[HintTemplate, ...], vocab_size: int) -> RealignSettings:
+def resolve_settings(
+    args: argparse.Namespace,
+    templates: tuple[HintTemplate, ...],
+    vocab_size: int,
+    begun: Mapping[str, Any] | None = None,
+) -> RealignSettings:
     """The settings that the flags describe.
 
     Args:
         args: checked by `check_realign_arguments`.
         templates: the prompts, in order of preference.
         vocab_size: the true one.
+        begun: the settings, under today's names, of an output folder that an earlier version began; where flags leave
+            something open that version's defaults are taken, so that the same command goes on with it.
 
     Raises:
         ArgumentError, InputError: a value lies outside its range.
@@ -134,6 +161,10 @@ def resolve_settings(args: argparse.Namespace, templates: tuple[HintTemplate, ..
     repetition = None
     if args.repetition_ngram:
         repetition = Repetition(args.repetition_ngram, args.repetition_count, args.repetition_every)
+    former = begun or {}
+    retries = 0 if _repeats_itself(args) else (former.get("retry") or {}).get("retries", 0) if begun else _RETRIES
+    more_room = former.get("more_room", _MORE_ROOM)
+    marker = (former.get("analysis") or {}).get("marker", "append")
     return RealignSettings(
         seed=args.seed,
         max_positions=args.seq_length,
@@ -150,14 +181,16 @@ def resolve_settings(args: argparse.Namespace, templates: tuple[HintTemplate, ..
         rollout_sampling=rollout_sampling(args),
         analysis_sampling=_sampling("analysis-", args.analysis_temperature, 1.0, 0, False),
         analysis_max_tokens=args.analysis_max_tokens,
+        analysis_marker=args.analysis_marker or marker,
         hinted_sampling=_sampling("", args.temperature, args.top_p, args.top_k, args.nucleus_before_temperature),
         splitter=args.splitter or None,
         repetition=repetition,
         stop_on_first_token=args.stop_on_first_token,
-        fallback=args.fallback,
-        retries=args.retries,
+        more_room=more_room if args.more_room is None else 0.0 if args.more_room <= 1 else args.more_room,
+        fallback="original" if last_resort(args) == "original" else "drop",
+        original_weight=args.original_weight,
+        retries=retries if args.retries is None else args.retries,
         retry_slope_factor=args.retry_slope_factor,
-        after_retries=args.after_retries,
         unverified=args.unverified,
     )
 
