@@ -47,7 +47,7 @@ say "3. realigning it by two launches on one folder"
 realign=(-m megatron_idft realign --cpu --hf-model model --sft-data data/corpus.jsonl --seq-length 96 --seed 1
     --max-new-tokens 64 --hint-prompt "$here/hint.txt" --splitter " answer")
 if [ ! -e realigned.jsonl ]; then
-    shared=("${realign[@]}" --output realigned --chunk-records "$chunk" --fallback retry)
+    shared=("${realign[@]}" --output realigned --chunk-records "$chunk")
     logged realign-first.log d launch 1 "${shared[@]}" &
     first=$!
     logged realign-second.log d launch 1 "${shared[@]}" &

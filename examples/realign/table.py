@@ -35,7 +35,7 @@ def phi_table(folder: Path) -> list[list[str]]:
     rows = [phi_row("own samples, T = 1", null["summary"]) for null in own]
     rows += [phi_row("corpus as it is", before), phi_row("realigned", after)]
     phi = read(folder / "realigned" / "report.json")["corpus"]["phi"]
-    for stage in ("rollout", "hinted", "retry"):
+    for stage in ("rollout", "hinted", "second_hint", "retry"):
         if phi[f"new_{stage}"]["records"]:
             rows.append(phi_row(f"of these: {stage}", phi[f"new_{stage}"]))
     return [["text", "records", "mean phi", "spread", "below −1", "mean log p"], *rows]

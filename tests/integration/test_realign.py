@@ -84,7 +84,7 @@ def folder(tmp_path_factory) -> Path:
 def flags(folder: Path, output: Path | str, more: str = "") -> list[str]:
     words = f"{MODEL} --data {folder / 'data.jsonl'} --tokenizer-model {folder / 'tokenizer.model'}"
     words += f" --load {folder / 'model'} --output {output} --no-analysis --hint-prompt {folder / 'hint.txt'}"
-    return f"{words} --max-new-tokens 16 --kv-memory-gb 0.1 --fallback retry --retries 1 {more}".split()
+    return f"{words} --max-new-tokens 16 --kv-memory-gb 0.1 --retries 1 {more}".split()
 
 
 def auto(words: list[str]) -> list[str]:
@@ -267,7 +267,7 @@ def test_the_model_analyses_the_reference_itself(folder, tmp_path):
     first_turns = [row["turns"][0] for row in rows]
     hinted = [turn for turn in first_turns if turn["candidates"]]
     assert len(hinted) > len(rows) / 2
-    assert {turn["reason"] for turn in first_turns if not turn["candidates"]} <= {"no marker in the analysis"}
+    assert {hint["marker"] for turn in first_turns for hint in turn["hints"]} <= {"model", "appended"}
     tokenizer = load_tokenizer(folder / "tokenizer.model", chat_template="chatml")
     as_expected = 0
     for record, turn in zip(read_records(folder / "data.jsonl"), first_turns, strict=True):
@@ -307,11 +307,14 @@ def test_a_folder_and_a_flag_of_before_the_hint_share_are_understood(folder, rea
     """The folder has no difference to these settings but the slope."""
     shutil.copytree(folder / "whole", tmp_path / "whole")
     manifest = json.loads((tmp_path / "whole" / "manifest.json").read_text())
-    manifest["settings"]["mixing"]["beta"] = manifest["settings"]["mixing"].pop("slope")
-    manifest["settings"]["retry"]["beta_factor"] = manifest["settings"]["retry"].pop("slope_factor")
+    settings = manifest["settings"]
+    settings["mixing"]["beta"] = settings["mixing"].pop("slope")
+    retry = {"retries": 1, "beta_factor": settings["retry"].pop("slope_factor"), "after_retries": "drop"}
+    settings |= {"fallback": "retry", "retry": retry, "prompt": settings.pop("prompts")[0]}
+    del settings["more_room"], settings["original_weight"]  # the chain of fallbacks is younger
     (tmp_path / "whole" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(AssertionError) as refused:
-        realign(folder, tmp_path / "whole", "--mix-beta 2")
+        realign(folder, tmp_path / "whole", "--mix-beta 2 --fallback retry")
     text = str(refused.value)
     assert text.count("> --mix-beta is now --mix-slope: write --mix-slope 2.0") == 1
     assert text.count(" in the folder, ") == 1 and "mixing.slope: 3.0 in the folder, 2.0 now" in text
@@ -343,7 +346,7 @@ def test_verbs_without_a_model(folder, realigned, tmp_path):
     status = subprocess.run([*verbs, "status", folder / "whole"], check=True, cwd=ROOT, capture_output=True, text=True)
     assert "1 of 1 chunks finished" in status.stdout and " kept" in status.stdout
     subprocess.run([*verbs, "report", folder / "whole", "--output", tmp_path], check=True, cwd=ROOT)
-    assert json.loads((tmp_path / "report.json").read_text())["settings"]["fallback"] == "retry"
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["retry"]["retries"] == 1
     merging = [*verbs, "merge", folder / "whole", "--output", tmp_path / "a.parquet"]
     done = subprocess.run(merging, check=True, cwd=ROOT, capture_output=True, text=True)
     assert json.loads(done.stdout)["kept"] == pq.read_table(tmp_path / "a.parquet").num_rows
