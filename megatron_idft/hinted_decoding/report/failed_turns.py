@@ -17,7 +17,7 @@ _TRIED = 6  # candidates of one turn that are shown
 
 
 class ShownHint(TypedDict):
-    """analysis: null where there is none, or texts were left out."""
+    """A hint; no analysis where there was none, or texts were left out."""
 
     stage: str
     marker: str | None
@@ -26,7 +26,7 @@ class ShownHint(TypedDict):
 
 
 class ShownCandidate(TypedDict):
-    """text: null where texts were left out."""
+    """A candidate; no text where texts were left out."""
 
     stage: str
     rejected_because: str | None
