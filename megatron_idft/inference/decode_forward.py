@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_idft.inference.cache import Bank, BankStep, KeyValueCache
+from megatron_idft.inference.block_runs import BlockRuns
+from megatron_idft.inference.blocks import NOBODYS, Row
+from megatron_idft.inference.cache import KeyValueCache
 from megatron_idft.inference.captured_collectives import require_unregistered_graphs
 from megatron_idft.inference.packed_weights import PackedWeights
 from megatron_idft.inference.served import ServedModel
@@ -19,26 +21,18 @@ from megatron_idft.inference.served import ServedModel
 _KEPT_GRAPHS = 32  # the captured shapes that were used last
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """The shapes of a captured graph. banks: of each (address of its keys, slots, capacity, rows, positions read)."""
-
-    banks: tuple[tuple[int, int, int, int, int], ...]
-
-
 @dataclass(slots=True)
 class _Graph:
     graph: torch.cuda.CUDAGraph
-    tokens: Tensor
-    lengths: Tensor
+    inputs: tuple[Tensor, Tensor, Tensor]
     logits: Tensor
 
 
 class DecodeForward:
     """graphs: whether steps are captured as CUDA graphs, each shape when it first occurs.
 
-    Shapes are rounded up to powers of two, so that few occur: a bank's rows beyond its sequences are computed in vain
-    and write into slots that nobody holds.
+    Shapes are rounded up to powers of two, so that few occur: rows beyond those given are computed in vain, and write
+    into the block that nobody holds.
     """
 
     def __init__(self, model: ServedModel, cache: KeyValueCache) -> None:
@@ -50,79 +44,68 @@ class DecodeForward:
         # Of all graphs: what one computes in between may lie where another does. They never run at the same time, and
         # what each leaves behind, its logits, is read before the next replay.
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
-        self._captured: OrderedDict[_Shape, _Graph] = OrderedDict()
+        # By the address of the keys, rows, and blocks of a row.
+        self._captured: OrderedDict[tuple[int, int, int], _Graph] = OrderedDict()
 
-    def __call__(self, banks: Sequence[Bank]) -> Tensor:
-        """[rows, V/tp] logits for the tokens that the banks' sequences are fed now, in the order of banks and slots.
+    def __call__(self, rows: Sequence[Row]) -> Tensor:
+        """[rows, V/tp] logits for the rows' last tokens, whose keys and values it writes.
 
         With graphs the result is overwritten by the next call.
         """
-        banks = [bank for bank in banks if bank.active]
-        if not self.graphs:
-            steps, tokens, lengths = self._inputs([(bank, bank.active, bank.read_length()) for bank in banks])
-            return self._run(steps, tokens, lengths)
-        return self._replay(banks)
+        lengths = np.array([row.length for row in rows])
+        blocks = int(lengths.max()) // self.cache.block_size + 1
+        if self.graphs:
+            inputs = self._inputs(rows, _power_of_two(len(rows)), _power_of_two(blocks))
+            return self._replay(inputs)[: len(rows)]
+        runs = self.cache.runs([row.table for row in rows], lengths)
+        return self._run(*self._inputs(rows, len(rows), blocks), runs)
 
     def close(self) -> None:
         self._captured.clear()
         self.packed.close()
 
-    def _inputs(self, parts: Sequence[tuple[Bank, int, int]]) -> tuple[list[BankStep], Tensor, Tensor]:
-        """Rows of (bank, rows, positions read)."""
-        tokens = self._tensor(np.concatenate([bank.tokens[:rows] for bank, rows, _ in parts]))
-        lengths = self._tensor(np.concatenate([bank.lengths[:rows] for bank, rows, _ in parts]))
-        steps, begin = [], 0
-        for bank, rows, read in parts:
-            steps.append(BankStep(bank, begin, lengths[begin : begin + rows], read))
-            begin += rows
-        return steps, tokens, lengths
+    def _inputs(self, rows: Sequence[Row], count: int, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens and lengths int64 [count], tables int32 [count, blocks]."""
+        tokens, lengths = np.zeros((2, count), dtype=np.int64)
+        tables = np.full((count, blocks), NOBODYS, dtype=np.int32)
+        for number, row in enumerate(rows):
+            tokens[number] = row.drawn[-1] if row.drawn else row.prompt[-1]
+            lengths[number] = row.length
+            tables[number, : len(row.blocks)] = row.table
+        return self._tensor(tokens), self._tensor(lengths), self._tensor(tables)
 
-    def _run(self, steps: list[BankStep], tokens: Tensor, lengths: Tensor) -> Tensor:
-        with self.cache.decoding(steps), self.packed.used(len(tokens)):
+    def _run(self, tokens: Tensor, lengths: Tensor, tables: Tensor, runs: BlockRuns | None = None) -> Tensor:
+        with self.cache.decoding(lengths, tables, runs), self.packed.used(len(tokens)):
             states = self.model.hidden_states(tokens.unsqueeze(1), lengths.unsqueeze(1))  # [1, rows, h]
             return self.model.logits(states)[0]
 
-    def _tensor(self, array: NDArray[np.int64]) -> Tensor:
+    def _tensor(self, array: NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(array).to(self.model.device, non_blocking=True)
 
-    def _replay(self, banks: Sequence[Bank]) -> Tensor:
-        parts = [(bank, min(_power_of_two(bank.active), bank.slots), self._read(bank)) for bank in banks]
-        for bank, rows, _ in parts:
-            bank.lengths[bank.active : rows] = 0  # rows without a sequence write there
-        shape = _Shape(tuple((bank.keys.data_ptr(), bank.slots, bank.capacity, *rest) for bank, *rest in parts))
-        steps, tokens, lengths = self._inputs(parts)
+    def _replay(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        shape = self.cache.blocks_of(0)[0].data_ptr(), *inputs[2].shape
         if shape not in self._captured:
-            self._captured[shape] = self._capture(steps, tokens, lengths)
+            self._captured[shape] = self._capture(inputs)
             if len(self._captured) > _KEPT_GRAPHS:
                 self._captured.popitem(last=False)
         self._captured.move_to_end(shape)
         graph = self._captured[shape]
-        graph.tokens.copy_(tokens)
-        graph.lengths.copy_(lengths)
+        for kept, given in zip(graph.inputs, inputs, strict=True):
+            kept.copy_(given)
         graph.graph.replay()
-        active = [
-            i for step, bank in zip(steps, banks, strict=True) for i in range(step.begin, step.begin + bank.active)
-        ]
-        if len(active) == len(tokens):
-            return graph.logits
-        return graph.logits[self._tensor(np.array(active))]
+        return graph.logits
 
-    def _read(self, bank: Bank) -> int:
-        if self.cache.flash_attention is not None:  # it reads what there is
-            return bank.capacity
-        return min(_power_of_two(bank.read_length()), bank.capacity)
-
-    def _capture(self, steps: list[BankStep], tokens: Tensor, lengths: Tensor) -> _Graph:
-        """Steps whose lengths are views of `lengths`: replays read what is copied there."""
+    def _capture(self, inputs: tuple[Tensor, Tensor, Tensor]) -> _Graph:
+        """The graph reads tokens, lengths and tables where they are now; replays copy others there."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles kernels and allocates what they keep, outside of the graph
-            self._run(steps, tokens, lengths)
+            self._run(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._run(steps, tokens, lengths)
-        return _Graph(graph, tokens, lengths, logits)
+            logits = self._run(*inputs)
+        return _Graph(graph, inputs, logits)
 
 
 def _power_of_two(number: int) -> int:

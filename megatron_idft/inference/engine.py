@@ -1,14 +1,14 @@
 """Continuous batched decoding from a Megatron model: plain generation, and pairs of streams mixed into one response.
 
-One copy of the weights, one forward pass per step for all running sequences, each at its own position. A pair is two
-rows of the batch: the question as it is, and the question with a hint. Slots of a response that ends are given to the
-next request at once; the hinted row is given up as soon as the splitter is written. Tensor-parallel ranks call with the
-same requests, keep their shard of the vocabulary and find the same tokens.
+One copy of the weights, one forward pass per step for all running sequences, each at its own position and with its own
+settings. A pair is two rows of the batch: the question as it is, and the question with a hint. The blocks of a response
+that ends are given to the next request at once; the hinted row is given up as soon as the splitter is written.
+Tensor-parallel ranks are fed the same requests, keep their shard of the vocabulary and find the same tokens.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
@@ -17,14 +17,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_idft.errors import InputError, NonFiniteLogitsError, UserError
-from megatron_idft.inference.cache import Bank, KeyValueCache
+from megatron_idft.inference.attention import Prefill
+from megatron_idft.inference.blocks import BlockPool
+from megatron_idft.inference.cache import KeyValueCache
 from megatron_idft.inference.decode_forward import DecodeForward
 from megatron_idft.inference.draws import draw
 from megatron_idft.inference.memory import memory_for_cache
+from megatron_idft.inference.prefill import Prefiller, batches
 from megatron_idft.inference.requests import (
     Completion,
     DecodeSettings,
     FinishReason,
+    Mixing,
     Repetition,
     Request,
     Sampling,
@@ -32,33 +36,22 @@ from megatron_idft.inference.requests import (
     Tokens,
 )
 from megatron_idft.inference.sampling import FIRST_CANDIDATES, choose
+from megatron_idft.inference.scheduler import Feed, Response, Scheduler
 from megatron_idft.inference.served import ServedModel
 from megatron_idft.loss import distribution_statistics, vocab_parallel_loss
+from megatron_idft.loss.shard import VocabShard
 from megatron_idft.statistics import LOWEST
 
-_PREFILL_TOKENS = 16384  # padded tokens of prompts in one forward pass; at least one prompt
-_SCORED_TOKENS = 4096  # the same where logits of all tokens are made
-
-
-class _Sequence:
-    """A response in the making. row, hinted_row: its slots; hinted_row None where only the plain stream runs."""
-
-    __slots__ = ("hinted_row", "request", "row", "split_at", "tail", "tokens", "values")
-
-    def __init__(self, request: Request, row: int, hinted_row: int | None) -> None:
-        self.request, self.row, self.hinted_row = request, row, hinted_row
-        self.tokens: list[int] = []
-        self.values: list[NDArray[np.float64]] = []  # per token: log_prob, entropy, hint share, hinted entropy
-        self.tail = ""
-        self.split_at: int | None = None
+_SCORED_TOKENS = 4096  # padded tokens in one forward pass that makes the logits of all; at least one sequence
 
 
 class DecodeEngine:
     """Decodes from a model that this tensor-parallel group holds.
 
     Serves GPTModel, and HybridModel without state-space layers; dense and MoE; local and Transformer Engine layers;
-    keys and values in the model's dtype; SDPA, or flash-attn's cache kernel where it is installed. On a GPU the forward
-    pass of a step is a CUDA graph (not with experts, whose routing asks the host).
+    keys and values in blocks, in the model's dtype. On a CPU attention is SDPA's; on a GPU one token at a time goes
+    through flash-attn's cache kernel where it is installed, else one of our own, and a step's forward pass is a CUDA
+    graph (not with experts, whose routing asks the host).
 
     Args:
         model: what Megatron's training setup returned: one chunk, without pipeline stages.
@@ -91,19 +84,21 @@ class DecodeEngine:
         self._forward = DecodeForward(self.model, self.cache)
         self._tell = tell
         self.decoded_tokens = 0
-        self._banks: tuple[Bank, ...] = ()  # of the latest call
-        self._kept = 0  # tokens that the last cut left: how many candidates the next one begins with
+        self._prefill = Prefiller(self.model, self.cache, max_positions)
+        self._scheduler = Scheduler(BlockPool(1, 1), 0, lambda number, request: self._accept(number, request, None))
+        # Of each sampling: tokens that its last cut left, hence how many candidates the next one begins with.
+        self._kept: dict[Sampling, int] = {}
 
     def describe(self) -> str:
         """The budget of memory, and kernels, in one line for a person."""
         cache = self.cache
         attention = "SDPA" if cache.cudnn else "SDPA without cuDNN"
-        if cache.flash_attention is not None:  # for one token at a time; prompts go through SDPA
-            attention = f"flash-attn and {attention}"
+        if cache.model.device.type != "cpu":  # for one token at a time; prompts go through SDPA
+            attention = f"{'paged kernel' if cache.flash_attention is None else 'flash-attn'} and {attention}"
         return (
             f"decode engine: up to {self.max_rows} responses at once, {self.max_positions:,} positions;"
-            f" budget for keys and values on this rank {_size(cache.memory_bytes)}, allocated as needed,"
-            f" {cache.bytes_per_token:,} bytes per token; attention by {attention}, CUDA graphs"
+            f" budget for keys and values on this rank {_size(cache.memory_bytes)}, {cache.bytes_per_token:,}"
+            f" bytes per token in blocks of {cache.block_size}; attention by {attention}, CUDA graphs"
             f" {'on' if self._forward.graphs else 'off'}"
             + (
                 f"; another {_size(packed)} for packed copies of the weights"
@@ -113,9 +108,14 @@ class DecodeEngine:
         )
 
     def close(self) -> None:
-        """Give the model its own attention back and free the slots."""
+        """Give the model its own attention back and free the blocks."""
         self._forward.close()
         self.cache.close()
+
+    def forget_prompts(self) -> None:
+        """Compute the next prompts anew, also those that earlier calls have computed."""
+        if self.cache.pool is not None:
+            self.cache.pool.forget()
 
     def generate(
         self,
@@ -152,14 +152,14 @@ class DecodeEngine:
         same sequences. Collectives: the layers' own and one all-gather of four numbers per token and batch.
         """
         found: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-        for batch in _batches([len(sequence) - 1 for sequence in sequences], _SCORED_TOKENS):
+        for batch in batches([len(sequence) - 1 for sequence in sequences], _SCORED_TOKENS):
             length = max(len(sequences[i]) for i in batch) - 1
             tokens = np.zeros((len(batch), length), dtype=np.int64)
             labels = np.full((len(batch), length), -100, dtype=np.int64)
             for row, i in enumerate(batch):
                 n = len(sequences[i]) - 1
                 tokens[row, :n], labels[row, :n] = sequences[i][:-1], sequences[i][1:]
-            with self.cache.prefilling(None, self._tensor(np.zeros(0))):
+            with self.cache.prefilling(Prefill()):
                 states = self.model.hidden_states(self._tensor(tokens), self._positions(tokens.shape))
             out = vocab_parallel_loss(
                 self.model.logits(states),
@@ -174,142 +174,126 @@ class DecodeEngine:
                 found[i] = log_prob[row, :n], entropy[row, :n]
         return [found[i] for i in range(len(sequences))]
 
+    def decode(self, requests: Sequence[Request], settings: DecodeSettings | None = None) -> Iterator[Completion]:
+        """Yield the responses to some requests; `serve` says how.
+
+        Args:
+            requests: to be decoded.
+            settings: of those that carry none.
+        """
+        requests = list(requests)
+        for number, request in enumerate(requests):
+            self._accept(number, request, settings)  # refused before the first one is decoded
+        rest = iter(requests)
+        return self.serve(lambda: next(rest, None), settings)
+
     @torch.no_grad()
-    def decode(self, requests: Sequence[Request], settings: DecodeSettings) -> Iterator[Completion]:
+    def serve(self, feed: Feed, settings: DecodeSettings | None = None) -> Iterator[Completion]:
         """Yield the responses as they end. Which comes first depends on lengths; what they are does not.
 
-        Called by all ranks of the tensor-parallel group with the same arguments. Abandoning the iterator is allowed, on
-        all ranks at once; a later call takes over the slots, and an earlier iterator that goes on then says so.
+        Called by all ranks of the tensor-parallel group with feeds that return the same. Abandoning the iterator is
+        allowed, on all ranks at once; a later call takes over the blocks, and an earlier iterator that goes on then
+        says so.
+
+        Args:
+            feed: asked for the next request whenever there is room for one, also between two responses. It ends when
+                nothing is decoded and the feed has nothing.
+            settings: of requests that carry none.
 
         Raises:
             InputError: a prompt fills the context, or a hinted request without a mixing.
-            UserError: not even one response fits into the memory.
+            UserError: a response does not fit into the memory.
             NonFiniteLogitsError: the model gives NaN or infinite logits for a request, which is named.
-            RuntimeError: another call has taken over the slots.
+            RuntimeError: another call has taken over the blocks.
         """
-        requests = list(requests)
-        self._check(requests, settings)
-        if not requests:
-            return
-        plain, hinted = self._banks = self._make_banks(requests, settings.stopping.max_tokens)
-        waiting = deque(requests)
-        running: list[_Sequence] = []  # running[row] has the row of the plain bank
-        paired: list[_Sequence] = []  # paired[row] has the row of the hinted bank
-        while waiting or running:
-            if self._banks[0] is not plain:
-                raise RuntimeError(
-                    "decode() was called again before its earlier iterator was exhausted: use one at a time"
-                )
-            self._admit(waiting, plain, hinted, running, paired)
-            values = self._step(plain, hinted, running, paired, settings)
+        self._scheduler.abandon()
+        pool = self._open_pool()
+        scheduler = Scheduler(pool, self.max_rows, lambda number, request: self._accept(number, request, settings))
+        self._scheduler = scheduler
+        while True:
+            scheduler.grow()
+            self._prefill(scheduler.admit(feed))
+            pool.computed()
+            running = list(scheduler.running)
+            if not running:
+                return
+            values = self._step(running)
             self.decoded_tokens += len(running)
-            # From the last to the first: the last row, which has been looked at by then, fills a row that is freed.
-            for row in reversed(range(len(running))):
-                sequence = running[row]
-                finished = self._append(sequence, values[row], plain, hinted, settings.stopping)
-                gone = finished is not None or sequence.split_at is not None
-                if gone and sequence.hinted_row is not None:
-                    _free(hinted, paired, sequence, "hinted_row")
+            for response, value in zip(running, values, strict=True):
+                finished = self._append(response, value)
+                if finished is None and response.split_at is not None:
+                    scheduler.drop_hint(response)
                 if finished is not None:
-                    _free(plain, running, sequence, "row")
-                    yield _completion(sequence, finished)
+                    scheduler.finish(response)
+                    yield _completion(response, finished)
+                    self._require_current(scheduler)
 
-    def _check(self, requests: Sequence[Request], settings: DecodeSettings) -> None:
-        for request in requests:
-            prompts = [request.prompt] if request.hinted_prompt is None else [request.prompt, request.hinted_prompt]
-            lengths = [len(prompt) for prompt in prompts]
-            if min(lengths) == 0 or max(lengths) >= self.max_positions:
-                raise InputError(
-                    f"request {request.id}: prompts of {lengths} tokens leave no room for a response in a context of"
-                    f" {self.max_positions}: shorten them or raise --seq-length"
-                )
-            if request.hinted_prompt is not None and settings.mixing is None:
-                raise InputError(f"request {request.id} has a hinted prompt, but the settings name no mixing")
+    def _require_current(self, scheduler: Scheduler) -> None:
+        if self._scheduler is not scheduler:
+            raise RuntimeError("decode() was called again before its earlier iterator was exhausted: use one at a time")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of prompts so far, but for the last one of each."""
+        return 0 if self.cache.pool is None else self.cache.pool.prompt_tokens
+
+    @property
+    def preempted(self) -> int:
+        """How often a response of the latest call gave its blocks to older ones, and was computed again."""
+        return self._scheduler.preempted
+
+    @property
+    def found_tokens(self) -> int:
+        """How many of `prompt_tokens` an earlier row had computed."""
+        return 0 if self.cache.pool is None else self.cache.pool.found_tokens
+
+    def _accept(self, number: int, request: Request, settings: DecodeSettings | None) -> Response:
+        """A response for a request, which is refused if it can never be decoded."""
+        settings = request.settings or settings
+        if settings is None:
+            raise ValueError(f"request {request.id} has no settings, and the call names none")
+        prompts = [request.prompt] if request.hinted_prompt is None else [request.prompt, request.hinted_prompt]
+        lengths = [len(prompt) for prompt in prompts]
+        if min(lengths) == 0 or max(lengths) >= self.max_positions:
+            raise InputError(
+                f"request {request.id}: prompts of {lengths} tokens leave no room for a response in a context of"
+                f" {self.max_positions}: shorten them or raise --seq-length"
+            )
+        if request.hinted_prompt is not None and settings.mixing is None:
+            raise InputError(f"request {request.id} has a hinted prompt, but the settings name no mixing")
         if settings.stopping.splitter and settings.stopping.piece is None:
             raise InputError("a splitter is searched in the text of the tokens: pass `piece` with it")
+        self._require_room([min(n + settings.stopping.max_tokens, self.max_positions) for n in lengths])
+        return Response(number, request, settings)
 
-    def _make_banks(self, requests: Sequence[Request], max_tokens: int) -> tuple[Bank, Bank]:
-        """As many rows as memory, `max_rows` and the requests allow."""
-        plain = max(self._capacity(len(request.prompt), max_tokens) for request in requests)
-        prompts = [request.hinted_prompt for request in requests if request.hinted_prompt is not None]
-        hinted = max((self._capacity(len(prompt), max_tokens) for prompt in prompts), default=0)
-        per_row = (plain + hinted) * self.cache.bytes_per_token
-        rows = min(self.max_rows, len(requests), self.cache.memory_bytes // per_row)
-        if rows == 0:
+    def _require_room(self, positions: Sequence[int]) -> None:
+        """For the rows of one response, of up to so many positions, beside nothing else."""
+        size = self.cache.block_size
+        needed = sum(-(-n // size) for n in positions) + 1  # and the block that is nobody's
+        block = size * self.cache.bytes_per_token
+        if needed * block > self.cache.memory_bytes:
             raise UserError(
-                f"keys and values of one response take up to {per_row / 2**20:.0f} MiB on each rank, and"
-                f" {self.cache.memory_bytes / 2**20:.0f} MiB are free for them: lower the longest response or"
-                " --seq-length, raise --kv-memory-gb, or split the model over more GPUs (--tensor-model-parallel-size)"
+                f"keys and values of one response take up to {_size(needed * block)} on each rank, and"
+                f" {_size(self.cache.memory_bytes)} are free for them: lower the longest response or --seq-length,"
+                " raise --kv-memory-gb, or split the model over more GPUs (--tensor-model-parallel-size)"
             )
-        extra = 0
-        if prompts:
-            # A response whose hinted row is given up goes on in the plain bank: with some rows more there, the next
-            # pair need not wait for its end.
-            spare = (self.cache.memory_bytes // self.cache.bytes_per_token - rows * (plain + hinted)) // plain
-            extra = min(rows // 8, len(requests) - rows, spare)
-        shapes = [(rows + extra, plain), (min(rows, len(prompts)), hinted)]
-        before = self.cache.allocated_bytes
-        first, second = self.cache.banks(shapes)
-        if (allocated := self.cache.allocated_bytes) > before:
-            pairs = f" + {second.slots} x {second.capacity:,} with the hint" if prompts else ""
+
+    def _open_pool(self) -> BlockPool:
+        before = self.cache.pool
+        pool = self.cache.open_pool(self.max_positions, 2 * (self.max_rows + self.max_rows // 8))
+        if pool is not before:
             self._tell(
-                f"decode engine: {_size(allocated)} allocated for keys and values on this rank, {first.slots} responses"
-                f" x {first.capacity:,} positions{pairs}, of a budget of {_size(self.cache.memory_bytes)}"
+                f"decode engine: {_size(self.cache.allocated_bytes)} for keys and values on this rank, {pool.blocks:,}"
+                f" blocks of {pool.size} positions, of a budget of {_size(self.cache.memory_bytes)}"
             )
-        return first, second
+        return pool
 
-    def _capacity(self, prompt: int, max_tokens: int) -> int:
-        # The last token of a response is never fed. Rounded, so that calls of like lengths share CUDA graphs.
-        return min(-(-(prompt + max_tokens) // 256) * 256, self.max_positions)
-
-    def _admit(
-        self,
-        waiting: deque[Request],
-        plain: Bank,
-        hinted: Bank,
-        running: list[_Sequence],
-        paired: list[_Sequence],
-    ) -> None:
-        """Start requests in their order while there are slots for them."""
-        started: list[_Sequence] = []
-        while waiting and plain.active < plain.slots:
-            request = waiting[0]
-            if request.hinted_prompt is not None and hinted.active == hinted.slots:
-                break
-            waiting.popleft()
-            hinted_row = None if request.hinted_prompt is None else hinted.take(request.hinted_prompt)
-            sequence = _Sequence(request, plain.take(request.prompt), hinted_row)
-            started.append(sequence)
-            running.append(sequence)
-            if hinted_row is not None:
-                paired.append(sequence)
-        self._prefill(plain, [(sequence.row, sequence.request.prompt) for sequence in started])
-        pairs = [(s.hinted_row, s.request.hinted_prompt) for s in started]
-        self._prefill(hinted, [(row, prompt) for row, prompt in pairs if row is not None and prompt is not None])
-
-    def _prefill(self, bank: Bank, prompts: Sequence[tuple[int, Tokens]]) -> None:
-        """Keys and values of all but the last token of each prompt, which the next step feeds."""
-        prompts = [(row, prompt) for row, prompt in prompts if len(prompt) > 1]
-        for batch in _batches([len(prompt) - 1 for _, prompt in prompts], _PREFILL_TOKENS):
-            length = max(len(prompts[i][1]) for i in batch) - 1
-            tokens = np.zeros((len(batch), length), dtype=np.int64)
-            for row, i in enumerate(batch):
-                tokens[row, : len(prompts[i][1]) - 1] = prompts[i][1][:-1]
-            slots = self._tensor(np.array([prompts[i][0] for i in batch]))
-            with self.cache.prefilling(bank, slots):
-                self.model.hidden_states(self._tensor(tokens), self._positions(tokens.shape))
-
-    def _step(
-        self,
-        plain: Bank,
-        hinted: Bank,
-        running: Sequence[_Sequence],
-        paired: Sequence[_Sequence],
-        settings: DecodeSettings,
-    ) -> NDArray[np.float64]:
-        """[rows, 5] of the next token of each running sequence: id, log_prob, entropy, hint share, hinted entropy."""
-        n = plain.active
-        logits = self._forward([plain, hinted])  # [n + hinted.active, V/tp]
+    def _step(self, running: Sequence[Response]) -> NDArray[np.float64]:
+        """[rows, 5] of the next token of each running response: id, log_prob, entropy, hint share, hinted entropy."""
+        n = len(running)
+        paired = [i for i, response in enumerate(running) if response.hinted is not None]
+        hinted_rows = [response.hinted for response in running if response.hinted is not None]
+        logits = self._forward([*(response.plain for response in running), *hinted_rows])
         merged, shard = distribution_statistics(logits, tp_group=self.model.tp_group, vocab_size=self.vocab_size)
         log_probs = logits[:, : shard.valid_columns].float()
         # In place, and finite, so that a share of 0 of either stream is 0 of it.
@@ -318,19 +302,12 @@ class DecodeEngine:
         plain_share = torch.ones(n, device=scores.device)
         hinted_entropy = torch.full_like(plain_share, torch.nan)
         if paired:
-            assert settings.mixing is not None
-            rows = self._tensor(np.array([sequence.row for sequence in paired]))
-            share = settings.mixing.plain_share(merged.entropy[n:])
-            if settings.mixing.first_token_hinted:
-                share = share.where(self._tensor(np.array([bool(sequence.tokens) for sequence in paired])), 0.0)
+            rows = self._tensor(np.array(paired))
+            share = self._plain_shares([running[i] for i in paired], merged.entropy[n:])
             plain_share[rows], hinted_entropy[rows] = share, merged.entropy[n:]
             scores = own.index_copy(0, rows, torch.lerp(log_probs[n:], own[rows], share[:, None]))
-        draws = np.array([draw(s.request.seed, s.request.id, len(s.tokens)) for s in running])
-        chosen = choose(
-            scores, own, settings.sampling, self._tensor(draws), shard, candidates=max(FIRST_CANDIDATES, 2 * self._kept)
-        )
-        self._kept = chosen.kept
-        columns = [chosen.tokens, chosen.log_prob, merged.entropy[:n], 1 - plain_share.double(), hinted_entropy]
+        tokens, log_prob = self._choose(running, scores, own, shard)
+        columns = [tokens, log_prob, merged.entropy[:n], 1 - plain_share.double(), hinted_entropy]
         values = torch.stack([column.double() for column in columns], -1).cpu().numpy()
         broken = np.flatnonzero(~np.isfinite(values[:, :3]).all(-1))
         if len(broken):
@@ -341,33 +318,68 @@ class DecodeEngine:
             )
         return values
 
-    def _append(
-        self, sequence: _Sequence, values: NDArray[np.float64], plain: Bank, hinted: Bank, stopping: Stopping
-    ) -> FinishReason | None:
-        """Add a token to a sequence; why the response ends with it, None if it goes on."""
+    def _plain_shares(self, paired: Sequence[Response], entropy: Tensor) -> Tensor:
+        """[pairs] fp32 from the entropies of their hinted streams."""
+
+        def shares(mixing: Mixing, group: Sequence[Response], entropy: Tensor) -> Tensor:
+            found = mixing.plain_share(entropy)
+            if not mixing.first_token_hinted:
+                return found
+            return found.where(self._tensor(np.array([bool(response.tokens) for response in group])), 0.0)
+
+        mixings = [response.settings.mixing for response in paired]
+        groups = _groups(mixings)
+        if len(groups) == 1:
+            assert mixings[0] is not None
+            return shares(mixings[0], paired, entropy)
+        result = torch.empty_like(entropy)
+        for mixing, members in groups.items():
+            assert mixing is not None
+            rows = self._tensor(np.array(members))
+            result[rows] = shares(mixing, [paired[i] for i in members], entropy[rows])
+        return result
+
+    def _choose(
+        self, running: Sequence[Response], scores: Tensor, own: Tensor, shard: VocabShard
+    ) -> tuple[Tensor, Tensor]:
+        """The next tokens and their log_probs, each [rows], drawn in groups of the same sampling."""
+        draws = np.array([draw(s.request.seed, s.request.id, len(s.tokens)) for s in running])
+        groups = _groups([response.settings.sampling for response in running])
+        tokens = torch.empty(len(running), dtype=torch.int64, device=scores.device)
+        log_prob = torch.empty(len(running), dtype=torch.float64, device=scores.device)
+        for sampling, members in groups.items():
+            candidates = max(FIRST_CANDIDATES, 2 * self._kept.get(sampling, 0))
+            if len(groups) == 1:
+                chosen = choose(scores, own, sampling, self._tensor(draws), shard, candidates=candidates)
+                tokens, log_prob = chosen.tokens, chosen.log_prob
+            else:
+                rows, some = self._tensor(np.array(members)), self._tensor(draws[members])
+                chosen = choose(scores[rows], own[rows], sampling, some, shard, candidates=candidates)
+                tokens[rows], log_prob[rows] = chosen.tokens, chosen.log_prob
+            self._kept[sampling] = chosen.kept
+        return tokens, log_prob
+
+    def _append(self, response: Response, values: NDArray[np.float64]) -> FinishReason | None:
+        """Add a token to a response; why the response ends with it, None if it goes on."""
+        stopping = response.settings.stopping
         token = int(values[0])
-        sequence.tokens.append(token)
-        sequence.values.append(values[1:])
-        lengths = []
-        for bank, row in ((plain, sequence.row), (hinted, sequence.hinted_row)):
-            if row is not None:
-                bank.tokens[row] = token
-                bank.lengths[row] += 1
-                lengths.append(int(bank.lengths[row]) + 1)
-        count = len(sequence.tokens)
-        if stopping.splitter and stopping.piece is not None and sequence.hinted_row is not None:
+        response.tokens.append(token)
+        response.values.append(values[1:])
+        self._scheduler.advance(response)
+        count = len(response.tokens)
+        if stopping.splitter and stopping.piece is not None and response.hinted is not None:
             # Far enough back to find the splitter across tokens, however short they are.
-            sequence.tail = (sequence.tail + stopping.piece(token))[-len(stopping.splitter) - 256 :]
-            if stopping.splitter in sequence.tail:
-                sequence.split_at = count
+            response.tail = (response.tail + stopping.piece(token))[-len(stopping.splitter) - 256 :]
+            if stopping.splitter in response.tail:
+                response.split_at = count
         if token in stopping.stop_ids and (count > 1 or stopping.stop_on_first_token):
             return "eos"
         if count >= stopping.max_tokens:
             return "length"
-        if max(lengths) >= self.max_positions:
+        if max(row.length for row in response.rows()) + 1 >= self.max_positions:
             return "context"
         repetition = stopping.repetition
-        if repetition is not None and count % repetition.every == 0 and _repeats(sequence.tokens, repetition):
+        if repetition is not None and count % repetition.every == 0 and _repeats(response.tokens, repetition):
             return "repetition"
         return None
 
@@ -378,15 +390,12 @@ class DecodeEngine:
         return torch.arange(shape[1], device=self.model.device).expand(shape)
 
 
-def _batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Indices of lengths that go together, up to so many padded tokens, the longest first: running out of memory shows
-    at once."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
+def _groups[Setting](settings: Sequence[Setting]) -> dict[Setting, list[int]]:
+    """Setting -> where it stands."""
+    found: dict[Setting, list[int]] = {}
+    for number, setting in enumerate(settings):
+        found.setdefault(setting, []).append(number)
+    return found
 
 
 def _repeats(tokens: Sequence[int], repetition: Repetition) -> bool:
@@ -395,23 +404,12 @@ def _repeats(tokens: Sequence[int], repetition: Repetition) -> bool:
     return max(counts.values(), default=0) >= repetition.count
 
 
-def _completion(sequence: _Sequence, reason: FinishReason) -> Completion:
-    log_prob, entropy, hint_share, hinted_entropy = np.array(sequence.values, dtype=np.float32).T
-    tokens = np.array(sequence.tokens, dtype=np.int32)
+def _completion(response: Response, reason: FinishReason) -> Completion:
+    log_prob, entropy, hint_share, hinted_entropy = np.array(response.values, dtype=np.float32).T
+    tokens = np.array(response.tokens, dtype=np.int32)
     return Completion(
-        sequence.request, tokens, reason, log_prob, entropy, hint_share, hinted_entropy, sequence.split_at
+        response.request, tokens, reason, log_prob, entropy, hint_share, hinted_entropy, response.split_at
     )
-
-
-def _free(bank: Bank, owners: list[_Sequence], sequence: _Sequence, name: str) -> None:
-    """Give up a sequence's slot; the owner of the slot that moves into it is updated."""
-    slot = getattr(sequence, name)
-    moved = bank.free(slot)
-    last = owners.pop()
-    if moved is not None:
-        owners[slot] = last
-        setattr(last, name, slot)
-    setattr(sequence, name, None)
 
 
 def _size(count: int) -> str:

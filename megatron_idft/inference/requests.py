@@ -24,12 +24,14 @@ class Request:
         hinted_prompt: int [m >= 1], the same question with a hint: a second stream, mixed with the first
             (hinted_decoding/); None: plain generation.
         seed: of the random draws.
+        settings: how it is decoded; None: as the call says.
     """
 
     id: str
     prompt: Tokens
     hinted_prompt: Tokens | None = None
     seed: int = 0
+    settings: DecodeSettings | None = None
 
 
 class Mixing(Protocol):
@@ -111,7 +113,7 @@ class Stopping:
 
 @dataclass(frozen=True, slots=True)
 class DecodeSettings:
-    """The settings that all requests of one call share. mixing is needed where a request has a hinted prompt."""
+    """How responses are decoded. mixing is needed where a request has a hinted prompt."""
 
     sampling: Sampling
     stopping: Stopping

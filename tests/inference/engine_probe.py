@@ -3,9 +3,10 @@
     engine_probe.py CASES.json OUT.json <flags of `score`>
 
 A case: requests, sampling, stopping, mixing (a fixed hint share, or the slope of the paper's linear form), max_rows,
-memory_bytes, graphs (False: none), decode (False: score the prompts), cudnn (whether attention may be cuDNN's; the
-answer then tells what attention saw, too), refused (the answer is what the engine says). Runs on a GPU where there is
-one. Only one rank writes; the ranks' results are compared first.
+memory_bytes, block (positions of one), graphs (False: none), counted (True: what the engine counted is told, too, after
+a fresh start), decode (False: score the prompts), cudnn (whether attention may be cuDNN's; the answer then tells what
+attention saw, too), refused (the answer is what the engine says). Runs on a GPU where there is one. Only one rank
+writes; the ranks' results are compared first.
 """
 
 import json
@@ -81,6 +82,8 @@ def answers(engine, case, vocab_size):
     engine.max_rows = case.get("max_rows", 4)
     engine._forward.graphs = engine._forward.graphs and case.get("graphs", True)
     engine.cache.memory_bytes = case.get("memory_bytes", 1 << 28)
+    if engine.model.device.type == "cpu":
+        engine.cache.block_size = case.get("block", 8)  # a GPU's kernels have sizes of their own
     if case.get("interrupted"):
         earlier = engine.decode(requests, settings)
         next(earlier)
@@ -90,6 +93,8 @@ def answers(engine, case, vocab_size):
         except RuntimeError as error:
             return str(error)
         return "the earlier one went on"
+    if case.get("counted"):
+        engine.cache.pool = None  # nothing is known from the cases before
     found = {}
     for completion in engine.decode(requests, settings):
         found[completion.request.id, completion.request.seed] = {
@@ -101,7 +106,11 @@ def answers(engine, case, vocab_size):
             "hinted_entropy": [None if np.isnan(h) else float(h) for h in completion.hinted_entropy],
             "split_at": completion.split_at,
         }
-    return [found[request.id, request.seed] for request in requests]
+    listed = [found[request.id, request.seed] for request in requests]
+    if not case.get("counted"):
+        return listed
+    counts = {"prompt": engine.prompt_tokens, "found": engine.found_tokens, "preempted": engine.preempted}
+    return {"answers": listed, "counts": counts}
 
 
 def main() -> None:

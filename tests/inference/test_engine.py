@@ -350,7 +350,7 @@ def test_layouts_that_are_not_served_are_refused_with_the_remedy(folder, small, 
         probe(folder, path, layout, {})
 
 
-def test_memory_bounds_the_rows_and_too_little_of_it_is_an_error(folder, small):
+def test_too_little_memory_for_one_response_is_an_error_and_less_than_for_all_changes_nothing(folder, small):
     _, path, vocab = small
     both = pairs(vocab)
     case = {
@@ -359,25 +359,62 @@ def test_memory_bounds_the_rows_and_too_little_of_it_is_an_error(folder, small):
         "sampling": {"temperature": 0},
         "stopping": {"stop_ids": [STOP], "max_tokens": 12},
     }
-    per_token = 4 * 2 * 2 * 16 * 4  # layers, keys and values, heads, head size, bytes
+    block = 8 * 4 * 2 * 2 * 16 * 4  # positions, layers, keys and values, heads, head size, bytes
+    longest = 1 + 2 + 7  # blocks: nobody's, and those of the pair of 3 and 40 tokens and 12 more each
     [described, first, *more], found = told_and_found(
         folder,
         path,
         "",
         {
             "interrupted": case | {"interrupted": True, "max_rows": 2},
-            "two rows": case | {"max_rows": 7, "memory_bytes": 2 * 2 * 96 * per_token},
-            "no row": case | {"memory_bytes": 96 * per_token, "refused": True},
-            "many rows": case | {"max_rows": 7},
+            "room for one": case | {"max_rows": 7, "memory_bytes": longest * block, "counted": True},
+            "too little": case | {"memory_bytes": (longest - 1) * block, "refused": True},
+            "room for all": case | {"max_rows": 7, "counted": True},
         },
     )
     assert "use one at a time" in found["interrupted"]  # its keys and values were written over
-    assert [got["tokens"] for got in found["two rows"]] == [got["tokens"] for got in found["many rows"]]
-    assert "budget for keys and values on this rank 256.00 MiB, allocated as needed" in described
-    allocated = 2 * 2 * 96 * per_token / 2**20  # a bank each for the plain and the hinted stream, of two slots
-    assert f": {allocated:.2f} MiB allocated for" in first and "2 responses x 96 positions + 2 x 96" in first
-    assert f"{7 * 2 * 96 * per_token / 2**20:.2f} MiB allocated" in more[0] and len(more) == 1
-    assert "raise --kv-memory-gb" in found["no row"]
+    one, everyone = (found[f"room for {name}"]["answers"] for name in ("one", "all"))
+    assert [got["tokens"] for got in one] == [got["tokens"] for got in everyone]
+    assert found["room for one"]["counts"]["preempted"] > 0 == found["room for all"]["counts"]["preempted"]
+    assert f"{block // 8:,} bytes per token in blocks of 128" in described
+    blocks = 1 + 2 * 2 * 96 // 8
+    assert f"{blocks * block / 2**20:.2f} MiB for keys and values" in first and f"{blocks} blocks of 8 posi" in first
+    assert len(more) == 2, "a line for each change"
+    assert "raise --kv-memory-gb" in found["too little"]
+
+
+@pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2"])
+def test_what_prompts_share_is_computed_once(folder, small, layout):
+    """Samples of one prompt, instructions before each hint, a question that both streams begin with."""
+    model, path, vocab = small
+    rng = np.random.default_rng(3)
+    question, instructions = rng.integers(0, vocab, 21).tolist(), rng.integers(0, vocab, 18).tolist()
+    samples = [{"id": f"s{i}", "prompt": question} for i in range(4)]
+    others = [rng.integers(0, vocab, 5 + i).tolist() for i in range(3)]
+    hinted = [
+        {"id": f"h{i}", "prompt": other, "hinted": instructions + other + question} for i, other in enumerate(others)
+    ]
+    hinted.append({"id": "both", "prompt": question, "hinted": question + others[0]})
+    common = {"sampling": {"temperature": 1.0}, "slope": SLOPE, "counted": True, "max_rows": 8}
+    stopping = {"stop_ids": [STOP], "max_tokens": 12, "stop_on_first_token": False}
+    cases = {
+        "together": common | {"requests": samples + hinted, "stopping": stopping},
+        "one by one": common | {"requests": samples + hinted, "stopping": stopping, "max_rows": 1},
+    }
+    found = probe(folder, path, layout, cases)
+    logits = next_logits(model)
+    for name in cases:
+        for request, got in zip(samples + hinted, found[name]["answers"], strict=True):
+            sampling = {"temperature": 1.0, "cut_before_temperature": False}
+            wanted = expected(logits, vocab, request, follow=got["tokens"], **sampling)
+            assert not wanted.near_ties
+            assert_same(got, wanted)
+    counts = found["together"]["counts"]
+    assert counts["prompt"] == 4 * 20 + sum(len(r["prompt"]) + len(r["hinted"]) - 2 for r in hinted)
+    # Blocks of 8: of the question all 20, as its last part is copied; of the instructions 16.
+    assert counts["found"] == 3 * 20 + 2 * 16 + 20 + 16
+    # There are blocks for a single response then, and those of earlier ones give way.
+    assert 3 * 20 + 2 * 16 < found["one by one"]["counts"]["found"] <= counts["found"]
 
 
 def test_attention_that_plans_for_each_shape_is_left_out_unless_asked_for(folder, small):

@@ -203,6 +203,7 @@ class Programs:
     """Each decodes responses of a number of tokens, and ends when they are on the host."""
 
     def __init__(self, shape: dict[str, Any], on_gpu: bool, max_pairs: int) -> None:
+        from megatron_idft.inference.attention import Prefill
         from megatron_idft.inference.engine import DecodeEngine
 
         self.shape, self.vocab = shape, shape["model"][-1]
@@ -218,7 +219,7 @@ class Programs:
             sharpen(self.transformers.lm_head.weight, self.transformers(ids).logits[0])
             served = self.engine.model
             positions_of = torch.arange(ids.shape[1], device=self.device)[None]
-            with self.engine.cache.prefilling(None, positions_of[0]):
+            with self.engine.cache.prefilling(Prefill()):
                 logits = served.logits(served.hidden_states(ids, positions_of))[:, 0]
             sharpen(served.language_model.output_layer.weight, logits[:, : self.vocab])
         self.prompts = [
@@ -231,14 +232,17 @@ class Programs:
         requests = [Request(str(i), plain, hinted) for i, (hinted, plain) in enumerate(self.prompts[:pairs])]
         sampling = Sampling(0.3, top_p=0.95, cut_before_temperature=True)
         settings = DecodeSettings(sampling, Stopping((), tokens), Linear(self.vocab))
+        self.engine.forget_prompts()
         lengths = [len(completion.token_ids) for completion in self.engine.decode(requests, settings)]
         assert lengths == [tokens] * pairs
 
     @torch.no_grad()
     def run_prefill(self, rows: int, length: int) -> None:
+        from megatron_idft.inference.attention import Prefill
+
         engine, tokens = self.engine, torch.ones(rows, length, dtype=torch.int64, device=self.device)
         positions = torch.arange(length, device=self.device).expand(rows, length)
-        with engine.cache.prefilling(None, positions[0]):
+        with engine.cache.prefilling(Prefill()):
             engine.model.hidden_states(tokens, positions)
 
     @torch.no_grad()

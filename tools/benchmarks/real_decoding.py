@@ -174,6 +174,7 @@ def run_engine(engine: Any, records: list[Conversation], kind: str, tokens: int)
     engine._append = stamped
     try:
         settings = DecodeSettings(sampling, Stopping((), tokens), Linear(engine.vocab_size))
+        engine.forget_prompts()
         found = {completion.request.id: completion.token_ids for completion in engine.decode(requests, settings)}
     finally:
         del engine._append
