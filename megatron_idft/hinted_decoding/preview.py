@@ -49,7 +49,7 @@ def describe_unreferenced(records: Sequence[Record], total: int, policy: str) ->
     Args:
         records: some records, spread over the corpus.
         total: the number of records of the corpus.
-        policy: of --unverified.
+        policy: of --unverified; "model" with --verifier model.
     """
     found = sum(not _all_referenced(record) for record in records)
     if not found:
@@ -58,6 +58,7 @@ def describe_unreferenced(records: Sequence[Record], total: int, policy: str) ->
     fate = {
         "drop": "they are left out undecoded (--unverified drop; keep takes what nothing verifies)",
         "original": "those turns stay as they are (--unverified original)",
+        "model": "the model judges what it writes there (--verifier model)",
         "keep": "for those turns the first finished response is taken, right or wrong (--unverified keep)",
     }[policy]
     if policy == "drop" and found == len(records):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from megatron_idft.hinted_decoding.judge_prompt import judge_sha256
 from megatron_idft.hinted_decoding.mixing import EntropyMixing
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.inference.requests import Repetition, Sampling
@@ -35,6 +36,8 @@ class RealignSettings:
         retry_slope_factor: each retry multiplies the slope of the mixing by this once more.
         unverified: the fate of a turn without a reference, or for which nothing was right and something could not be
             compared; "keep" accepts its first such candidate that ended by itself and does not betray the hint.
+        model_judge_threshold: the probability of Yes with which a response is right by the model's own judgement, which
+            is asked where nothing else decides; None: it is not asked.
     """
 
     seed: int
@@ -57,6 +60,7 @@ class RealignSettings:
     retries: int = 2
     retry_slope_factor: float = 0.5
     unverified: Unverified = "drop"
+    model_judge_threshold: float | None = None
 
     def describe(self) -> dict[str, Any]:
         """As plain types, for the manifest: launches on one folder must agree, and the report reads it."""
@@ -66,6 +70,9 @@ class RealignSettings:
             analysis |= {"max_tokens": self.analysis_max_tokens, "marker": self.analysis_marker}
         rollouts = _sampling(self.rollout_sampling) | {"samples": self.rollout_samples}
         retry = {"retries": self.retries, "slope_factor": self.retry_slope_factor}
+        judge: dict[str, Any] = {}  # absent where it is not asked, as in folders that were begun before there was one
+        if self.model_judge_threshold is not None:
+            judge["model_judge"] = {"threshold": self.model_judge_threshold, "prompt": judge_sha256()}
         return {
             "seed": self.seed,
             "seq_length": self.max_positions,
@@ -82,6 +89,7 @@ class RealignSettings:
             "original_weight": self.original_weight,
             "retry": retry if self.retries else None,
             "unverified": self.unverified,
+            **judge,
         }
 
 

@@ -72,6 +72,15 @@ def test_flags_reach_the_settings():
     assert (found.unverified, found.seed) == ("keep", 7)
 
 
+def test_the_model_judges_only_where_it_is_asked_to():
+    assert settings("--verifier-threshold 0.9").model_judge_threshold is None
+    found = settings("--verifier model --verifier-threshold 0.9")
+    assert found.model_judge_threshold == 0.9 and found.describe()["model_judge"]["threshold"] == 0.9
+    assert "model_judge" not in settings("").describe()
+    with pytest.raises(UserError, match="--verifier-threshold 1"):
+        check_realign_arguments(parsed("--verifier model --verifier-threshold 1"))
+
+
 def test_an_empty_splitter_is_none():
     args = add_realign_arguments(argparse.ArgumentParser()).parse_args(["--splitter", ""])
     vars(args).update(LAYOUT)

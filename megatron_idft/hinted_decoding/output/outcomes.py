@@ -52,7 +52,9 @@ class _Try(TypedDict):
     accepted: Annotated[bool, pa.bool_()]  # it went into the output
     rejected_because: Annotated[Rejection | None, pa.string()]
     verdict: Text  # right | wrong | unknown; null where nothing could be compared
-    verified_by: Text  # exact | number | math-verify | module:function
+    verified_by: Text  # exact | number | number, last in text | math-verify | module:function | model
+    undecided_because: Text  # why the verdict is unknown
+    model_probability: Share  # of Yes, where the model was asked whether the text is right; else null
     extracted: Text  # the final answer found in the text
     leak: Text  # the phrase that betrays the hint
     finish_reason: Annotated[str, pa.string()]  # eos | length | context | repetition
@@ -146,7 +148,7 @@ STAGE_NAMES = {  # for a person
     "retry": "retry",
 }
 NO_MARKER = "no marker in the analysis"  # a hint's failure
-UNVERIFIED, ORIGINAL = "UNVERIFIED", "original"
+UNVERIFIED, ORIGINAL, BY_MODEL = "UNVERIFIED", "original", "model"
 _TURNS = "turns.list.element"
 _CANDIDATES = f"{_TURNS}.candidates.list.element"
 FAILURE_COLUMNS = [f"{_TURNS}.failures.list.element.{name}" for name in ("stage", "reason")]
@@ -207,8 +209,11 @@ def describe_tries(counts: Mapping[str, int]) -> list[str]:
 
 
 def describe_methods(methods: Mapping[str, int]) -> str:
-    """For a person: kept turns: 7 right (5 exact, 2 number), 1 UNVERIFIED, 3 original."""
-    right = {name: n for name, n in sorted(methods.items()) if n and name not in (UNVERIFIED, ORIGINAL)}
+    """For a person: kept turns: 7 right (5 exact, 2 number), 1 UNVERIFIED, 2 by the model's judgement, 3 original."""
+    others = (UNVERIFIED, ORIGINAL, BY_MODEL)
+    right = {name: n for name, n in sorted(methods.items()) if n and name not in others}
     by = f" ({', '.join(f'{count:,} {bounded(name)}' for name, count in right.items())})" if right else ""
     text = f"kept turns: {sum(right.values()):,} right{by}, {methods.get(UNVERIFIED, 0):,} {UNVERIFIED}"
+    if methods.get(BY_MODEL):
+        text += f", {methods[BY_MODEL]:,} right only by the model's own judgement"
     return text + (f", {methods[ORIGINAL]:,} left as they were" if methods.get(ORIGINAL) else "")

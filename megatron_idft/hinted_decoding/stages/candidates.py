@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
@@ -50,6 +51,8 @@ class Candidate:
         seed, slope: None where they took no part.
         more_room: decoded again, and further, since the length limit had cut it.
         verdict, verified_by: of the verifier; None where nothing was compared.
+        undecided_because: why the verdict is unknown.
+        model_probability: of Yes, where the model was asked whether the response is right.
     """
 
     stage: Stage
@@ -68,6 +71,8 @@ class Candidate:
     split_at: int | None = None
     verdict: str | None = None
     verified_by: str | None = None
+    undecided_because: str | None = None
+    model_probability: float | None = None
     extracted: str | None = None
     leak: str | None = None
     accepted: bool = False
@@ -76,6 +81,13 @@ class Candidate:
     @property
     def phi(self) -> Floats:
         return self.log_prob + self.entropy
+
+    @property
+    def rejection(self) -> str | None:
+        """Why it was rejected, in as few words as make it countable."""
+        if self.rejected_because != "unverified" or self.undecided_because is None:
+            return self.rejected_because
+        return f"unverified ({re.split('[:;(\'"]', self.undecided_because)[0].strip()})"
 
     def row(self, rejected_texts: bool = True) -> CandidateRow:
         """As it is written; the text of one that was not accepted may be left out."""
@@ -89,6 +101,8 @@ class Candidate:
             "rejected_because": self.rejected_because,
             "verdict": self.verdict,
             "verified_by": self.verified_by,
+            "undecided_because": self.undecided_because,
+            "model_probability": self.model_probability,
             "extracted": self.extracted,
             "leak": self.leak,
             "finish_reason": self.finish_reason,

@@ -70,7 +70,7 @@ class Chain:
         """All stages, until a candidate is accepted; then the turn's `stage` and `reason` are set."""
         settings = self._settings
         yield from self._score_original(turn)
-        if turn.reference is not None or settings.unverified == "keep":
+        if self._judge.can_decide(turn) or settings.unverified == "keep":
             yield from self._roll_out(turn)
             yield from self._decode_hinted(turn)
         self._choose(turn)
@@ -225,11 +225,11 @@ class Chain:
             turn.stage = accepted.stage
             return
         settings, reasons = self._settings, {candidate.rejected_because for candidate in turn.candidates}
-        if turn.reference is None and settings.unverified != "keep":
+        if not self._judge.can_decide(turn) and settings.unverified != "keep":
             turn.reason = "no reference answer to verify with"
         else:
             turn.reason = turn.rejections[-1][1] if turn.rejections else "no stage was run"
-        cannot_tell = turn.reference is None or ("unverified" in reasons and "wrong" not in reasons)
+        cannot_tell = not self._judge.can_decide(turn) or ("unverified" in reasons and "wrong" not in reasons)
         policy = settings.unverified if cannot_tell else "keep"
         if policy == "keep":
             policy = settings.fallback

@@ -8,6 +8,7 @@ from megatron_idft.corpus.verification.answers import final_answer
 from megatron_idft.corpus.verification.leaks import LeakFilter
 from megatron_idft.hinted_decoding.output.outcomes import Rejection
 from megatron_idft.hinted_decoding.stages.candidates import Candidate
+from megatron_idft.hinted_decoding.stages.model_judge import ModelJudge
 from megatron_idft.hinted_decoding.stages.needs import Steps, verify
 from megatron_idft.hinted_decoding.stages.tasks import Turn
 
@@ -18,15 +19,21 @@ class Judge:
     Args:
         leaks: finds phrases that betray a hint.
         accept_unverified: also accept candidates that cannot be verified.
+        model: asks the model about candidates that nothing else can decide about; None: they stay undecided.
     """
 
-    def __init__(self, leaks: LeakFilter, *, accept_unverified: bool):
-        self._leaks, self._accept_unverified = leaks, accept_unverified
+    def __init__(self, leaks: LeakFilter, *, accept_unverified: bool, model: ModelJudge | None = None):
+        self._leaks, self._accept_unverified, self._model = leaks, accept_unverified, model
+
+    def can_decide(self, turn: Turn) -> bool:
+        """Whether candidates of this turn can be found right at all."""
+        return turn.reference is not None or self._model is not None
 
     def judge(self, turn: Turn, made: Sequence[Candidate]) -> Steps[None]:
         """Add the candidates of one stage to their turn, and accept at most one.
 
-        The first right one is accepted; where the turn has no reference, the first possible one, if such are accepted.
+        The first right one is accepted; where nothing can decide about the turn, the first possible one, if such are
+        accepted.
 
         Args:
             turn: whose candidates they are.
@@ -40,11 +47,15 @@ class Judge:
         compared = [candidate for candidate in made if turn.reference is not None and candidate.finished]
         verdicts = yield from verify([(candidate.text, turn.reference) for candidate in compared])
         for candidate, found in zip(compared, verdicts, strict=True):
-            candidate.verdict, candidate.verified_by, candidate.extracted = found
+            candidate.verdict, candidate.verified_by, candidate.extracted, reason = found
+            candidate.undecided_because = reason if candidate.verdict == "unknown" else None
+        if self._model is not None:
+            undecided = [c for c in made if c.finished and c.leak is None and c.verdict in (None, "unknown")]
+            yield from self._model.judge(turn, undecided)
         for candidate in made:
             candidate.rejected_because = self._rejection(candidate)
             if turn.accepted is None and candidate.rejected_because is None:
-                candidate.accepted = candidate.verdict == "right" or turn.reference is None
+                candidate.accepted = candidate.verdict == "right" or not self.can_decide(turn)
 
     def accept_unknown(self, turn: Turn) -> None:
         """After all stages: accept the first candidate that was not rejected, for want of a better one."""

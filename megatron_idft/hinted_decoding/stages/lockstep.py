@@ -101,7 +101,7 @@ class Lockstep:
         found: Any = None
         if self._leads:
             assert self._verifier is not None
-            found = [(str(v.verdict), v.verified_by, v.extracted) for v in self._verifier.verify(items)]
+            found = [(str(v.verdict), v.verified_by, v.extracted, v.reason) for v in self._verifier.verify(items)]
         return [Verdict(*verdict) for verdict in self._share(found)]
 
     def _decode(self, needs: Sequence[Decode], elsewhere: int) -> list[list[Completion]]:

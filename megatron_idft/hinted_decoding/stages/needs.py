@@ -53,6 +53,7 @@ class Verdict(NamedTuple):
     verdict: str
     verified_by: str | None
     extracted: str | None
+    reason: str | None = None
 
 
 Need = Decode | Score | Verify

@@ -16,6 +16,7 @@ from megatron_idft.hinted_decoding.settings import RealignSettings
 from megatron_idft.hinted_decoding.stages.chain import Chain, longest_chain
 from megatron_idft.hinted_decoding.stages.judge import Judge
 from megatron_idft.hinted_decoding.stages.lockstep import Engine, Lockstep, Verifies
+from megatron_idft.hinted_decoding.stages.model_judge import ModelJudge
 from megatron_idft.hinted_decoding.stages.needs import Steps
 from megatron_idft.hinted_decoding.stages.progress import StageProgress
 from megatron_idft.hinted_decoding.stages.tasks import RealignInput, RecordTask
@@ -53,7 +54,10 @@ class Realigner:
         rejected_texts: bool = True,
     ):
         self._tokenizer, self._settings = tokenizer, settings
-        self._chain = Chain(settings, tokenizer, Judge(leaks, accept_unverified=settings.unverified == "keep"))
+        threshold = settings.model_judge_threshold
+        model = None if threshold is None else ModelJudge(tokenizer, threshold, settings.max_positions)
+        judge = Judge(leaks, accept_unverified=settings.unverified == "keep", model=model)
+        self._chain = Chain(settings, tokenizer, judge)
         self._provenance = {**provenance, "prompt": settings.templates[0].sha256}
         self._rejected_texts = rejected_texts
         self._fingerprint = tokenizer.fingerprint()

@@ -128,9 +128,7 @@ class Turn:
     def rejections(self) -> list[tuple[Stage, str]]:
         """Why candidates were rejected and hints not given, with their stages, in the order of these."""
         found: list[tuple[Stage, str]] = [
-            (candidate.stage, candidate.rejected_because)
-            for candidate in self.candidates
-            if candidate.rejected_because is not None
+            (candidate.stage, candidate.rejection) for candidate in self.candidates if candidate.rejection is not None
         ]
         found += [(hint.stage, hint.failure) for hint in self.hints if hint.failure is not None]
         return sorted(found, key=lambda rejection: _CHAIN.index(rejection[0]))

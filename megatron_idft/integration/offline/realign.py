@@ -291,7 +291,8 @@ class _Job:
             return None
         args, verifier = self.args, _verifier(self.args)
         self.replica.print_once(f"> {verifier.describe()}")
-        if (said := self.inputs.describe_unreferenced(args.unverified)) is not None:
+        policy = "model" if args.verifier == "model" else args.unverified
+        if (said := self.inputs.describe_unreferenced(policy)) is not None:
             self.replica.print_once(said)
         return stack.enter_context(verifier)
 

@@ -336,6 +336,21 @@ def _add_judging_arguments(group: Any) -> None:
         " though it may be wrong. For corpora without final answers pass keep. Default drop.",
     )
     group.add_argument(
+        "--verifier",
+        choices=("answers", "model"),
+        default="answers",
+        help="answers: compare final answers, or ask --verifier-plugin. model: then also ask the model itself whether a"
+        " response says the same as the reference, where nothing else can tell; weak, for a model prefers its own"
+        " texts, and a small one hardly reads both. Such turns are counted apart. Default answers.",
+    )
+    group.add_argument(
+        "--verifier-threshold",
+        type=float,
+        metavar="P",
+        default=0.5,
+        help="With --verifier model: the probability of Yes against No from which on a response is right. Default 0.5.",
+    )
+    group.add_argument(
         "--verifier-plugin",
         metavar="MODULE:FUNCTION",
         default=None,

@@ -34,6 +34,7 @@ PAPER_VALUES: dict[str, Any] = {
     "retries": 0,
     "fallback": "drop",
     "unverified": "drop",
+    "verifier": "answers",
 }
 # Lengths are the user's, but where they are not given they are the authors' too.
 _LENGTHS = {"analysis_max_tokens": 16384, "max_new_tokens": 8192}

@@ -55,6 +55,8 @@ def check_realign_arguments(args: argparse.Namespace) -> None:
     if not 0 < args.retry_slope_factor < float("inf"):
         written = args.renamed_flags.get("--retry-slope-factor", "--retry-slope-factor")
         raise ArgumentError(f"{written} {args.retry_slope_factor}: pass a number above 0")
+    if not 0 < args.verifier_threshold < 1:
+        raise ArgumentError(f"--verifier-threshold {args.verifier_threshold}: pass a probability between 0 and 1")
     if args.kv_memory_gb is not None and not args.kv_memory_gb > 0:
         raise ArgumentError(f"--kv-memory-gb {args.kv_memory_gb}: pass a number above 0")
     if args.more_room is not None and not (args.more_room == 0 or 1 <= args.more_room < float("inf")):
@@ -192,6 +194,7 @@ def resolve_settings(
         retries=retries if args.retries is None else args.retries,
         retry_slope_factor=args.retry_slope_factor,
         unverified=args.unverified,
+        model_judge_threshold=args.verifier_threshold if args.verifier == "model" else None,
     )
 
 
