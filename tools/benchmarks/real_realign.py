@@ -15,10 +15,11 @@ the same longest response, so --more-room is off:
                    one try, by the prompt that the defaults chose (so they come first)
 
 Every way leaves a folder of its own, with every text, and is taken up again where it was stopped; a way that is
-finished is only read. The table and FOLDER/real_realign.json are made from the folders. Verdicts are those of this
-version's verifier on the kept texts, whatever the way itself found; a leak is a phrase of corpus/verification/leaks.py
-that the question does not use; bare are right texts with less than a quarter of the original's tokens. Mean phi is per
-token, its standard error treats each problem as one draw.
+finished is only read. The table and FOLDER/real_realign.json are made from the folders; of a way that was stopped
+before its end they count the records that it came to. Verdicts are those of this version's verifier on the kept texts,
+whatever the way itself found; a leak is a phrase of corpus/verification/leaks.py that the question does not use; bare
+are right texts with less than a quarter of the original's tokens. Mean phi is per token, its standard error treats each
+problem as one draw.
 
 Expected before the first run on these problems, from runs on others. Plain sampling: 1 to 4 % right, mean phi of all
 samples 0 within its error, of right ones +0.1 to +0.2, as they are shorter and surer than most. --paper: 0 to 5 % kept,
@@ -36,6 +37,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -73,6 +75,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="of torch; default: %(default)s")
     options = parser.parse_args()
     options.hf_model = options.hf_model.resolve()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the session is written down
     options.out.mkdir(parents=True, exist_ok=True)
     data = options.out / "problems.jsonl"
     if not data.exists():
@@ -171,13 +174,14 @@ def sample(options: argparse.Namespace, data: Path, arm: str) -> None:
                 file.flush()
 
 
-def kept_of_realign(folder: Path) -> tuple[list[Row], int]:
-    """The accepted texts of a folder, and the tokens that were decoded for all of it but the trial of prompts."""
+def kept_of_realign(folder: Path) -> tuple[list[Row], int, int]:
+    """The accepted texts of a folder, its records, and the tokens decoded for them without the trial of prompts."""
     from megatron_idft.hinted_decoding.output.results import read_outcomes
 
     rows: list[Row] = []
-    decoded = 0
+    decoded = records = 0
     for outcome in read_outcomes(folder):
+        records += 1
         for turn in outcome["turns"]:
             decoded += (turn["analysis_tokens"] or 0) + sum(c["num_tokens"] for c in turn["candidates"])
             rows += [
@@ -192,11 +196,11 @@ def kept_of_realign(folder: Path) -> tuple[list[Row], int]:
                 for candidate in turn["candidates"]
                 if candidate["accepted"] and outcome["status"] == "kept"
             ]
-    return rows, decoded
+    return rows, records, decoded
 
 
 def summarize(options: argparse.Namespace, data: Path) -> None:
-    """The table and the JSON, from the folders of all ways that are finished."""
+    """The table and the JSON, from the folders of all ways; of one that was stopped, the records that it came to."""
     from megatron_idft.corpus.verification.verifier import Verifier
 
     records = {record["id"]: record for record in _lines(data)}
@@ -211,7 +215,7 @@ def summarize(options: argparse.Namespace, data: Path) -> None:
     with Verifier(workers=1) as verifier:
         result["verifier"] = verifier.describe()
         for arm in ARMS:
-            if (options.out / arm / "finished").exists():
+            if (options.out / arm / "sessions.jsonl").exists():
                 measure = own_numbers if arm in OWN else numbers
                 sessions = list(_lines(options.out / arm / "sessions.jsonl"))
                 found = measure(options, arm, records, verifier)
@@ -226,7 +230,7 @@ def own_numbers(options: argparse.Namespace, arm: str, records: dict[str, Row], 
     finished = [row for row in every if row["finish_reason"] == "eos"]
     right = [row for row in finished if _judged(row, records, verifier) == "right"]
     first = [row for row in right if row["sample"] == 0]
-    plain = _share_and_phi(first, len(records), records)
+    plain = {"records": len(records)} | _share_and_phi(first, len(records), records)
     plain["decoded_tokens"] = sum(row["tokens"] for row in every if row["sample"] == 0)
     own = {
         "samples": len(every),
@@ -242,10 +246,12 @@ def own_numbers(options: argparse.Namespace, arm: str, records: dict[str, Row], 
 
 
 def numbers(options: argparse.Namespace, arm: str, records: dict[str, Row], verifier: Any) -> dict[str, Any]:
+    found: dict[str, Any]
     folder = options.out / arm
-    kept, decoded = kept_of_realign(folder)
+    kept, total, decoded = kept_of_realign(folder)
     right = [row for row in kept if _judged(row, records, verifier) == "right"]
-    found = _share_and_phi(right, len(records), records) | {"kept_and_not_right": len(kept) - len(right)}
+    found = {"records": total, "finished": (folder / "finished").exists()}
+    found |= _share_and_phi(right, total, records) | {"kept_and_not_right": len(kept) - len(right)}
     found["bare"] = sum(row["bare"] for row in right)
     found["phi_of_all_kept"] = _phi(kept)
     found["by_stage"] = {
@@ -319,18 +325,18 @@ def _near(kept: Row, own: Row, arm: str) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """The table."""
-    heads = ("kept and right", "phi per token", "tokens each", "bare", "decoded", "leaks")
-    print(f"{'':24}" + "".join(f"{head:>18}" for head in heads))
+    heads = ("records", "kept and right", "phi per token", "tokens each", "bare", "decoded", "leaks")
+    print(f"{'':24}" + "".join(f"{head:>17}" for head in heads))
     for name, arm in result["arms"].items():
         phi = arm["phi"]
         shown = "none" if phi is None else f"{phi['value']:+.3f}" + (f" ± {phi['se']:.3f}" if phi["se"] else "")
         if "share" in arm:
             share = f"{arm['share']['value']:.1%} ± {arm['share']['se']:.1%}"
             more = (f"{arm['mean_tokens']:.0f}", str(arm.get("bare", "")))
-            columns = (share, shown, *more, f"{arm['decoded_tokens']:,}", str(len(arm["leaks"])))
+            columns = (str(arm["records"]), share, shown, *more, f"{arm['decoded_tokens']:,}", str(len(arm["leaks"])))
         else:
-            columns = (f"{arm['right']} of {arm['samples']}", shown, "", "", f"{arm['decoded_tokens']:,}", "")
-        print(f"{name:24}" + "".join(f"{column:>18}" for column in columns))
+            columns = ("", f"{arm['right']} of {arm['samples']}", shown, "", "", f"{arm['decoded_tokens']:,}", "")
+        print(f"{name:24}" + "".join(f"{column:>17}" for column in columns))
 
 
 def _lines(path: Path) -> Iterator[Row]:
