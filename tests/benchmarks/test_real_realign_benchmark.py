@@ -40,7 +40,9 @@ def own(number, sample, text, phi, reason="eos"):
 def outcome(rng, number, text, status="kept"):
     drawn = scores(rng, 8, hinted=True)
     tried = candidate(drawn, "hinted", text=text, accepted=status == "kept")
-    written = turn(drawn, [tried], "hinted", drawn if status == "kept" else None, failures=[], analysis_tokens=5)
+    written = turn(
+        drawn, [tried], "hinted", drawn if status == "kept" else None, failures=[], hints=[{"analysis_tokens": 5}]
+    )
     return record(number, status, [written])
 
 
@@ -95,9 +97,15 @@ def test_the_table_counts_what_is_kept_right_and_near(program, tmp_path, capsys)
 def test_every_way_gets_the_same_records_and_lengths(program, tmp_path):
     (tmp_path / "defaults").mkdir()
     (tmp_path / "defaults" / "prompts.json").write_text(json.dumps({"order": ["explain", "analysis"]}))
-    options = argparse.Namespace(out=tmp_path, seed=3, max_new_tokens=9, hf_model="m")
+    options = argparse.Namespace(out=tmp_path, seed=3, max_new_tokens=9, hf_model="m", chunk_records=5)
+    samples = [own(1, 0, "one", 0), own(1, 1, "two", 0), own(2, 0, "three", 0, "length")]
+    lines(tmp_path / "own" / "samples.jsonl", samples)
+    program.write_rollouts(tmp_path)
+    given = (tmp_path / "own-responses.jsonl").read_text().splitlines()
+    assert list(map(json.loads, given)) == [{"id": "r1", "response": "one"}, {"id": "r2", "response": ""}]
     commands = {arm: program.realign_command(arm, options, tmp_path / "d") for arm in program.ARMS[2:]}
-    same = {tuple(word for word in words[4:] if str(tmp_path / arm) != word)[:15] for arm, words in commands.items()}
+    same = {tuple(word for word in words[4:] if str(tmp_path / arm) != word)[:17] for arm, words in commands.items()}
     assert len(same) == 1
+    assert commands["defaults"][-2:] == commands["paper"][-2:] == ["--rollouts", str(tmp_path / "own-responses.jsonl")]
     assert "--paper" in commands["paper"] and commands["distillation"][-2:] == ["--hint-prompt", "explain"]
     assert "--hint-prompt" not in commands["defaults"]

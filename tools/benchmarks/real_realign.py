@@ -3,7 +3,8 @@
     python tools/benchmarks/real_realign.py --hf-model DIR --out FOLDER [--arms defaults paper …] [--records 200]
 
 The problems are gsm_symbolic of a seed that no prompt and no default was tuned on. Each way gets the same problems and
-the same longest response, so --more-room is off:
+the same longest response, so --more-room is off; the own response that realign begins with is the first of `own`, read
+by --rollouts, one that did not end as an empty text:
 
     own            the model's own samples at temperature 1 from the whole distribution, some for each problem: the mean
                    phi of those that are right is the mark for the others. Its first sample is plain sampling
@@ -51,11 +52,12 @@ import real_model
 sys.path.insert(0, str(real_model.ROOT / "examples" / "real_model"))
 import problems
 
-ARMS = ("own", "tempered", "defaults", "paper", "distillation")
+ARMS = ("own", "tempered", "defaults", "paper", "distillation")  # own first: the others read it
 OWN: dict[str, dict[str, Any]] = {
     "own": {},
     "tempered": {"temperature": 0.3, "top_p": 0.95, "cut_before_temperature": True},
 }
+ROLLOUTS = "own-responses.jsonl"
 FEWEST = 10  # right samples that a mean is taken seriously from
 BARE = 0.25  # of the original's tokens: an answer with hardly anything before it
 GOAL_KEPT, STANDARD_ERRORS = 0.6, 2.0
@@ -72,6 +74,7 @@ def main() -> int:
     parser.add_argument("--records", type=int, default=200, help="number of problems; default: %(default)s")
     parser.add_argument("--samples", type=int, default=4, help="own samples of a problem; default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=320, help="longest response; default: %(default)s")
+    parser.add_argument("--chunk-records", type=int, default=100, help="of realign; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="of torch; default: %(default)s")
     options = parser.parse_args()
     options.hf_model = options.hf_model.resolve()
@@ -94,6 +97,8 @@ def run_arm(arm: str, options: argparse.Namespace, data: Path) -> None:
     if (folder / "finished").exists():
         return
     command = None if arm in OWN else realign_command(arm, options, data)
+    if command is not None:
+        write_rollouts(options.out)
     start, began = time.monotonic(), real_model.surroundings(options)
     try:
         if command is None:
@@ -113,11 +118,19 @@ def run_arm(arm: str, options: argparse.Namespace, data: Path) -> None:
     (folder / "finished").touch()
 
 
+def write_rollouts(out: Path) -> None:
+    """The first own sample of each problem, as --rollouts takes it."""
+    rows = [row for row in _lines(out / "own" / "samples.jsonl") if row["sample"] == 0]
+    texts = {row["record"]: row["text"] if row["finish_reason"] == "eos" else "" for row in rows}
+    lines = [json.dumps({"id": record, "response": text}) + "\n" for record, text in sorted(texts.items())]
+    (out / ROLLOUTS).write_text("".join(lines), encoding="utf-8")
+
+
 def realign_command(arm: str, options: argparse.Namespace, data: Path) -> list[str]:
     """The command of a way that `realign` runs."""
     flags = {
-        "defaults": [],
-        "paper": ["--paper"],
+        "defaults": ["--rollouts", options.out / ROLLOUTS],
+        "paper": ["--paper", "--rollouts", options.out / ROLLOUTS],
         "distillation": ["--mix", "fixed", "--hint-share", "1", "--rollout-samples", "0", "--retries", "0"],
     }[arm]
     if arm == "distillation":
@@ -126,7 +139,7 @@ def realign_command(arm: str, options: argparse.Namespace, data: Path) -> list[s
     words = [sys.executable, "-m", "megatron_idft", "realign", "--cpu", "--hf-model", options.hf_model]
     words += ["--sft-data", data, "--output", options.out / arm, "--seq-length", 2048, "--seed", options.seed]
     words += ["--max-new-tokens", options.max_new_tokens, "--analysis-max-tokens", options.max_new_tokens]
-    words += ["--chunk-records", 40, "--more-room", 0, *flags]
+    words += ["--chunk-records", options.chunk_records, "--max-rows", 48, "--more-room", 0, *flags]
     return [str(word) for word in words]
 
 
@@ -183,7 +196,8 @@ def kept_of_realign(folder: Path) -> tuple[list[Row], int, int]:
     for outcome in read_outcomes(folder):
         records += 1
         for turn in outcome["turns"]:
-            decoded += (turn["analysis_tokens"] or 0) + sum(c["num_tokens"] for c in turn["candidates"])
+            decoded += sum(hint["analysis_tokens"] or 0 for hint in turn["hints"])
+            decoded += sum(c["num_tokens"] for c in turn["candidates"])
             rows += [
                 {
                     "record": outcome["id"],
