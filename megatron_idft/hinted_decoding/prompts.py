@@ -19,8 +19,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -134,46 +132,6 @@ class HintTemplate:
             raise InputError(f"{self.name}: the text must use question or conversation, and solution or answer")
         if self.marker is not None and self.marker not in self.text:
             raise InputError(f"{self.name}: the text never asks for the marker {self.marker!r}")
-
-
-def analysis_template(path: str | Path | None = None) -> HintTemplate:
-    """The template of the analysis stage.
-
-    Args:
-        path: a file; None: the package's own.
-
-    Raises:
-        InputError: the file cannot be used, or has no marker.
-    """
-    template = _read("analysis.txt", path)
-    if template.marker is None:
-        raise InputError(f"{template.name}: the analysis needs a header line `marker: …`; or pass --no-analysis")
-    return template
-
-
-def hint_template(path: str | Path | None = None) -> HintTemplate:
-    """The template of the plain hint.
-
-    Args:
-        path: a file; None: the package's own.
-
-    Raises:
-        InputError: the file cannot be used, or has a marker.
-    """
-    template = _read("hint.txt", path)
-    if template.marker is not None:
-        raise InputError(f"{template.name}: without an analysis there is no marker: take it out of the header")
-    return template
-
-
-def _read(packaged: str, path: str | Path | None) -> HintTemplate:
-    if path is None:
-        source = resources.files("megatron_idft.hinted_decoding").joinpath("templates", packaged).read_text("utf-8")
-        return HintTemplate(packaged, source)
-    try:
-        return HintTemplate(str(path), Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompt template {path}: {error}; name a UTF-8 text file") from error
 
 
 def _environment() -> Any:

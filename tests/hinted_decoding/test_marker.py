@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_idft.hinted_decoding.prompts import HintTemplate, analysis_template
+from megatron_idft.hinted_decoding.named_prompts import packaged_prompt
+from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.stages.marker import append_marker, cut_at_marker, without_stop
 from tests.hinted_decoding.scripted import make_tokenizer
 
@@ -39,7 +40,7 @@ def encoded(tokenizer, text: str) -> np.ndarray:
     ],
 )
 def test_an_analysis_ends_behind_its_last_marker(tokenizer, analysis, kept):
-    found = cut_at_marker(encoded(tokenizer, analysis), analysis_template(), tokenizer)
+    found = cut_at_marker(encoded(tokenizer, analysis), packaged_prompt("analysis"), tokenizer)
     assert found is not None and tokenizer.decode(found) == kept
 
 
@@ -48,7 +49,7 @@ def test_the_models_own_tokens_are_kept(tokenizer):
     analysis = "a\n# CoT\nmore"
     ids = np.concatenate([encoded(tokenizer, letter) for letter in analysis])
     assert len(ids) == len(analysis) > len(encoded(tokenizer, analysis))
-    found = cut_at_marker(ids, analysis_template(), tokenizer)
+    found = cut_at_marker(ids, packaged_prompt("analysis"), tokenizer)
     assert found is not None and found.tolist() == ids[: len("a\n# CoT\n")].tolist()
 
 
@@ -71,13 +72,13 @@ NO_MARKER = [
 
 @pytest.mark.parametrize("analysis", NO_MARKER)
 def test_without_a_marker_on_a_line_of_its_own_after_an_analysis_there_is_no_cut(tokenizer, analysis):
-    assert cut_at_marker(encoded(tokenizer, analysis), analysis_template(), tokenizer) is None
+    assert cut_at_marker(encoded(tokenizer, analysis), packaged_prompt("analysis"), tokenizer) is None
 
 
 @pytest.mark.parametrize("analysis", [*NO_MARKER, "It is seven.\n", "It is seven.\n\n"])
 def test_a_marker_is_appended_to_the_tokens_that_the_model_wrote(tokenizer, analysis):
     ids = np.concatenate([encoded(tokenizer, letter) for letter in analysis] or [encoded(tokenizer, "")])
-    closed = append_marker(ids, analysis_template(), tokenizer)
+    closed = append_marker(ids, packaged_prompt("analysis"), tokenizer)
     assert closed[: len(ids)].tolist() == ids.tolist() and closed.dtype == np.int32
     line_break = "" if not analysis or analysis.endswith("\n") else "\n"
     assert tokenizer.decode(closed[len(ids) :]) == f"{line_break}# CoT\n"

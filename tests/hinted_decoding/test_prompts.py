@@ -6,8 +6,8 @@ import pytest
 
 from megatron_idft.corpus.verification.leaks import LeakFilter
 from megatron_idft.errors import InputError
-from megatron_idft.hinted_decoding.named_prompts import PACKAGED, packaged_prompt
-from megatron_idft.hinted_decoding.prompts import HintTemplate, analysis_template, hint_template
+from megatron_idft.hinted_decoding.named_prompts import PACKAGED, named_prompt, packaged_prompt
+from megatron_idft.hinted_decoding.prompts import HintTemplate
 
 QUESTION = {"role": "user", "content": "What is 3 + 4?"}
 CONVERSATION = [
@@ -37,7 +37,9 @@ def test_the_packaged_templates_read_well(template):
             )
 
 
-@pytest.mark.parametrize("template", [analysis_template(), hint_template()], ids=lambda template: template.name)
+@pytest.mark.parametrize(
+    "template", [packaged_prompt("analysis"), packaged_prompt("hint")], ids=lambda template: template.name
+)
 def test_the_elaborate_templates_hold_question_reference_and_answer(template):
     [message] = template.render([QUESTION], SOLUTION, "7")
     text = message["content"]
@@ -64,23 +66,23 @@ def test_history_and_system_message(template):
 
 
 def test_the_analysis_template_asks_for_its_marker_alone_on_a_line_and_the_hint_has_none():
-    assert analysis_template().marker == "# CoT" and analysis_template().after_marker == "\n"
-    assert hint_template().marker is None
+    assert packaged_prompt("analysis").marker == "# CoT" and packaged_prompt("analysis").after_marker == "\n"
+    assert packaged_prompt("hint").marker is None
     assert LeakFilter().find("Now my reply.\n# CoT\n7") is not None  # a response that writes the marker again
 
 
 def test_text_of_the_record_is_no_template():
-    [message] = analysis_template().render([{"role": "user", "content": "{{ 6 * 7 }}"}], "{% if %}", None)
+    [message] = packaged_prompt("analysis").render([{"role": "user", "content": "{{ 6 * 7 }}"}], "{% if %}", None)
     assert "{{ 6 * 7 }}" in message["content"] and "{% if %}" in message["content"] and "42" not in message["content"]
 
 
 def test_a_template_of_the_users(tmp_path):
     path = tmp_path / "analysis.txt"
     path.write_text('marker: ### Reply:\nafter-marker: "\\n\\n"\n---\n{{ question }}|{{ answer }} then ### Reply:\n')
-    template = analysis_template(path)
+    template = named_prompt(str(path))
     assert (template.marker, template.after_marker) == ("### Reply:", "\n\n")
     assert template.render(CONVERSATION, "x", "6") == [{"role": "user", "content": "And times 3?|6 then ### Reply:"}]
-    assert template.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != analysis_template().sha256
+    assert template.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != packaged_prompt("analysis").sha256
 
 
 @pytest.mark.parametrize(
@@ -101,15 +103,3 @@ def test_unusable_templates_are_refused_by_name(source, what):
     with pytest.raises(InputError, match=what) as error:
         HintTemplate("mine.txt", source)
     assert "mine.txt" in str(error.value)
-
-
-def test_each_stage_wants_its_own_kind(tmp_path):
-    with_marker, without = tmp_path / "a", tmp_path / "b"
-    with_marker.write_text("marker: X\n---\n{{ question }} {{ answer }} X")
-    without.write_text("---\n{{ question }} {{ answer }}")
-    with pytest.raises(InputError, match="--no-analysis"):
-        analysis_template(without)
-    with pytest.raises(InputError, match="there is no marker"):
-        hint_template(with_marker)
-    with pytest.raises(InputError, match="name a UTF-8 text file"):
-        hint_template(tmp_path / "c")
