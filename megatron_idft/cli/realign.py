@@ -2,15 +2,17 @@
 
 import json
 import sys
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_idft import console
 from megatron_idft.cli.offline import run_verb
 from megatron_idft.parsing import OF_EVERY_VERB, Parser
 
 USAGE = f"""usage: torchrun … -m megatron_idft realign --hf-model DIR --sft-data FILE … --output DIR <flags>
        torchrun … -m megatron_idft realign --load DIR [--tokenizer-model PATH] --sft-data FILE … --output DIR <flags>
+       megatron-idft realign prompts --hf-model DIR --sft-data FILE … --seq-length N --output FILE.jsonl <flags>
        megatron-idft realign status DIR
        megatron-idft realign merge DIR --output FILE.jsonl
        megatron-idft realign report DIR [--output DIR] [--title TEXT]
@@ -84,6 +86,48 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
+# The flags of `realign` that decide about prompts; the others are accepted, so that both can be given the same.
+_OF_PROMPTS = """output hf_model sft_data limit sft_bad_records sft_template_date max_new_tokens rollout_samples
+    rollout_temperature rollout_top_p rollout_top_k hint_prompt analysis_max_tokens
+    analysis_temperature analyses analysis_marker unverified tokenizer_model chat_template trust_remote_code seq_length seed help"""
+
+
+def _prompts_parser() -> Parser:
+    parser = Parser(
+        "megatron-idft realign prompts",
+        usage="megatron-idft realign prompts --hf-model DIR --sft-data FILE … --seq-length N --output FILE <flags>",
+        description="Writes the prompts of every stage as JSONL, text and token ids, for another engine to answer; no"
+        " model is loaded. tools/vllm_rollouts.py answers them with vLLM, for --rollouts and --analyses of `realign`."
+        " Give the flags that `realign` will have; those that do not change a prompt are accepted and not shown here.",
+        conflict_handler="resolve",
+    )
+    _add_arguments(parser)
+    group = parser.add_argument_group(title="realign: prompts")
+    add = group.add_argument
+    add("--output", required=True, type=Path, metavar="FILE", help="a new .jsonl")
+    add("--tokenizer-model", metavar="PATH", help="a Hugging Face folder or a sentencepiece *.model; default: that of"
+        " --hf-model")  # fmt: skip
+    add("--chat-template", metavar="FILE", help="Jinja, or chatml or plain; default: the tokenizer's own")
+    add("--trust-remote-code", action="store_true", help="run Python code that a tokenizer brings")
+    add("--seq-length", type=int, required=True, metavar="N", help="the context, prompt and response together")
+    add("--seed", type=int, default=1234, help="of the random draws; default 1234")
+    parser.set_defaults(sequence_parallel=False)
+    for action in parser._actions:
+        if action.dest not in _OF_PROMPTS.split():
+            action.help = SUPPRESS
+    return parser
+
+
+def prompts(argv: Sequence[str]) -> int:
+    args = _prompts_parser().parse_args(argv)
+    with console.quiet("realign prompts"):
+        from megatron_idft.integration.offline.realign_prompt_file import write_prompts
+
+        for line in write_prompts(args):
+            console.say(line)
+    return 0
+
+
 def _add_arguments(parser: ArgumentParser) -> ArgumentParser:
     from megatron_idft.integration.offline.realign_arguments import add_realign_arguments
 
@@ -97,4 +141,11 @@ def _run() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    return run_verb("realign", argv, USAGE, {"status": status, "merge": merge, "report": report}, _add_arguments, _run)
+    return run_verb(
+        "realign",
+        argv,
+        USAGE,
+        {"prompts": prompts, "status": status, "merge": merge, "report": report},
+        _add_arguments,
+        _run,
+    )

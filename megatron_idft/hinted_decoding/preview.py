@@ -29,9 +29,7 @@ def render_prompts(record: Record, tokenizer: ChatTokenizer, named: NamedPrompts
         names = ", ".join(template.name for template in named.templates)
         parts.append(("hint prompts", f"a trial before the run chooses among these: {names}"))
     for template in named.templates:
-        asked = tokenizer.template.render(
-            template.render(turn.history, turn.original_text, turn.answer), add_generation_prompt=True
-        )
+        asked, _ = turn.ask_by(template, tokenizer)
         if template.marker is None:
             parts.append((f"hinted prompt ({template.name})", asked))
         else:

@@ -69,6 +69,11 @@ class HintTemplate:
         """Of the whole file: identifies the template."""
         return hashlib.sha256(self.source.encode()).hexdigest()
 
+    @cached_property
+    def sees_conversation(self) -> bool:
+        """Whether the text uses `conversation`, and so the responses of earlier turns."""
+        return "conversation" in meta.find_undeclared_variables(_environment().parse(self.text))
+
     def render(self, conversation: Sequence[Message], solution: str, answer: str | None) -> list[Message]:
         """The messages that ask for the hinted reply.
 

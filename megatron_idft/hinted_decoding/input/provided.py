@@ -45,11 +45,13 @@ class ProvidedText:
     Attributes:
         token_ids: as drawn, with the stop token if one ended the text; None: the text is tokenized.
         prompt_sha256: of the prompt that was answered; None: the line does not say.
+        template_sha256: of the hint template of an analysis; None: the line does not say.
     """
 
     text: str
     token_ids: tuple[int, ...] | None = None
     prompt_sha256: str | None = None
+    template_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +181,8 @@ class ProvidedTexts:
         ids = [None] * len(texts) if ids is None else ids
         if not isinstance(ids, list) or len(ids) != len(texts):
             raise self._error(at, "token_ids: expected one list of token ids for each response")
-        asked = row.get("prompt_sha256")
-        found = [ProvidedText(text, self._ids(some, at), asked) for text, some in zip(texts, ids, strict=True)]
+        asked = row.get("prompt_sha256"), row.get("template_sha256")
+        found = [ProvidedText(text, self._ids(some, at), *asked) for text, some in zip(texts, ids, strict=True)]
         return found[0] if self._kind == "analyses" else found
 
     def _ids(self, ids: Any, at: str) -> tuple[int, ...] | None:

@@ -27,10 +27,9 @@ from megatron_idft.hinted_decoding.output.outcomes import NO_MARKER, Stage
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.settings import RealignSettings
 from megatron_idft.hinted_decoding.stages.candidates import Candidate, Ids, from_completion
-from megatron_idft.hinted_decoding.stages.conversation import encode
 from megatron_idft.hinted_decoding.stages.given import analysis_ids, check_given, read_rollouts
 from megatron_idft.hinted_decoding.stages.judge import Judge
-from megatron_idft.hinted_decoding.stages.marker import append_marker, cut_at_marker, without_stop
+from megatron_idft.hinted_decoding.stages.marker import close_at_marker, without_stop
 from megatron_idft.hinted_decoding.stages.needs import Decode, Steps, decode, score
 from megatron_idft.hinted_decoding.stages.tasks import Hint, Turn
 from megatron_idft.inference.requests import Completion, DecodeSettings, Request, Sampling, Stopping
@@ -127,20 +126,18 @@ class Chain:
     def _hint(self, turn: Turn, template: HintTemplate, hint: Hint, name: str, place: int) -> Steps[Hint]:
         """The hint with its prompt by this template, or why there is none. name: of its stage, for the draws."""
         turn.hints.append(hint)
+        given = turn.analysis_for(template)
         try:
-            messages = template.render(turn.history, turn.original_text, turn.answer)
-            text = self._tokenizer.template.render(messages, add_generation_prompt=True)
-            ids = encode(self._tokenizer, text)
-            if turn.analysis is not None and template.marker is not None:
-                check_given("analyses", turn.analysis, ids, self._tokenizer)
+            text, ids = turn.ask_by(template, self._tokenizer)
+            if given is not None:
+                check_given("analyses", given, ids, self._tokenizer)
         except UserError as error:
             hint.failure = f"no hinted prompt: {error}"
             return hint
         if template.marker is not None:
-            if turn.analysis is not None:
-                hint.analysis = without_stop(
-                    analysis_ids(turn.analysis, text, self._tokenizer), turn.prompt.end_ids, self._stop_ids(turn)
-                )
+            if given is not None:
+                written = analysis_ids(given, text, self._tokenizer)
+                hint.analysis = without_stop(written, turn.prompt.end_ids, self._stop_ids(turn))
             elif len(ids) < self._settings.max_positions:
                 yield from self._analyse(turn, hint, ids, name, place)
             if hint.analysis is not None:
@@ -163,15 +160,11 @@ class Chain:
 
     def _closed(self, hint: Hint, template: HintTemplate, analysis: Ids) -> Ids:
         """The analysis through its marker, which is ours to write unless the model has to."""
-        cut = cut_at_marker(analysis, template, self._tokenizer)
-        if cut is not None:
-            hint.marker = "model"
-            return cut
-        if self._settings.analysis_marker == "require":
+        closed, hint.marker = close_at_marker(analysis, template, self._tokenizer, self._settings.analysis_marker)
+        if closed is None:
             hint.failure = NO_MARKER
             return analysis
-        hint.marker = "appended"
-        return append_marker(analysis, template, self._tokenizer)
+        return closed
 
     def _respond(self, turn: Turn, stage: Stage, requests: Sequence[Request], batch: _Batch) -> Steps[None]:
         """Responses, judged; where none is accepted, those that the length limit cut are decoded with more room."""

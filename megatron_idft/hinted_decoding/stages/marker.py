@@ -8,7 +8,9 @@ from collections.abc import Collection
 import numpy as np
 
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
+from megatron_idft.hinted_decoding.output.outcomes import MarkerOrigin
 from megatron_idft.hinted_decoding.prompts import HintTemplate
+from megatron_idft.hinted_decoding.settings import AnalysisMarker
 from megatron_idft.hinted_decoding.stages.candidates import Ids
 from megatron_idft.hinted_decoding.stages.conversation import encode_after
 
@@ -62,6 +64,23 @@ def cut_at_marker(ids: Ids, template: HintTemplate, tokenizer: ChatTokenizer) ->
     if not missing:
         return ids[:end]
     return np.concatenate([ids[:end], encode_after(tokenizer, marker + tail, missing)])
+
+
+def close_at_marker(
+    ids: Ids, template: HintTemplate, tokenizer: ChatTokenizer, policy: AnalysisMarker
+) -> tuple[Ids | None, MarkerOrigin | None]:
+    """The analysis through its marker, and who wrote that; None and None where the model had to and did not.
+
+    Args:
+        ids, template, tokenizer: as below.
+        policy: whether the marker is ours to write.
+    """
+    cut = cut_at_marker(ids, template, tokenizer)
+    if cut is not None:
+        return cut, "model"
+    if policy == "require":
+        return None, None
+    return append_marker(ids, template, tokenizer), "appended"
 
 
 def append_marker(ids: Ids, template: HintTemplate, tokenizer: ChatTokenizer) -> Ids:

@@ -24,8 +24,9 @@ from megatron_idft.hinted_decoding.output.outcomes import (
     TurnRow,
     TurnStage,
 )
+from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.stages.candidates import Candidate, Ids, Provenance, response_sums
-from megatron_idft.hinted_decoding.stages.conversation import RunningConversation, TurnPrompt
+from megatron_idft.hinted_decoding.stages.conversation import RunningConversation, TurnPrompt, encode
 from megatron_idft.hinted_decoding.stages.given import check_given
 
 _CHAIN: tuple[Stage, ...] = get_args(Stage)  # in the order in which they are tried
@@ -139,6 +140,26 @@ class Turn:
         if self.reference is None or isinstance(self.reference, str):
             return self.reference
         return json.dumps(self.reference, ensure_ascii=False, default=str)
+
+    def ask_by(self, template: HintTemplate, tokenizer: ChatTokenizer) -> tuple[str, Ids]:
+        """The prompt that shows the reference: that of the analysis or, without a marker, of the hinted stream.
+
+        Returns:
+            text, and int32 [n].
+
+        Raises:
+            InputError, TemplateError: one of the templates fails on this turn.
+        """
+        messages = template.render(self.history, self.original_text, self.answer)
+        text = tokenizer.template.render(messages, add_generation_prompt=True)
+        return text, encode(tokenizer, text)
+
+    def analysis_for(self, template: HintTemplate) -> ProvidedText | None:
+        """The given analysis, where it belongs to this template."""
+        given = self.analysis
+        if given is None or template.marker is None or given.template_sha256 not in (None, template.sha256):
+            return None
+        return given
 
     @property
     def question(self) -> str:
