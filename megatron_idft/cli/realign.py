@@ -88,8 +88,8 @@ def report(argv: Sequence[str]) -> int:
 
 # The flags of `realign` that decide about prompts; the others are accepted, so that both can be given the same.
 _OF_PROMPTS = """output hf_model sft_data limit sft_bad_records sft_template_date max_new_tokens rollout_samples
-    rollout_temperature rollout_top_p rollout_top_k hint_prompt analysis_max_tokens
-    analysis_temperature analyses analysis_marker unverified tokenizer_model chat_template trust_remote_code seq_length seed help"""
+    rollout_temperature rollout_top_p rollout_top_k paper hint_prompt analysis_max_tokens analysis_temperature analyses
+    analysis_marker unverified tokenizer_model chat_template trust_remote_code seq_length seed help"""
 
 
 def _prompts_parser() -> Parser:

@@ -69,7 +69,7 @@ def write_prompts(
 
 
 def _header(tokenizer: ChatTokenizer, settings: RealignSettings, templates: Sequence[HintTemplate]) -> Row:
-    rollout, analysis = settings.rollout_sampling, settings.analysis_sampling
+    rollout, analysis, described = settings.rollout_sampling, settings.analysis_sampling, settings.describe()
     return {
         "realign_prompts": FORMAT,
         "tokenizer_fingerprint": tokenizer.fingerprint(),
@@ -95,8 +95,7 @@ def _header(tokenizer: ChatTokenizer, settings: RealignSettings, templates: Sequ
             | {"after_marker": template.after_marker}
             for template in templates
         ],
-        "settings": settings.describe(),
-    }
+    } | {name: described[name] for name in ("mixing", "hinted", "repetition")}
 
 
 class RecordPrompts:
