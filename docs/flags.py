@@ -78,6 +78,7 @@ def page() -> str:
         ("score report", table(score._report_parser())),
         ("score select", table(score._select_parser())),
         ("realign", table(adding(add_realign_arguments))),
+        ("realign prompts", table(realign._prompts_parser())),
         ("realign status", table(realign._status_parser())),
         ("realign merge", table(realign._merge_parser())),
         ("realign report", table(realign._report_parser())),

@@ -74,11 +74,11 @@ def _report_parser() -> Parser:
 
 
 def report(argv: Sequence[str]) -> int:
+    args = _report_parser().parse_args(argv)
     from megatron_idft.hinted_decoding.output.results import read_outcomes, read_settings
     from megatron_idft.hinted_decoding.prompt_trial import read_choice
     from megatron_idft.hinted_decoding.report.page import write_report
 
-    args = _report_parser().parse_args(argv)
     output, folder = args.output or args.folder, args.folder
     rows, trial = read_outcomes(folder), read_choice(folder)
     page, numbers = write_report(rows, read_settings(folder), output, args.title, trial)

@@ -54,6 +54,7 @@ def test_help_is_help(words):
         ["realign"],
         ["plan"],
         ["realign", "merge", "nowhere", "--output", "x.jsonl"],
+        ["realign", "prompts", "--sft-data", "nowhere.jsonl", "--seq-length", "9", "--output", "x.jsonl"],
     ],
 )
 def test_unusable_arguments_exit_with_2_and_say_what_is_expected(words):
@@ -117,8 +118,8 @@ def test_without_torch_a_verb_says_what_to_install():
         assert f"`{words[0]}` needs torch" in done.stderr and "megatron-idft[train]" in done.stderr
 
 
-HELPS = """train;run;prepare;score;score status;score report;score select;realign;realign status;realign merge
-    realign report;plan;convert;doctor;init""".replace("\n", ";").split(";")
+HELPS = """train;run;prepare;score;score status;score report;score select;realign;realign prompts;realign status
+    realign merge;realign report;plan;convert;doctor;init""".replace("\n", ";").split(";")
 # What each of them imports, in all, with room for a release of Python: torch alone brings 2,000 modules.
 MOST_MODULES = 400
 

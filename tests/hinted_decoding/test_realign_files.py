@@ -155,7 +155,7 @@ def test_provided_texts_with_ids_and_fingerprints(tmp_path):
     assert found.get("b") == {None: [ProvidedText("z", (599,))]} and found.unnamed == 1
     row = {"id": "a", "analysis": "x", "token_ids": [5], "template_sha256": "a" * 64} | MADE
     analyses = ProvidedTexts(write(tmp_path / "b.jsonl", [row]), "analyses", None, ORIGIN)
-    assert analyses.get("a") == {None: ProvidedText("x", (5,), "p")} and not analyses.unnamed
+    assert analyses.get("a") == {None: ProvidedText("x", (5,), "p", "a" * 64)} and not analyses.unnamed
 
 
 @pytest.mark.parametrize(
