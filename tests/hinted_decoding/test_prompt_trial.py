@@ -26,7 +26,13 @@ from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.settings import RealignSettings
 from megatron_idft.hinted_decoding.stages.pipeline import Realigner
 from megatron_idft.hinted_decoding.stages.tasks import RealignInput
-from megatron_idft.integration.offline.realign_prompts import TRIAL, prompts_of_folder, try_in_launch, try_in_ledger
+from megatron_idft.integration.offline.realign_prompts import (
+    TRIAL,
+    RememberingEngine,
+    prompts_of_folder,
+    try_in_launch,
+    try_in_ledger,
+)
 from megatron_idft.integration.offline.replica import Replica
 from tests.hinted_decoding.scripted import ScriptedEngine, make_tokenizer
 
@@ -213,6 +219,22 @@ def test_a_folder_that_was_begun_with_named_prompts_goes_on_with_them(tmp_path):
     assert prompts_of_folder(tmp_path, auto, {"model": "m"}) == (OTHER,)
     with pytest.raises(InputError, match="pass its file as --hint-prompt"):
         prompts_of_folder(tmp_path, NamedPrompts((PLAIN,), auto=True), {"model": "m"})
+
+
+def test_the_same_originals_are_scored_once(tokenizer):
+    script = {"a/0/hinted": LONG, "b/0/hinted": LONG}
+    inner = ScriptedEngine(tokenizer, script)
+    engine = RememberingEngine(inner)
+    rows = []
+    for template, records in ((PLAIN, ["a"]), (OTHER, ["a", "b"])):
+        realigner = Realigner(
+            engine, tokenizer, trial_settings(settings(), template), Verifier(), LeakFilter(), {"versions": {}}
+        )
+        rows.append(realigner.realign([RealignInput(0, record(name, LONG + name)) for name in records]))
+    assert [len(sequences) for sequences in inner.scored] == [1, 1]
+    first, again = (found[0]["turns"][0]["original_phi_sum"] for found in rows)
+    assert first == again != rows[1][1]["turns"][0]["original_phi_sum"]
+    assert engine.decoded_tokens == inner.decoded_tokens > 0
 
 
 def test_replicas_of_an_estimate_share_the_prompts(tokenizer):

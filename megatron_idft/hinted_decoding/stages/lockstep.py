@@ -18,7 +18,8 @@ from megatron_idft.inference.requests import Completion, DecodeSettings, Request
 class Engine(Protocol):
     """The part of inference.engine.DecodeEngine that is needed here."""
 
-    decoded_tokens: int
+    @property
+    def decoded_tokens(self) -> int: ...
 
     def decode(self, requests: Sequence[Request], settings: DecodeSettings) -> Iterator[Completion]: ...
 

@@ -41,6 +41,7 @@ from megatron_idft.hinted_decoding.preview import describe_estimate, render_prom
 from megatron_idft.hinted_decoding.prompt_trial import trial_indices, trial_settings, trial_size
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.settings import RealignSettings
+from megatron_idft.hinted_decoding.stages.lockstep import Engine
 from megatron_idft.hinted_decoding.stages.pipeline import Realigner
 from megatron_idft.inference.engine import DecodeEngine
 from megatron_idft.integration.offline import program
@@ -48,6 +49,7 @@ from megatron_idft.integration.offline.realign_arguments import add_realign_argu
 from megatron_idft.integration.offline.realign_inputs import RealignInputs
 from megatron_idft.integration.offline.realign_paper import apply_paper
 from megatron_idft.integration.offline.realign_prompts import (
+    RememberingEngine,
     describe_prompts,
     prompts_of_folder,
     try_in_launch,
@@ -202,8 +204,10 @@ class _Job:
             " (--prompt-trial-records; --hint-prompt NAME tries none)"
         )
 
+        engine = RememberingEngine(self.engine)
+
         def try_one(template: HintTemplate) -> list[OutcomeRow]:
-            realigner = self._realigner(trial_settings(base, template))
+            realigner = self._realigner(trial_settings(base, template), engine)
             work = _Work(realigner, len(indices), len(indices))
             shown = self.replica.leads and self.replica.number == 0
             with Progress(f"trying {template.name}", work.total, None, work.look, shown=shown):
@@ -316,9 +320,9 @@ class _Job:
         self.replica.print_once(f"> {engine.describe()}")
         return engine
 
-    def _realigner(self, settings: RealignSettings) -> Realigner:
+    def _realigner(self, settings: RealignSettings, engine: Engine | None = None) -> Realigner:
         return Realigner(
-            self.engine,
+            engine or self.engine,
             self.tokenizer,
             settings,
             self.verifier,

@@ -8,11 +8,12 @@ OUTPUT/prompts.json, once for the folder.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from megatron_idft.corpus.ledger.ledger import Ledger
@@ -32,11 +33,36 @@ from megatron_idft.hinted_decoding.prompt_trial import (
     write_choice,
 )
 from megatron_idft.hinted_decoding.prompts import HintTemplate
+from megatron_idft.hinted_decoding.stages.candidates import Floats
+from megatron_idft.hinted_decoding.stages.lockstep import Engine
+from megatron_idft.inference.requests import Completion, DecodeSettings, Request, Tokens
 from megatron_idft.integration.offline import program
 from megatron_idft.integration.offline.replica import Replica
 
 TRIAL = "prompt_trial"  # its folder in the output
 Try = Callable[[HintTemplate], Sequence[OutcomeRow]]
+
+
+class RememberingEngine:
+    """The engine for a trial: the same originals are scored once for all prompts."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._scores: dict[bytes, tuple[Floats, Floats]] = {}
+
+    @property
+    def decoded_tokens(self) -> int:
+        return self._engine.decoded_tokens
+
+    def decode(self, requests: Sequence[Request], settings: DecodeSettings) -> Iterator[Completion]:
+        return self._engine.decode(requests, settings)
+
+    def score(self, sequences: Sequence[Tokens]) -> list[tuple[Floats, Floats]]:
+        names = [np.asarray(sequence, dtype=np.int64).tobytes() for sequence in sequences]
+        new = {name: sequence for name, sequence in zip(names, sequences, strict=True) if name not in self._scores}
+        if new:
+            self._scores |= dict(zip(new, self._engine.score(list(new.values())), strict=True))
+        return [self._scores[name] for name in names]
 
 
 def prompts_of_folder(
