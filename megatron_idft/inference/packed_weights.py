@@ -2,7 +2,8 @@
 
 torch's matrix product there (MKL's) re-orders the weights in each call. With thousands of rows that is nothing; with
 eight it takes longer than the product, which then runs at a quarter of the speed at which the weights could be read.
-A copy that was re-ordered once saves it. `tools/benchmarks/decoding.py` measures both.
+A copy that was re-ordered once saves it. `tools/benchmarks/decoding.py` measures both. Small weights stay in a cache,
+and a call of oneDNN takes 20 microseconds more than one of MKL.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megatron_idft.inference.served import ServedModel
 
 # Fewer are read from the weights as they are, as fast; of more the product itself takes the time.
 _FEWEST_ROWS, _MOST_ROWS = 3, 64
+_FEWEST_WEIGHTS = 1 << 18  # of a layer
 _SHARE_OF_HOST = 0.25  # of what is available: copies that would take more are not made
 
 
@@ -31,13 +33,14 @@ class PackedWeights:
     """
 
     def __init__(self, model: ServedModel) -> None:
+        self._direct = model.direct
         self._layers = _layers(model) if model.device.type == "cpu" and torch.backends.mkldnn.is_available() else {}
         weights = {weight.data_ptr(): weight.nbytes for weight in self._layers.values()}
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if sum(weights.values()) > psutil.virtual_memory().available * _SHARE_OF_HOST / processes:
             self._layers = {}
         self.bytes = sum(weights.values()) if self._layers else 0
-        self._packed: dict[Any, Any] = {}
+        self._packed: dict[Any, Tensor] = {}
         self._made_of: list[tuple[int, int]] = []
 
     @contextmanager
@@ -47,13 +50,17 @@ class PackedWeights:
             yield
             return
         self._update()
-        for layer, product in self._packed.items():
-            layer.__dict__["_forward_impl"] = product
+        for layer, packed in self._packed.items():
+            layer.__dict__["_forward_impl"] = _product(packed)
+        if self._direct is not None:
+            self._direct.packed = self._packed
         try:
             yield
         finally:
             for layer in self._packed:
                 del layer.__dict__["_forward_impl"]
+            if self._direct is not None:
+                self._direct.packed = {}
 
     def close(self) -> None:
         self._packed, self._made_of = {}, []
@@ -62,12 +69,13 @@ class PackedWeights:
         """Make the copies, anew where a weight has changed since."""
         versions = [(weight.data_ptr(), weight._version) for weight in self._layers.values()]
         if versions != self._made_of:
-            self._packed = {layer: _product(weight) for layer, weight in self._layers.items()}
+            reorder = torch.ops.mkldnn._reorder_linear_weight
+            self._packed = {layer: reorder(weight.detach(), _MOST_ROWS) for layer, weight in self._layers.items()}
             self._made_of = versions
 
 
 def _layers(model: ServedModel) -> dict[Any, Tensor]:
-    """Linear layer -> its weight, of those whose `_forward_impl` is Megatron's own."""
+    """Linear layer -> its weight, of the large ones whose `_forward_impl` is Megatron's own."""
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
     language_model = model.language_model
@@ -81,13 +89,12 @@ def _layers(model: ServedModel) -> dict[Any, Tensor]:
     return {
         layer: weight
         for layer, weight in found.items()
-        if weight.dtype == torch.float32 and "_forward_impl" not in layer.__dict__
+        if weight.dtype == torch.float32 and weight.numel() >= _FEWEST_WEIGHTS and "_forward_impl" not in layer.__dict__
     }
 
 
-def _product(weight: Tensor) -> Any:
+def _product(packed: Tensor) -> Any:
     """Stands in the place of `_forward_impl` of megatron/core/tensor_parallel/layers.py, without a gradient."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _MOST_ROWS)
 
     def product(input: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:
         multiplied: Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")

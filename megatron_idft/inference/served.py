@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_idft.errors import UnservedModelError
+from megatron_idft.inference.direct_layers import DirectLayers, direct_layers
 
 _ATTENTION, _MLP, _MOE = "*", "-", "E"  # of megatron/core/models/hybrid/hybrid_layer_allocation.py
 
@@ -26,6 +27,9 @@ class ServedModel:
 
     Raises:
         UnservedModelError: as in `require_served`.
+
+    Attributes:
+        direct: computes the layers where their modules would take longer; None where they do not.
     """
 
     def __init__(self, model: Sequence[torch.nn.Module], max_positions: int) -> None:
@@ -41,6 +45,7 @@ class ServedModel:
         self.device, self.dtype = weight.device, self.config.params_dtype
         self.has_experts = self.config.num_moe_experts is not None
         self._angles = self._rotary_angles(max_positions)
+        self.direct: DirectLayers | None = direct_layers(self, self._angles)
 
     def _rotary_angles(self, max_positions: int) -> Tensor | None:
         """[max_positions, 1, 1, d] fp32, with the model's own base, scaling and interleaving."""
@@ -53,6 +58,8 @@ class ServedModel:
         """[s, n, h] after the last layer, for tokens and positions int64 [n, s]. Collectives: the layers' own."""
         model = self.language_model
         states = model.embedding(input_ids=tokens, position_ids=positions)
+        if self.direct is not None:
+            return self.direct(states, positions)
         angles = None
         if self._angles is not None:
             angles = self._angles[positions.transpose(0, 1), 0, 0].unsqueeze(2)  # [s, n, 1, d]

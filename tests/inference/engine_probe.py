@@ -5,8 +5,8 @@
 A case: requests, sampling, stopping, mixing (a fixed hint share, or the slope of the paper's linear form), max_rows,
 memory_bytes, block (positions of one), graphs (False: none), counted (True: what the engine counted is told, too, after
 a fresh start), decode (False: score the prompts), cudnn (whether attention may be cuDNN's; the answer then tells what
-attention saw, too), refused (the answer is what the engine says). Runs on a GPU where there is one. Only one rank
-writes; the ranks' results are compared first.
+attention saw, too), modules (True: the layers' modules run where else their weights would be read), refused (the answer
+is what the engine says). Runs on a GPU where there is one. Only one rank writes; the ranks' results are compared first.
 """
 
 import json
@@ -46,6 +46,12 @@ def run(engine, case, vocab_size):
         except UserError as error:
             return str(error)
         raise AssertionError(f"served: {case}")
+    if case.get("modules"):
+        direct, engine.model.direct = engine.model.direct, None
+        assert direct is not None, "the layers' modules ran in all cases"
+        found = answers(engine, case, vocab_size)
+        engine.model.direct = direct
+        return found
     if "cudnn" not in case:
         return answers(engine, case, vocab_size)
     seen = set()

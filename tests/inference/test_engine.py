@@ -122,6 +122,8 @@ def test_greedy_pairs_equal_the_reference_and_plain_rows_transformers(folder, hu
         "plain": {"requests": plain, **common},
         "score": {"decode": False, "prompts": [r["prompt"] for r in both if len(r["prompt"]) > 1]},
     }
+    if name != "qwen3_moe":
+        cases["through the modules"] = cases["pairs"] | {"modules": True}
     groups = {"single": (both, 1), "all at once, other order": (shuffled, 7)} if (name, layout) in REGROUPED else {}
     for case, (requests, rows) in groups.items():
         cases[case] = {"requests": requests, "max_rows": rows, **hinted}
@@ -140,6 +142,9 @@ def test_greedy_pairs_equal_the_reference_and_plain_rows_transformers(folder, hu
     for case, (requests, _) in groups.items():
         for request, got in zip(requests, found[case], strict=True):
             assert got["tokens"] == by_id[request["id"]]["tokens"], (case, request["id"])
+    for got, other in zip(found["pairs"], found.get("through the modules", []), strict=False):
+        assert got["tokens"] == other["tokens"]
+        np.testing.assert_allclose(got["log_prob"], other["log_prob"], atol=5e-5)
     assert [got["tokens"] for got in found["mixed with plain"][::2]] == [g["tokens"] for g in found["pairs"]]
     assert [got["tokens"][1:] for got in found["mixed with plain"][1::2]] == [g["tokens"][1:] for g in found["plain"]]
     for request, got in zip(plain, found["plain"], strict=True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import tiny_models
-from tests.inference.test_engine import SLOPE, pairs, probe
+from tests.inference.test_engine import SLOPE, pairs, told_and_found
 
 
 def test_products_are_those_of_the_weights_as_they_are_now(megatron_layers):
@@ -45,13 +45,22 @@ def test_copies_that_do_not_fit_are_not_made(megatron_layers, monkeypatch):
             assert any("_forward_impl" in layer.__dict__ for layer in layers) is made
 
 
+def test_small_weights_are_not_copied(megatron_layers, monkeypatch):
+    from megatron_idft.inference import packed_weights
+
+    model, layers = megatron_layers
+    monkeypatch.setattr(packed_weights, "_FEWEST_WEIGHTS", layers[0].weight.numel() + 1)
+    assert packed_weights.PackedWeights(model).bytes == 0
+
+
 def test_decoding_many_rows_finds_what_one_at_a_time_finds(tmp_path):
     """Seven pairs are fourteen rows, with the copies; one pair is two, without."""
-    model = tiny_models.save("llama-tied", tmp_path / "llama-tied")
+    model = tiny_models.save("llama-tied", tmp_path / "llama-tied", intermediate_size=4096)
     common = {"slope": SLOPE, "sampling": {"temperature": 0}, "stopping": {"stop_ids": [], "max_tokens": 8}}
     both = pairs(model.config.vocab_size)
     cases = {str(rows): {"requests": both, "max_rows": rows, **common} for rows in (1, 7)}
-    found = probe(tmp_path, tmp_path / "llama-tied", "", cases)
+    told, found = told_and_found(tmp_path, tmp_path / "llama-tied", "", cases)
+    assert "for packed copies of the weights" in told[-1]
     assert [got["tokens"] for got in found["1"]] == [got["tokens"] for got in found["7"]]
     for one, other in zip(found["1"], found["7"], strict=True):
         assert one["log_prob"] == pytest.approx(other["log_prob"], abs=5e-5)
@@ -63,8 +72,11 @@ def multiplied(layers, states):
 
 
 @pytest.fixture
-def megatron_layers():
-    """(what PackedWeights asks of a model, its two layers), on one rank."""
+def megatron_layers(monkeypatch):
+    """(what PackedWeights asks of a model, its two layers), on one rank. None is too small."""
+    from megatron_idft.inference import packed_weights
+
+    monkeypatch.setattr(packed_weights, "_FEWEST_WEIGHTS", 0)
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -80,6 +92,6 @@ def megatron_layers():
         row = RowParallelLinear(40, 24, input_is_parallel=True, skip_bias_add=False, **settings)
         language_model = torch.nn.ModuleList([column, row])
         language_model.share_embeddings_and_output_weights = False
-        yield SimpleNamespace(device=torch.device("cpu"), language_model=language_model), (column, row)
+        yield SimpleNamespace(device=torch.device("cpu"), direct=None, language_model=language_model), (column, row)
     finally:
         distributed.destroy_process_group()
