@@ -305,7 +305,10 @@ class DecodeEngine:
             rows = self._tensor(np.array(paired))
             share = self._plain_shares([running[i] for i in paired], merged.entropy[n:])
             plain_share[rows], hinted_entropy[rows] = share, merged.entropy[n:]
-            scores = own.index_copy(0, rows, torch.lerp(log_probs[n:], own[rows], share[:, None]))
+            if len(paired) == n:  # as a rule; a copy of both streams less
+                scores = torch.lerp(log_probs[n:], own, share[:, None])
+            else:
+                scores = own.index_copy(0, rows, torch.lerp(log_probs[n:], own[rows], share[:, None]))
         tokens, log_prob = self._choose(running, scores, own, shard)
         columns = [tokens, log_prob, merged.entropy[:n], 1 - plain_share.double(), hinted_entropy]
         values = torch.stack([column.double() for column in columns], -1).cpu().numpy()
