@@ -60,7 +60,7 @@ def test_decoding_many_rows_finds_what_one_at_a_time_finds(tmp_path):
     both = pairs(model.config.vocab_size)
     cases = {str(rows): {"requests": both, "max_rows": rows, **common} for rows in (1, 7)}
     told, found = told_and_found(tmp_path, tmp_path / "llama-tied", "", cases)
-    assert "for packed copies of the weights" in told[-1]
+    assert any("for packed copies of the weights" in line for line in told)
     assert [got["tokens"] for got in found["1"]] == [got["tokens"] for got in found["7"]]
     for one, other in zip(found["1"], found["7"], strict=True):
         assert one["log_prob"] == pytest.approx(other["log_prob"], abs=5e-5)
