@@ -15,6 +15,7 @@ from megatron_idft.inference.cache import KeyValueCache
 from megatron_idft.inference.served import ServedModel
 
 _TOKENS = 16384  # padded tokens of prompts in one forward pass; at least one prompt
+_TOKENS_ON_CPU = 1024  # nothing is won by more there, and prompts of like lengths go together
 
 
 class Prefiller:
@@ -22,6 +23,7 @@ class Prefiller:
 
     def __init__(self, model: ServedModel, cache: KeyValueCache, max_positions: int) -> None:
         self.model, self.cache, self.max_positions = model, cache, max_positions
+        self._most_tokens = _TOKENS_ON_CPU if model.device.type == "cpu" else _TOKENS
 
     def __call__(self, rows: Sequence[Row]) -> None:
         """rows: in the order in which they were opened."""
@@ -33,10 +35,10 @@ class Prefiller:
         # it waits for. In one batch both may stand, as each layer writes before it reads.
         alone = [row for row in todo if row.found == 0]
         after = [row for row in todo if row.found > 0]
-        for batch in batches([row.length for row in alone], _TOKENS):
+        for batch in batches([row.length for row in alone], self._most_tokens):
             self._compute([alone[i] for i in batch])
         after.sort(key=lambda row: (row.awaited, row.found if row.awaited else 0, row.found - row.length))
-        for rest in _in_order(after, _TOKENS):
+        for rest in _in_order(after, self._most_tokens):
             self._compute(rest)
         for row in rows:
             if row.copy is not None and not row.copy.computed:
