@@ -19,6 +19,7 @@ USAGE = f"""usage: torchrun … -m megatron_idft realign --hf-model DIR --sft-da
 
 Rewrites the responses of a corpus into the model's own distribution: its own response where that is right, else Hinted
 Decoding (arXiv 2602.12222), which mixes what the model says with and without a hint; wrong results are left out.
+With --regenerate only own responses are written, right or wrong, and no reference is needed.
 Start it as often as you like on one output folder: launches share the work, and a stopped one goes on where it was.
 Every flag of Megatron-LM 0.19 that describes a model or a layout is understood besides those below.
 

@@ -15,12 +15,12 @@ from megatron_idft.hinted_decoding.stages.tasks import RealignInput, RecordTask
 
 
 def render_prompts(record: Record, tokenizer: ChatTokenizer, named: NamedPrompts, max_positions: int) -> str:
-    """The plain prompt of a record's first assistant turn, and those with each of the hint prompts.
+    """The plain prompt of a record's first assistant turn, and those with each of the hint prompts, if any.
 
     Raises:
         InputError: the record cannot be realigned.
     """
-    task = RecordTask(RealignInput(0, record), tokenizer, max_positions)
+    task = RecordTask(RealignInput(0, record), tokenizer, max_positions, open_end=not named.templates)
     turn = task.begin(0)
     if turn is None:
         raise InputError(f"{record.file}, line {record.line}: {task.error}")
@@ -36,6 +36,8 @@ def render_prompts(record: Record, tokenizer: ChatTokenizer, named: NamedPrompts
             parts.append((f"analysis prompt ({template.name})", asked))
             after = f"{template.marker}{template.after_marker}".rstrip("\n")
             parts.append((f"hinted prompt ({template.name})", f"the same, the model's analysis, and then:\n{after}"))
+    if not named.templates:
+        return f"> {parts[0][0]}:\n{parts[0][1]}"
     parts.append(("original response", tokenizer.decode(turn.prompt.original_ids)))
     parts.append(("reference answer", "none: this turn cannot be verified" if turn.answer is None else turn.answer))
     return "\n\n".join(f"> {title}:\n{text}" for title, text in parts)

@@ -34,6 +34,9 @@ class RealignSettings:
         original_weight: of turns that stay as they were, in the loss.
         retries: further tries of hinted decoding by the first template; each with another seed.
         retry_slope_factor: each retry multiplies the slope of the mixing by this once more.
+        regenerate: own responses only, one for each input: no hint, and no comparison with a reference, unless
+            `only_right`.
+        only_right: of regeneration: a turn whose response is not verified right is dropped.
         unverified: the fate of a turn without a reference, or for which nothing was right and something could not be
             compared; "keep" accepts its first such candidate that ended by itself and does not betray the hint.
         model_judge_threshold: the probability of Yes with which a response is right by the model's own judgement, which
@@ -59,6 +62,8 @@ class RealignSettings:
     original_weight: float = 1.0
     retries: int = 2
     retry_slope_factor: float = 0.5
+    regenerate: bool = False
+    only_right: bool = False
     unverified: Unverified = "drop"
     model_judge_threshold: float | None = None
 
@@ -73,18 +78,23 @@ class RealignSettings:
         judge: dict[str, Any] = {}  # absent where it is not asked, as in folders that were begun before there was one
         if self.model_judge_threshold is not None:
             judge["model_judge"] = {"threshold": self.model_judge_threshold, "prompt": judge_sha256()}
-        return {
+        common = {
             "seed": self.seed,
             "seq_length": self.max_positions,
             "max_new_tokens": self.max_tokens,
             "prompts": [{"sha256": template.sha256, "marker": template.marker} for template in self.templates],
             "rollouts": rollouts if self.rollout_samples else None,
+            "repetition": None if self.repetition is None else asdict(self.repetition),
+            "more_room": self.more_room,
+        }
+        if self.regenerate:
+            return common | {"regenerate": {"only_right": self.only_right}}
+        return {
+            **common,
             "analysis": analysis,
             "mixing": self.mixing.describe(),
             "hinted": _sampling(self.hinted_sampling)
             | {"splitter": self.splitter, "stop_on_first_token": self.stop_on_first_token},
-            "repetition": None if self.repetition is None else asdict(self.repetition),
-            "more_room": self.more_room,
             "fallback": self.fallback,
             "original_weight": self.original_weight,
             "retry": retry if self.retries else None,

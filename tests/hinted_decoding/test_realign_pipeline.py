@@ -343,6 +343,91 @@ def test_training_weighs_an_original_as_it_is_told_to(tokenizer, tmp_path, rewri
     assert set(weights.tolist()) == {0, float(np.float32(0.3))} | ({1.0} if rewritten else set())
 
 
+REGENERATE = {"regenerate": True, "unverified": "keep", "templates": (), "rollout_samples": 2}
+OPEN = [{"role": "user", "content": "3 + 4?"}]
+
+
+def regenerate(tokenizer, script, *inputs, **changes):
+    engine = ScriptedEngine(tokenizer, script)
+    realigner = Realigner(engine, tokenizer, settings(**REGENERATE | changes), Verifier(), LeakFilter(), {})
+    rows = pa.Table.from_pylist(realigner.realign(inputs), OUTCOME_SCHEMA).to_pylist()
+    summarize(rows, {}, "t")
+    return rows, engine
+
+
+def test_regeneration_writes_each_sample_after_its_own_earlier_turns(tokenizer):
+    """Whatever is right or wrong, in as many records as there are samples; nothing is scored, hinted or compared."""
+    script = {f"r/{turn}/rollout/{sample}": f"say {turn} {sample}" for turn in (0, 1) for sample in (0, 1)}
+    given = record("8", MULTI_TURN, kept=1)
+    rows, engine = regenerate(tokenizer, script, *(RealignInput(i, given, sample=i, samples=2) for i in (0, 1)))
+    assert [(row["id"], row["index"], row["status"]) for row in rows] == [("r#0", 0, "kept"), ("r#1", 1, "kept")]
+    assert [[request.id for request in requests] for requests, _ in engine.calls] == [
+        [f"r/{turn}/rollout/{sample}" for sample in (0, 1)] for turn in (0, 1)
+    ]
+    assert not engine.scored and {request.hinted_prompt for request in engine.requests.values()} == {None}
+    for sample, row in enumerate(rows):
+        written = json.loads(row["record"])
+        said = [message["content"] for message in written["messages"] if message["role"] == "assistant"]
+        assert said == [f"say 0 {sample}", f"say 1 {sample}"] and written["kept"] == 1
+        assert (written["id"], written["realigned"]["record"], written["realigned"]["sample"]) == (
+            row["id"],
+            "r",
+            sample,
+        )
+        assert [turn["stage"] for turn in written["realigned"]["turns"]] == ["rollout", "rollout"]
+        prompt = tokenizer.decode(engine.requests[f"r/1/rollout/{sample}"].prompt)
+        assert f"say 0 {sample}<|im_end|>" in prompt and "boxed" not in prompt
+        ids, mask = encode_conversation(tokenizer, written["messages"])
+        assert written["token_ids"] == ids[:-1].tolist() and written["loss_mask"] == mask[:-1].tolist()
+        assert row["turns"][0]["original_num_tokens"] == 0 and row["turns"][0]["failures"] == []
+    # A single sample is that of several, under the record's own id.
+    [row], again = regenerate(tokenizer, script, RealignInput(0, given, sample=0), rollout_samples=1)
+    assert row["id"] == "r" and row["token_ids"] == rows[0]["token_ids"]
+    assert json.loads(row["record"])["realigned"].keys().isdisjoint({"record", "sample", "prompt"})
+    first, same = (one.requests["r/0/rollout/0"] for one in (engine, again))
+    assert first.seed == same.seed and first.prompt.tolist() == same.prompt.tolist()
+
+
+def test_regeneration_answers_a_last_message_that_has_no_answer(tokenizer):
+    given = record(None, [*MULTI_TURN[:3], {"role": "user", "content": "And 1 more?"}])
+    script = {"r/0/rollout/0": "one", "r/1/rollout/0": "two", "s/0/rollout/0": "three"}
+    rows, _ = regenerate(
+        tokenizer, script, RealignInput(0, given, sample=0), RealignInput(1, record(None, OPEN, "s"), sample=0)
+    )
+    written = [json.loads(row["record"])["messages"] for row in rows]
+    assert [[m["content"] for m in messages if m["role"] == "assistant"] for messages in written] == [
+        ["one", "two"],
+        ["three"],
+    ]
+    assert [message["role"] for message in written[0]] == ["system", "user", "assistant", "user", "assistant"]
+    assert rows[1]["turns"][0]["original_text"] == ""
+    [row], _ = run(tokenizer, {}, record(None, OPEN))
+    assert row["status"] == "error" and "nothing to realign" in row["reason"]
+
+
+@pytest.mark.parametrize(
+    ("said", "why"), [("  ", "unfinished"), ((RIGHT, "length"), "unfinished"), ((RIGHT, "context"), "unfinished")]
+)
+def test_regeneration_leaves_out_what_is_empty_or_cut(tokenizer, said, why):
+    [row], _ = regenerate(tokenizer, {"r/0/rollout/0": said}, RealignInput(0, record(), sample=0))
+    assert (row["status"], row["reason"], row["record"]) == ("dropped", why, None)
+    script = {"r/0/rollout/0": (RIGHT, "length"), ("r/0/rollout/0", 100): WRONG}
+    [row], _ = regenerate(tokenizer, script, RealignInput(0, record(), sample=0), more_room=2.0)
+    assert row["status"] == "kept" and json.loads(row["record"])["messages"][-1]["content"] == WRONG
+
+
+def test_regeneration_may_keep_only_what_is_right(tokenizer):
+    inputs = [RealignInput(i, record(), sample=i, samples=2) for i in (0, 1)]
+    inputs.append(RealignInput(2, record(None, UNVERIFIABLE, "u"), sample=0, samples=2))
+    script = {"r/0/rollout/0": WRONG, "r/0/rollout/1": RIGHT}
+    rows, _ = regenerate(tokenizer, script, *inputs, only_right=True, unverified="drop")
+    assert [(row["status"], row["reason"]) for row in rows] == [
+        ("dropped", "wrong"),
+        ("kept", None),
+        ("dropped", "no reference answer to verify with"),
+    ]
+
+
 def test_retries_change_seed_and_slope_until_one_is_right(tokenizer):
     script = {"r/0/hinted": WRONG, "r/0/retry/1": LEAK, "r/0/retry/2": RIGHT}
     policy = {"templates": (HINT,), "rollout_samples": 0, "retries": 4, "retry_slope_factor": 0.5}

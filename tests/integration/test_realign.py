@@ -295,6 +295,34 @@ def test_replicas_choose_prompts_together(folder, tmp_path):
     assert len(list(read_outcomes(output))) == 6
 
 
+def test_regeneration_needs_no_reference_and_its_records_are_trained(folder, tmp_path):
+    """Two samples of each record, by two replicas."""
+    data, output = tmp_path / "data.jsonl", tmp_path / "out"
+    records = write_records(data, range(8), seed=9)
+    with open(data, "a") as file:
+        file.write(json.dumps({"messages": [{"role": "user", "content": "1 + 1?"}], "id": "open"}) + "\n")
+    words = f"{MODEL} --data {data} --tokenizer-model {folder / 'tokenizer.model'} --load {folder / 'model'}"
+    words += f" --output {output} --max-new-tokens 16 --kv-memory-gb 0.1 --chunk-records 4 --regenerate"
+    text = forked(["-m", "megatron_idft", "realign", *words.split(), "--rollout-samples", "2"], nproc=2)
+    rows = list(read_outcomes(output))
+    counted = sum(row["status"] == "kept" for row in rows)
+    assert f"records: {counted} kept" in text and "kept turns" not in text
+    assert [row["id"] for row in rows] == [f"{r['id']}#{i}" for r in [*records, {"id": "open"}] for i in (0, 1)]
+    assert [row["index"] for row in rows] == list(range(18)) and status_of(output).finished == 5
+    texts = [tuple(turn["candidates"][0]["text"] for turn in row["turns"]) for row in rows]
+    assert any(one != other for one, other in zip(texts[::2], texts[1::2], strict=True))
+    with pytest.raises(AssertionError, match="was begun with --regenerate --rollout-samples 2: pass the same"):
+        forked(["-m", "megatron_idft", "realign", *words.split(), "--retry-errors"])
+    kept = merge(output, tmp_path / "merged.jsonl")["kept"]
+    merged = list(read_records(tmp_path / "merged.jsonl"))
+    assert len(merged) == kept == counted > 8
+    assert all(record.messages[-1]["role"] == "assistant" for record in merged)
+    tokenizer = load_tokenizer(folder / "tokenizer.model", chat_template="chatml")
+    for record in merged:
+        text = tokenizer.template.render(record.messages)
+        assert tokenizer.decode(record.extra["token_ids"]) == text.removesuffix("\n")
+
+
 def test_other_settings_are_refused_on_the_same_folder(folder, realigned):
     for more, name in (("--chunk-records 3", "chunk_records"), ("--seed 3", "seed")):
         with pytest.raises(AssertionError, match=name):

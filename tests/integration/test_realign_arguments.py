@@ -10,6 +10,7 @@ from megatron_idft.hinted_decoding.mixing import EntropyMixing
 from megatron_idft.hinted_decoding.named_prompts import PACKAGED
 from megatron_idft.inference.requests import Repetition, Sampling
 from megatron_idft.integration.offline.realign_arguments import add_realign_arguments, describe_renamed
+from megatron_idft.integration.offline.realign_regenerate import UNUSED
 from megatron_idft.integration.offline.realign_settings import (
     check_realign_arguments,
     resolve_prompts,
@@ -110,6 +111,47 @@ def test_a_folder_of_an_earlier_version_goes_on_with_the_defaults_of_that_versio
     given = parsed("--retries 1 --more-room 3 --analysis-marker append")
     found = resolve_settings(given, resolve_prompts(given).templates, 1000, begun)
     assert (found.retries, found.more_room, found.analysis_marker) == (1, 3.0, "append")
+
+
+def test_regeneration_has_own_responses_only():
+    found = settings("--regenerate --rollout-samples 4 --more-room 3")
+    assert (found.regenerate, found.only_right, found.templates, found.unverified) == (True, False, (), "keep")
+    assert (found.rollout_samples, found.more_room) == (4, 3.0)
+    described = found.describe()
+    assert described["regenerate"] == {"only_right": False} and "mixing" not in described
+    only = settings("--regenerate --only-right --verifier-plugin a:b")
+    assert (only.only_right, only.unverified) == (True, "drop") and only.describe() != described
+    assert "regenerate" not in settings("").describe()
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        ("--hint-prompt hint", "--hint-prompt"),
+        ("--no-analysis", "--no-analysis"),
+        ("--paper", "--paper"),
+        ("--mix-beta 2 --temperature 1", "--mix-beta, --temperature"),
+        ("--fallback original --original-weight 0.5", "--fallback, --original-weight"),
+        ("--unverified keep", "--unverified"),
+        ("--rollouts x.jsonl --analyses y.jsonl", "--rollouts, --analyses"),
+        ("--retries 0", "--retries"),
+        ("--verifier model --only-right", "--verifier would say nothing"),
+        ("--nucleus-after-temperature", "--nucleus-after-temperature"),
+        ("--verify-workers 3", "without --only-right, so --verify-workers"),
+        ("--rollout-samples 0", "--rollout-samples K from 1"),
+        ("--rollout-samples 2 --rollout-temperature 0", "the same 2 times"),
+    ],
+)
+def test_flags_of_hints_and_references_are_refused_by_name_in_a_regeneration(words, flags):
+    with pytest.raises(UserError, match=flags):
+        settings(f"--regenerate {words}")
+    with pytest.raises(UserError, match="only with --regenerate"):
+        settings("--only-right")
+
+
+def test_every_flag_that_a_regeneration_refuses_is_one():
+    known = {action.dest for action in add_realign_arguments(argparse.ArgumentParser())._actions}
+    assert set(UNUSED) <= known
 
 
 def test_what_would_be_written_again_is_not_tried_unless_it_is_asked_for():

@@ -14,7 +14,7 @@ from megatron_idft.hinted_decoding.output.outcomes import (
     describe_reason,
     describe_tries,
 )
-from megatron_idft.hinted_decoding.output.results import read_outcomes, retry_folders
+from megatron_idft.hinted_decoding.output.results import read_outcomes, read_settings, retry_folders
 
 
 def count_outcomes(folder: Path) -> dict[str, Counter[str]]:
@@ -45,6 +45,9 @@ def describe_status(folder: Path) -> str:
     for name, what in (("status", "records"), ("stage", "turns of kept records by stage")):
         found = ", ".join(f"{count:,} {key}" for key, count in counts[name].most_common())
         lines.append(f"{what}: {found or 'none'}")
-    lines += [describe_methods(counts["method"]), *describe_tries(counts["tries"])]
+    regenerated = read_settings(folder).get("regenerate")
+    if regenerated is None or regenerated["only_right"]:
+        lines.append(describe_methods(counts["method"]))
+    lines += describe_tries(counts["tries"])
     lines += [f"  {count:,} {reason}" for reason, count in counts["reason"].most_common(10)]
     return "\n".join(lines)

@@ -40,7 +40,7 @@ _TOO_LONG = "hinted prompt longer than --seq-length"
 
 def longest_chain(settings: RealignSettings) -> int:
     """The number of batches that a turn goes through at most."""
-    return _places(settings)[-1] + 1 + settings.retries
+    return max(_places(settings), default=_ROLLOUT) + 1 + settings.retries
 
 
 def _places(settings: RealignSettings) -> list[int]:
@@ -68,7 +68,8 @@ class Chain:
     def run(self, turn: Turn) -> Steps[None]:
         """All stages, until a candidate is accepted; then the turn's `stage` and `reason` are set."""
         settings = self._settings
-        yield from self._score_original(turn)
+        if not settings.regenerate:
+            yield from self._score_original(turn)
         if self._judge.can_decide(turn) or settings.unverified == "keep":
             yield from self._roll_out(turn)
             yield from self._decode_hinted(turn)
@@ -88,7 +89,8 @@ class Chain:
             made = yield from read_rollouts(turn.prompt, turn.rollouts, self._tokenizer, settings.max_positions)
             yield from self._judge.judge(turn, made)
             return
-        names = [f"{turn.name}/rollout/{i}" for i in range(settings.rollout_samples)]
+        samples = range(settings.rollout_samples) if turn.sample is None else [turn.sample]
+        names = [f"{turn.name}/rollout/{i}" for i in samples]
         requests = [Request(name, turn.prompt.ids, seed=settings.seed) for name in names]
         batch = _Batch("own responses", _ROLLOUT, settings.rollout_sampling)
         yield from self._respond(turn, "rollout", requests, batch)

@@ -58,7 +58,8 @@ class Realigner:
         model = None if threshold is None else ModelJudge(tokenizer, threshold, settings.max_positions)
         judge = Judge(leaks, accept_unverified=settings.unverified == "keep", model=model)
         self._chain = Chain(settings, tokenizer, judge)
-        self._provenance = {**provenance, "prompt": settings.templates[0].sha256}
+        prompt = {} if settings.regenerate else {"prompt": settings.templates[0].sha256}
+        self._provenance = {**provenance, **prompt}
         self._rejected_texts = rejected_texts
         self._fingerprint = tokenizer.fingerprint()
         self.progress = StageProgress(longest_chain(settings), lambda: engine.decoded_tokens)
@@ -66,7 +67,12 @@ class Realigner:
 
     def realign(self, records: Sequence[RealignInput]) -> list[OutcomeRow]:
         """The outcomes of `records`, in their order; the error of a record stands in its row."""
-        tasks = [RecordTask(given, self._tokenizer, self._settings.max_positions) for given in records]
+        settings = self._settings
+        open_end, compared = settings.regenerate, not settings.regenerate or settings.only_right
+        tasks = [
+            RecordTask(given, self._tokenizer, settings.max_positions, open_end=open_end, compared=compared)
+            for given in records
+        ]
         self.progress.begin(sum(task.num_turns for task in tasks))
         self._scheduler.run([self._steps(task) for task in tasks])
         self.progress.begin(0)

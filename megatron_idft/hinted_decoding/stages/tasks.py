@@ -30,17 +30,26 @@ from megatron_idft.hinted_decoding.stages.conversation import RunningConversatio
 from megatron_idft.hinted_decoding.stages.given import check_given
 
 _CHAIN: tuple[Stage, ...] = get_args(Stage)  # in the order in which they are tried
+_OPEN_TURN = "…"  # stands for an answer that is not there yet
 _NONE, _NO_IDS = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
 class RealignInput:
-    """A record and the texts of other engines for it, by assistant turn; turn None: the record has only one."""
+    """A record and the texts of other engines for it, by assistant turn; turn None: the record has only one.
+
+    Attributes:
+        index: of the outcome.
+        sample: which of several responses to the record is asked for; None: the one that is accepted.
+        samples: how many responses there are.
+    """
 
     index: int
     record: Record
     rollouts: Mapping[int | None, Sequence[ProvidedText]] = field(default_factory=dict)
     analyses: Mapping[int | None, ProvidedText] = field(default_factory=dict)
+    sample: int | None = None
+    samples: int = 1
 
 
 @dataclass(slots=True)
@@ -85,6 +94,7 @@ class Turn:
         history: the messages before the turn.
         reference: the answer that verification compares with.
         rollouts, analysis: of other engines.
+        sample: the number of the only own response, which names its draws; None: as many as the settings say.
         original: log_prob and entropy of the original response, fp32 [n] each.
         hints: of the stages that were to be hinted, in order.
         stage: "original" or that of the accepted candidate; None: not settled yet, or dropped.
@@ -99,6 +109,7 @@ class Turn:
     reference: Any
     rollouts: Sequence[ProvidedText]
     analysis: ProvidedText | None
+    sample: int | None = None
     original: tuple[NDArray[np.float32], NDArray[np.float32]] = (_NONE, _NONE)  # log_prob, entropy
     candidates: list[Candidate] = field(default_factory=list)
     hints: list[Hint] = field(default_factory=list)
@@ -202,11 +213,28 @@ class Turn:
 
 
 class RecordTask:
-    """One record: its conversation, its turns so far, and whether it is still in progress."""
+    """One record: its conversation, its turns so far, and whether it is still in progress.
 
-    def __init__(self, given: RealignInput, tokenizer: ChatTokenizer, max_positions: int):
+    Args:
+        given: the record.
+        tokenizer: of the model.
+        max_positions: the context in tokens.
+        open_end: a last message that is not the assistant's is answered, too.
+        compared: responses are compared with references.
+    """
+
+    def __init__(
+        self,
+        given: RealignInput,
+        tokenizer: ChatTokenizer,
+        max_positions: int,
+        *,
+        open_end: bool = False,
+        compared: bool = True,
+    ):
         self.given, self.record = given, given.record
-        self._tokenizer, self._max_positions = tokenizer, max_positions
+        self._tokenizer, self._max_positions, self._compared = tokenizer, max_positions, compared
+        self._open_end = open_end and given.record.messages[-1]["role"] != "assistant"
         self.turns: list[Turn] = []
         self.error: str | None = None
         self.dropped: str | None = None
@@ -254,7 +282,7 @@ class RecordTask:
         kept = self.in_progress
         row: OutcomeRow = {
             "index": self.given.index,
-            "id": record.id,
+            "id": self._id,
             "file": record.file,
             "line": record.line,
             "source": record.source,
@@ -267,7 +295,7 @@ class RecordTask:
         }
         if not kept or conversation is None:
             return row
-        written: dict[str, Any] = {"messages": conversation.messages, "id": record.id}
+        written: dict[str, Any] = {"messages": conversation.messages, "id": self._id}
         written |= {} if record.answer is None else {"answer": record.answer}
         written |= {} if record.source is None else {"source": record.source}
         written |= record.extra
@@ -276,14 +304,21 @@ class RecordTask:
             weights = [int(weight) if weight in (0, 1) else weight for weight in conversation.mask.tolist()]
             written["token_ids"], written["loss_mask"] = conversation.ids.tolist(), weights
             written["tokenizer_fingerprint"] = fingerprint
-        written["realigned"] = {**provenance, "turns": [turn.provenance() for turn in self.turns]}
+        several = {} if self.given.samples == 1 else {"record": record.id, "sample": self.given.sample}
+        written["realigned"] = {**provenance, **several, "turns": [turn.provenance() for turn in self.turns]}
         row["record"] = json.dumps(written, ensure_ascii=False)
         return row
 
     def _open(self) -> RunningConversation:
         if self.record.tools:
             raise InputError("records with tools are not realigned yet: leave them out of --sft-data")
-        return RunningConversation(self._tokenizer, self.record.messages)
+        open_turn = [{"role": "assistant", "content": _OPEN_TURN}] if self._open_end else []
+        return RunningConversation(self._tokenizer, [*self.record.messages, *open_turn])
+
+    @property
+    def _id(self) -> str:
+        """Of the outcome: the record's, and the sample where there are several."""
+        return self.record.id if self.given.samples == 1 else f"{self.record.id}#{self.given.sample}"
 
     def _begin(self, number: int) -> Turn:
         assert self._conversation is not None
@@ -293,7 +328,8 @@ class RecordTask:
                 f"messages[{prompt.message}]: its prompt of {len(prompt.ids)} tokens leaves no room for a response in a"
                 f" context of {self._max_positions}: shorten it, or raise --seq-length"
             )
-        text = str(self.record.messages[prompt.message]["content"])
+        open_turn = prompt.message == len(self.record.messages)
+        text = "" if open_turn else str(self.record.messages[prompt.message]["content"])
         reference = final_answer(text)
         if number == self.num_turns - 1 and self.record.answer not in (None, ""):
             reference = self.record.answer
@@ -304,9 +340,10 @@ class RecordTask:
             prompt=prompt,
             history=self._conversation.messages[: prompt.message],
             original_text=text,
-            reference=reference,
+            reference=reference if self._compared else None,
             rollouts=rollouts.get(number) or rollouts.get(None) or (),
             analysis=analyses.get(number, analyses.get(None)),
+            sample=self.given.sample,
         )
         for given in turn.rollouts:
             check_given("rollouts", given, prompt.ids, self._tokenizer)

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
@@ -103,12 +103,18 @@ def _show_first(args: argparse.Namespace, tokenizer: ChatTokenizer, named: Named
         raise ArgumentError(f"{', '.join(args.sft_data)}: no record in there")
     for line in describe_forms([(record.file, record.form, 1)]):
         print_on_rank_0(f"> {line}")
-    print_on_rank_0(f"> {_verifier(args).describe()}")
+    if _compares(args):
+        print_on_rank_0(f"> {_verifier(args).describe()}")
     print_on_rank_0(render_prompts(record, tokenizer, named, args.seq_length))
 
 
 def _verifier(args: argparse.Namespace) -> Verifier:
     return Verifier(plugin=args.verifier_plugin, workers=args.verify_workers, timeout_seconds=args.verify_timeout)
+
+
+def _compares(args: argparse.Namespace) -> bool:
+    """Whether responses are compared with references."""
+    return not args.regenerate or args.only_right
 
 
 class _Job:
@@ -184,6 +190,8 @@ class _Job:
 
     def _prompts(self, output: Path | None) -> tuple[HintTemplate, ...]:
         """The prompts that the flags or the folder name, or a trial chooses. output: None where nothing is kept."""
+        if self.args.regenerate:
+            return ()
         job = self._trial_job()
         looked_at = Path(self.args.output)
         there = None
@@ -262,9 +270,17 @@ class _Job:
                     f"tokenizer and chat template are not those that {output} was begun with, and records with the ids"
                     " of both could not be trained together: pass those, or realign all to another folder"
                 )
+            self._require_same_outcomes(begun, output)
             return open_retry(output)
 
         return from_rank_0(open_errors)  # once for all replicas: the errors that are left change while they work
+
+    def _require_same_outcomes(self, begun: Mapping[str, Any], output: Path) -> None:
+        """Indices of outcomes must mean what they did."""
+        samples = begun["rollouts"]["samples"] if begun.get("regenerate") else None
+        if samples != (self.args.rollout_samples if self.args.regenerate else None):
+            was = "without --regenerate" if samples is None else f"with --regenerate --rollout-samples {samples}"
+            raise InputError(f"{output} was begun {was}: pass the same")
 
     def _agreed(self, settings: RealignSettings, indices: Sequence[int]) -> dict[str, Any]:
         """The settings in which all launches on one output folder must agree."""
@@ -273,6 +289,11 @@ class _Job:
             math_verify: str | None = version("math-verify")
         except PackageNotFoundError:
             math_verify = None
+        verifier = {
+            "plugin": args.verifier_plugin,
+            "math_verify": None if args.verifier_plugin else math_verify,
+            "timeout_seconds": args.verify_timeout,
+        }
         return {
             **program.model_settings(args),
             "data": [Path(path).name for path in args.sft_data],
@@ -281,17 +302,13 @@ class _Job:
             "chunk_records": args.chunk_records,
             "tokenizer": self.tokenizer.fingerprint(),
             **settings.describe(),
-            "verifier": {
-                "plugin": args.verifier_plugin,
-                "math_verify": None if args.verifier_plugin else math_verify,
-                "timeout_seconds": args.verify_timeout,
-            },
+            "verifier": verifier if _compares(args) else None,
             "leak_phrases": hashlib.sha256("\n".join(self.leaks.phrases).encode()).hexdigest(),
             "files": self.inputs.provided_fingerprints(),
         }
 
     def _open_verifier(self, stack: ExitStack) -> Verifier | None:
-        if not self.replica.leads:
+        if not self.replica.leads or not _compares(self.args):
             return None
         args, verifier = self.args, _verifier(self.args)
         self.replica.print_once(f"> {verifier.describe()}")

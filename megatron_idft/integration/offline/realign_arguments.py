@@ -86,6 +86,18 @@ def _add_program_arguments(group: Any) -> None:
         help="Show the first record's plain, analysis and hinted prompts as they are rendered, and stop. No model.",
     )
     group.add_argument(
+        "--regenerate",
+        action="store_true",
+        help="No realignment: only own responses, which need no reference, to every turn of the assistant after the"
+        " model's own earlier ones, and to a last message that has none. --rollout-samples K writes K records for each,"
+        " with ids ID#0 to ID#K-1 where K is more than 1. What is empty or cut by a limit is left out.",
+    )
+    group.add_argument(
+        "--only-right",
+        action="store_true",
+        help="With --regenerate: leave out what is not verified right against the reference.",
+    )
+    group.add_argument(
         "--estimate",
         action="store_true",
         help="Realign 200 records spread over the corpus, keep nothing, and print the hours, the kept share and the"

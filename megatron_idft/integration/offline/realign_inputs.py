@@ -35,6 +35,7 @@ class RealignInputs:
 
     def __init__(self, args: argparse.Namespace, replica: Replica, stack: ExitStack, origin: Origin) -> None:
         self._args, self._replica, self._origin = args, replica, origin
+        self._samples: int = args.rollout_samples if args.regenerate else 1
         self._store = self._open_store(stack)
         for line in describe_forms(self._store.forms) if self._store is not None else ():
             replica.print_once(f"> {line}")
@@ -48,11 +49,11 @@ class RealignInputs:
         return self._store.fingerprint
 
     def total(self) -> int:
-        """The number of records, on every rank. A broadcast in the replica."""
-        return int(self._replica.share(None if self._store is None else len(self._store)))
+        """The number of outcomes, on every rank: of records, or of their samples. A broadcast in the replica."""
+        return int(self._replica.share(None if self._store is None else len(self._store))) * self._samples
 
     def read(self, indices: Sequence[int]) -> list[RealignInput] | None:
-        """These records with the texts of other engines; None on the ranks that do not lead."""
+        """The records of these outcomes with the texts of other engines; None on the ranks that do not lead."""
         return None if self._store is None else [self._input(self._store, index) for index in indices]
 
     def describe_unreferenced(self, policy: str) -> str | None:
@@ -67,6 +68,9 @@ class RealignInputs:
         return {name: None if file is None else file.fingerprint for name, file in files.items()}
 
     def _input(self, store: RecordStore, index: int) -> RealignInput:
+        if self._args.regenerate:
+            number, sample = divmod(index, self._samples)
+            return RealignInput(index, store[number], sample=sample, samples=self._samples)
         record = store[index]
         rollouts = {} if self._rollouts is None else self._rollouts.get(record.id)
         analyses = {} if self._analyses is None else self._analyses.get(record.id)

@@ -68,6 +68,8 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} {value}: pass a whole number from 1")
+    if args.regenerate:
+        raise ArgumentError("--regenerate reads no texts of another engine: drop it")
     check_realign_arguments(args)
     flag_checks.check_files("--sft-data", args.sft_data)
 

@@ -15,8 +15,9 @@ from megatron_idft.hinted_decoding.named_prompts import AUTO, PAPER, NamedPrompt
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.settings import RealignSettings
 from megatron_idft.inference.requests import Repetition, Sampling
-from megatron_idft.integration.offline.realign_arguments import last_resort
+from megatron_idft.integration.offline.realign_arguments import add_realign_arguments, last_resort
 from megatron_idft.integration.offline.realign_paper import apply_paper
+from megatron_idft.integration.offline.realign_regenerate import check_regenerate
 
 WHOLE_NUMBERS_FROM_1 = (
     "max_rows",
@@ -38,6 +39,7 @@ def check_realign_arguments(args: argparse.Namespace) -> None:
     Raises:
         ArgumentError: flags cannot be used together, or at all.
     """
+    check_regenerate(args, add_realign_arguments)
     apply_paper(args)
     for name in _WHOLE_NUMBERS_FROM_0:
         if (getattr(args, name) or 0) < 0:
@@ -120,7 +122,7 @@ def _check_layout(args: argparse.Namespace) -> None:
 
 
 def resolve_prompts(args: argparse.Namespace) -> NamedPrompts:
-    """The prompts that the flags name.
+    """The prompts that the flags name; none with --regenerate.
 
     Without --hint-prompt, texts of --analyses belong to the packaged analysis, and the flags that --hint-prompt has
     replaced mean what they did.
@@ -128,6 +130,8 @@ def resolve_prompts(args: argparse.Namespace) -> NamedPrompts:
     Raises:
         InputError: one cannot be used; the message names the file.
     """
+    if args.regenerate:
+        return NamedPrompts(())
     names = args.hint_prompt
     if args.analysis_prompt is not None:
         names = [args.analysis_prompt]
@@ -193,7 +197,9 @@ def resolve_settings(
         original_weight=args.original_weight,
         retries=retries if args.retries is None else args.retries,
         retry_slope_factor=args.retry_slope_factor,
-        unverified=args.unverified,
+        regenerate=args.regenerate,
+        only_right=args.only_right,
+        unverified="keep" if args.regenerate and not args.only_right else args.unverified,
         model_judge_threshold=args.verifier_threshold if args.verifier == "model" else None,
     )
 
