@@ -132,11 +132,12 @@ def _contribution(row: OutcomeRow) -> dict[str, float]:
             continue  # without an answer, and the job does not try such turns
         last = number == len(row["turns"])
         found["turns"] += 1
-        found["answered"] += final_answer(turn["original_text"]) is not None or (last and answered)
+        comparable = final_answer(turn["original_text"]) is not None or (last and answered)
+        found["answered"] += comparable
         found["tokens"] += sum(hint["analysis_tokens"] or 0 for hint in turn["hints"])
         for candidate in turn["candidates"]:
             found["tokens"] += candidate["num_tokens"]
-            found["right"] += candidate["verdict"] == "right"
+            found["right"] += comparable and candidate["verdict"] == "right"
             if candidate["accepted"]:
                 _add_kept(found, candidate, turn["original_num_tokens"])
     return found
@@ -188,7 +189,8 @@ def describe_trial(found: Sequence[PromptNumbers], order: Sequence[int]) -> list
         )
     if not answered:
         lines.append(
-            "no turn has an answer: kept is what ended by itself and betrays no hint, and nothing says what is right"
+            "no turn has an answer to compare with: kept is what --unverified and --verifier let by, and nothing says"
+            " what is right"
         )
     if not any(_share(prompt).value > 0 for prompt in found):
         lines.append(
