@@ -32,7 +32,7 @@ from megatron_idft.hinted_decoding.output.outcomes import CandidateRow, OutcomeR
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.settings import RealignSettings
 
-CHOICE = "prompts.json"
+CHOICE, TRIAL = "prompts.json", "prompt_trial"  # in the output folder: the choice, and the trial's own ledger
 FORMAT = 1
 _BARE = 0.25  # of the original's tokens
 _MOST, _LEAST, _OF_CORPUS = 32, 4, 8  # records by default: an eighth of the corpus between these
@@ -220,7 +220,7 @@ def write_choice(
         " second: the best of the other kind, with or without analysis",
         "bare_below": _BARE,
         "prompts": found,
-        "texts": "prompt_trial/parts, one file for each prompt in the order above",
+        "texts": f"{TRIAL}/parts, one file for each prompt in the order above",
         "job": job,
         "sources": {template.sha256: template.source for template in templates},
     }

@@ -12,7 +12,9 @@ from megatron_idft.errors import InputError, SettingsMismatch
 from megatron_idft.hinted_decoding.mixing import EntropyMixing
 from megatron_idft.hinted_decoding.named_prompts import PACKAGED, NamedPrompts, named_prompt, named_prompts
 from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA
+from megatron_idft.hinted_decoding.output.status import describe_status
 from megatron_idft.hinted_decoding.prompt_trial import (
+    TRIAL,
     choose,
     chosen_templates,
     describe_trial,
@@ -27,7 +29,6 @@ from megatron_idft.hinted_decoding.settings import RealignSettings
 from megatron_idft.hinted_decoding.stages.pipeline import Realigner
 from megatron_idft.hinted_decoding.stages.tasks import RealignInput
 from megatron_idft.integration.offline.realign_prompts import (
-    TRIAL,
     RememberingEngine,
     prompts_of_folder,
     try_in_launch,
@@ -180,6 +181,7 @@ def test_a_trial_that_was_stopped_is_taken_up_and_the_choice_is_made_once(launch
         launch({"plain": GOOD["plain"], "marked": {}})  # its second or first prompt fails
     begun = list(launch.tried)
     assert not (tmp_path / "prompts.json").exists()
+    assert "trying prompts before the run" in describe_status(tmp_path) and "of 2 chunks" in describe_status(tmp_path)
     assert launch(GOOD) == (PLAIN,)
     finished = [name for name in begun if name != "marked"]
     assert launch.tried[len(begun) :] == [n for n in ("plain", "marked") if n not in finished] or not finished

@@ -15,6 +15,7 @@ from megatron_idft.hinted_decoding.output.outcomes import (
     describe_tries,
 )
 from megatron_idft.hinted_decoding.output.results import read_outcomes, read_settings, retry_folders
+from megatron_idft.hinted_decoding.prompt_trial import TRIAL
 
 
 def count_outcomes(folder: Path) -> dict[str, Counter[str]]:
@@ -36,6 +37,9 @@ def count_outcomes(folder: Path) -> dict[str, Counter[str]]:
 
 def describe_status(folder: Path) -> str:
     """Chunks, launches, time left, and the outcomes of the records so far, for a person."""
+    trial = folder / TRIAL
+    if not (folder / "manifest.json").exists() and (trial / "manifest.json").exists():
+        return f"trying prompts before the run, each a chunk in {trial}:\n{status_of(trial).format()}"
     lines = [status_of(folder).format()]
     for retry in retry_folders(folder):
         lines.append(f"retry of errors in {retry}:\n{status_of(retry).format()}")

@@ -24,6 +24,7 @@ from megatron_idft.hinted_decoding.named_prompts import NamedPrompts
 from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA, OutcomeRow
 from megatron_idft.hinted_decoding.output.results import recorded_prompts
 from megatron_idft.hinted_decoding.prompt_trial import (
+    TRIAL,
     PromptNumbers,
     choose,
     chosen_templates,
@@ -39,7 +40,6 @@ from megatron_idft.inference.requests import Completion, DecodeSettings, Request
 from megatron_idft.integration.offline import program
 from megatron_idft.integration.offline.replica import Replica
 
-TRIAL = "prompt_trial"  # its folder in the output
 Try = Callable[[HintTemplate], Sequence[OutcomeRow]]
 
 
