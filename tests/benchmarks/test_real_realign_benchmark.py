@@ -51,7 +51,7 @@ def test_the_table_counts_what_is_kept_right_and_near(program, tmp_path, capsys)
 
     messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "#### 7"}]
     lines(tmp_path / "problems.jsonl", [{"id": f"r{i}", "answer": "7", "messages": messages} for i in range(5)])
-    session = {"commit": "c", "seconds": 1.5}
+    session = {"commit": "c", "seconds": 1.5, "command": ["-m", f"{tmp_path}/defaults"]}
     samples = [own(0, 0, "The answer is 7.", 1.0), own(1, 0, "The answer is 8.", -5.0), own(1, 1, "It is 7.", 3.0)]
     samples.append(own(2, 0, "The answer is 7.", -9.0, "length"))
     lines(tmp_path / "own" / "samples.jsonl", samples)
@@ -69,7 +69,7 @@ def test_the_table_counts_what_is_kept_right_and_near(program, tmp_path, capsys)
         (tmp_path / arm / "finished").touch()
     (tmp_path / "defaults" / "parts").mkdir()
     pq.write_table(pa.Table.from_pylist(rows, OUTCOME_SCHEMA), tmp_path / "defaults" / "parts" / "chunk-000000.parquet")
-    options = argparse.Namespace(out=tmp_path, seed=1, max_new_tokens=9, samples=2)
+    options = argparse.Namespace(out=tmp_path, seed=1, max_new_tokens=9, samples=2, hf_model="/m")
     program.summarize(options, tmp_path / "problems.jsonl")
     result = json.loads((tmp_path / "real_realign.json").read_text())
     right = result["arms"]["own, right samples"]
@@ -82,7 +82,7 @@ def test_the_table_counts_what_is_kept_right_and_near(program, tmp_path, capsys)
     kept = [row["turns"][0]["candidates"][0] for row in rows[:2] + rows[3:4]]
     assert found["phi"]["value"] == pytest.approx(sum(c["phi_sum"] for c in kept) / 24)
     assert found["leaks"] == ["answer key"] and found["decoded_tokens"] == 5 * 13 and found["by_stage"] == {"hinted": 3}
-    assert found["sessions"] == [session] and found["bare"] == 0
+    assert found["sessions"] == [session | {"command": ["-m", "OUT/defaults"]}] and found["bare"] == 0
     goals = {goal["name"].split(",")[0]: goal["hit"] for goal in result["goals"]}
     assert goals["share of the records kept and right"] and not goals["leak phrases in the kept"]
     printed = capsys.readouterr().out

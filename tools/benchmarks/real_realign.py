@@ -231,12 +231,20 @@ def summarize(options: argparse.Namespace, data: Path) -> None:
         for arm in ARMS:
             if (options.out / arm / "sessions.jsonl").exists():
                 measure = own_numbers if arm in OWN else numbers
-                sessions = list(_lines(options.out / arm / "sessions.jsonl"))
+                sessions = [_without_places(row, options) for row in _lines(options.out / arm / "sessions.jsonl")]
                 found = measure(options, arm, records, verifier)
                 result["arms"] |= {name: part | {"sessions": sessions} for name, part in found.items()}
     judge(result)
     show(result)
     (options.out / "real_realign.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _without_places(session: Row, options: argparse.Namespace) -> Row:
+    """Without the folders of this machine."""
+    words = session.get("command") or []
+    for place, name in ((options.out, "OUT"), (options.hf_model, "MODEL")):
+        words = [word.replace(str(place), name) for word in words]
+    return session | {"command": words}
 
 
 def own_numbers(options: argparse.Namespace, arm: str, records: dict[str, Row], verifier: Any) -> dict[str, Any]:
@@ -273,7 +281,9 @@ def numbers(options: argparse.Namespace, arm: str, records: dict[str, Row], veri
     }
     found["decoded_tokens"] = decoded
     choice = folder / "prompts.json"
-    found["prompts"] = json.loads(choice.read_text(encoding="utf-8")) if choice.exists() else None
+    if choice.exists():
+        told = json.loads(choice.read_text(encoding="utf-8"))
+        found["prompts"] = {key: told[key] for key in ("order", "chosen", "rule", "prompts")}
     return {arm: found}
 
 
