@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from megatron_idft.corpus.messages import trained_weight
 from megatron_idft.corpus.records import Record
 from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate
 from megatron_idft.corpus.verification.answers import final_answer
@@ -70,9 +71,11 @@ def describe_unreferenced(records: Sequence[Record], total: int, policy: str) ->
 
 
 def _all_referenced(record: Record) -> bool:
-    texts = [str(message["content"]) for message in record.messages if message["role"] == "assistant"]
+    """Whether each turn that is written anew has a reference, but for texts beside tool calls, which may stay."""
+    turns = [message for message in record.messages if message["role"] == "assistant"]
     answered = record.answer not in (None, "")
-    return all(final_answer(text) is not None for text in texts[: len(texts) - answered])
+    rewritten = [m for m in turns[: len(turns) - answered] if trained_weight(m) and not m.get("tool_calls")]
+    return all(final_answer(str(message["content"])) is not None for message in rewritten)
 
 
 class EstimateSums(ClusterSums):

@@ -126,16 +126,22 @@ class RecordPrompts:
 
     def _of_turn(self, turn: Turn) -> Iterator[Row]:
         settings, number = self._settings, turn.number
-        if turn.reference is None and settings.unverified != "keep":
+        if turn.prompt.fixed:
+            yield self._missing(number, "own", "the turn stays as it is: it only calls tools, or is not trained")
+            return
+        # Turns that stay as they are leave the prompts of later ones known.
+        depends = any(not earlier.prompt.fixed for earlier in self._task.turns[:number])
+        undecidable = turn.reference is None and settings.model_judge_threshold is None
+        if undecidable and settings.unverified != "keep":
             yield self._missing(number, "own", "no reference answer to verify with: nothing is decoded for this turn")
             return
         if turn.rollouts or settings.rollout_samples:
-            if number:
+            if depends:
                 yield self._missing(number, "own", "the prompt holds the response that is accepted before it")
             else:
                 yield self._row(turn, "own", turn.prompt.text, turn.prompt.ids, settings.max_tokens)
         for template in self._templates:
-            if number and template.sees_conversation:
+            if depends and template.sees_conversation:
                 stage = "hinted" if template.marker is None else "analysis"
                 yield self._missing(number, stage, "the prompt holds the response that is accepted before it", template)
                 continue

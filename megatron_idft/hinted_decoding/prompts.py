@@ -6,10 +6,10 @@ A template file begins with lines `key: value`, then a line `---`, then Jinja te
                              after-marker begins with a line break; none: a hint without analysis
     after-marker: "\\n"       JSON text that follows the marker in the hinted prompt, whether the model wrote it or not
 
-The text sees `conversation` (the messages up to the reply, without the system message: role, content), `question` (the
-last of them that the user wrote), `solution` (the reference reply, as the record has it), `answer` (its final answer,
-empty if there is none) and `boxed` (whether the reference boxes it). The record's system message stands before it, as
-in the plain prompt.
+The text sees `conversation` (the messages up to the reply, without the system message: role, and content with the tool
+calls behind it), `question` (the last of them that the user wrote), `solution` (the reference reply, as the record has
+it, its reasoning first), `answer` (its final answer, empty if there is none) and `boxed` (whether the reference boxes
+it). The record's system message stands before it, as in the plain prompt.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class HintTemplate:
             InputError: the template fails on this record.
         """
         system = [message for message in conversation[:1] if message["role"] == "system"]
-        rest = [{"role": m["role"], "content": m["content"]} for m in conversation[len(system) :]]
+        rest = [{"role": m["role"], "content": _readable(m)} for m in conversation[len(system) :]]
         questions = [message["content"] for message in rest if message["role"] == "user"]
         try:
             text = self._template.render(
@@ -137,6 +137,13 @@ class HintTemplate:
             raise InputError(f"{self.name}: the text must use question or conversation, and solution or answer")
         if self.marker is not None and self.marker not in self.text:
             raise InputError(f"{self.name}: the text never asks for the marker {self.marker!r}")
+
+
+def _readable(message: Message) -> str:
+    """The content of a message, with the calls of tools that it makes."""
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    calls = [f"{f['name']}({json.dumps(f.get('arguments') or {}, ensure_ascii=False)})" for f in functions]
+    return "\n".join(part for part in (str(message["content"]), *calls) if part)
 
 
 def _environment() -> Any:

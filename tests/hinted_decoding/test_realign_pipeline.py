@@ -596,14 +596,12 @@ def test_a_template_that_edits_earlier_turns_makes_an_error_of_that_record_alone
 
 def test_errors_of_single_records_stop_no_other(tokenizer):
     long = [{"role": "user", "content": "hello " * 500}, {"role": "assistant", "content": "7"}]
-    odd = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": [1]}]
+    odd = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "reasoning_content": "z"}]
     nothing = [{"role": "user", "content": "x"}]
-    with_tools = record(identity="tools")
-    with_tools.tools = [{"type": "function", "function": {"name": "add"}}]
     records = [record(messages=m, identity=str(i)) for i, m in enumerate([long, odd, nothing])]
-    rows, _ = run(tokenizer, {"r/0/rollout/0": RIGHT}, *records, with_tools, record())
-    assert [row["status"] for row in rows] == ["error"] * 4 + ["kept"]
-    reasons = ["raise --seq-length", "tool_calls is not served", "no assistant turn", "records with tools are not"]
+    rows, _ = run(tokenizer, {"r/0/rollout/0": RIGHT}, *records, record())
+    assert [row["status"] for row in rows] == ["error"] * 3 + ["kept"]
+    reasons = ["raise --seq-length", "reasoning_content stands nowhere", "no assistant turn"]
     for row, what in zip(rows, reasons, strict=False):
         assert what in row["reason"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import numpy as np
@@ -165,6 +165,34 @@ def from_completion(
         hinted_entropy=completion.hinted_entropy,
         seed=completion.request.seed,
         split_at=completion.split_at,
+    )
+
+
+def cut_before(completion: Completion, sign: str, end_ids: Ids, decode: Callable[[Ids], str]) -> Completion:
+    """The response up to a text with which the model would begin a tool call of its own, and the blanks before it.
+
+    Args:
+        completion: the response.
+        sign: the text.
+        end_ids: int32 [e], of the turn, with the calls that stand there instead.
+        decode: token ids -> text.
+    """
+    ids = completion.token_ids
+    text, found, _ = decode(ids).partition(sign)
+    if not found:
+        return completion
+    text = text.rstrip()
+    n = next((n for n in range(len(ids), 0, -1) if len(decode(ids[:n])) <= len(text)), 0)
+    # The end of the turn takes the numbers of the token that began to go on to the call.
+    kept = slice(0, n + 1)
+    return replace(
+        completion,
+        token_ids=np.concatenate([ids[:n], end_ids[-1:]]).astype(np.int32),
+        finish_reason="eos",
+        log_prob=completion.log_prob[kept],
+        entropy=completion.entropy[kept],
+        hint_share=completion.hint_share[kept],
+        hinted_entropy=completion.hinted_entropy[kept],
     )
 
 

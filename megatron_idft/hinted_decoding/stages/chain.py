@@ -26,7 +26,7 @@ from megatron_idft.hinted_decoding.mixing import EntropyMixing
 from megatron_idft.hinted_decoding.output.outcomes import NO_MARKER, Stage
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.settings import RealignSettings
-from megatron_idft.hinted_decoding.stages.candidates import Candidate, Ids, from_completion
+from megatron_idft.hinted_decoding.stages.candidates import Candidate, Ids, cut_before, from_completion
 from megatron_idft.hinted_decoding.stages.given import analysis_ids, check_given, read_rollouts
 from megatron_idft.hinted_decoding.stages.judge import Judge
 from megatron_idft.hinted_decoding.stages.marker import close_at_marker, without_stop
@@ -70,6 +70,9 @@ class Chain:
         settings = self._settings
         if not settings.regenerate:
             yield from self._score_original(turn)
+        if turn.prompt.fixed:
+            turn.stage = "original"
+            return
         if self._judge.can_decide(turn) or settings.unverified == "keep":
             yield from self._roll_out(turn)
             yield from self._decode_hinted(turn)
@@ -190,7 +193,11 @@ class Chain:
 
     def _candidate(self, turn: Turn, completion: Completion, stage: Stage, batch: _Batch) -> Candidate:
         tokenizer, mixing = self._tokenizer, batch.mixing
-        candidate = from_completion(completion, stage, turn.prompt.end_ids, tokenizer.eos_id, tokenizer.decode)
+        prompt = turn.prompt
+        if prompt.calls_begin:
+            completion = cut_before(completion, prompt.calls_begin, prompt.end_ids, tokenizer.decode)
+        candidate = from_completion(completion, stage, prompt.end_ids, tokenizer.eos_id, tokenizer.decode)
+        candidate.finished = candidate.finished and prompt.ends_its_thought(candidate.text)
         candidate.slope = mixing.slope if mixing is not None and mixing.has_slope else None
         return candidate
 
@@ -228,6 +235,8 @@ class Chain:
         policy = settings.unverified if cannot_tell else "keep"
         if policy == "keep":
             policy = settings.fallback
+        elif policy == "drop" and turn.reference is None and turn.prompt.calls_begin:
+            policy = "original"  # a text beside tool calls: the calls are what the record is about
         if policy == "original":
             turn.stage, turn.weight = "original", settings.original_weight
 

@@ -92,6 +92,7 @@ class Turn:
     Attributes:
         number: among the assistant's turns, from 0.
         history: the messages before the turn.
+        reasoning: of the original, where the response is to have some; else empty.
         reference: the answer that verification compares with.
         rollouts, analysis: of other engines.
         sample: the number of the only own response, which names its draws; None: as many as the settings say.
@@ -106,6 +107,7 @@ class Turn:
     prompt: TurnPrompt
     history: list[dict[str, Any]]
     original_text: str
+    reasoning: str
     reference: Any
     rollouts: Sequence[ProvidedText]
     analysis: ProvidedText | None
@@ -161,8 +163,8 @@ class Turn:
         Raises:
             InputError, TemplateError: one of the templates fails on this turn.
         """
-        messages = template.render(self.history, self.original_text, self.answer)
-        text = tokenizer.template.render(messages, add_generation_prompt=True)
+        messages = template.render(self.history, self.solution, self.answer)
+        text = tokenizer.template.render(messages, add_generation_prompt=True, tools=self.record.tools)
         return text, encode(tokenizer, text)
 
     def analysis_for(self, template: HintTemplate) -> ProvidedText | None:
@@ -171,6 +173,11 @@ class Turn:
         if given is None or template.marker is None or given.template_sha256 not in (None, template.sha256):
             return None
         return given
+
+    @property
+    def solution(self) -> str:
+        """The original as the hint shows it."""
+        return f"{self.reasoning.strip()}\n\n{self.original_text}" if self.reasoning else self.original_text
 
     @property
     def question(self) -> str:
@@ -263,9 +270,9 @@ class RecordTask:
         if turn.stage is None:
             self.dropped = turn.reason
         elif candidate is None:
-            conversation.accept(turn.prompt.original_ids, None, turn.weight)
+            conversation.accept(turn.prompt.original_ids, None, turn.weight * turn.prompt.weight)
         else:
-            conversation.accept(candidate.response_ids, candidate.text)
+            conversation.accept(candidate.response_ids, candidate.text, turn.prompt.weight)
 
     def fail(self, reason: str) -> None:
         self.error = reason
@@ -310,10 +317,8 @@ class RecordTask:
         return row
 
     def _open(self) -> RunningConversation:
-        if self.record.tools:
-            raise InputError("records with tools are not realigned yet: leave them out of --sft-data")
         open_turn = [{"role": "assistant", "content": _OPEN_TURN}] if self._open_end else []
-        return RunningConversation(self._tokenizer, [*self.record.messages, *open_turn])
+        return RunningConversation(self._tokenizer, [*self.record.messages, *open_turn], self.record.tools)
 
     @property
     def _id(self) -> str:
@@ -323,13 +328,14 @@ class RecordTask:
     def _begin(self, number: int) -> Turn:
         assert self._conversation is not None
         prompt = self._conversation.begin(number)
-        if len(prompt.ids) >= self._max_positions:
+        if len(prompt.ids) >= self._max_positions and not prompt.fixed:
             raise InputError(
                 f"messages[{prompt.message}]: its prompt of {len(prompt.ids)} tokens leaves no room for a response in a"
                 f" context of {self._max_positions}: shorten it, or raise --seq-length"
             )
         open_turn = prompt.message == len(self.record.messages)
-        text = "" if open_turn else str(self.record.messages[prompt.message]["content"])
+        message = {} if open_turn else self.record.messages[prompt.message]
+        text = str(message.get("content", ""))
         reference = final_answer(text)
         if number == self.num_turns - 1 and self.record.answer not in (None, ""):
             reference = self.record.answer
@@ -340,6 +346,7 @@ class RecordTask:
             prompt=prompt,
             history=self._conversation.messages[: prompt.message],
             original_text=text,
+            reasoning=str(message.get("reasoning_content", "")) if prompt.thought_ends else "",
             reference=reference if self._compared else None,
             rollouts=rollouts.get(number) or rollouts.get(None) or (),
             analysis=analyses.get(number, analyses.get(None)),
