@@ -14,12 +14,11 @@ import pytest
 
 from megatron_idft.corpus.verification.answers import final_answer
 from megatron_idft.hinted_decoding.output.results import read_outcomes
+from tests.examples.conftest import SIZES
 from tests.launch import ROOT, forking_python
 
 EXAMPLES = ROOT / "examples"
 FOLDER = EXAMPLES / "realign"
-SIZES = {"RECORDS": "32", "HELD_OUT": "16", "LARGEST": "19", "STEPS": "150", "BATCH": "16", "TUNE_STEPS": "4"}
-SIZES |= {"MIX_RECORDS": "0", "PROCESSES": "1"}
 sys.path += [str(EXAMPLES), str(FOLDER)]
 
 import styles  # noqa: E402
@@ -54,15 +53,8 @@ def run_sh(out: Path, **sizes: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Real programs, each in a process of its own; without the comparison of mixings."""
-    out = tmp_path_factory.mktemp("realign") / "out"
-    command = ["bash", FOLDER / "run.sh", "--out", out]
-    done = subprocess.run(
-        command, env={**os.environ, **SIZES, "PYTHON": forking_python()}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out, done.stdout
+def run(realign_example):
+    return realign_example
 
 
 def lines(path):
