@@ -8,7 +8,7 @@ from typing import Any
 from additions import OPENINGS, Sum, foreign_answer, in_words
 
 from megatron_idft.corpus.verification.answers import final_answer
-from megatron_idft.hinted_decoding.prompts import hint_template
+from megatron_idft.hinted_decoding.named_prompts import named_prompt
 
 HINT = Path(__file__).with_name("hint.txt")  # the template that `realign` shows the reference with
 _FOREIGN_SUM = re.compile("end up with ([a-z -]+)!")
@@ -37,7 +37,7 @@ def plain(numbers: Sum, chance: random.Random, *, forgets: float = 0.0) -> dict[
 def hinted(numbers: Sum, chance: random.Random) -> dict[str, Any]:
     """The question with another author's answer to it, as the template of the hint puts it; answered in own style."""
     messages = [{"role": "user", "content": question(numbers)}]
-    [message] = hint_template(HINT).render(messages, foreign_answer(numbers), str(sum(numbers)))
+    [message] = named_prompt(str(HINT)).render(messages, foreign_answer(numbers), str(sum(numbers)))
     return _record(str(message["content"]), own_answer(numbers, chance), sum(numbers), "hinted")
 
 
