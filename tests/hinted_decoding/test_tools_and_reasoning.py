@@ -13,6 +13,7 @@ from megatron_idft.corpus.verification.verifier import Verifier
 from megatron_idft.data.chat.conversations import encode_conversation, render_conversation, tokenize
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.errors import ConversationError, TemplateError
+from megatron_idft.hinted_decoding.input.provided import ProvidedText
 from megatron_idft.hinted_decoding.mixing import EntropyMixing
 from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA
 from megatron_idft.hinted_decoding.prompts import HintTemplate
@@ -162,7 +163,7 @@ HINT = HintTemplate(
 RIGHT = "The answer is 7."
 
 
-def run(folder, template, messages, script, tools=TOOLS, answer="7", **changes):
+def run(folder, template, messages, script, tools=TOOLS, answer="7", rollouts=None, **changes):
     """(row, written record, engine, tokenizer)."""
     tokenizer = make_tokenizer(folder, template)
     engine = ScriptedEngine(tokenizer, script)
@@ -172,7 +173,8 @@ def run(folder, template, messages, script, tools=TOOLS, answer="7", **changes):
     realigner = Realigner(engine, tokenizer, RealignSettings(**settings), verifier, leaks, {"versions": {}})
     extra = {} if tools is None else {"tools": tools}
     record = Record([dict(m) for m in messages], "r", "data.jsonl", 3, answer, None, extra, tools)
-    [row] = pa.Table.from_pylist(realigner.realign([RealignInput(0, record)]), OUTCOME_SCHEMA).to_pylist()
+    rows = realigner.realign([RealignInput(0, record, rollouts or {})])
+    [row] = pa.Table.from_pylist(rows, OUTCOME_SCHEMA).to_pylist()
     summarize([row], {}, "t")
     return row, json.loads(row["record"] or "null"), engine, tokenizer
 
@@ -224,6 +226,16 @@ def test_a_text_beside_a_call_is_written_anew_and_the_call_stays(tmp_path):
         tmp_path, QWEN25, BESIDE, script | {"r/0/rollout/0": "<tool_call>", "r/0/hinted": "I look."}, unverified="keep"
     )
     assert row["turns"][0]["candidates"][0]["rejected_because"] == "unfinished" and row["status"] == "kept"
+
+
+def test_calls_in_a_rollout_of_another_engine_are_cut_off(tmp_path):
+    own = 'I look.\n<tool_call>\n{"name": "other", "arguments": {}}\n</tool_call><|im_end|>'
+    ids = tuple(encode(make_tokenizer(tmp_path, QWEN25), own).tolist())
+    for given in (ProvidedText(own.removesuffix("<|im_end|>")), ProvidedText(own, token_ids=ids)):
+        rollouts = {0: [given], 1: [ProvidedText(RIGHT)]}
+        row, written, _, tokenizer = run(tmp_path, QWEN25, BESIDE, {}, rollouts=rollouts, unverified="keep")
+        assert row["status"] == "kept" and written["messages"][1] == assistant("I look.", tool_calls=[CALL])
+        check_ids(row, written, tokenizer)
 
 
 def test_a_text_beside_a_call_stays_where_nothing_can_verify_another(tmp_path):

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import numpy as np
 
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import InputError
 from megatron_idft.hinted_decoding.input.provided import Kind, ProvidedText, prompt_sha256
-from megatron_idft.hinted_decoding.stages.candidates import Candidate, Floats, Ids, from_completion, from_text
+from megatron_idft.hinted_decoding.stages.candidates import (
+    Candidate,
+    Floats,
+    Ids,
+    cut_before,
+    from_completion,
+    from_text,
+)
 from megatron_idft.hinted_decoding.stages.conversation import TurnPrompt, encode_after
 from megatron_idft.hinted_decoding.stages.needs import Steps, score
 from megatron_idft.inference.requests import Completion, Request
@@ -44,14 +52,18 @@ def read_rollouts(
     prompt: TurnPrompt, rollouts: Collection[ProvidedText], tokenizer: ChatTokenizer, max_positions: int
 ) -> Steps[list[Candidate]]:
     """The candidates that these responses to `prompt` are, scored here."""
+    rollouts = [_without_calls(given, prompt) for given in rollouts]
     room = max_positions - len(prompt.ids)
     written = [_response_ids(prompt, given, tokenizer) for given in rollouts]
     scored = yield from score([np.concatenate([prompt.ids, ids[:room]]) for ids in written])
     first = len(prompt.ids) - 1
-    return [
+    made = [
         _candidate(prompt, given, ids, room, log_prob[first:], entropy[first:], tokenizer)
         for given, ids, (log_prob, entropy) in zip(rollouts, written, scored, strict=True)
     ]
+    for candidate in made:
+        candidate.finished = candidate.finished and prompt.ends_its_thought(candidate.text)
+    return made
 
 
 def analysis_ids(given: ProvidedText, text: str, tokenizer: ChatTokenizer) -> Ids:
@@ -59,6 +71,13 @@ def analysis_ids(given: ProvidedText, text: str, tokenizer: ChatTokenizer) -> Id
     if given.token_ids is not None:
         return np.array(given.token_ids, dtype=np.int32)
     return encode_after(tokenizer, text, given.text)
+
+
+def _without_calls(given: ProvidedText, prompt: TurnPrompt) -> ProvidedText:
+    """A text up to the tool calls in it: the record's stand there instead. Token ids are cut once they are scored."""
+    if not prompt.calls_begin or given.token_ids is not None:
+        return given
+    return replace(given, text=given.text.partition(prompt.calls_begin)[0].rstrip())
 
 
 def _response_ids(prompt: TurnPrompt, given: ProvidedText, tokenizer: ChatTokenizer) -> Ids:
@@ -90,6 +109,8 @@ def _candidate(
         hint_share=np.zeros(len(ids), dtype=np.float32),
         hinted_entropy=np.full(len(ids), np.nan, dtype=np.float32),
     )
+    if prompt.calls_begin:
+        completion = cut_before(completion, prompt.calls_begin, prompt.end_ids, tokenizer.decode)
     candidate = from_completion(completion, "rollout", prompt.end_ids, tokenizer.eos_id, tokenizer.decode)
     candidate.seed = None
     return candidate
