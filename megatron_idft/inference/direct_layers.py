@@ -3,7 +3,8 @@
 A decode step multiplies so little there that the modules' own work shows: per layer they build rotary sines and cosines
 twice, go through autograd functions that do nothing on one rank, and copy what a view would give. This is the same
 arithmetic, in the order of megatron/core/transformer/{transformer_layer,attention,mlp}.py at core_v0.19.0, of the one
-form of layer that Llama, Mistral, Qwen and SmolLM have. A model with anything else in it keeps Megatron's modules.
+form of layer that Llama, Mistral, Qwen and SmolLM have. A model with anything else in it keeps Megatron's modules, and
+so does one with hooks on them; hooks that are registered later are not called.
 """
 
 from __future__ import annotations
