@@ -84,7 +84,7 @@ def test_score(folder, tmp_path):
 
 def test_realign(folder, tmp_path):
     output = tmp_path / "out"
-    words = offline(folder, output, "--no-analysis --max-new-tokens 4 --rollout-samples 1")
+    words = offline(folder, output, "--hint-prompt hint --max-new-tokens 4 --rollout-samples 1")
     text = forked(["-m", "megatron_idft", "realign", *words])
     expected = [
         *BEGIN, LOG,
@@ -94,6 +94,7 @@ def test_realign(folder, tmp_path):
         r"converting qwen2: .*" + "*?",
         r"> \S+ is verified by sizes and checksums: .*",
         ENGINE + "*?",
+        r"> hint prompt: hint",
         r"realigning:   0%, \? left, 0/4 records, 0 tokens, 00:00 so far",
         ENGINE + "*?",
         r"realigning: 100%, 00:00 left, 4/4 records, \d+ tokens, [\d,]+ tokens/s, \d+% kept here, 00:0\d so far",
@@ -110,7 +111,7 @@ def test_a_dry_run_shows_the_record_and_leaves_nothing(folder, tmp_path, verb):
     begin = [line for line in text.splitlines() if re.match(r"> (plain prompt|first record)", line)]
     assert_lines(
         text[: text.index(begin[0])],
-        [*BEGIN, r"(> train.jsonl: 1 record|tokenizing|packing|tokenized records|  ).*" + "*?"],
+        [*BEGIN, r"(> train.jsonl: 1 record|> answers verified as|tokenizing|packing|tokenized records|  ).*" + "*?"],
         folder=folder,
         ranks="1 rank: DP 1",
     )
@@ -118,7 +119,7 @@ def test_a_dry_run_shows_the_record_and_leaves_nothing(folder, tmp_path, verb):
 
 
 def test_verbose_brings_everything_back(folder, tmp_path):
-    words = offline(folder, tmp_path / "out", "--no-analysis --max-new-tokens 2 --verbose")
+    words = offline(folder, tmp_path / "out", "--hint-prompt hint --max-new-tokens 2 --verbose")
     text = forked(["-m", "megatron_idft", "realign", *words])
     assert [part for part in MEGATRON if part not in text] == []
     assert "realigning: 100%" in text and not (tmp_path / "out" / "logs").exists()
@@ -153,7 +154,7 @@ def test_plan_prepare_and_convert_print_only_their_results(folder, tmp_path, mon
 def test_an_error_names_the_log_and_a_refusal_leaves_none(folder, tmp_path):
     """A fault at work, of a plug-in, and flags that are refused after Megatron has begun."""
     output = tmp_path / "out"
-    words = offline(folder, output, "--no-analysis --max-new-tokens 2")
+    words = offline(folder, output, "--hint-prompt hint --max-new-tokens 2")
     cut = folder / "cut.jsonl"
     cut.write_text('{"prompt": "1 + 1?"')
     codes, text = forked_codes(["-m", "megatron_idft", "realign", *words, "--sft-data", str(cut)])
