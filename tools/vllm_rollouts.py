@@ -189,6 +189,11 @@ def main() -> None:
     print(f"> {len(done):,} prompts are answered, {total:,} to go", flush=True)
     if not total:
         return
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.open("a").close()
+    except OSError as error:
+        refuse(f"--output {args.output}: {error.strerror}: name a file that can be written")
     import vllm
 
     llm = vllm.LLM(

@@ -92,6 +92,7 @@ def test_what_is_answered_is_not_asked_again_and_a_torn_line_is(folder, program,
         ({}, "--samples 3", "line 1: 2 samples, now 3: name another --output"),
         ({"prompt_sha256": "0"}, "", "another prompt of record r0"),
         ({}, "--batch 0", "--batch 0: pass a whole number from 1"),
+        ({}, "--output /proc/nowhere/a.jsonl", "name a file that can be written"),
     ],
 )
 def test_an_output_of_other_prompts_is_not_continued(
