@@ -146,7 +146,7 @@ def answer(llm: Any, rows: list[Row], header: Row, sampling: Row, samples: int) 
 
     wanted = [
         SamplingParams(
-            n=samples,
+            n=samples if sampling["temperature"] else 1,  # vLLM decodes greedily once
             temperature=sampling["temperature"],
             top_p=sampling["top_p"],
             top_k=sampling["top_k"],
@@ -160,7 +160,8 @@ def answer(llm: Any, rows: list[Row], header: Row, sampling: Row, samples: int) 
         for row in rows
     ]
     done = llm.generate([{"prompt_token_ids": row["token_ids"]} for row in rows], wanted)
-    return [sorted(result.outputs, key=lambda output: output.index) for result in done]
+    outputs = [sorted(result.outputs, key=lambda output: output.index) for result in done]
+    return outputs if sampling["temperature"] else [found * samples for found in outputs]
 
 
 def line(row: Row, outputs: list[Any], made: Row) -> Row:
