@@ -125,7 +125,8 @@ def test_vllm_draws_the_tokens_that_the_engine_draws(folder, tmp_path):
     python = os.environ.get("VLLM_PYTHON")
     if not python:
         pytest.skip("vLLM was not run: set VLLM_PYTHON to the interpreter of an environment that has it")
-    build("qwen3", vocab_size=600, head_dim=32, max_position_embeddings=256).save_pretrained(folder / "model")
+    rows = json.loads((folder / "prompts.jsonl").read_text().splitlines()[0])["vocab_size"]
+    build("qwen3", vocab_size=rows, head_dim=32, max_position_embeddings=256).save_pretrained(folder / "model")
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": ""}
     files = {}
     for stage, kind in (("own", "rollouts"), ("analysis", "analyses")):
