@@ -26,7 +26,7 @@ _COMPARED = 16  # blocks that continue one beginning, of which the longest commo
 
 
 class Copy(NamedTuple):
-    """The first `positions` of block `source` go to block `target`. computed: they are there already."""
+    """The first `positions` positions of block `source` go to block `target`; whether they are there already."""
 
     source: int
     target: int

@@ -107,6 +107,14 @@ class DecodeEngine:
             )
         )
 
+    def describe_prompts(self) -> str:
+        """What of the prompts so far was computed, in one line for a person."""
+        found, prompts = self.found_tokens, self.prompt_tokens
+        return (
+            f"prompts had {prompts:,} tokens, of which {found:,} ({found / max(prompts, 1):.0%}) had been computed for"
+            " an earlier one"
+        )
+
     def close(self) -> None:
         """Give the model its own attention back and free the blocks."""
         self._forward.close()
@@ -282,9 +290,10 @@ class DecodeEngine:
         before = self.cache.pool
         pool = self.cache.open_pool(self.max_positions, 2 * (self.max_rows + self.max_rows // 8))
         if pool is not before:
+            used = "committed as they are written" if self.model.device.type == "cpu" else "allocated"
             self._tell(
-                f"decode engine: {_size(self.cache.allocated_bytes)} for keys and values on this rank, {pool.blocks:,}"
-                f" blocks of {pool.size} positions, of a budget of {_size(self.cache.memory_bytes)}"
+                f"decode engine: {_size(self.cache.allocated_bytes)} for keys and values on this rank, {used},"
+                f" {pool.blocks:,} blocks of {pool.size} positions, of a budget of {_size(self.cache.memory_bytes)}"
             )
         return pool
 
@@ -358,7 +367,7 @@ class DecodeEngine:
             else:
                 rows, some = self._tensor(np.array(members)), self._tensor(draws[members])
                 chosen = choose(scores[rows], own[rows], sampling, some, shard, candidates=candidates)
-                tokens[rows], log_prob[rows] = chosen.tokens, chosen.log_prob
+                tokens[rows], log_prob[rows] = chosen.tokens, chosen.log_prob.double()
             self._kept[sampling] = chosen.kept
         return tokens, log_prob
 

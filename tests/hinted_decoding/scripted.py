@@ -1,6 +1,6 @@
 """An engine that says what a test tells it to, and a tiny tokenizer, for the decisions around the real engine."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +37,16 @@ class ScriptedEngine:
     def settings_of(self, identity: str) -> DecodeSettings:
         return next(settings for requests, settings in self.calls if identity in {r.id for r in requests})
 
-    def decode(self, requests: Sequence[Request], settings: DecodeSettings) -> Iterator[Completion]:
-        assert requests
-        self.calls.append((list(requests), settings))
-        for request in reversed(requests):  # whichever ends first
-            yield self._completion(request, settings)
+    def serve(self, feed: Callable[[], Request | None]) -> Iterator[Completion]:
+        """With room for everything. A call is what has the same settings, of what was fed before a response ended."""
+        while requests := list(iter(feed, None)):
+            groups: dict[DecodeSettings, list[Request]] = {}
+            for request in requests:
+                groups.setdefault(request.settings, []).append(request)
+            for settings, group in groups.items():
+                self.calls.append((group, settings))
+            for request in reversed(requests):  # whichever ends first
+                yield self._completion(request, request.settings)
 
     def _completion(self, request: Request, settings: DecodeSettings) -> Completion:
         wider = (request.id, settings.stopping.max_tokens)

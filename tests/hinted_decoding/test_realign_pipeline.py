@@ -2,6 +2,7 @@
 
 import json
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -285,7 +286,8 @@ def test_what_the_length_limit_cut_is_decoded_once_more_with_more_room(tokenizer
         (RIGHT, True, True),
     ]
     assert [[r.id for r in requests] for requests, _ in engine.calls][1:] == [["r/0/rollout/0"]]
-    assert engine.calls[0][0][0] == engine.calls[1][0][0], "the same draws"
+    first, second = (replace(call[0][0], settings=None) for call in engine.calls)
+    assert first == second, "the same draws"
     numbers = summarize([row], {}, "t")["corpus"]["stages"]["rollout"]
     assert (numbers["candidates"], numbers["more_room"], numbers["more_room_finished"]) == (2, 1, 1)
     assert describe_tries(count_tries(row["turns"])) == ["responses decoded with more room: 1, of which 1 then ended"]
@@ -708,7 +710,7 @@ def test_results_do_not_depend_on_what_is_decoded_together(tokenizer):
     assert _as_text(together) == _as_text(alone) and {row["status"] for row in together} == {"kept", "dropped"}
 
 
-def test_records_that_went_through_fewer_stages_catch_up_before_the_next_batch(tokenizer):
+def test_no_record_waits_for_the_stages_of_another(tokenizer):
     script = {"a/0/rollout/0": WRONG, "a/0/analysis": "x\n# CoT", "a/0/hinted": RIGHT, "b/0/rollout/0": RIGHT}
     script |= {f"{name}/1/rollout/0": "So \\boxed{8}" for name in "ab"}
     rows, engine = run(tokenizer, script, record("8", MULTI_TURN, "a"), record("8", MULTI_TURN, "b"))
@@ -716,9 +718,51 @@ def test_records_that_went_through_fewer_stages_catch_up_before_the_next_batch(t
     assert [{request.id for request in requests} for requests, _ in engine.calls] == [
         {"a/0/rollout/0", "b/0/rollout/0"},
         {"a/0/analysis"},
+        {"b/1/rollout/0"},
         {"a/0/hinted"},
-        {"a/1/rollout/0", "b/1/rollout/0"},
+        {"a/1/rollout/0"},
     ]
+
+
+class TwoRows(ScriptedEngine):
+    """Room for two responses, of which the younger one ends first."""
+
+    def serve(self, feed):
+        running: list = []
+        while True:
+            while len(running) < 2 and (request := feed()) is not None:
+                running.append(request)
+            if not running:
+                return
+            request = running.pop()
+            self.calls.append(([request], request.settings))
+            yield self._completion(request, request.settings)
+
+
+def test_the_next_chunk_begins_before_the_last_one_is_finished(tokenizer):
+    script = {f"{name}/0/rollout/0": RIGHT for name in "abcdef"} | {"a/0/hinted": RIGHT, "a/0/rollout/0": WRONG}
+    engine = TwoRows(tokenizer, script)
+    realigner = Realigner(engine, tokenizer, settings(templates=(HINT,)), Verifier(), LeakFilter(), {})
+    chunks = [(7, "ab"), (3, "cd"), (5, "ef")]
+    asked, left = [], deque(chunks)
+
+    def more():
+        asked.append((len(engine.calls), realigner.progress.records))
+        if not left:
+            return None
+        number, names = left.popleft()
+        return number, [RealignInput(i, record(identity=name)) for i, name in enumerate(names)]
+
+    found, at_hand = {}, []
+    for number, rows in realigner.realign_chunks(more):
+        found[number] = [row["id"] for row in rows]
+        at_hand.append(realigner.progress.records)
+        assert all(row["status"] == "kept" for row in rows)
+    assert found == {number: list(names) for number, names in chunks}
+    written = [call[0][0].id for call in engine.calls]
+    assert written.index("c/0/rollout/0") < written.index("a/0/hinted"), "the rows of one chunk beside those of another"
+    assert max(records for _, records in asked) >= 2 and realigner.progress.records == 0
+    assert any(at_hand), "a chunk is finished while another is at hand"
 
 
 def test_ranks_that_do_not_lead_decide_the_same_from_what_is_shared(tokenizer):
@@ -789,8 +833,8 @@ def test_progress_names_the_stages_and_only_rises(tokenizer):
     seen = []
 
     class Watched(ScriptedEngine):
-        def decode(self, requests, settings):
-            for completion in super().decode(requests, settings):
+        def serve(self, feed):
+            for completion in super().serve(feed):
                 seen.append((realigner.progress.describe(), realigner.progress.share))
                 yield completion
 
@@ -804,13 +848,13 @@ def test_progress_names_the_stages_and_only_rises(tokenizer):
     assert [row["status"] for row in rows] == ["kept", "kept"]
     assert [words for words, _ in seen] == [
         "scoring",
-        "own responses, 0 of 2",
-        "own responses, 1 of 2",
-        "analyses of the references, 0 of 1",
-        "hinted responses, 0 of 1",
-        "responses closer to the hint, try 1, 0 of 1",
+        "to write: own responses (2)",
+        "to write: own responses (1)",
+        "to write: analyses of the references (1)",
+        "to write: hinted responses (1)",
+        "to write: responses closer to the hint, try 1 (1)",
     ]
     shares = [share for _, share in seen]
-    assert shares == sorted(shares) and shares[0] == 0 and 0 < shares[1] < shares[-1] < 1
+    assert shares == sorted(shares) and shares[1] == 0 < shares[2] < shares[-1] < 1
     assert shares[3] >= 0.5 + 0.5 / 4, "one record is settled, and the other has been through one stage of four"
     assert realigner.progress.share == 0, "no records are at hand"

@@ -2,13 +2,15 @@
 
     engine_probe.py CASES.json OUT.json <flags of `score`>
 
-A case: requests, sampling, stopping, mixing (a fixed hint share, or the slope of the paper's linear form), max_rows,
-memory_bytes, block (positions of one), graphs (False: none), counted (True: what the engine counted is told, too, after
-a fresh start), decode (False: score the prompts), cudnn (whether attention may be cuDNN's; the answer then tells what
-attention saw, too), modules (True: the layers' modules run where else their weights would be read), refused (the answer
+A case: requests (one may have settings of its "own"), fed (True: by a feed, not as a list), sampling, stopping, mixing
+(a fixed hint share, or the slope of the paper's linear form), max_rows, memory_bytes, block (positions of one), graphs
+(False: none), counted (True: what the engine counted is told, too, after a fresh start), decode (False: score the
+prompts), cudnn (whether attention may be cuDNN's; the answer then tells what attention saw, too), modules (True: the
+layers' modules run where else their weights would be read), refused (the answer
 is what the engine says). Runs on a GPU where there is one. Only one rank writes; the ranks' results are compared first.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -65,26 +67,22 @@ def run(engine, case, vocab_size):
 
 
 def answers(engine, case, vocab_size):
-    from megatron_idft.inference.requests import DecodeSettings, Repetition, Request, Sampling, Stopping
+    from megatron_idft.inference.requests import Request
 
     if not case.get("decode", True):
         pairs = engine.score([np.array(prompt) for prompt in case["prompts"]])
         return [{"log_prob": a.tolist(), "entropy": b.tolist()} for a, b in pairs]
+    settings = settings_of(case, vocab_size)
     requests = [
-        Request(r["id"], np.array(r["prompt"]), r.get("hinted") and np.array(r["hinted"]), r.get("seed", 0))
+        Request(
+            r["id"],
+            np.array(r["prompt"]),
+            r.get("hinted") and np.array(r["hinted"]),
+            r.get("seed", 0),
+            settings_of(case | r["own"], vocab_size) if "own" in r else None,
+        )
         for r in case["requests"]
     ]
-    stopping = dict(case["stopping"])
-    if "repetition" in stopping:
-        stopping["repetition"] = Repetition(**stopping["repetition"])
-    if "splitter" in stopping:
-        stopping["piece"] = lambda token: f"<{token}>"
-    mixing, first = None, case.get("first_token_hinted", True)
-    if "slope" in case:
-        mixing = Linear(case["slope"], vocab_size, first)
-    elif "hint_share" in case:
-        mixing = Fixed(case["hint_share"], first)
-    settings = DecodeSettings(Sampling(**case["sampling"]), Stopping(**stopping), mixing)
     engine.max_rows = case.get("max_rows", 4)
     engine._forward.graphs = engine._forward.graphs and case.get("graphs", True)
     engine.cache.memory_bytes = case.get("memory_bytes", 1 << 28)
@@ -102,7 +100,7 @@ def answers(engine, case, vocab_size):
     if case.get("counted"):
         engine.cache.pool = None  # nothing is known from the cases before
     found = {}
-    for completion in engine.decode(requests, settings):
+    for completion in served(engine, requests) if case.get("fed") else engine.decode(requests, settings):
         found[completion.request.id, completion.request.seed] = {
             "tokens": completion.token_ids.tolist(),
             "finish_reason": completion.finish_reason,
@@ -117,6 +115,37 @@ def answers(engine, case, vocab_size):
         return listed
     counts = {"prompt": engine.prompt_tokens, "found": engine.found_tokens, "preempted": engine.preempted}
     return {"answers": listed, "counts": counts}
+
+
+def settings_of(case, vocab_size):
+    from megatron_idft.inference.requests import DecodeSettings, Repetition, Sampling, Stopping
+
+    stopping = dict(case["stopping"])
+    if "repetition" in stopping:
+        stopping["repetition"] = Repetition(**stopping["repetition"])
+    if "splitter" in stopping:
+        stopping["piece"] = lambda token: f"<{token}>"
+    mixing, first = None, case.get("first_token_hinted", True)
+    if "slope" in case:
+        mixing = Linear(case["slope"], vocab_size, first)
+    elif "hint_share" in case:
+        mixing = Fixed(case["hint_share"], first)
+    return DecodeSettings(Sampling(**case["sampling"]), Stopping(**stopping), mixing)
+
+
+def served(engine, requests):
+    """Completions of a feed that has nothing every third time, and the last request only once all others have ended."""
+    asked, left, done = itertools.count(1), list(requests), []
+
+    def feed():
+        if not left or next(asked) % 3 == 0 or (len(left) == 1 and len(done) < len(requests) - 1):
+            return None
+        return left.pop(0)
+
+    while left:
+        for completion in engine.serve(feed):
+            done.append(completion)
+            yield completion
 
 
 def main() -> None:

@@ -389,6 +389,31 @@ def test_too_little_memory_for_one_response_is_an_error_and_less_than_for_all_ch
 
 
 @pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2"])
+def test_rows_of_different_settings_from_a_feed_go_through_one_forward_pass(folder, small, layout):
+    _, path, vocab = small
+    both = pairs(vocab)
+    stopping = {"stop_ids": [STOP], "max_tokens": 12, "stop_on_first_token": False}
+    own = [
+        {"slope": SLOPE, "sampling": {"temperature": 0.3, "top_p": 0.95, "cut_before_temperature": True}},
+        {"slope": 2 * SLOPE, "sampling": {"temperature": 1.0}, "stopping": stopping | {"max_tokens": 5}},
+        {"hint_share": 0.5, "sampling": {"temperature": 0}, "first_token_hinted": False},
+        {"sampling": {"temperature": 1.3, "top_k": 7}},
+    ]
+    own = [{"stopping": stopping} | settings for settings in own]
+    requests = [request | {"own": own[i % 4]} for i, request in enumerate(both)]
+    requests = [r if i % 4 != 3 else r | {"hinted": None} for i, r in enumerate(requests)]
+    cases = {"fed": {"requests": requests, "fed": True, "max_rows": 3, "sampling": {}, "stopping": stopping}}
+    cases |= {r["id"]: {"requests": [{k: v for k, v in r.items() if k != "own"}], **r["own"]} for r in requests}
+    found = probe(folder, path, layout, cases)
+    for request, got in zip(requests, found["fed"], strict=True):
+        [single] = found[request["id"]]
+        assert got["tokens"] == single["tokens"] and got["finish_reason"] == single["finish_reason"]
+        np.testing.assert_allclose(got["hint_share"], single["hint_share"], atol=1e-4)
+    assert {got["finish_reason"] for got in found["fed"]} >= {"length"}
+    assert len({len(got["tokens"]) for got in found["fed"]}) > 1
+
+
+@pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2"])
 def test_what_prompts_share_is_computed_once(folder, small, layout):
     """Samples of one prompt, instructions before each hint, a question that both streams begin with."""
     model, path, vocab = small

@@ -28,7 +28,8 @@ def decode(model, cases, flags=""):
     (folder / "cases.json").write_text(json.dumps(cases))
     words = ["--hf-model", folder / "qwen3", "--hf-cache", folder / "cache", "--tokenizer-model", folder / "qwen3"]
     torchrun([cpu.PROBE, folder / "cases.json", folder / "out.json", *words, *PLAIN.split(), *flags.split()])
-    return json.loads((folder / "out.json").read_text())
+    _, found = json.loads((folder / "out.json").read_text())
+    return found
 
 
 def test_graphs_change_nothing_and_greedy_pairs_equal_the_reference(model):

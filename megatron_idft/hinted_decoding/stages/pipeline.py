@@ -6,7 +6,8 @@ processes of the leading rank, which shares the verdicts; all else is the same o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_idft.corpus.verification.leaks import LeakFilter
@@ -15,10 +16,10 @@ from megatron_idft.hinted_decoding.output.outcomes import OutcomeRow
 from megatron_idft.hinted_decoding.settings import RealignSettings
 from megatron_idft.hinted_decoding.stages.chain import Chain, longest_chain
 from megatron_idft.hinted_decoding.stages.judge import Judge
-from megatron_idft.hinted_decoding.stages.lockstep import Engine, Lockstep, Verifies
 from megatron_idft.hinted_decoding.stages.model_judge import ModelJudge
 from megatron_idft.hinted_decoding.stages.needs import Steps
 from megatron_idft.hinted_decoding.stages.progress import StageProgress
+from megatron_idft.hinted_decoding.stages.scheduler import Engine, Scheduler, Verifies
 from megatron_idft.hinted_decoding.stages.tasks import RealignInput, RecordTask
 
 
@@ -63,23 +64,55 @@ class Realigner:
         self._rejected_texts = rejected_texts
         self._fingerprint = tokenizer.fingerprint()
         self.progress = StageProgress(longest_chain(settings), lambda: engine.decoded_tokens)
-        self._scheduler = Lockstep(engine, verifier, self.progress, share=share, leads=leads)
+        self._scheduler = Scheduler(engine, verifier, self.progress, share=share, leads=leads)
 
     def realign(self, records: Sequence[RealignInput]) -> list[OutcomeRow]:
         """The outcomes of `records`, in their order; the error of a record stands in its row."""
-        settings = self._settings
-        open_end, compared = settings.regenerate, not settings.regenerate or settings.only_right
-        tasks = [
-            RecordTask(given, self._tokenizer, settings.max_positions, open_end=open_end, compared=compared)
-            for given in records
-        ]
-        self.progress.begin(sum(task.num_turns for task in tasks))
-        self._scheduler.run([self._steps(task) for task in tasks])
-        self.progress.begin(0)
-        texts = self._rejected_texts
-        return [task.row(self._provenance, self._fingerprint, rejected_texts=texts) for task in tasks]
+        chunks = iter([(0, records)] if records else [])
+        return [row for _, rows in self.realign_chunks(lambda: next(chunks, None)) for row in rows]
 
-    def _steps(self, task: RecordTask) -> Steps[None]:
+    def realign_chunks(
+        self, more: Callable[[], tuple[int, Sequence[RealignInput]] | None]
+    ) -> Iterator[tuple[int, list[OutcomeRow]]]:
+        """Yield chunks with their outcomes, each when all its records have one.
+
+        Args:
+            more: gives the next chunk, a number and at least one record, whenever there is room for responses beside
+                those that the records at hand need; None: there is none for now. The iterator ends when there is none
+                and none is at hand.
+        """
+        chunks: dict[int, _Chunk] = {}  # by the numbers of their records
+
+        def begin() -> list[Steps[None]]:
+            given = more()
+            if given is None:
+                return []
+            tasks = [self._task(record) for record in given[1]]
+            chunk, first = _Chunk(given[0], tasks, len(tasks)), self._begun
+            self._begun += len(tasks)
+            self.progress.begin(len(tasks), chunk.turns)
+            chunks.update(dict.fromkeys(range(first, self._begun), chunk))
+            return [self._steps(first + i, task) for i, task in enumerate(tasks)]
+
+        self._begun = 0
+        for ended in self._scheduler.run(begin):
+            chunk = chunks.pop(ended)
+            chunk.missing -= 1
+            if not chunk.missing:
+                self.progress.end(len(chunk.tasks), chunk.turns)
+                yield chunk.number, [self._row(task) for task in chunk.tasks]
+
+    def _task(self, given: RealignInput) -> RecordTask:
+        settings = self._settings
+        compared = not settings.regenerate or settings.only_right
+        return RecordTask(
+            given, self._tokenizer, settings.max_positions, open_end=settings.regenerate, compared=compared
+        )
+
+    def _row(self, task: RecordTask) -> OutcomeRow:
+        return task.row(self._provenance, self._fingerprint, rejected_texts=self._rejected_texts)
+
+    def _steps(self, record: int, task: RecordTask) -> Steps[None]:
         """The turns of a record, one after the other, until one ends it."""
         for number in range(task.num_turns):
             turn = task.begin(number)
@@ -87,5 +120,18 @@ class Realigner:
                 break
             yield from self._chain.run(turn)
             task.settle(turn)
-            self.progress.settle(1)
-        self.progress.settle(task.num_turns - len(task.turns))
+            self.progress.settle(record, 1)
+        self.progress.settle(record, task.num_turns - len(task.turns))
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """missing: records without an outcome."""
+
+    number: int
+    tasks: list[RecordTask]
+    missing: int
+
+    @property
+    def turns(self) -> int:
+        return sum(task.num_turns for task in self.tasks)

@@ -32,7 +32,8 @@ def add_work_arguments(group: Any, *, chunk_records: int) -> None:
         "--chunk-records",
         type=int,
         default=chunk_records,
-        help=f"Records that a launch takes at a time; what a killed launch loses. Default {chunk_records}.",
+        help="Records that a launch takes at a time; a killed one loses those that it has taken and not finished."
+        f" Default {chunk_records}.",
     )
     group.add_argument(
         "--lease-seconds",

@@ -192,6 +192,24 @@ def claimed(
             wait = _FIRST_POLL_SECONDS
 
 
+def claims_from(first: int, ledger: Ledger | None, share: Callable[[Any], Any]) -> Callable[[], int | None]:
+    """Asked again and again: this chunk, then others that are free at that moment; None while there are none.
+
+    Args:
+        first: is claimed already.
+        ledger, share: see `claimed`.
+    """
+    begun = [first]
+
+    def claim() -> int | None:
+        if _terminated:
+            raise Terminated(_terminated)
+        chunk: int | None = begun.pop() if begun else share(ledger.claim() if ledger is not None else None)
+        return chunk
+
+    return claim
+
+
 def write_part(path: Path, *, rows: Sequence[Mapping[str, object]], schema: pa.Schema) -> None:
     """One chunk's rows as Parquet."""
     pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")

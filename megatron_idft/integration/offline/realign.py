@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
@@ -41,8 +41,9 @@ from megatron_idft.hinted_decoding.preview import describe_estimate, render_prom
 from megatron_idft.hinted_decoding.prompt_trial import trial_indices, trial_settings, trial_size
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.settings import RealignSettings
-from megatron_idft.hinted_decoding.stages.lockstep import Engine
 from megatron_idft.hinted_decoding.stages.pipeline import Realigner
+from megatron_idft.hinted_decoding.stages.scheduler import Engine
+from megatron_idft.hinted_decoding.stages.tasks import RealignInput
 from megatron_idft.inference.engine import DecodeEngine
 from megatron_idft.integration.offline import program
 from megatron_idft.integration.offline.realign_arguments import add_realign_arguments, describe_renamed
@@ -151,15 +152,22 @@ class _Job:
                 work.set_finished(ledger.finished())
             shown = ledger is not None and self.replica.number == 0
             stack.enter_context(Progress("realigning", work.total, None, work.look, shown=shown))
-            for chunk in program.claimed(ledger, self.replica.share, work.set_finished):
-                rows = self._realign([indices[number] for number in work.numbers(chunk)])
-                if ledger is not None:
-                    write = functools.partial(program.write_part, rows=rows, schema=OUTCOME_SCHEMA)
-                    ledger.finish(chunk, write)
-                    work.set_finished(ledger.finished(), rows)
+            for first in program.claimed(ledger, self.replica.share, work.set_finished):
+                claims = program.claims_from(first, ledger, self.replica.share)
+
+                def more(claims: Callable[[], int | None] = claims) -> tuple[int, list[RealignInput]] | None:
+                    chunk = claims()
+                    return None if chunk is None else (chunk, self._read([indices[i] for i in work.numbers(chunk)]))
+
+                for chunk, rows in self.realigner.realign_chunks(more):
+                    if ledger is not None:
+                        write = functools.partial(program.write_part, rows=rows, schema=OUTCOME_SCHEMA)
+                        ledger.finish(chunk, write)
+                        work.set_finished(ledger.finished(), rows)
             if ledger is not None:
                 work.set_finished(ledger.finished())
         torch.distributed.barrier()
+        self.replica.print_once(f"> {self.engine.describe_prompts()}")
         self.replica.print_once(_summary(Path(args.output)))
 
     def estimate(self) -> None:
@@ -171,7 +179,7 @@ class _Job:
         work = _Work(self.realigner, len(mine), max(len(mine), 1))
         start = time.monotonic()
         with Progress("estimating", work.total, None, work.look, shown=replica.leads and replica.number == 0):
-            rows = self._realign(mine)
+            rows = self.realigner.realign(self._read(mine))
             work.set_finished([0], rows)
         found = {"seconds": time.monotonic() - start, "rows": [summary_row(row) for row in rows]}
         parts = self._gather("estimate", found)
@@ -251,9 +259,10 @@ class _Job:
         torch.distributed.barrier()  # the store ends with the rank that holds it
         return parts
 
-    def _realign(self, indices: Sequence[int]) -> list[OutcomeRow]:
-        """Rows of these records. All ranks of the replica call it together."""
-        return self.realigner.realign(self.replica.share(self.inputs.read(indices)))
+    def _read(self, indices: Sequence[int]) -> list[RealignInput]:
+        """These records. All ranks of the replica call it together."""
+        found: list[RealignInput] = self.replica.share(self.inputs.read(indices))
+        return found
 
     def _folder(self) -> tuple[Path, Sequence[int]] | None:
         """The folder of the ledger, and the indices of its records; None where there is nothing to do."""
@@ -376,7 +385,8 @@ class _Work:
         self._here += len(rows)
 
     def look(self) -> Done:
-        at_hand, stage = min(self._chunk_records, self.total - self._finished), self._stage
+        stage = self._stage
+        at_hand = min(stage.records, self.total - self._finished)
         kept = f"{self._kept / self._here:.0%} kept here" if self._here else ""
         records = self._finished + int(at_hand * stage.settled / max(stage.turns, 1))
         share = (self._finished + at_hand * stage.share) / max(self.total, 1)

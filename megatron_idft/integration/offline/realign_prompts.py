@@ -35,8 +35,8 @@ from megatron_idft.hinted_decoding.prompt_trial import (
 )
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.stages.candidates import Floats
-from megatron_idft.hinted_decoding.stages.lockstep import Engine
-from megatron_idft.inference.requests import Completion, DecodeSettings, Request, Tokens
+from megatron_idft.hinted_decoding.stages.scheduler import Engine
+from megatron_idft.inference.requests import Completion, Request, Tokens
 from megatron_idft.integration.offline import program
 from megatron_idft.integration.offline.replica import Replica
 
@@ -54,8 +54,8 @@ class RememberingEngine:
     def decoded_tokens(self) -> int:
         return self._engine.decoded_tokens
 
-    def decode(self, requests: Sequence[Request], settings: DecodeSettings) -> Iterator[Completion]:
-        return self._engine.decode(requests, settings)
+    def serve(self, feed: Callable[[], Request | None]) -> Iterator[Completion]:
+        return self._engine.serve(feed)
 
     def score(self, sequences: Sequence[Tokens]) -> list[tuple[Floats, Floats]]:
         names = [np.asarray(sequence, dtype=np.int64).tobytes() for sequence in sequences]
