@@ -29,10 +29,11 @@ from megatron_idft.corpus.verification.answers import final_answer
 from megatron_idft.errors import InputError
 from megatron_idft.files import write_atomically
 from megatron_idft.hinted_decoding.output.outcomes import CandidateRow, OutcomeRow
+from megatron_idft.hinted_decoding.output.results import TRIAL
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.settings import RealignSettings
 
-CHOICE, TRIAL = "prompts.json", "prompt_trial"  # in the output folder: the choice, and the trial's own ledger
+CHOICE = "prompts.json"  # in the output folder
 FORMAT = 1
 _BARE = 0.25  # of the original's tokens
 _MOST, _LEAST, _OF_CORPUS = 32, 4, 8  # records by default: an eighth of the corpus between these

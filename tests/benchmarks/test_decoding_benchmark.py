@@ -16,8 +16,10 @@ def test_every_variant_is_measured(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads((tmp_path / "decoding.json").read_text())
     variants = result["variants"]
-    engine = ["engine 4 pairs", "engine 4 pairs, cuDNN allowed", "engine 1 pairs"]
-    assert list(variants) == [*engine, "no cache", "transformers.generate 4 rows"] and result["failed"] == {}
+    engine = ["engine 4 pairs", "engine 4 pairs, cuDNN allowed", "engine 4 rows"]
+    plain = "transformers.generate 4 rows, plain prompts"
+    others = ["engine 1 pairs", "no cache", "transformers.generate 4 rows"]
+    assert list(variants) == [*engine, plain, *others] and result["failed"] == {}
     for row in variants.values():
         [(short, long)] = row["seconds"]
         assert short > 0 and long > 0
@@ -27,7 +29,11 @@ def test_every_variant_is_measured(tmp_path):
         assert len(set(map(tuple, prefills["shapes"]))) > 10, "shapes that have not been seen"
         assert len(prefills["first_seconds"]) == len(prefills["second_seconds"]) == 20
     assert result["bytes_per_second"] > 0 and result["flops_per_second"] > 0
-    assert result["goals"] == [], "the goals are of other shapes"
+    rates = {name: row["tokens_per_second_whole"] for name, row in variants.items()}
+    *_, with_prompts, against_generate = result["goals"]
+    assert with_prompts["value"] == rates["engine 4 pairs"] / rates["engine 4 rows"]
+    assert against_generate["value"] == rates["engine 4 rows"] / rates[plain]
+    assert [goal["hit"] for goal in result["goals"]] == [goal["value"] >= goal["goal"] for goal in result["goals"]]
 
 
 def test_a_variant_that_fails_is_recorded_and_passed_over(monkeypatch, capsys):

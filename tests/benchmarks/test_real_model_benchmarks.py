@@ -37,15 +37,26 @@ def test_decoding_is_measured_row_for_row_beside_generate(tmp_path):
     run("decoding.py", "--shape", "smollm2-smoke", "--out", tmp_path, "--rows", 4)
     result = json.loads((tmp_path / "decoding.json").read_text())
     found = result["rows"]["4"]
-    assert found.pop("products_ms") > 0 and list(found) == ["greedy", "sampled", "pairs"]
-    for figures in found.values():
+    assert found.pop("products")["two_streams_bound"] > 0 and list(found) == ["greedy", "sampled", "cut", "pairs"]
+    for kind, figures in found.items():
         for name in ("engine", "generate"):
             [seconds] = figures["seconds"][name]
-            rows = 4  # of pairs, two for each response
+            rows = 8 if kind == "pairs" else 4
             assert figures["row_tokens_per_second"][name] == rows * result["new_tokens"] / seconds
             assert 0 < figures["step_ms"][name] < 1e3 * seconds
     assert found["greedy"]["equal_rows"] == 4, "the same model, the same prompts"
-    assert [goal["hit"] for goal in result["goals"]] == [f["times_generate"] >= 1.5 for f in found.values()]
+    single = [found[kind]["times_generate"] for kind in ("greedy", "sampled", "cut")]
+    rates = {kind: found[kind]["tokens_per_second"]["engine"] for kind in ("cut", "pairs")}
+    steps = {kind: found[kind]["step_ms"]["engine"] for kind in ("cut", "pairs")}
+    streams = [steps["cut"] / steps["pairs"], rates["pairs"] / rates["cut"]]
+    ends = result["natural_ends"]
+    assert sum(ends["lengths"]) == ends["engine"]["tokens"] == ends["generate"]["tokens"]
+    ended = [
+        ends["generate"]["seconds"] / ends["engine"]["seconds"],
+        ends["engine, pairs"]["tokens_per_second"] / ends["engine"]["tokens_per_second"],
+    ]
+    assert [goal["value"] for goal in result["goals"]] == [*single, *streams, *ended]
+    assert [goal["hit"] for goal in result["goals"]] == [goal["value"] >= goal["goal"] for goal in result["goals"]]
 
 
 def test_a_narrow_model_is_scored(tmp_path):

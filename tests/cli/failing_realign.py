@@ -10,5 +10,5 @@ def fail(*_):
     raise ZeroDivisionError("of mine")
 
 
-Realigner.realign = fail
+Realigner.realign_chunks = fail
 sys.exit(main(["realign", *sys.argv[1:]]))

@@ -98,6 +98,7 @@ def test_realign(folder, tmp_path):
         r"realigning:   0%, \? left, 0/4 records, 0 tokens, 00:00 so far",
         ENGINE + "*?",
         r"realigning: 100%, 00:00 left, 4/4 records, \d+ tokens, [\d,]+ tokens/s, \d+% kept here, 00:0\d so far",
+        r"> prompts had \d+ tokens, .*",
         r"> 1 of 1 chunks finished .*", r"> last part .*", r"> records: .*", r">(?! next).*" + "*?",
         r"> next: megatron-idft realign merge {output} --output FILE.jsonl; megatron-idft realign report {output}",
     ]  # fmt: skip

@@ -18,6 +18,7 @@ from megatron_idft.hinted_decoding.output.former_names import current_row, curre
 from megatron_idft.hinted_decoding.output.outcomes import OutcomeRow
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 
+TRIAL = "prompt_trial"  # the ledger of a trial of prompts, a chunk for each
 RETRIES = "retries"  # its folders 001, 002, … are ledgers of their own, for records that were errors before
 _INDICES = "indices.json"
 _NUMBER = re.compile(r"\d{3,}")

@@ -14,8 +14,7 @@ from megatron_idft.hinted_decoding.output.outcomes import (
     describe_reason,
     describe_tries,
 )
-from megatron_idft.hinted_decoding.output.results import read_outcomes, read_settings, retry_folders
-from megatron_idft.hinted_decoding.prompt_trial import TRIAL
+from megatron_idft.hinted_decoding.output.results import TRIAL, read_outcomes, read_settings, retry_folders
 
 
 def count_outcomes(folder: Path) -> dict[str, Counter[str]]:

@@ -22,9 +22,8 @@ from megatron_idft.corpus.scores.display import bounded
 from megatron_idft.errors import InputError, SettingsMismatch
 from megatron_idft.hinted_decoding.named_prompts import NamedPrompts
 from megatron_idft.hinted_decoding.output.outcomes import OUTCOME_SCHEMA, OutcomeRow
-from megatron_idft.hinted_decoding.output.results import recorded_prompts
+from megatron_idft.hinted_decoding.output.results import TRIAL, recorded_prompts
 from megatron_idft.hinted_decoding.prompt_trial import (
-    TRIAL,
     PromptNumbers,
     choose,
     chosen_templates,
