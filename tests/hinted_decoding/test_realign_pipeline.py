@@ -765,6 +765,20 @@ def test_the_next_chunk_begins_before_the_last_one_is_finished(tokenizer):
     assert any(at_hand), "a chunk is finished while another is at hand"
 
 
+def test_a_launch_with_room_for_many_chunks_leaves_them_to_others(tokenizer):
+    """The next one is asked for once a record of the last one has ended."""
+    engine = ScriptedEngine(tokenizer, {f"{name}/0/rollout/0": RIGHT for name in "ab"})
+    realigner = Realigner(engine, tokenizer, settings(), Verifier(), LeakFilter(), {})
+    left, ended = deque("ab"), []
+
+    def more():
+        ended.append(len(engine.calls))
+        return (len(left), [RealignInput(0, record(identity=left.popleft()))]) if left else None
+
+    assert [number for number, _ in realigner.realign_chunks(more)] == [2, 1]
+    assert ended[:2] == [0, 1]
+
+
 def test_ranks_that_do_not_lead_decide_the_same_from_what_is_shared(tokenizer):
     script = {"a/0/rollout/0": WRONG, "b/0/rollout/0": RIGHT, "a/0/analysis": "x\n# CoT", "a/0/hinted": RIGHT}
     records = [RealignInput(0, record(identity="a")), RealignInput(1, record(identity="b"))]

@@ -77,13 +77,17 @@ class Realigner:
         """Yield chunks with their outcomes, each when all its records have one.
 
         Args:
-            more: gives the next chunk, a number and at least one record, whenever there is room for responses beside
-                those that the records at hand need; None: there is none for now. The iterator ends when there is none
-                and none is at hand.
+            more: gives the next chunk, a number and at least one record, when there is room for responses beside
+                those that the records at hand need, and a record of the chunk before has ended: a launch whose rows
+                would hold many chunks leaves them to others. None: there is none for now. The iterator ends when
+                there is none and none is at hand.
         """
         chunks: dict[int, _Chunk] = {}  # by the numbers of their records
 
         def begin() -> list[Steps[None]]:
+            newest = next(reversed(chunks.values()), None)
+            if newest is not None and not newest.has_an_end:
+                return []
             given = more()
             if given is None:
                 return []
@@ -92,7 +96,7 @@ class Realigner:
             self._begun += len(tasks)
             self.progress.begin(len(tasks), chunk.turns)
             chunks.update(dict.fromkeys(range(first, self._begun), chunk))
-            return [self._steps(first + i, task) for i, task in enumerate(tasks)]
+            return [self._steps(first + i, task, chunk) for i, task in enumerate(tasks)]
 
         self._begun = 0
         for ended in self._scheduler.run(begin):
@@ -112,7 +116,7 @@ class Realigner:
     def _row(self, task: RecordTask) -> OutcomeRow:
         return task.row(self._provenance, self._fingerprint, rejected_texts=self._rejected_texts)
 
-    def _steps(self, record: int, task: RecordTask) -> Steps[None]:
+    def _steps(self, record: int, task: RecordTask, chunk: _Chunk) -> Steps[None]:
         """The turns of a record, one after the other, until one ends it."""
         for number in range(task.num_turns):
             turn = task.begin(number)
@@ -122,15 +126,17 @@ class Realigner:
             task.settle(turn)
             self.progress.settle(record, 1)
         self.progress.settle(record, task.num_turns - len(task.turns))
+        chunk.has_an_end = True
 
 
 @dataclass(slots=True)
 class _Chunk:
-    """missing: records without an outcome."""
+    """missing: records whose end was not looked at yet. has_an_end: a record has ended."""
 
     number: int
     tasks: list[RecordTask]
     missing: int
+    has_an_end: bool = False
 
     @property
     def turns(self) -> int:

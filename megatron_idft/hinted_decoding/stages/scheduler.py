@@ -137,6 +137,7 @@ class Scheduler:
         except StopIteration:
             del self._work[number]
             self._ended.append(number)
+            self._pause = 0
             return
         if isinstance(need, Score):
             self._scores[number] = need
