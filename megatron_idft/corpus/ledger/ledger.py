@@ -6,7 +6,7 @@
     unfinished/chunk-000012.<owner>.parquet   a part while it is written
 
 No launch talks to another: several processes, or jobs of an array on several machines, open the same folder on a shared
-file system. `kill -9` at any moment loses only the chunk in flight. The loop of every launch:
+file system. `kill -9` at any moment loses only the chunks in flight. The loop of every launch:
 
     with Ledger(folder, settings, num_chunks) as ledger:
         while not ledger.all_finished():
