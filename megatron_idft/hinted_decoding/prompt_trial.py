@@ -1,13 +1,11 @@
 """A trial of hint prompts on some records: what each of them leads to, and which are taken.
 
 A prompt is tried by hinted decoding as the job does it, once for each turn: no own response, no retry, no second
-prompt. A turn counts as kept where its response would be. Of these, a response with less than a quarter of the
-original's tokens is called bare: a model that is shown an answer may write the answer and nothing else, which is right
-and teaches nothing.
+prompt. A turn counts as kept where its response would be.
 
-The choice is made by the share of turns that are kept and not bare. Prompts within one standard error of the best are
-taken for equals, and among them the one with the highest mean phi is first, or, where that is equal too, the one that
-was named first. The second prompt is the best of the other kind, with or without an analysis, if it kept anything.
+The choice is made by the share of turns that are kept. Prompts within one standard error of the best are taken for
+equals, and among them the one with the highest mean phi is first, or, where that is equal too, the one that was named
+first. The second prompt is the best of the other kind, with or without an analysis, if it kept anything.
 Where no turn has an answer to compare with, "kept" means what it does for the job: ended by itself and without a
 phrase that betrays the hint. Then the choice says nothing about right or wrong.
 """
@@ -28,14 +26,13 @@ from megatron_idft.corpus.scores.estimates import ClusterSums, Estimate, Estimat
 from megatron_idft.corpus.verification.answers import final_answer
 from megatron_idft.errors import InputError
 from megatron_idft.files import write_atomically
-from megatron_idft.hinted_decoding.output.outcomes import CandidateRow, OutcomeRow
+from megatron_idft.hinted_decoding.output.outcomes import OutcomeRow
 from megatron_idft.hinted_decoding.output.results import TRIAL
 from megatron_idft.hinted_decoding.prompts import HintTemplate
 from megatron_idft.hinted_decoding.settings import RealignSettings
 
 CHOICE = "prompts.json"  # in the output folder
 FORMAT = 1
-_BARE = 0.25  # of the original's tokens
 _MOST, _LEAST, _OF_CORPUS = 32, 4, 8  # records by default: an eighth of the corpus between these
 _OTHER_DRAWS = 1_000_003  # added to the seed: what was chosen for its luck is not written again
 
@@ -45,7 +42,8 @@ class PromptNumbers(TypedDict):
 
     Attributes:
         right: None where no turn has an answer.
-        phi: mean per token of what was kept and is not bare; None where there is nothing.
+        bare: of responses rejected as such, that are hardly more than the answer which the prompt shows.
+        phi: mean per token of what was kept; None where there is nothing.
     """
 
     name: str
@@ -57,7 +55,6 @@ class PromptNumbers(TypedDict):
     right: EstimateNumbers | None
     kept: EstimateNumbers | None
     bare: EstimateNumbers | None
-    kept_not_bare: EstimateNumbers | None
     phi: EstimateNumbers | None
     tokens_per_turn: EstimateNumbers | None
     tokens: int
@@ -66,7 +63,7 @@ class PromptNumbers(TypedDict):
 class TrialSums(ClusterSums):
     """Contributions of one record."""
 
-    fields = ("turns", "answered", "right", "kept", "bare", "full", "phi", "phi_tokens", "tokens")
+    fields = ("turns", "answered", "right", "kept", "bare", "phi", "phi_tokens", "tokens")
 
 
 def trial_size(total: int, asked: int | None) -> int:
@@ -118,7 +115,6 @@ def measure(template: HintTemplate, rows: Iterable[OutcomeRow]) -> PromptNumbers
         "right": _json(sums.ratio("right", "answered")),
         "kept": _json(sums.ratio("kept", "turns")),
         "bare": _json(sums.ratio("bare", "turns")),
-        "kept_not_bare": _json(sums.ratio("full", "turns")),
         "phi": _json(sums.ratio("phi", "phi_tokens")),
         "tokens_per_turn": _json(sums.ratio("tokens", "turns")),
         "tokens": int(sums["tokens"]),
@@ -139,18 +135,12 @@ def _contribution(row: OutcomeRow) -> dict[str, float]:
         for candidate in turn["candidates"]:
             found["tokens"] += candidate["num_tokens"]
             found["right"] += comparable and candidate["verdict"] == "right"
+            found["bare"] += candidate["rejected_because"] == "bare"
             if candidate["accepted"]:
-                _add_kept(found, candidate, turn["original_num_tokens"])
+                found["kept"] += 1
+                found["phi"] += candidate["phi_sum"]
+                found["phi_tokens"] += candidate["num_tokens"]
     return found
-
-
-def _add_kept(found: dict[str, float], candidate: CandidateRow, original_tokens: int) -> None:
-    bare = candidate["num_tokens"] < _BARE * original_tokens
-    found["kept"] += 1
-    found["bare" if bare else "full"] += 1
-    if not bare:
-        found["phi"] += candidate["phi_sum"]
-        found["phi_tokens"] += candidate["num_tokens"]
 
 
 def choose(found: Sequence[PromptNumbers]) -> list[int]:
@@ -168,7 +158,7 @@ def _best(found: Sequence[PromptNumbers], among: Sequence[int]) -> int:
 
 
 def _share(found: PromptNumbers) -> Estimate:
-    share = found["kept_not_bare"]
+    share = found["kept"]
     return Estimate(0.0, None) if share is None else Estimate(share["value"], share["se"])
 
 
@@ -178,7 +168,7 @@ def describe_trial(found: Sequence[PromptNumbers], order: Sequence[int]) -> list
     lines = [
         f"prompts tried on {found[0]['records']:,} records, {turns:,} turns, of which {answered:,} have an answer to"
         " compare with:",
-        f"  {'prompt':<20}{'analysis':<10}{'right':<16}{'kept':<16}{'bare':<8}{'phi of the others':<20}tokens a turn",
+        f"  {'prompt':<20}{'analysis':<10}{'right':<16}{'kept':<16}{'bare':<8}{'phi of kept':<20}tokens a turn",
     ]
     for number, prompt in enumerate(found):
         place = "" if number not in order else f"  <- {('first', 'second')[order.index(number)]}"
@@ -195,8 +185,8 @@ def describe_trial(found: Sequence[PromptNumbers], order: Sequence[int]) -> list
         )
     if not any(_share(prompt).value > 0 for prompt in found):
         lines.append(
-            f"WARNING: no prompt led to a response that is kept and more than the bare answer; going on with"
-            f" {bounded(found[order[0]]['name'])}: look at the texts before you spend hours on it"
+            f"WARNING: no prompt led to a response that is kept; going on with {bounded(found[order[0]]['name'])}:"
+            " look at the texts before you spend hours on it"
         )
     return lines
 
@@ -217,9 +207,8 @@ def write_choice(
         "format": FORMAT,
         "order": [found[i]["name"] for i in order],
         "chosen": [{"name": found[i]["name"], "sha256": found[i]["sha256"]} for i in order],
-        "rule": "most turns kept and not bare; within one standard error of the best the highest phi;"
+        "rule": "most turns kept; within one standard error of the best the highest phi;"
         " second: the best of the other kind, with or without analysis",
-        "bare_below": _BARE,
         "prompts": found,
         "texts": f"{TRIAL}/parts, one file for each prompt in the order above",
         "job": job,

@@ -32,6 +32,8 @@ class RealignSettings:
         more_room: a response that `max_tokens` cut gets one more try with so many times as many; 0: none.
         fallback: the fate of a turn for which no candidate was accepted.
         original_weight: of turns that stay as they were, in the loss.
+        bare_below: a response with a hint in view and less than this share of the original's tokens is
+            rejected; 0: none.
         retries: further tries of hinted decoding by the first template; each with another seed.
         retry_slope_factor: each retry multiplies the slope of the mixing by this once more.
         regenerate: own responses only, one for each input: no hint, and no comparison with a reference, unless
@@ -60,6 +62,7 @@ class RealignSettings:
     more_room: float = 2.0
     fallback: Fallback = "drop"
     original_weight: float = 1.0
+    bare_below: float = 0.25
     retries: int = 2
     retry_slope_factor: float = 0.5
     regenerate: bool = False
@@ -75,7 +78,9 @@ class RealignSettings:
             analysis |= {"max_tokens": self.analysis_max_tokens, "marker": self.analysis_marker}
         rollouts = _sampling(self.rollout_sampling) | {"samples": self.rollout_samples}
         retry = {"retries": self.retries, "slope_factor": self.retry_slope_factor}
-        judge: dict[str, Any] = {}  # absent where it is not asked, as in folders that were begun before there was one
+        judge: dict[str, Any] = {}  # what is not asked is absent, as in folders that were begun before it could be
+        if self.bare_below:
+            judge["bare_below"] = self.bare_below
         if self.model_judge_threshold is not None:
             judge["model_judge"] = {"threshold": self.model_judge_threshold, "prompt": judge_sha256()}
         common = {

@@ -76,7 +76,7 @@ def test_a_trial_measures_one_hinted_try_of_every_turn(tokenizer):
     script = {
         "a/0/hinted": LONG,  # kept
         "a/1/hinted": "The answer is 8.",  # wrong, and the next turn is tried all the same
-        "a/2/hinted": "7",  # right and bare: the original is long
+        "a/2/hinted": "7",  # right and bare: the original is long, so not kept
         "b/0/hinted": ("on and on", "length"),
         "c/0/hinted": "By the reference answer, the answer is 7.",  # a leak
     }
@@ -88,8 +88,8 @@ def test_a_trial_measures_one_hinted_try_of_every_turn(tokenizer):
     ]
     found = measure(PLAIN, tried(tokenizer, PLAIN, script, *records, retries=2))
     assert (found["records"], found["turns"], found["turns_with_answer"]) == (4, 5, 5)
-    shares = {key: found[key]["value"] for key in ("right", "kept", "bare", "kept_not_bare")}
-    assert shares == {"right": 3 / 5, "kept": 2 / 5, "bare": 1 / 5, "kept_not_bare": 1 / 5}
+    shares = {key: found[key]["value"] for key in ("right", "kept", "bare")}
+    assert shares == {"right": 3 / 5, "kept": 1 / 5, "bare": 1 / 5}
     assert found["kept"]["se"] > 0 and found["phi"]["value"] != 0
     assert found["tokens"] == 5 * found["tokens_per_turn"]["value"] > 0
     assert (found["name"], found["sha256"], found["analysis"]) == ("plain", PLAIN.sha256, False)
@@ -115,7 +115,7 @@ def numbers(name: str, share: float, *, se=0.1, phi=0.0, analysis=False):
     estimate = {"value": share, "se": se}
     return {
         "name": name, "sha256": name, "analysis": analysis, "records": 9, "turns": 9, "turns_with_answer": 9,
-        "right": estimate, "kept": estimate, "bare": {"value": 0.0, "se": 0.0}, "kept_not_bare": estimate,
+        "right": estimate, "kept": estimate, "bare": {"value": 0.0, "se": 0.0},
         "phi": None if phi is None else {"value": phi, "se": 0.1}, "tokens_per_turn": None, "tokens": 0,
     }  # fmt: skip
 
@@ -137,7 +137,7 @@ def test_the_choice(found, order):
     assert choose(found) == order
     text = "\n".join(describe_trial(found, order))
     assert text.count("<- first") == 1 and text.count("<- second") == len(order) - 1
-    assert ("WARNING" in text) == all(prompt["kept_not_bare"]["value"] == 0 for prompt in found)
+    assert ("WARNING" in text) == all(prompt["kept"]["value"] == 0 for prompt in found)
 
 
 def test_the_sample_is_spread_and_no_more_than_there_is():

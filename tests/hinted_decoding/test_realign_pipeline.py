@@ -193,6 +193,33 @@ def test_rejections_and_fallbacks(tokenizer, hinted, why, fallback):
     assert written == {"messages": given.messages, "id": "r", "answer": "7", "source": "sums", "token": "kept"}
 
 
+LONG = "Three and four more make seven, and this is all that there is to say. " + RIGHT
+MORE = "Three and four more: " + RIGHT
+
+
+def test_a_bare_answer_is_rejected_where_the_original_says_more(tokenizer):
+    """A hinted one only, and only below the share that is asked for."""
+    messages = [{"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": LONG}]
+    script = {"r/0/rollout/0": WRONG, "r/0/analysis": "x\n# CoT", "r/0/hinted": "7", "r/0/retry/1": MORE}
+    [row], _ = run(tokenizer, script, record(messages=messages), retries=2)
+    assert stages(row) == [("rollout", "wrong", False), ("hinted", "bare", False), ("retry", None, True)]
+    assert row["turns"][0]["candidates"][1]["verdict"] == "right"
+    [row], _ = run(tokenizer, script, record(messages=messages), bare_below=0.0)
+    assert stages(row)[-1] == ("hinted", None, True)
+    [row], _ = run(tokenizer, script, record(messages=messages), retries=1, bare_below=0.99)
+    assert stages(row)[1:] == [("hinted", "bare", False), ("retry", "bare", False)] and row["status"] == "dropped"
+    assert row["turns"][0]["reason"] == "bare"
+    [row], _ = run(tokenizer, script | {"r/0/rollout/0": "7"}, record(messages=messages))
+    assert stages(row) == [("rollout", None, True)]
+
+
+def test_what_cannot_be_compared_may_be_bare_too(tokenizer):
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because of this, and of that."}]
+    script = {"r/0/rollout/0": ("on", "length"), "r/0/analysis": "x\n# CoT", "r/0/hinted": "It"}
+    [row], _ = run(tokenizer, script, record(answer=None, messages=messages), unverified="keep")
+    assert stages(row)[-1] == ("hinted", "bare", False) and row["status"] == "dropped"
+
+
 def test_a_phrase_of_the_question_is_no_leak(tokenizer):
     messages = [
         {"role": "user", "content": "3 + 4? Compare with the reference answer."},

@@ -326,7 +326,7 @@ def test_the_page_shows_the_numbers_of_the_json(tmp_path):
 
 def test_the_page_shows_the_trial_of_prompts(tmp_path):
     share = {"value": 0.625, "se": 0.171}
-    prompt = dict.fromkeys(("right", "kept", "bare", "kept_not_bare", "phi", "tokens_per_turn"), share)
+    prompt = dict.fromkeys(("right", "kept", "bare", "phi", "tokens_per_turn"), share)
     prompts = [prompt | {"name": "one", "analysis": False, "turns": 8}, dict.fromkeys(prompt) | {"name": "<two>"}]
     trial = {"order": ["one"], "rule": "the best", "prompts": [prompts[0], prompts[1] | {"analysis": True, "turns": 0}]}
     page, numbers = write_report(rows_once(), SETTINGS, tmp_path, "t", trial | {"sources": {"a": "long"}})

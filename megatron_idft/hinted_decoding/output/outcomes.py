@@ -17,7 +17,7 @@ from megatron_idft.corpus.scores.display import bounded
 Stage = Literal["rollout", "hinted", "second_hint", "retry"]
 TurnStage = Literal["rollout", "hinted", "second_hint", "retry", "original"]
 MarkerOrigin = Literal["model", "appended"]
-Rejection = Literal["wrong", "unverified", "unfinished", "leak"]
+Rejection = Literal["wrong", "unverified", "unfinished", "leak", "bare"]
 Status = Literal["kept", "dropped", "error"]
 
 Text = Annotated[str | None, pa.string()]

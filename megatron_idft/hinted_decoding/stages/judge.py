@@ -19,11 +19,21 @@ class Judge:
     Args:
         leaks: finds phrases that betray a hint.
         accept_unverified: also accept candidates that cannot be verified.
+        bare_below: reject candidates that were written with a hint in view and have less than this share of the
+            original's tokens: a model that is shown an answer may write the answer and nothing else.
         model: asks the model about candidates that nothing else can decide about; None: they stay undecided.
     """
 
-    def __init__(self, leaks: LeakFilter, *, accept_unverified: bool, model: ModelJudge | None = None):
+    def __init__(
+        self,
+        leaks: LeakFilter,
+        *,
+        accept_unverified: bool,
+        bare_below: float = 0.0,
+        model: ModelJudge | None = None,
+    ):
         self._leaks, self._accept_unverified, self._model = leaks, accept_unverified, model
+        self._bare_below = bare_below
 
     def can_decide(self, turn: Turn) -> bool:
         """Whether candidates of this turn can be found right at all."""
@@ -53,7 +63,7 @@ class Judge:
             undecided = [c for c in made if c.finished and c.leak is None and c.verdict in (None, "unknown")]
             yield from self._model.judge(turn, undecided)
         for candidate in made:
-            candidate.rejected_because = self._rejection(candidate)
+            candidate.rejected_because = self._rejection(turn, candidate)
             if turn.accepted is None and candidate.rejected_because is None:
                 candidate.accepted = candidate.verdict == "right" or not self.can_decide(turn)
 
@@ -65,11 +75,17 @@ class Judge:
                     candidate.accepted = True
                     return
 
-    def _rejection(self, candidate: Candidate) -> Rejection | None:
+    def _rejection(self, turn: Turn, candidate: Candidate) -> Rejection | None:
         if not candidate.finished:
             return "unfinished"
         if candidate.leak is not None:
             return "leak"
         if candidate.verdict == "wrong":
             return "wrong"
+        if candidate.stage != "rollout" and self._is_bare(turn, candidate):
+            return "bare"
         return None if candidate.verdict == "right" or self._accept_unverified else "unverified"
+
+    def _is_bare(self, turn: Turn, candidate: Candidate) -> bool:
+        end = len(turn.prompt.end_ids)  # the same in both, with the calls of the turn
+        return len(candidate.response_ids) - end < self._bare_below * (len(turn.prompt.original_ids) - end)

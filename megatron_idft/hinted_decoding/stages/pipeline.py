@@ -57,7 +57,8 @@ class Realigner:
         self._tokenizer, self._settings = tokenizer, settings
         threshold = settings.model_judge_threshold
         model = None if threshold is None else ModelJudge(tokenizer, threshold, settings.max_positions)
-        judge = Judge(leaks, accept_unverified=settings.unverified == "keep", model=model)
+        unverified = settings.unverified == "keep"
+        judge = Judge(leaks, accept_unverified=unverified, bare_below=settings.bare_below, model=model)
         self._chain = Chain(settings, tokenizer, judge)
         prompt = {} if settings.regenerate else {"prompt": settings.templates[0].sha256}
         self._provenance = {**provenance, **prompt}

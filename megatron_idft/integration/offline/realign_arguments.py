@@ -315,6 +315,14 @@ def _add_judging_arguments(group: Any) -> None:
         " long, as far as the context reaches. 0: not. Default 2.",
     )
     group.add_argument(
+        "--bare-below",
+        type=float,
+        metavar="SHARE",
+        default=None,
+        help="Reject a hinted response with less than this share of the original's tokens: a model that is shown an"
+        " answer may write it with nothing before it, which is right and teaches nothing. 0: none is. Default 0.25.",
+    )
+    group.add_argument(
         "--fallback",
         choices=("drop", "original", "retry"),
         metavar="{drop,original}",

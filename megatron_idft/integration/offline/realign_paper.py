@@ -31,6 +31,7 @@ PAPER_VALUES: dict[str, Any] = {
     "stop_on_first_token": False,
     "analysis_marker": "require",
     "more_room": 0.0,
+    "bare_below": 0.0,
     "retries": 0,
     "fallback": "drop",
     "unverified": "drop",

@@ -12,8 +12,8 @@ HINTED = (
     "rollouts", "paper", "hint_prompt", "prompt_trial_records", "no_analysis", "analysis_prompt", "analysis_max_tokens",
     "analysis_marker", "analysis_temperature", "analyses", "mix", "mix_slope", "hint_share", "first_token",
     "entropy_vocab_size", "temperature", "top_p", "top_k", "nucleus_before_temperature", "splitter",
-    "stop_on_first_token", "retries", "retry_slope_factor", "fallback", "after_retries", "original_weight",
-    "unverified", "leak_phrases", "verifier", "verifier_threshold",
+    "stop_on_first_token", "retries", "retry_slope_factor", "bare_below", "fallback", "after_retries",
+    "original_weight", "unverified", "leak_phrases", "verifier", "verifier_threshold",
 )  # fmt: skip
 VERIFYING = ("verifier_plugin", "verify_workers", "verify_timeout")
 UNUSED = (*HINTED, *VERIFYING)

@@ -30,7 +30,7 @@ WHOLE_NUMBERS_FROM_1 = (
     "verify_workers",
 )
 _WHOLE_NUMBERS_FROM_0 = ("rollout_samples", "retries", "top_k", "rollout_top_k", "repetition_ngram")
-_RETRIES, _MORE_ROOM = 2, 2.0
+_RETRIES, _MORE_ROOM, _BARE_BELOW = 2, 2.0, 0.25
 
 
 def check_realign_arguments(args: argparse.Namespace) -> None:
@@ -63,6 +63,8 @@ def check_realign_arguments(args: argparse.Namespace) -> None:
         raise ArgumentError(f"--kv-memory-gb {args.kv_memory_gb}: pass a number above 0")
     if args.more_room is not None and not (args.more_room == 0 or 1 <= args.more_room < float("inf")):
         raise ArgumentError(f"--more-room {args.more_room}: pass a number from 1, or 0")
+    if args.bare_below is not None and not 0 <= args.bare_below <= 1:
+        raise ArgumentError(f"--bare-below {args.bare_below}: pass a share of the original's tokens, from 0 to 1")
     if not LEAST_WEIGHT <= args.original_weight <= GREATEST_WEIGHT:
         raise ArgumentError(f"--original-weight {args.original_weight}: pass a weight above 0; see --fallback drop")
     if args.original_weight != 1 and "original" not in (last_resort(args), args.unverified):
@@ -170,6 +172,7 @@ def resolve_settings(
     former = begun or {}
     retries = 0 if _repeats_itself(args) else (former.get("retry") or {}).get("retries", 0) if begun else _RETRIES
     more_room = former.get("more_room", _MORE_ROOM)
+    bare_below = former.get("bare_below", 0.0) if begun else _BARE_BELOW
     marker = (former.get("analysis") or {}).get("marker", "append")
     return RealignSettings(
         seed=args.seed,
@@ -195,6 +198,7 @@ def resolve_settings(
         more_room=more_room if args.more_room is None else 0.0 if args.more_room <= 1 else args.more_room,
         fallback="original" if last_resort(args) == "original" else "drop",
         original_weight=args.original_weight,
+        bare_below=bare_below if args.bare_below is None else args.bare_below,
         retries=retries if args.retries is None else args.retries,
         retry_slope_factor=args.retry_slope_factor,
         regenerate=args.regenerate,
