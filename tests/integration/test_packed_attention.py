@@ -10,9 +10,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.training.packed_attention import (
     check_attention,
-    cumulative_lengths,
     document_mask,
     packed_sequence_parameters,
+    reads_bounds_on_host,
     validate_packed_arguments,
 )
 
@@ -21,26 +21,67 @@ BOUNDS = torch.tensor([[0, 2, 5, 6, 9, 9, 9, 9, 9, 9], [0, *[9] * 9]], dtype=tor
 
 
 def test_a_position_sees_its_own_document_up_to_itself():
-    mask = document_mask(BOUNDS)
+    mask = document_mask(BOUNDS, 9)
     assert mask.shape == (2, 1, 9, 9) and mask.dtype == torch.bool
     documents = ([0, 0, 1, 1, 1, 2, 3, 3, 3], [0] * 9)
+    assert torch.equal(mask, document_mask(BOUNDS[:, :5].contiguous(), 9)), "however often the end is repeated"
     for row, document in enumerate(documents):
         for i in range(9):
             for j in range(9):
                 assert bool(mask[row, 0, i, j]) != (j <= i and document[i] == document[j])
 
 
+ENGINE = Namespace(
+    transformer_impl="transformer_engine",
+    hybrid_layer_pattern=None,
+    micro_batch_size=1,
+    eval_micro_batch_size=None,
+    seq_length=9,
+    context_parallel_size=1,
+    mtp_num_layers=None,
+    position_embedding_type="rope",
+    apply_rope_fusion=True,
+    cuda_graph_impl="none",
+    cuda_graph_modules=[],
+    cuda_graph_scope_deprecated=None,
+)
+
+
+def engine(**changed):
+    return Namespace(**vars(ENGINE) | changed)
+
+
+def described(parameters):
+    """What a CUDA graph compares with what it has captured: shapes of tensors, everything else by value."""
+    return {
+        name: (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
+        for name, value in vars(parameters).items()
+    }
+
+
 @pytest.mark.parametrize("context_parallel_size", [1, 2])
-def test_packed_sequences_cover_the_row(context_parallel_size):
-    lengths = cumulative_lengths(BOUNDS[0])
-    assert lengths.tolist() == [0, 2, 5, 6, 9] and lengths.dtype == torch.int32
-    assert cumulative_lengths(BOUNDS[1]).tolist() == [0, 9]
-    made = packed_sequence_parameters(lengths, context_parallel_size)
-    assert made.qkv_format == "thd" and made.max_seqlen_q == made.max_seqlen_kv == 3 and made.total_tokens == 9
-    assert made.cu_seqlens_q is lengths and made.cu_seqlens_kv is lengths
-    padded = lengths if context_parallel_size > 1 else None
+def test_packed_sequences_cover_the_row_whatever_its_documents(context_parallel_size):
+    args = engine(context_parallel_size=context_parallel_size)
+    made, other = (packed_sequence_parameters(row, args) for row in BOUNDS)
+    assert described(made) == described(other)
+    assert made.qkv_format == "thd" and made.max_seqlen_q == made.max_seqlen_kv == 9
+    assert made.cu_seqlens_q is made.cu_seqlens_kv and made.cu_seqlens_q.equal(BOUNDS[0])
+    padded = made.cu_seqlens_q if context_parallel_size > 1 else None
     assert made.cu_seqlens_q_padded is padded and made.cu_seqlens_kv_padded is padded
+    assert made.seq_idx.dtype == torch.int32
     assert made.seq_idx.tolist() == [[0, 0, 1, 1, 1, 2, 3, 3, 3]], "for Mamba layers"
+    assert other.seq_idx.tolist() == [[0] * 9]
+
+
+ON_HOST = [("--mtp-num-layers", {"mtp_num_layers": 1}), ("--no-rope-fusion", {"apply_rope_fusion": False})]
+
+
+@pytest.mark.parametrize(("flag", "changed"), ON_HOST)
+def test_layers_that_loop_over_documents_get_no_more_than_there_are(flag, changed):
+    assert reads_bounds_on_host(engine(**changed)) == flag and reads_bounds_on_host(ENGINE) is None
+    made = packed_sequence_parameters(BOUNDS[0], engine(**changed))
+    assert made.cu_seqlens_q.tolist() == [0, 2, 5, 6, 9] and made.max_seqlen_q == 3
+    assert made.seq_idx.tolist() == [[0, 0, 1, 1, 1, 2, 3, 3, 3]]
 
 
 def softmax(**settings):
@@ -65,34 +106,31 @@ def test_attention_that_ignores_masks_is_refused():
 
 
 def test_transformer_engine_takes_one_pack_per_micro_batch():
-    args = Namespace(
-        transformer_impl="transformer_engine", hybrid_layer_pattern=None, micro_batch_size=1, eval_micro_batch_size=None
-    )
-    validate_packed_arguments(args)
+    validate_packed_arguments(ENGINE)
     for name in ("micro_batch_size", "eval_micro_batch_size"):
         with pytest.raises(ArgumentError, match=r"one per micro-batch\. Pass --micro-batch-size 1"):
-            validate_packed_arguments(Namespace(**vars(args) | {name: 2}))
+            validate_packed_arguments(engine(**{name: 2}))
 
 
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [
-        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
-        ({"cuda_graph_impl": "transformer_engine"}, "--cuda-graph-impl transformer_engine"),
-        ({"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl full_iteration"),
-        ({"enable_cuda_graph": True}, "--enable-cuda-graph"),
-        ({"external_cuda_graph": True}, "--external-cuda-graph"),
-    ],
-)
-def test_packed_sequences_and_cuda_graphs_are_refused_by_name(given, name):
-    args = {
-        "transformer_impl": "transformer_engine",
-        "hybrid_layer_pattern": None,
-        "micro_batch_size": 1,
-        "eval_micro_batch_size": None,
-        "cuda_graph_impl": "none",
-    }
-    validate_packed_arguments(Namespace(**args))
-    wanted = f"{name} cannot be used with packs.*Drop the flag, or train on unpacked records"
-    with pytest.raises(ArgumentError, match=wanted):
-        validate_packed_arguments(Namespace(**args | given))
+GRAPHS = [
+    ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
+    ({"cuda_graph_impl": "transformer_engine"}, "--cuda-graph-impl transformer_engine"),
+    ({"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl full_iteration"),
+    ({"enable_cuda_graph": True}, "--enable-cuda-graph"),
+    ({"external_cuda_graph": True}, "--external-cuda-graph"),
+]
+
+
+@pytest.mark.parametrize(("given", "name"), GRAPHS)
+def test_graphs_are_refused_with_packs_only_where_they_cannot_capture_them(given, name):
+    if "transformer_engine" in name or "external" in name:
+        with pytest.raises(ArgumentError, match=f"{name} captures attention and passes it tensors only.*without attn"):
+            validate_packed_arguments(engine(**given))
+        with pytest.raises(ArgumentError, match=f"{name} captures attention"):
+            validate_packed_arguments(engine(**given, cuda_graph_scope_deprecated=["full"]))
+        given = given | {"cuda_graph_modules": ["mlp"]}
+    validate_packed_arguments(engine(**given))
+    for flag, changed in ON_HOST:
+        with pytest.raises(ArgumentError, match=f"{name} cannot be used with packs and {flag}: .* Drop one of the two"):
+            validate_packed_arguments(engine(**given | changed))
+    validate_packed_arguments(engine(**given, apply_rope_fusion=False, position_embedding_type="none"))

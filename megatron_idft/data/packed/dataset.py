@@ -52,7 +52,7 @@ class PackedDataset(Dataset[Sample]):
     of a document is never a label, so no label crosses a border. The rest of the sequence is one more document,
     of padding. A sample holds, of shape [seq_length] unless said otherwise:
 
-        bounds        int32    (bounds) [seq_length + 1] 0, then the end of each document, then seq_length
+        bounds        int32    (bounds) [most_documents + 2] 0, then the end of each document, then seq_length
         tokens        int64    (inputs) the documents' ids[:-1], and pad_id
         position_ids  int64    (inputs) 0, 1, … within each document; without `bounds` in the whole sequence
         labels        int64    (labels) the documents' ids[1:] where trained, else -100
@@ -65,6 +65,8 @@ class PackedDataset(Dataset[Sample]):
             only, and then no id, mask or weight is read.
         bounds: whether samples hold these. Where each pack is one document, nobody needs them: attention is causal,
             so padding on the right is seen by nobody.
+        most_documents: of a pack of any reader. Bounds have one length in the whole run, as CUDA graphs want it; None
+            makes them as long as a sequence could need.
         multiple_of: every document is padded to a multiple of so many positions; context parallelism over c ranks
             cuts each document in 2 c parts.
         sources: for each reader its sources' numbers through all readers, by their numbers in the reader.
@@ -82,11 +84,13 @@ class PackedDataset(Dataset[Sample]):
         inputs: bool = True,
         labels: bool = True,
         bounds: bool = True,
+        most_documents: int | None = None,
         multiple_of: int = 1,
         sources: Sequence[Sequence[int]] | None = None,
     ):
         self.readers, self.seq_length, self.pad_id = dict(readers), seq_length, pad_id
         self.inputs, self.labels, self.bounds, self.multiple_of = inputs, labels, bounds, multiple_of
+        self.most_documents = seq_length - 1 if most_documents is None else most_documents
         self._sources = [np.array(numbers, dtype=np.int64) for numbers in sources or ()]
         self.sizes = [len(reader) for reader in self.readers.values()]
         self._ends = list(accumulate(self.sizes))
@@ -126,7 +130,7 @@ class PackedDataset(Dataset[Sample]):
         ends: NDArray[np.int64],
         sources: NDArray[np.int64] | None,
     ) -> Sample:
-        bounds = np.full(self.seq_length + 1, self.seq_length, dtype=np.int32)
+        bounds = np.full(self.most_documents + 2, self.seq_length, dtype=np.int32)
         bounds[0] = 0
         bounds[1 : len(ends) + 1] = ends
         sample = {"bounds": torch.from_numpy(bounds)} if self.bounds else {}

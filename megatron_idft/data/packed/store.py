@@ -183,6 +183,10 @@ class PackedStore:
         head = len(INDEX_HEADER) + _INDEX_COUNTS.size
         return self._map(".idx", np.uint8)[head : head + 4 * len(self)].view("<i4")
 
+    def most_documents(self) -> int:
+        """Of any pack."""
+        return int(np.diff(self._map(".packs.bin", np.int64)).max(initial=0))
+
     def origins(self, index: int) -> list[tuple[str, int]]:
         """The file and line (row) of each document of a pack."""
         packs = self._map(".packs.bin", np.int64)

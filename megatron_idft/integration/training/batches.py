@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megatron_idft.data.packed.dataset import INPUTS, LABELS
 from megatron_idft.integration.training.packed_attention import (
-    cumulative_lengths,
     document_mask,
     packed_sequence_parameters,
     stage_reads,
@@ -33,7 +32,7 @@ def get_batch(
     vp_stage: int | None,
     micro_batch_size: int,
     *,
-    packed: bool,
+    most_documents: int,
     sources: bool = False,
 ) -> dict[str, Any]:
     """This rank's share of the next micro-batch.
@@ -45,14 +44,16 @@ def get_batch(
         data_iterator: of samples of `PackedDataset`; read only where this stage reads any of a sample.
         vp_stage: the virtual stage.
         micro_batch_size: b.
-        packed: whether samples hold `bounds`.
+        most_documents: of a pack, so that `bounds` [b, most_documents + 2] have one shape in the whole run; 0 where
+            samples hold no bounds.
         sources: whether samples hold `sources`.
 
     Returns:
         tokens, labels, position_ids, sources [b, s/cp] int64 and loss_mask [b, s/cp] fp32, each None on stages that do
         not read it. With packs every stage has either attention_mask [b, 1, s, s] bool or packed_seq_params, the other
         is None; without, both are: attention is causal, and padding on the right is seen by nobody.
-        Collectives: one broadcast per tensor over the tensor-parallel group. THD synchronises with the host.
+        Collectives: one broadcast per tensor over the tensor-parallel group. Nothing synchronises with the host, but
+        see `packed_sequence_parameters`.
     """
     from megatron.core import mpu
     from megatron.core.utils import get_batch_on_this_cp_rank
@@ -62,10 +63,10 @@ def get_batch(
     inputs, labels = stage_reads(args, vp_stage)
     batch: dict[str, Any] = dict.fromkeys((*_DTYPES, "attention_mask", "packed_seq_params"))
     of_labels = (*LABELS, "sources") if sources else LABELS
-    keys = [*(("bounds",) if packed else ()), *(INPUTS if inputs else ()), *(of_labels if labels else ())]
+    keys = [*(("bounds",) if most_documents else ()), *(INPUTS if inputs else ()), *(of_labels if labels else ())]
     sample = next(data_iterator) if keys and mpu.get_tensor_model_parallel_rank() == 0 else None
     for key in keys:
-        shape = (micro_batch_size, args.seq_length + (key == "bounds"))
+        shape = (micro_batch_size, most_documents + 2 if key == "bounds" else args.seq_length)
         if sample is None:
             batch[key] = torch.empty(shape, dtype=_DTYPES[key], device=torch.cuda.current_device())
         else:
@@ -75,13 +76,12 @@ def get_batch(
             torch.distributed.broadcast(batch[key], source, group=group)
     bounds = batch.pop("bounds")
     lengths: dict[str, Any] = {}
-    if packed and takes_mask(args):
-        batch["attention_mask"] = document_mask(bounds)
+    if bounds is not None and takes_mask(args):
+        batch["attention_mask"] = document_mask(bounds, args.seq_length)
         return batch
-    if packed:
-        cu_seqlens = cumulative_lengths(bounds[0])
-        batch["packed_seq_params"] = packed_sequence_parameters(cu_seqlens, args.context_parallel_size)
-        lengths = {"cu_seqlens": cu_seqlens[None], "cu_seqlens_padded": None}
+    if bounds is not None:
+        parameters = batch["packed_seq_params"] = packed_sequence_parameters(bounds[0], args)
+        lengths = {"cu_seqlens": parameters.cu_seqlens_q[None], "cu_seqlens_padded": None}
     if args.context_parallel_size > 1 and (inputs or labels):
         # The sequence, or each document of a pack, in 2 c parts, this rank's first and last: core/utils.py.
         share = partial(get_batch_on_this_cp_rank, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
@@ -127,10 +127,10 @@ def forward_step(
     data_iterator: Iterator[dict[str, Tensor]],
     model: torch.nn.Module,
     *,
-    packed: bool,
+    most_documents: int,
     on_sources: OnSources = None,
 ) -> tuple[Tensor, Any]:
-    """One micro-batch through `model`; returns its output and the bound loss function."""
+    """One micro-batch through `model`; returns its output and the bound loss function. See `get_batch`."""
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_args, get_timers
 
@@ -140,7 +140,7 @@ def forward_step(
         data_iterator,
         get_attr_wrapped_model(model, "vp_stage"),
         args.micro_batch_size if model.training else args.eval_micro_batch_size,
-        packed=packed,
+        most_documents=most_documents,
         sources=on_sources is not None,
     )
     get_timers()("batch-generator").stop()
@@ -152,6 +152,6 @@ def forward_step(
         batch["attention_mask"],
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
-        **({"packed_seq_params": batch["packed_seq_params"]} if packed else {}),
+        **({"packed_seq_params": batch["packed_seq_params"]} if most_documents else {}),
     )
     return output, partial(loss_func, batch["loss_mask"])

@@ -89,6 +89,10 @@ class TrainingData:
         args: Megatron's.
         tokenizer: must be the one that packs were prepared with; they refuse another.
         named: what the flags name.
+
+    Attributes:
+        packed: whether samples hold several documents.
+        most_documents: of a pack, in training and validation; 0 where samples hold one document each.
     """
 
     def __init__(self, args: argparse.Namespace, tokenizer: ChatTokenizer, named: NamedData):
@@ -109,6 +113,7 @@ class TrainingData:
                 name: {prefix: _open(args, tokenizer, prefix) for prefix in prefixes}
                 for name, prefixes in named.valid.items()
             }
+        self.most_documents = max(store.most_documents() for store in self.opened) if self.packed else 0
         self.blend = Blend([len(store) for store in self.train.values()], self.weights, args.seed)
 
     @property
@@ -189,6 +194,7 @@ class TrainingData:
                 inputs=inputs,
                 labels=labels,
                 bounds=self.packed,
+                most_documents=self.most_documents,
                 multiple_of=_multiple_of(args) if self.packed else 1,
                 sources=numbers(stores),
             )

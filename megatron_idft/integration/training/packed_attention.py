@@ -64,18 +64,43 @@ def validate_packed_arguments(args: argparse.Namespace) -> None:
                 " apart without Transformer Engine: drop the flag, or train on unpacked records"
             )
         return
-    graphs = cuda_graph_flag(args)
-    if graphs is not None:
-        # transformer_engine asserts that there are none (transformer_layer.py); local finds other arguments than it
-        # captured (cuda_graphs.py); full_iteration meets the synchronisations of `get_batch` while it captures.
-        raise ArgumentError(
-            f"{graphs} cannot be used with packs: a CUDA graph replays one shape, and the documents of a pack are of"
-            " other numbers and lengths in every step. Drop the flag, or train on unpacked records"
-        )
+    _refuse_graphs(args)
     if max(args.micro_batch_size, args.eval_micro_batch_size or 1) > 1:
         raise ArgumentError(
             "packs are whole sequences already: Transformer Engine takes one per micro-batch. Pass --micro-batch-size 1"
             " and, for longer ones, prepare the data with a larger --seq-length"
+        )
+
+
+def reads_bounds_on_host(args: argparse.Namespace) -> str | None:
+    """The flag that makes Megatron's layers copy the documents' bounds to the host; None where none does."""
+    if args.mtp_num_layers:  # multi_token_prediction.py rolls one document after the other
+        return "--mtp-num-layers"
+    rotates = args.position_embedding_type not in ("learned_absolute", "relative", "none")
+    if rotates and not args.apply_rope_fusion:  # rope_utils.py rotates one document after the other
+        return "--no-rope-fusion"
+    return None
+
+
+def _refuse_graphs(args: argparse.Namespace) -> None:
+    graphs = cuda_graph_flag(args)
+    if graphs is None:
+        return
+    on_host = reads_bounds_on_host(args)
+    if on_host is not None:
+        raise ArgumentError(
+            f"{graphs} cannot be used with packs and {on_host}: with the latter, Megatron reads the bounds of a pack's"
+            " documents on the host, and a CUDA graph captures nothing that does. Drop one of the two, or train on"
+            " unpacked records"
+        )
+    modules = args.cuda_graph_modules or args.cuda_graph_scope_deprecated or ()
+    modules = {getattr(module, "name", module) for module in modules} - {"full"}
+    of_engine = graphs == "--external-cuda-graph" or args.cuda_graph_impl == "transformer_engine"
+    if of_engine and (not modules or "attn" in modules):  # transformer_layer.py, `_te_cuda_graph_replay`
+        raise ArgumentError(
+            f"{graphs} captures attention and passes it tensors only, but attention over packs is told the documents'"
+            " bounds by other means: pass --cuda-graph-impl local or full_iteration, or --cuda-graph-modules without"
+            " attn, or train on unpacked records"
         )
 
 
@@ -111,45 +136,56 @@ def check_attention(args: argparse.Namespace, model: list[torch.nn.Module]) -> N
                 )
 
 
-def document_mask(bounds: Tensor) -> Tensor:
+def document_mask(bounds: Tensor, seq_length: int) -> Tensor:
     """The mask of attention: no token sees other documents, or later tokens.
 
     Args:
-        bounds: [b, s + 1] int32, ascending from 0 to s; repeated entries bound nothing.
+        bounds: [b, n] int32, ascending from 0 to s; repeated entries bound nothing.
+        seq_length: s.
 
     Returns:
         [b, 1, s, s] bool, True where position i (third axis) must not see position j. Padding is a document as well,
         so every row sees itself.
     """
-    positions = torch.arange(bounds.shape[1] - 1, dtype=bounds.dtype, device=bounds.device)
+    positions = torch.arange(seq_length, dtype=bounds.dtype, device=bounds.device)
     document = torch.searchsorted(bounds, positions.repeat(len(bounds), 1), right=True)
     other = document[:, None, :, None] != document[:, None, None, :]
     return other | (positions[:, None] < positions)
 
 
-def cumulative_lengths(bounds: Tensor) -> Tensor:
-    """[s + 1] int32 -> [documents + 1] int32: the bounds without repetitions. Synchronises with the host."""
-    unique: torch.Tensor = torch.unique_consecutive(bounds)
-    return unique
-
-
-def packed_sequence_parameters(cu_seqlens: Tensor, context_parallel_size: int) -> Any:
+def packed_sequence_parameters(bounds: Tensor, args: argparse.Namespace) -> Any:
     """`PackedSeqParams` for one row of documents that follow each other without gaps.
+
+    They are of the same shape for every row, and the longest document counts as long as the sequence: so nothing is
+    copied to the host, CUDA graphs can capture them, and cuDNN makes one plan. Documents of length 0 at the end are
+    what Transformer Engine itself pads its batches with. Only for layers that read the bounds on the host in any case
+    (`reads_bounds_on_host`) they are exact: fewer documents to loop over, and rotary angles of the longest one.
 
     A document's padding (to a multiple of 2 c under context parallelism) counts as its end, where nobody sees it, so
     the padded lengths are the lengths.
+
+    Args:
+        bounds: [n] int32, ascending from 0 to the sequence length, which may be repeated.
+        args: Megatron's.
     """
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    longest = int(cu_seqlens.diff().max())
-    padded = cu_seqlens if context_parallel_size > 1 else None
+    longest = args.seq_length
+    positions = torch.arange(args.seq_length, dtype=bounds.dtype, device=bounds.device)
+    # For Mamba layers. Megatron would derive it from `total_tokens`, by an operation that synchronises.
+    documents = torch.searchsorted(bounds, positions, right=True, out_int32=True)[None] - 1
+    if reads_bounds_on_host(args) is not None:
+        bounds = torch.unique_consecutive(bounds)
+        longest = int(bounds.diff().max())
+    padded = bounds if args.context_parallel_size > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
         cu_seqlens_q_padded=padded,
         cu_seqlens_kv_padded=padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        total_tokens=int(cu_seqlens[-1]),  # lets Mamba layers tell documents apart
+        seq_idx=documents,
+        pad_between_seqs=False,
     )

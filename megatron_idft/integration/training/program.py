@@ -185,7 +185,10 @@ class ChatTraining(TrainerIntegration):
     def forward_step(self, data_iterator: Any, model: torch.nn.Module) -> Any:
         """The `forward_step_func` of `pretrain()`: one micro-batch of records or of packs."""
         on_sources = self._note_sources if self._source_names else None
-        return batches.forward_step(data_iterator, model, packed=self.trains_packs, on_sources=on_sources)
+        assert self.data is not None
+        return batches.forward_step(
+            data_iterator, model, most_documents=self.data.most_documents, on_sources=on_sources
+        )
 
     def _note_sources(self, sources: torch.Tensor | None) -> None:
         for hook in self._hooks:
