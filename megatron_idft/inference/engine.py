@@ -271,20 +271,27 @@ class DecodeEngine:
             raise InputError(f"request {request.id} has a hinted prompt, but the settings name no mixing")
         if settings.stopping.splitter and settings.stopping.piece is None:
             raise InputError("a splitter is searched in the text of the tokens: pass `piece` with it")
-        self._require_room([min(n + settings.stopping.max_tokens, self.max_positions) for n in lengths])
-        return Response(number, request, settings)
+        return Response(number, request, settings, self._longest(lengths, settings.stopping))
 
-    def _require_room(self, positions: Sequence[int]) -> None:
-        """For the rows of one response, of up to so many positions, beside nothing else."""
+    def _longest(self, prompts: Sequence[int], stopping: Stopping) -> int:
+        """The tokens that a response may have: as many as asked for, or as the memory holds beside nothing else."""
+        tokens = stopping.max_tokens
+        must = tokens if stopping.must_fit is None else min(stopping.must_fit, tokens)
+        while (needed := self._bytes(prompts, tokens)) > self.cache.memory_bytes:
+            if tokens == must:
+                raise UserError(
+                    f"keys and values of one response take up to {_size(needed)} on each rank, and"
+                    f" {_size(self.cache.memory_bytes)} are free for them: lower the longest response or --seq-length,"
+                    " raise --kv-memory-gb, or split the model over more GPUs (--tensor-model-parallel-size)"
+                )
+            tokens = max(must, tokens - self.cache.block_size)
+        return tokens
+
+    def _bytes(self, prompts: Sequence[int], tokens: int) -> int:
+        """Of the blocks of one response of so many tokens, and of the block that is nobody's."""
         size = self.cache.block_size
-        needed = sum(-(-n // size) for n in positions) + 1  # and the block that is nobody's
-        block = size * self.cache.bytes_per_token
-        if needed * block > self.cache.memory_bytes:
-            raise UserError(
-                f"keys and values of one response take up to {_size(needed * block)} on each rank, and"
-                f" {_size(self.cache.memory_bytes)} are free for them: lower the longest response or --seq-length,"
-                " raise --kv-memory-gb, or split the model over more GPUs (--tensor-model-parallel-size)"
-            )
+        blocks = sum(-(-min(n + tokens, self.max_positions) // size) for n in prompts) + 1
+        return blocks * size * self.cache.bytes_per_token
 
     def _open_pool(self) -> BlockPool:
         before = self.cache.pool
@@ -386,7 +393,7 @@ class DecodeEngine:
                 response.split_at = count
         if token in stopping.stop_ids and (count > 1 or stopping.stop_on_first_token):
             return "eos"
-        if count >= stopping.max_tokens:
+        if count >= response.max_tokens:
             return "length"
         if max(row.length for row in response.rows()) + 1 >= self.max_positions:
             return "context"

@@ -97,6 +97,7 @@ class Stopping:
     Attributes:
         stop_ids: the first of these ends the response.
         max_tokens: the longest response.
+        must_fit: tokens for which there must be memory; None: `max_tokens`. A response of more ends where that does.
         stop_on_first_token: also as the very first token, which the authors' code ignores.
         repetition: None: never looked for.
         splitter: text after which the hinted stream is dropped; searched in the joined texts of the single tokens.
@@ -109,6 +110,7 @@ class Stopping:
     repetition: Repetition | None = None
     splitter: str | None = None
     piece: Callable[[int], str] | None = None
+    must_fit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,16 +25,28 @@ class Response:
 
     Attributes:
         number: how many began before it.
+        max_tokens: the longest that it may become.
         plain, hinted: its rows; hinted None where only the plain stream runs.
         values: of each token: log_prob, entropy, hint share, hinted entropy.
         tail: text of the last tokens, where a splitter is looked for.
         split_at: after so many tokens it was found.
     """
 
-    __slots__ = ("hinted", "number", "plain", "request", "settings", "split_at", "tail", "tokens", "values")
+    __slots__ = (
+        "hinted",
+        "max_tokens",
+        "number",
+        "plain",
+        "request",
+        "settings",
+        "split_at",
+        "tail",
+        "tokens",
+        "values",
+    )
 
-    def __init__(self, number: int, request: Request, settings: DecodeSettings) -> None:
-        self.number, self.request, self.settings = number, request, settings
+    def __init__(self, number: int, request: Request, settings: DecodeSettings, max_tokens: int) -> None:
+        self.number, self.request, self.settings, self.max_tokens = number, request, settings, max_tokens
         self.tokens: list[int] = []
         self.values: list[NDArray[np.float64]] = []
         self.tail = ""

@@ -109,7 +109,7 @@ def settings(max_tokens):
 def run(pool, requests, lengths, max_rows=100):
     """Decode `requests` without a model, each to its length; rows at once in each step, and how many gave way."""
     pending = iter(requests)
-    scheduler = Scheduler(pool, max_rows, lambda number, request: Response(number, request, settings(10**6)))
+    scheduler = Scheduler(pool, max_rows, lambda number, request: Response(number, request, settings(10**6), 10**6))
     counts, done = [], []
     while True:
         scheduler.grow()

@@ -374,6 +374,8 @@ def test_too_little_memory_for_one_response_is_an_error_and_less_than_for_all_ch
             "interrupted": case | {"interrupted": True, "max_rows": 2},
             "room for one": case | {"max_rows": 7, "memory_bytes": longest * block, "counted": True},
             "too little": case | {"memory_bytes": (longest - 1) * block, "refused": True},
+            "no more": case
+            | {"memory_bytes": (longest - 1) * block, "stopping": case["stopping"] | {"must_fit": 5, "max_tokens": 12}},
             "room for all": case | {"max_rows": 7, "counted": True},
         },
     )
@@ -384,8 +386,11 @@ def test_too_little_memory_for_one_response_is_an_error_and_less_than_for_all_ch
     assert f"{block // 8:,} bytes per token in blocks of 128" in described
     blocks = 1 + 2 * 2 * 96 // 8
     assert f"{blocks * block / 2**20:.2f} MiB for keys and values" in first and f"{blocks} blocks of 8 posi" in first
-    assert len(more) == 2, "a line for each change"
+    assert len(more) == 3, "a line for each change"
     assert "raise --kv-memory-gb" in found["too little"]
+    cut = [got["tokens"] for got in found["no more"]]
+    assert cut == [got["tokens"][: 5 if i == 2 else 12] for i, got in enumerate(everyone)]
+    assert len(everyone[2]["tokens"]) > 5, "only the longest pair has less than it asks for"
 
 
 @pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2"])

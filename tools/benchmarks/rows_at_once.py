@@ -66,7 +66,9 @@ def in_blocks(gib: float, hinted: bool, size: int, mean: float) -> AtOnce:
 
     pool = BlockPool(int(gib * 2**30) // (size * BYTES_PER_TOKEN), size)
     left = list(range(responses))[::-1]
-    scheduler = Scheduler(pool, rows, lambda number, given: Response(number, given, settings))
+    scheduler = Scheduler(
+        pool, rows, lambda number, given: Response(number, given, settings, settings.stopping.max_tokens)
+    )
     counts: list[int] = []
     while True:
         scheduler.grow()

@@ -182,8 +182,8 @@ class Chain:
             return
         # The same draws write the same beginning.
         wider = replace(batch, words=f"{batch.words} with more room")
-        longest = math.ceil(settings.more_room * longest)
-        done = yield from self._decode(turn, [requests[i] for i in cut], wider, longest)
+        more = math.ceil(settings.more_room * longest)
+        done = yield from self._decode(turn, [requests[i] for i in cut], wider, more, must_fit=longest)
         shorter = {id(made[i]) for i in cut}
         turn.candidates = [candidate for candidate in turn.candidates if id(candidate) not in shorter]
         longer = [self._candidate(turn, completion, stage, batch) for completion in done]
@@ -202,12 +202,19 @@ class Chain:
         return candidate
 
     def _decode(
-        self, turn: Turn, requests: Sequence[Request], batch: _Batch, max_tokens: int
+        self,
+        turn: Turn,
+        requests: Sequence[Request],
+        batch: _Batch,
+        max_tokens: int,
+        *,
+        must_fit: int | None = None,
     ) -> Steps[list[Completion]]:
         settings, mixing = self._settings, batch.mixing
         stopping = Stopping(
             stop_ids=self._stop_ids(turn),
             max_tokens=max_tokens,
+            must_fit=must_fit,
             stop_on_first_token=mixing is None or settings.stop_on_first_token,
             repetition=settings.repetition,
             splitter=settings.splitter if mixing is not None else None,
