@@ -31,6 +31,12 @@ right samples, no leak phrase.
 
 The tempered samples came in when 2 of 394 plain ones had turned out right, too few for a mean. Expected of them: 2 to
 6 % right, mean phi +0.5 to +0.7, so that the defaults may well miss this mark.
+
+With seed 2026 the defaults kept 96 %, of which three in ten were bare. Since then `realign` rejects bare responses, the
+seed is another, and every way runs at one commit. Expected of that: the defaults keep 80 to 92 %, no text bare, phi
++0.3 to +0.45, as longer texts are less sure than bare answers, for a fifth more decoded tokens; the same share of right
+own samples, so the mark of phi stays undecided; self-distillation, whose bare texts are rejected too and which has
+neither retry nor second prompt, 40 to 55 %; --paper 0 to 8 %.
 """
 
 from __future__ import annotations
@@ -70,7 +76,7 @@ def main() -> int:
     parser.add_argument("--hf-model", type=Path, required=True, help="the folder of examples/real_model/fetch.py")
     parser.add_argument("--out", type=Path, required=True, help="the folder of all ways, and of the JSON")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="the ways to run; default: all")
-    parser.add_argument("--seed", type=int, default=2026, help="of the problems and the draws; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=2027, help="of the problems and the draws; default: %(default)s")
     parser.add_argument("--records", type=int, default=200, help="number of problems; default: %(default)s")
     parser.add_argument("--samples", type=int, default=4, help="own samples of a problem; default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=320, help="longest response; default: %(default)s")
