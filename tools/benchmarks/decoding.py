@@ -19,8 +19,9 @@ uniform distributions is another problem. In one process, on one device:
     …, cuDNN allowed       the engine with cuDNN's attention among torch's choices: most pairs of the list
     prefills               of 20 shapes, each for the first and for the second time, with cuDNN and without
 
-One after the other, in the order of --pairs; each is printed and written to RESULTS/decoding.json when it is done, and
-one that fails (out of memory) is recorded and passed over. For the 7b shape (c) has 8 rows: its logits of whole prompts
+One after the other, in the order of --pairs, but for what is compared with one stream, which takes turns, as the speed
+of a shared machine drifts; each is printed and written to RESULTS/decoding.json when it is done, and one that fails
+(out of memory) is recorded and passed over. For the 7b shape (c) has 8 rows: its logits of whole prompts
 in fp32 fill a GPU with more. Tokens are those of responses; row tokens count both rows of a pair.
 
 (b) and (c) are a transformers Qwen2 of the same shape. The time of a step is that of long responses less that of short
@@ -78,7 +79,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "pairs": (1, 2, 4, 8, 16, 32),
         "one_stream": 32,
         "generate_rows": 64,
-        "rounds": 3,
+        "rounds": 5,
     },
     # Qwen2.5-7B
     "7b": {
@@ -322,39 +323,54 @@ class Variant(NamedTuple):
     cudnn: bool = False
 
 
-def variants(programs: Programs, shape: dict[str, Any], all_pairs: Sequence[int]) -> dict[str, Variant]:
-    """In the order in which they are measured."""
+def variants(programs: Programs, shape: dict[str, Any], all_pairs: Sequence[int]) -> list[dict[str, Variant]]:
+    """In the order in which they are measured; those of one group in turn."""
     lengths, uncached, most = shape["responses"], shape["uncached"], max(all_pairs)
     single, prompts = shape["one_stream"], shape["prompts"]
-    found = {}
+    found: list[dict[str, Variant]] = []
     for pairs in all_pairs:
         variant = Variant(lambda n, p=pairs: programs.run_engine(p, n), lengths, pairs, prompts)
-        found[f"engine {pairs} pairs"] = variant
-        if pairs == most:
-            found[f"engine {pairs} pairs, cuDNN allowed"] = variant._replace(cudnn=True)
+        found.append({f"engine {pairs} pairs": variant})
         if pairs == single:
-            found[f"engine {single} rows"] = Variant(
+            found[-1][f"engine {single} rows"] = Variant(
                 lambda n: programs.run_engine(single, n, paired=False), lengths, single, prompts[1:]
             )
-            found[f"transformers.generate {single} rows, plain prompts"] = Variant(
+            found[-1][f"transformers.generate {single} rows, plain prompts"] = Variant(
                 lambda n: programs.run_generate_plain(single, n), lengths, single, prompts[1:]
             )
-    found["no cache"] = Variant(programs.run_without_cache, (uncached // 2, uncached), 1, prompts)
+        if pairs == most:
+            found.append({f"engine {pairs} pairs, cuDNN allowed": variant._replace(cudnn=True)})
+    found.append({"no cache": Variant(programs.run_without_cache, (uncached // 2, uncached), 1, prompts)})
     rows = min(2 * most, shape["generate_rows"])
     generate = Variant(lambda n: programs.run_generate(rows // 2, n), lengths, rows, prompts[:1])
-    return found | {f"transformers.generate {rows} rows": generate}
+    return [*found, {f"transformers.generate {rows} rows": generate}]
 
 
-def measure(variant: Variant, programs: Programs, rounds: int) -> dict[str, Any]:
-    """Times of short and long responses, and what follows from them."""
-    cache, device = programs.engine.cache, programs.device
+def measure(
+    group: dict[str, Variant], programs: Programs, rounds: int, failed: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Times of short and long responses, in turn, and what follows from them for each."""
+    times: dict[str, list[list[float]]] = {title: [] for title in group}
     programs.engine._forward.close()  # graphs hold the attention that they were captured with
-    cache.cudnn = variant.cudnn
-    times = []
     for _ in range(rounds + 1):
-        times.append([seconds(lambda n=n: variant.run(n), device) for n in variant.lengths])
-    cache.cudnn = False
-    times = times[1:]  # the first compiles, captures and allocates
+        for title, variant in group.items():
+            if title not in failed:
+                with failures(title, failed):
+                    times[title].append(times_of(variant, programs))
+    # The first compiles, captures and allocates.
+    return {title: figures(group[title], times[title][1:], programs) for title in group if title not in failed}
+
+
+def times_of(variant: Variant, programs: Programs) -> list[float]:
+    cache = programs.engine.cache
+    cache.cudnn = variant.cudnn
+    try:
+        return [seconds(lambda n=n: variant.run(n), programs.device) for n in variant.lengths]
+    finally:
+        cache.cudnn = False
+
+
+def figures(variant: Variant, times: list[list[float]], programs: Programs) -> dict[str, Any]:
     short, long = variant.lengths
     step = statistics.median((b - a) / (long - short) for a, b in times)
     whole = statistics.median(b for _, b in times)
@@ -453,16 +469,16 @@ def main() -> int:
     }
     itemsize = torch.empty((), dtype=programs.dtype).element_size()
     planned = variants(programs, shape, all_pairs)
-    for number, (title, variant) in enumerate(planned.items()):
+    for number, group in enumerate(planned):
         if number == 1:  # behind what matters most
             for label, cudnn in (("without cuDNN", False), ("cuDNN allowed", True)):
                 with failures(f"prefills, {label}", failed):
                     prefills[label] = found = measure_prefills(programs, shape, cudnn)
                     more = found["ms_more_for_a_new_shape"]
                     print(f"{f'prefills, {label}':36}{more:9.2f} ms more for a new shape", flush=True)
-        with failures(title, failed):
-            row = measure(variant, programs, rounds)
+        for title, row in measure(group, programs, rounds, failed).items():
             if title.startswith("engine"):
+                variant = group[title]
                 row["floor_ms"] = 1e3 * ceiling.floor_seconds(shape, variant.responses, variant.prompts, itemsize)
                 row["share_of_floor"] = row["floor_ms"] / row["step_ms"]
             rows[title] = row

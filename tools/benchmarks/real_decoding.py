@@ -51,6 +51,7 @@ from real_model import Conversation
 
 GENERATE_GOAL, TWO_STREAMS_GOAL = 1.5, 0.6
 ROWS, TOKENS, ROUNDS = (8, 32), 64, 1
+STREAM_ROUNDS = 3  # of pairs and rows in turn, by the engine
 ENDED, ENDED_ROWS, ENDED_TOKENS = 64, 32, 256  # responses to their natural ends, at once, at most
 CUT = {"temperature": 0.3, "top_p": 0.95}
 KINDS: dict[str, dict[str, Any]] = {
@@ -62,11 +63,15 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class Decoded(NamedTuple):
-    """Token ids of each response, when each step ended, and the seconds of the passes over prompts."""
+    """Token ids of each response, when each step ended, and the seconds of the passes over prompts.
+
+    cpu_stamps: the same as `stamps` in the process's processor time; only of the engine.
+    """
 
     ids: list[np.ndarray]
     stamps: list[float]
     prompts_seconds: float
+    cpu_stamps: Sequence[float] = ()
 
 
 class Linear:
@@ -123,6 +128,7 @@ def main(options: argparse.Namespace) -> int:
             for kind in KINDS:
                 found[kind] = figures = measure(engine, model, records[:rows], kind, tokens, rounds)
                 save(show(kind, rows, figures))
+            found["streams"] = measure_streams(engine, records[:rows], tokens, rounds if smoke else STREAM_ROUNDS)
             save(compare_streams(rows, found))
         engine.max_rows = ended_rows
         stop_ids = find_stop_ids(options, model)
@@ -189,6 +195,23 @@ def measure(
     return result
 
 
+def measure_streams(engine: Any, records: list[Conversation], tokens: int, rounds: int) -> dict[str, list[float]]:
+    """What pairs reach of one stream's tokens/s, round by round, each in turn: the machine's speed drifts."""
+    found: dict[str, list[float]] = {"step": [], "step_cpu": [], "whole": [], "whole_cpu": []}
+    for _ in range(rounds):
+        steps, cpu_steps, whole = {}, {}, {}
+        for kind in ("cut", "pairs"):
+            decoded: list[Decoded] = []
+            whole[kind] = real_model.timed(lambda: decoded.append(run_engine(engine, records, kind, tokens)))  # noqa: B023 - called at once
+            steps[kind] = statistics.median(np.diff(decoded[0].stamps).tolist())
+            cpu_steps[kind] = statistics.median(np.diff(decoded[0].cpu_stamps).tolist())
+        found["step"].append(steps["cut"] / steps["pairs"])
+        found["step_cpu"].append(cpu_steps["cut"] / cpu_steps["pairs"])
+        found["whole"].append(whole["cut"][0] / whole["pairs"][0])
+        found["whole_cpu"].append(whole["cut"][1] / whole["pairs"][1])
+    return found
+
+
 def show(kind: str, rows: int, figures: dict[str, Any]) -> list[dict[str, Any]]:
     for name, value in figures["step_ms"].items():
         print(
@@ -207,13 +230,12 @@ def show(kind: str, rows: int, figures: dict[str, Any]) -> list[dict[str, Any]]:
 def compare_streams(rows: int, found: dict[str, Any]) -> list[dict[str, Any]]:
     """Tokens/s of pairs as a share of those of as many own responses."""
     name = f"{rows} pairs against one stream of {rows} rows"
-    one, two = found["cut"], found["pairs"]
     print(f"  {name}: at most {found['products']['two_streams_bound']:.2f} by the products alone", flush=True)
-    step = one["step_ms"]["engine"] / two["step_ms"]["engine"]
-    whole = two["tokens_per_second"]["engine"] / one["tokens_per_second"]["engine"]
+    share = {kind: statistics.median(values) for kind, values in found["streams"].items()}
+    print(f"  by processor time {share['step_cpu']:.2f} by step, {share['whole_cpu']:.2f} with prompts", flush=True)
     return [
-        real_model.goal(f"{name}, by step", step, TWO_STREAMS_GOAL),
-        real_model.goal(f"{name}, with prompts", whole, TWO_STREAMS_GOAL),
+        real_model.goal(f"{name}, by step", share["step"], TWO_STREAMS_GOAL),
+        real_model.goal(f"{name}, with prompts", share["whole"], TWO_STREAMS_GOAL),
     ]
 
 
@@ -298,7 +320,7 @@ def run_engine(
     requests = [Request(str(i), each.prompt, each.hinted if paired else None) for i, each in enumerate(records)]
     sampling = Sampling(**KINDS[kind], cut_before_temperature=KINDS[kind] is CUT)
     settings = DecodeSettings(sampling, Stopping(stop_ids, tokens), Linear(engine.vocab_size))
-    stamps: list[float] = []
+    stamps: list[tuple[float, float]] = []
     found: dict[str, np.ndarray] = {}
     engine.forget_prompts()
     with (
@@ -307,17 +329,18 @@ def run_engine(
     ):
         for completion in engine.decode(requests, settings):
             found[completion.request.id] = completion.token_ids
-    return Decoded([found[request.id] for request in requests], stamps, sum(seconds))
+    walls, cpus = zip(*stamps, strict=True)
+    return Decoded([found[request.id] for request in requests], list(walls), sum(seconds), cpus)
 
 
 @contextmanager
-def stamped(engine: Any, stamps: list[float]) -> Iterator[None]:
-    """Collects when each step's values were known."""
+def stamped(engine: Any, stamps: list[tuple[float, float]]) -> Iterator[None]:
+    """Collects when each step's values were known, on the clock and in processor time."""
     step = engine._step
 
     def timed(*arguments: Any) -> Any:
         values = step(*arguments)
-        stamps.append(time.perf_counter())
+        stamps.append((time.perf_counter(), time.process_time()))
         return values
 
     engine._step = timed
