@@ -6,10 +6,13 @@ Derived from what each operation of the layer saves for its backward pass, in me
   norms and dropout. Attention is written out, so s x s scores are kept.
 - Transformer Engine: norms fused into the linear layer after them, flash attention (no scores; its output, and one
   fp32 number per row), fused SwiGLU. For LayerNorm, GELU of 4 h, one group per head, dropout and sequence parallelism
-  this is the 34 s b h / t of Korthikanti et al., arXiv 2205.05198, without scores and rope.
+  this is the 34 s b h / t of Korthikanti et al., arXiv 2205.05198, without scores and rope. With FP8 each matrix keeps
+  its input as FP8, in the one orientation that its backward pass needs (module/linear.py, layernorm_linear.py and
+  grouped_linear.py of 2.20), and the attention its own result in 16 bits besides.
 
-Names of sizes: e bytes of an element; t tokens of a micro-batch on a rank (s b / cp); t_sp the same, cut once more by
-sequence parallelism; q, kv columns of queries and of keys on a rank; f columns of the MLP on a rank.
+Names of sizes: e bytes of an element; e_in those of a matrix's input; t tokens of a micro-batch on a rank (s b / cp);
+t_sp the same, cut once more by sequence parallelism; q, kv columns of queries and of keys on a rank; f columns of the
+MLP on a rank.
 
 A sublayer's items include its input, the residual stream, where its norm keeps it. `extra` is what its backward pass
 needs at its worst moment beyond the items of this sublayer; it is negative where items are freed before that moment.
@@ -50,6 +53,7 @@ class Sizes:
     """The sizes named at the top of the module."""
 
     e: int
+    e_in: int
     t: int
     t_sp: int
     q: int
@@ -65,6 +69,7 @@ class Sizes:
         heads = model.heads // layout.tensor
         return Sizes(
             e=training.precision.weight,
+            e_in=training.precision.matrix_input or training.precision.weight,
             t=t,
             t_sp=t // layout.tensor if layout.sequence_parallel else t,
             q=heads * model.head_dim,
@@ -83,10 +88,10 @@ def kept_by(training: Training, sublayer: Sublayer) -> Kept:
     return _moe(training)
 
 
-def norm(training: Training, tokens: int, width: int, output: bool = True) -> int:
-    """Kept by a norm besides its input; `output`: its result, which the matrix after it keeps."""
+def norm(training: Training, tokens: int, width: int, result: int) -> int:
+    """Kept by a norm besides its input; `result`: bytes per element of its result, as the matrix after it keeps it."""
     e, model = training.precision.weight, training.model
-    kept = tokens * width * e * output
+    kept = tokens * width * result
     if training.implementation.transformer_engine:
         return kept + tokens * _FP32 * (1 if model.rms_norm else 2)
     if model.rms_norm:  # torch writes it out in fp32: a copy of 16-bit input, and the normalised values
@@ -108,11 +113,9 @@ def _dropout(training: Training, elements: int, probability: float) -> int:
     return elements * (training.precision.weight if training.implementation.cpu else 1)
 
 
-def _stream(training: Training, size: Sizes) -> dict[str, int]:
+def _stream(training: Training, size: Sizes, result: int) -> dict[str, int]:
     hidden = training.model.hidden
-    normed = norm(training, size.t_sp, hidden)
-    if training.recompute.recomputes("layernorm"):
-        normed -= size.t_sp * hidden * size.e
+    normed = norm(training, size.t_sp, hidden, 0 if training.recompute.recomputes("layernorm") else result)
     return {
         INPUT: stream(training),
         "norm": normed,
@@ -133,7 +136,7 @@ def _attention_local(training: Training) -> Kept:
     recomputed = training.recompute.recomputes("core_attn")
     # The norms of queries and keys need their inputs, unless they have made fp32 copies of them.
     norms_keep_input = model.qk_norm and not (model.rms_norm and e < _FP32)
-    items = _stream(training, size)
+    items = _stream(training, size, e)
     # Values are a view of the projection; grouped ones are copied for each head instead.
     projected = t * (q + 2 * kv) * e if not grouped or recomputed or norms_keep_input else 0
     # Queries of several heads to a group are copied out of the projection.
@@ -141,7 +144,7 @@ def _attention_local(training: Training) -> Kept:
     query_and_key = t * q * e + (t * kv * e if not grouped or recomputed else 0)
     items["projected query, key, value"] = projected + copied_query
     if model.qk_norm:
-        items["query and key norms"] = norm(training, t, q, False) + norm(training, t, kv, False)
+        items["query and key norms"] = norm(training, t, q, 0) + norm(training, t, kv, 0)
     if model.rope or model.qk_norm:
         items["rotated or normed query and key"] = query_and_key
     if model.rope and not implementation.fused_rope:
@@ -167,13 +170,13 @@ def _attention_local(training: Training) -> Kept:
 def _attention_te(training: Training) -> Kept:
     model, size = training.model, Sizes.of(training)
     e, t, q, kv = size.e, size.t, size.q, size.kv
-    items = _stream(training, size)
+    items = _stream(training, size, size.e_in)
     items["projected query, key, value"] = t * (q + 2 * kv) * e
     if model.qk_norm:
-        items["query and key norms"] = norm(training, t * (q + kv) // model.head_dim, model.head_dim, False)
+        items["query and key norms"] = norm(training, t * (q + kv) // model.head_dim, model.head_dim, 0)
     if model.rope or model.qk_norm:
         items["rotated or normed query and key"] = t * (q + kv) * e
-    items["attention output"] = t * q * e
+    items["attention output"] = t * q * (e if size.e_in == e else e + size.e_in)
     if not training.recompute.recomputes("core_attn"):
         items["attention row sums"] = t * q // model.head_dim * _FP32
     # Gradients of the stream, of the attention's output and of query, key and value.
@@ -184,13 +187,11 @@ def _attention_te(training: Training) -> Kept:
 
 def _mlp_inside(training: Training, rows: int, ffn: int, scaled: bool = False, act_recomputed: bool = False) -> int:
     """Kept between an MLP's first matrix and its second. scaled: experts multiply by the router's probability."""
-    e = training.precision.weight
-    first = 2 if training.model.gated else 1
-    if training.implementation.fused_activation:
-        columns = first + 1
-    else:  # gated: SiLU's result, the linear half's copy, their product
-        columns = first + (3 if training.model.gated else 1) + scaled
-    return rows * ffn * (columns - act_recomputed) * e
+    size = Sizes.of(training)
+    columns = 2 if training.model.gated else 1
+    if not training.implementation.fused_activation:  # gated: SiLU's result, the linear half's copy; then their product
+        columns += (2 if training.model.gated else 0) + scaled
+    return rows * ffn * (columns * size.e + (0 if act_recomputed else size.e_in))
 
 
 def _mlp_extra(training: Training, rows: int, ffn: int) -> int:
@@ -201,7 +202,7 @@ def _mlp_extra(training: Training, rows: int, ffn: int) -> int:
 
 def _mlp(training: Training) -> Kept:
     size = Sizes.of(training)
-    items = _stream(training, size)
+    items = _stream(training, size, size.e_in)
     entering = size.t_sp * training.model.hidden * size.e
     inside = _mlp_inside(training, size.t, size.f)
     extra = entering + _mlp_extra(training, size.t, size.f)
@@ -220,14 +221,14 @@ def routed_tokens(training: Training) -> int:
 def _moe(training: Training) -> Kept:
     model, size = training.model, Sizes.of(training)
     hidden, e = model.hidden, size.e
-    items = _stream(training, size)
+    items = _stream(training, size, e)  # the router reads it too
     rows, ffn = routed_tokens(training), model.expert_ffn // training.layout.expert_tensor
     act = training.recompute.recomputes("moe_act")
     # Logits, probabilities and what top-k keeps, in fp32, with a mask; expert ids.
     router = size.t_sp * (model.experts * (3 * _FP32 + 1) + 2 * model.experts_per_token * _INT64)
     inside = {
         "router": router,
-        "experts": rows * hidden * e + _mlp_inside(training, rows, ffn, scaled=True, act_recomputed=act),
+        "experts": rows * hidden * size.e_in + _mlp_inside(training, rows, ffn, scaled=True, act_recomputed=act),
         "token order": rows * (2 * _INT64 + _FP32),
     }
     shared = model.shared_expert_ffn // training.layout.tensor
@@ -235,7 +236,8 @@ def _moe(training: Training) -> Kept:
     if shared and training.recompute.recomputes("shared_experts"):
         extra += _mlp_inside(training, size.t, shared)
     elif shared:
-        inside["shared experts"] = _mlp_inside(training, size.t, shared)
+        quantized = size.t_sp * hidden * size.e_in if size.e_in < e else 0
+        inside["shared experts"] = quantized + _mlp_inside(training, size.t, shared)
     if training.recompute.recomputes("moe"):
         return Kept(items, extra + total(inside), size.t_sp * hidden * e)
     return Kept(items | inside, extra, size.t_sp * hidden * e)

@@ -38,6 +38,7 @@ def cautions(
         *_layout(training, machine),
         *_batch(training),
         *_vocabulary(training),
+        *_precision(training),
         *_environment(training, missing_environment),
     ]
     return [Caution(key, text) for key, text in found]
@@ -147,6 +148,15 @@ def _vocabulary(training: Training) -> Found:
             "padded vocabulary",
             f"{padded - true_vocab} of {padded} output rows are padding ({true_vocab} tokens): --sft-loss leaves them"
             " out of every sum, Megatron's own cross-entropy does not",
+        )
+
+
+def _precision(training: Training) -> Found:
+    if training.precision.matrix_input is not None:
+        yield (
+            "FP8",
+            "FP8's memory is formula only, after Transformer Engine's source; time counts the dense bf16 peak. Pass"
+            " --peak-tflops and --mfu for FP8",
         )
 
 

@@ -50,7 +50,7 @@ def head(training: Training) -> Head:
         at_worst = logits
     weight = 0 if implementation.fused_weight_gradient else columns * hidden * e
     return Head(
-        kept=stream(training) + norm(training, size.t_sp, hidden),
+        kept=stream(training) + norm(training, size.t_sp, hidden, e),
         logits=at_worst + per_token,
         after=logits + size.t * hidden * e + weight + per_token,
         tied=weight if model.tied and layout.pipeline == 1 else 0,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from megatron_idft.errors import PlanError
 from megatron_idft.planning.activations import INPUT, Kept, Sizes, kept_by
 from megatron_idft.planning.head import Head, head
-from megatron_idft.planning.parameters import Count, check_divisions, matrix_before_output, stage_count
+from megatron_idft.planning.parameters import Count, check_divisions, layers_count, matrix_before_output, stage_count
 from megatron_idft.planning.shape import Layer, Sublayer, Training, sublayers, total
 
 Costs = dict[Sublayer, Kept]
@@ -129,7 +129,7 @@ def _stage(training: Training, stage: int, kept_in: Costs) -> StageMemory:
     optimizer_step = _optimizer_scratch(training, count, last)
     moment = max(moments, key=lambda name: sum(moments[name]))
     activations, logits = moments[moment]
-    items = _states(training, count)
+    items = _states(training, count, sum(layers_count(training.model, layout, chunk).all for chunk in chunks))
     if optimizer_step > activations + logits:
         moment, activations, logits = "optimizer step", 0, 0
     items["activations"] = activations
@@ -143,8 +143,11 @@ def _stage(training: Training, stage: int, kept_in: Costs) -> StageMemory:
     return StageMemory(stage, count, items, moment, len(passes), detail)
 
 
-def _states(training: Training, count: Count) -> dict[str, int]:
-    """Weights, gradients, optimizer: what lies there all the time. Sharded states are rounded up to whole bytes."""
+def _states(training: Training, count: Count, in_layers: int) -> dict[str, int]:
+    """Weights, gradients, optimizer: what lies there all the time. Sharded states are rounded up to whole bytes.
+
+    in_layers: parameters that are quantized; norms and biases, less than a thousandth of them, are not.
+    """
     precision, layout = training.precision, training.layout
     state = precision.main_weight + precision.moments
     if layout.distributed_optimizer:
@@ -152,7 +155,7 @@ def _states(training: Training, count: Count) -> dict[str, int]:
     else:
         optimizer = count.all * state
     return {
-        "weights": count.all * precision.weight,
+        "weights": count.all * precision.weight + in_layers * precision.weight_copies,
         "gradients": count.all * precision.gradient,
         "optimizer": round(optimizer * (1 - training.offload)),
     }

@@ -157,12 +157,16 @@ class Precision:
         gradient: of the buffer that gradients are summed and reduced in.
         main_weight: of the optimizer's own copy of the weights, 0 without one.
         moments: of all optimizer moments together.
+        matrix_input: of what a layer's matrix keeps of its input; 1 with FP8, None: as `weight`.
+        weight_copies: of the quantized copies that a layer's matrix has beside its weight.
     """
 
     weight: int = 2
     gradient: int = 4
     main_weight: int = 4
     moments: int = 8
+    matrix_input: int | None = None
+    weight_copies: int = 0
 
 
 @dataclass(frozen=True)

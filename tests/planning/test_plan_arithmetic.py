@@ -37,6 +37,18 @@ def test_a_transformer_engine_layer_keeps_34_sbh(tensor):
     assert kept == pytest.approx(34 * S * B * H / tensor, rel=0.01) and kept >= 34 * S * B * H / tensor
 
 
+def test_fp8_halves_the_inputs_of_matrices():
+    """Of 34 s b h: two norms' results 2 to 1 each, the second matrix's input 8 to 4; the first of attention's result
+    stays in 16 bits, and the matrix behind it keeps a copy in 8. 2 bytes more of a layer's parameters."""
+    fp8 = Precision(matrix_input=1, weight_copies=2)
+    bf16, case = training(), training(precision=fp8)
+    kept = [sum(kept_by(each, sublayer).bytes for sublayer in ("attention", "mlp")) for each in (bf16, case)]
+    assert kept[0] - kept[1] == (1 + 1 + 4 - 1) * S * B * H
+    weights = [plan_memory(each)[0].items["weights"] for each in (bf16, case)]
+    assert weights[1] - weights[0] == 2 * 8 * (12 * H * H + 13 * H)
+    assert head(bf16) == head(case), "the output layer is no matrix of Transformer Engine's"
+
+
 def test_local_attention_keeps_scores_and_recompute_drops_them():
     local = Implementation(transformer_engine=False, fused_rope=False)
     case = training(implementation=local)

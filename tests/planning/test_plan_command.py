@@ -122,6 +122,11 @@ def test_refusals_and_warnings(tmp_path):
         " --tensor-model-parallel-size 8 --pipeline-model-parallel-size 4 --group-query-attention"
         " --num-query-groups 2",
         "cpu": f"--gpus 2 --cpu {SMALL}",
+        "bf16": f"--gpus 8 {SMALL}",
+        "fp8": f"--gpus 8 {SMALL} --fp8-format hybrid",
+        "fp8 weights": f"--gpus 8 {SMALL} --fp8-format e4m3 --fp8-recipe blockwise --fp8-param-gather",
+        "fp8 local": f"--gpus 8 {SMALL} --fp8-format hybrid --transformer-impl local",
+        "fp4": f"--gpus 8 {SMALL} --fp4-format e2m1",
         "too small": f"--gpus 1 --gpu-memory-gib 6.2 {SMALL.replace('--use-distributed-optimizer', '')}",
     }
     answers = dict(zip(calls, plans(tmp_path, *calls.values()), strict=True))
@@ -133,6 +138,8 @@ def test_refusals_and_warnings(tmp_path):
         "not counted": "--mtp-num-layers",
         "symbol": "'M' in --hybrid-layer-pattern",
         "conflict": "--cross-entropy-loss-fusion",
+        "fp8 local": "--fp8-format (without Transformer Engine's layers)",
+        "fp4": "--fp4-format",
     }
     for name, text in expected.items():
         assert answers[name]["code"] == 2 and text in answers[name]["err"], (name, answers[name]["err"])
@@ -151,4 +158,8 @@ def test_refusals_and_warnings(tmp_path):
     assert answers["packs"]["plan"]["batch"]["iterations"] == 12  # ceil(1000 / 2 x 3 / 128)
     assert answers["cpu"]["code"] == 0 and answers["cpu"]["plan"]["memory"]["limit"] is None
     assert not answers["cpu"]["plan"]["inputs"]["implementation"]["transformer_engine"]
+    bf16, fp8, weights = (answers[name]["plan"]["memory"]["stages"][0] for name in ("bf16", "fp8", "fp8 weights"))
+    assert fp8["items"]["activations"] == weights["items"]["activations"] < bf16["items"]["activations"]
+    assert fp8["items"]["weights"] > weights["items"]["weights"] == bf16["items"]["weights"]
+    assert "FP8" in {caution["key"] for caution in answers["fp8"]["plan"]["warnings"]}
     assert answers["too small"]["code"] == 1

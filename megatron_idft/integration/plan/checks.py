@@ -24,8 +24,12 @@ _NOT_COUNTED = {
     "attention_output_gate": "gated attention",
     "mtp_num_layers": "multi-token prediction",
     "moe_latent_size": "latent experts",
-    "fp8": "FP8",
     "fp4": "FP4",
+    "fp8_dot_product_attention": "attention in FP8",
+    "fp8_multi_head_attention": "attention in FP8",
+    "fp8_output_proj": "an output layer in FP8",
+    "activation_func_fp8_input_store": "an activation function's input in FP8",
+    "first_last_layers_bf16": "layers that stay in bf16 beside FP8",
     "use_megatron_fsdp": "Megatron-FSDP",
     "use_torch_fsdp2": "FSDP2",
     "fp32_residual_connection": "a residual stream in fp32",
@@ -41,7 +45,7 @@ _NOT_COUNTED = {
     "use_layer_wise_distributed_optimizer": "a layer-wise distributed optimizer",
     "yaml_cfg": "settings from YAML",
 }
-_FLAGS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}  # where the attribute has another name
+_FLAGS = {"fp4": "--fp4-format"}  # where the attribute has another name
 # Without Transformer Engine a model's config cannot be made with these; they change no shape.
 _NEED_A_GPU = {
     "transformer_impl": "local",
@@ -114,6 +118,8 @@ def refuse_uncounted(args: argparse.Namespace) -> None:
         found.append("--num-distributed-optimizer-instances (a partly divided optimizer)")
     if not args.cpu and args.attention_backend.name in ("unfused", "local"):
         found.append(f"--attention-backend {args.attention_backend.name} (scores in Transformer Engine)")
+    if args.fp8 and (args.cpu or args.transformer_impl != "transformer_engine"):
+        found.append("--fp8-format (without Transformer Engine's layers)")
     if args.optimizer not in ("adam", "sgd"):
         found.append(f"--optimizer {args.optimizer}")
     if found:

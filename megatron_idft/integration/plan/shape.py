@@ -92,11 +92,16 @@ def _precision(args: argparse.Namespace) -> Precision:
         moments = 4 if args.sgd_momentum else 0
     elif args.use_precision_aware_optimizer:
         main_weight = args.main_params_dtype.itemsize
-        if args.bf16 and main_weight == 4 and getattr(args, "store_param_remainders", True):
+        remainders = getattr(args, "store_param_remainders", True) and not args.fp8_param_gather
+        if args.bf16 and main_weight == 4 and remainders:
             main_weight = 2  # the other 16 bits are the bf16 weight
         moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else weight
-    return Precision(weight, gradient, main_weight, moments)
+    if not args.fp8:
+        return Precision(weight, gradient, main_weight, moments)
+    # Each matrix in both orientations, which the GPUs before Blackwell need; instead of the weight, or beside it.
+    copies = 0 if args.fp8_param_gather else 2
+    return Precision(weight, gradient, main_weight, moments, matrix_input=1, weight_copies=copies)
 
 
 def _recompute(args: argparse.Namespace) -> Recompute:
