@@ -30,6 +30,22 @@ def test_stages_run_and_are_summed_up(tmp_path):
     lines = (tmp_path / "summary.txt").read_text().splitlines()[1:]
     assert [line.split()[:2] for line in lines] == [["environment", "passed"], ["sanitizer", "passed"]]
     assert (tmp_path / "logs.tar.gz").stat().st_size > 0
+    sizes = re.search(r"sizes: (\d+) MiB there .*, (\d+) files back .*, the largest (\d+) KiB", done.stdout)
+    assert sizes is not None and 4 <= int(sizes[1]) <= 64 and int(sizes[2]) == 2 and int(sizes[3]) <= 16384
+
+
+def test_what_cannot_travel_fails_the_dry_run(tmp_path):
+    """A folder of wheels that is too large, and then a ninth file of results."""
+    (tmp_path / "wheels").mkdir()
+    with (tmp_path / "wheels" / "large.whl").open("wb") as file:
+        file.truncate(70 << 20)
+    results = tmp_path / "results"
+    done = run(results, "sanitizer", GPU_SH_DRY_RUN="cpu", WHEELS=str(tmp_path / "wheels"))
+    assert done.returncode == 1 and "(at most 64)" in done.stdout
+    for number in range(7):
+        (results / f"{number}.json").touch()
+    done = run(results, "sanitizer", GPU_SH_DRY_RUN="cpu")
+    assert done.returncode == 1 and ", 9 files back (at most 8)" in done.stdout
 
 
 def test_a_stage_without_time_fails_the_command(tmp_path):
@@ -68,6 +84,29 @@ def test_what_was_there_stays_when_everything_is_killed(tmp_path):
 def summary(results: Path) -> str:
     file = results / "summary.txt"
     return file.read_text() if file.exists() else ""
+
+
+def test_stages_come_in_the_order_of_their_value():
+    """Right or wrong first, and the attention kernel, which nobody has compiled and run, in it; then what is fast."""
+    text = SCRIPT.read_text()
+    stages = {name: words.split() for name, words in re.findall(r"^(first|second)=\((.*)\)", text, re.MULTILINE)}
+    assert stages["first"] == ["environment", "values", "benchmark", "overhead", "decoding"]
+    assert stages["second"] == ["steps", "sanitizer", "sweep"]
+    values = text[text.index("\nvalues() {") : text.index("\ntests() {")]
+    for tested in ("tests/loss", "tests/inference/test_paged_attention.py", "tests/inference/test_engine_gpu.py"):
+        assert (ROOT / tested).exists() and tested in values
+    selected = [
+        forking_python(),
+        "-m",
+        "pytest",
+        "-q",
+        "--collect-only",
+        "-m",
+        "gpu",
+        "tests/inference/test_paged_attention.py",
+    ]
+    found = subprocess.run(selected, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert "11/18 tests collected" in found.stdout, found.stdout
 
 
 def test_the_limits_fit_into_twelve_minutes():

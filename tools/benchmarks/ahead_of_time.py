@@ -1,4 +1,4 @@
-"""The loss's kernels compiled for sm_90 without a GPU, by the very calls that a GPU would see; what their code does.
+"""Our kernels compiled without a GPU, by the very calls that a GPU would see; what their code does.
 
 A driver that only names the device stands in for CUDA, and every launch compiles its kernel and stops there. So the
 logits can have their full size: nobody touches their memory. Triton's own wheel has the compiler and the disassembler.
@@ -23,18 +23,25 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-TARGET = GPUTarget("cuda", 90, 32)
+TARGET = 90  # the compute capability that gpu.sh's machines have
 DISASSEMBLER = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
 
 class _OnlyATarget:
-    """What Triton asks of a driver in order to compile."""
+    """What Triton asks of a driver in order to compile.
+
+    Args:
+        capability: such as 90. Triton keeps a target for each device, so it is the device's number, too.
+    """
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
 
     def get_current_target(self) -> GPUTarget:
-        return TARGET
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -51,14 +58,11 @@ class Launch(NamedTuple):
 
 def compile_all(cases: list[Any], result: dict[str, Any]) -> bool:
     """Fill in result["cases"] and ["kernels"]. Whether a kernel spills."""
-    from megatron_idft.loss import triton_backend
-
-    triton_backend.INTERPRETED = True  # lets tensors on the CPU pass; nothing runs
-    driver.set_active(_OnlyATarget())
-    launches = _record_launches()
+    launches = record_launches()
+    compile_for(TARGET)
     groups = emulated_groups()
     kernels: dict[str, dict[str, Any]] = {}
-    result["target"] = f"sm_{TARGET.arch}"
+    result["target"] = f"sm_{TARGET}"
     result["cases"] = []
     for case in cases:
         group = groups[case.tp]
@@ -70,7 +74,7 @@ def compile_all(cases: list[Any], result: dict[str, Any]) -> bool:
             group.reset()
             group.set_empty_state(torch.tensor(one.empty_state))
             launches.clear()
-            _call(one, case, group)
+            call_loss(one, case, group)
             for launch in launches:
                 name = launch.compiled.hash
                 if name not in kernels:
@@ -89,7 +93,16 @@ def compile_all(cases: list[Any], result: dict[str, Any]) -> bool:
     return any(kernel["spilled_bytes"] for kernel in kernels.values())
 
 
-def _record_launches() -> list[Launch]:
+def compile_for(capability: int) -> None:
+    """From here on, launches compile for this compute capability."""
+    driver.set_active(_OnlyATarget(capability))
+
+
+def record_launches() -> list[Launch]:
+    """From here on a launch compiles its kernel and ends; the list gets one entry for each."""
+    from megatron_idft.loss import triton_backend
+
+    triton_backend.INTERPRETED = True  # lets tensors on the CPU pass; nothing runs
     launches: list[Launch] = []
     launch = JITFunction.run
 
@@ -102,7 +115,8 @@ def _record_launches() -> list[Launch]:
     return launches
 
 
-def _call(one: Any, case: Any, group: Any) -> None:
+def call_loss(one: Any, case: Any, group: Any) -> None:
+    """Forward and backward of an implementation, on logits that nobody touches."""
     batch = 4 if case.tokens % 4 == 0 else 1
     shape = (case.tokens // batch, batch)
     group_or_none = group if case.tp > 1 else None
@@ -114,6 +128,17 @@ def _call(one: Any, case: Any, group: Any) -> None:
     intermediate = OutputLayer.apply(torch.zeros((), requires_grad=True), logits.detach)
     values = one.run(intermediate, labels, group_or_none)
     torch.autograd.grad(values, intermediate, torch.ones(shape))
+
+
+def call_paged_attention(heads: int, kv_heads: int, d: int, dtype: torch.dtype) -> None:
+    """A step of decoding, in the blocks that the engine has on a GPU without flash-attn."""
+    from megatron_idft.inference.cache import _POSITIONS_GPU
+    from megatron_idft.inference.paged_attention import paged_attention
+
+    rows, places = 64, 64
+    keys, values = torch.empty(2, rows * places, _POSITIONS_GPU, kv_heads, d, dtype=dtype)
+    tables, lengths = torch.zeros(rows, places, dtype=torch.int32), torch.zeros(rows, dtype=torch.int64)
+    paged_attention(torch.empty(rows, heads, d, dtype=dtype), keys, values, tables, lengths, 0.1)
 
 
 def read_kernel(launch: Launch, dtype: torch.dtype) -> dict[str, Any]:
@@ -141,6 +166,8 @@ def read_kernel(launch: Launch, dtype: torch.dtype) -> dict[str, Any]:
         "shared_bytes": launch.compiled.metadata.shared,
         "loads_of_16_bytes": sum(name.startswith("LDG") and ".128" in name for _, name, _ in instructions),
         "stores_of_16_bytes": sum(name.startswith("STG") and ".128" in name for _, name, _ in instructions),
+        "widest_load": max((_width(name) for _, name, _ in instructions if name.startswith("LDG")), default=0),
+        "widest_store": max((_width(name) for _, name, _ in instructions if name.startswith("STG")), default=0),
     }
     elements = _elements_per_lane(constants, warps)
     loop = _main_loop(instructions)
@@ -189,7 +216,7 @@ def _width(name: str) -> int:
 
 
 def print_kernels(kernels: list[dict[str, Any]]) -> None:
-    print(f"\nCompiled for sm_{TARGET.arch}. Of main loops: figures per element, and exchanges between lanes per block")
+    print(f"\nCompiled for sm_{TARGET}. Of main loops: figures per element, and exchanges between lanes per block")
     print(
         f"  {'kernel':22}{'dtype':10}{'warps':>6}{'registers':>10}{'spilled':>8}{'shared':>7}{'16 B loads':>11}"
         f"{'16 B stores':>12}{'B read':>7}{'written':>8}{'instr.':>7}{'exp':>5}{'lanes':>6}  columns"

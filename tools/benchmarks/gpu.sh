@@ -9,7 +9,8 @@
 # A stage that fails or runs out of time does not stop the next one; the exit code tells. Results are written as they
 # come, logs.tar.gz anew every minute: whatever ends this, what was measured stays.
 # PYTHON names the interpreter; without it, .venv's or python3, whichever has torch.
-# GPU_SH_SECONDS is the time for everything (first 475, second 240). GPU_SH_DRY_RUN=cpu tries the script without a GPU, small.
+# GPU_SH_SECONDS is the time for everything (first 475, second 240). GPU_SH_DRY_RUN=cpu tries the script without a GPU,
+# small, and fails where what must travel to such a machine, or comes back from it, is larger than its limits.
 # shellcheck disable=SC2329 # the stages are called by their names
 set -uo pipefail
 
@@ -49,7 +50,7 @@ values() {
     fi
     # Not those that run the reference backend: its name in the brackets of a test's parameters.
     tests loss "${selection[@]}" -k "not [reference and not -reference" "${workers[@]}" tests/loss & jobs+=($!)
-    tests engine "${selection[@]}" tests/inference/test_engine_gpu.py & jobs+=($!)
+    tests engine "${selection[@]}" tests/inference/test_paged_attention.py tests/inference/test_engine_gpu.py & jobs+=($!)
     "$python" tools/benchmarks/training_steps.py --values --out "$logs/values" "${form[@]}" & jobs+=($!)
     keep_up_to_date "$logs/values/training_values.json" & local keeper=$!
     for job in "${jobs[@]}"; do wait "$job" || failed=1; done
@@ -164,6 +165,22 @@ unpack_engine() {
     if [ -n "$found" ]; then dirname "$found"; fi
 }
 
+# mib PATH…: their size, rounded up; 0 for what is not there.
+mib() {
+    du -cbm --apparent-size "$@" 2>/dev/null | tail -n 1 | cut -f1
+}
+
+# What machines that are lent by the minute take and give: 64 MiB there, 8 files of at most 16 MiB each back.
+check_sizes() {
+    local carried files largest
+    carried=$(($(git ls-files -z --cached --others --exclude-standard | xargs -0 du -cbm --apparent-size | tail -n 1 | cut -f1)
+        + $(mib "$wheels") + $(mib .cache/triton-sm90) + $(mib .cache/transformer-engine)))
+    files=$(find "$results" -type f | wc -l)
+    largest=$(find "$results" -type f -printf '%s\n' | sort -n | tail -n 1)
+    echo "sizes: $carried MiB there (at most 64), $files files back (at most 8), the largest $((largest / 1024)) KiB (at most 16384)"
+    [ "$carried" -le 64 ] && [ "$files" -le 8 ] && [ "$largest" -le $((16 * 1024 * 1024)) ]
+}
+
 # The logs of all stages so far, in one file that is whole at any moment.
 pack_logs() {
     tar -C "$logs" --exclude=training_data -czf "$work/logs.tar.gz" . 2>/dev/null
@@ -175,7 +192,7 @@ if [ "${1:-}" = --stage ]; then # one stage, in a process that `timeout` can sto
     exit
 fi
 case ${1:-} in
-    -h | --help) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
 esac
 
 for python in "${PYTHON:-}" .venv/bin/python python3; do
@@ -244,4 +261,8 @@ for stage in "${stages[@]}"; do
 done
 echo "=== summary, $SECONDS s in all; results in $results"
 cat "$summary"
+if [ -n "$dry" ]; then
+    pack_logs
+    check_sizes || failed=1
+fi
 exit $failed

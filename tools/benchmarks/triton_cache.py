@@ -17,6 +17,7 @@ import os
 import sys
 from pathlib import Path
 
+DECODED = [(28, 4, 128)]  # decoding.py's shape on a GPU
 INTERMEDIATE = (".source", ".ttir", ".ttgir", ".llir", ".ptx")
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT))  # a checkout needs no installation
@@ -57,7 +58,8 @@ def compile_tests() -> int:
         "not [reference and not -reference",
     ]
     with contextlib.redirect_stdout(io.StringIO()):
-        pytest.main([*words, str(CHECKOUT / "tests" / "loss")], plugins=[plugin])
+        files = (CHECKOUT / "tests" / "loss", CHECKOUT / "tests" / "inference" / "test_paged_attention.py")
+        pytest.main([*words, *map(str, files)], plugins=[plugin])
     return plugin.tests
 
 
@@ -68,11 +70,14 @@ def main() -> int:
     os.environ |= {"TRITON_CACHE_DIR": str(folder), "TRITON_INTERPRET": "0"}
     os.chdir(CHECKOUT)
     import loss
+    import torch
     import triton
-    from ahead_of_time import compile_all
+    from ahead_of_time import call_paged_attention, compile_all
 
     with contextlib.redirect_stdout(io.StringIO()):
         compile_all(loss.CASES, {})  # from here on a launch only compiles
+        for heads, kv_heads, d in DECODED:
+            call_paged_attention(heads, kv_heads, d, torch.bfloat16)
     of_benchmark = len(list(folder.glob("*/*.cubin")))
     tests = compile_tests()
     for file in folder.rglob("*"):
