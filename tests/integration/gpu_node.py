@@ -1,10 +1,15 @@
-"""Parse command lines on a pretended node of 8 GPUs without Transformer Engine: gpu_node.py CASES.json ANSWERS.json.
+"""Parse command lines on a pretended node of 8 GPUs: gpu_node.py CASES.json ANSWERS.json.
 
-CASES: a list of {"verb", "words", "env"}. Each runs in a fork that stops where the trainer would first touch a GPU,
+CASES: a list of {"verb", "words", "env", "engine", "capability"}; without "engine" there is no Transformer Engine, with
+it a recent one is pretended. Each runs in a fork that stops where the trainer would first touch a GPU,
 and answers {"code", "argv", "out", "err", "args", "env"}. Nothing is computed.
 """
 
+import argparse
+import ast
 import contextlib
+import functools
+import inspect
 import io
 import json
 import os
@@ -19,12 +24,12 @@ for name in ("transformer_engine", "apex", "fused_weight_gradient_mlp_cuda", "sc
 
 import torch  # noqa: E402
 
-H100 = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, name="NVIDIA H100")
+GPU = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, name="NVIDIA H100")
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 8
 torch.cuda.current_device = lambda: 0
-torch.cuda.get_device_properties = lambda *_: H100
-torch.cuda.get_device_capability = lambda *_: (9, 0)
+torch.cuda.get_device_properties = lambda *_: GPU
+torch.cuda.get_device_capability = lambda *_: (GPU.major, GPU.minor)
 
 # What the forks would import one by one.
 import megatron.core.models.gpt.gpt_model  # noqa: E402
@@ -34,7 +39,15 @@ import megatron.training.training  # noqa: E402
 import pyarrow.parquet  # noqa: E402, F401
 import torch._dynamo  # noqa: E402
 import torch._inductor.utils  # noqa: E402
+from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 from megatron.training import arguments, initialize  # noqa: E402
+
+import megatron_idft.integration.training.program  # noqa: E402, F401
+from megatron_idft.integration.platform import gpu_libraries  # noqa: E402
+
+# Megatron reads the help of its flags out of its sources whenever it makes a parser.
+inspect.getsource, ast.parse = functools.cache(inspect.getsource), functools.cache(ast.parse)
+arguments.add_megatron_arguments(argparse.ArgumentParser())
 
 WANTED = ("transformer_impl", "apply_rope_fusion", "gradient_accumulation_fusion", "masked_softmax_fusion")
 WANTED += ("no_persist_layer_norm",)
@@ -60,12 +73,36 @@ def run(verb, words):
     return main([verb, *words])
 
 
-def build(args):
+class FusedAdam:
+    """Of whose constructor Megatron reads which arguments it has."""
+
+    def __init__(
+        self, params, master_weight_dtype, exp_avg_dtype, exp_avg_sq_dtype, use_decoupled_grad, store_param_remainders
+    ):
+        raise AssertionError("there is none")
+
+
+def pretend_engine():
+    """Answer Megatron's questions about Transformer Engine as a recent one would. Nothing can be built with it."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("megatron."):
+            if hasattr(module, "is_te_min_version"):
+                module.is_te_min_version = lambda *_, **__: True
+            if hasattr(module, "HAVE_TE"):
+                module.HAVE_TE = True
+    for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"):
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].FusedAdam = FusedAdam
+    rope_utils.fused_apply_rotary_pos_emb = rope_utils.fused_apply_rotary_pos_emb_thd = reached
+    gpu_libraries.find_gpu_libraries = lambda *_: gpu_libraries.GPULibraries(True, "", True, True)
+
+
+def build(args, engine):
     """Config and layer specification, whose checks are the next to refuse flags."""
     from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
     config = (gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args)(args)
-    if args.hybrid_layer_pattern is None:
+    if args.hybrid_layer_pattern is None and not engine:
         from megatron.training.models.gpt import default_layer_spec
 
         default_layer_spec(config, 0)
@@ -76,6 +113,9 @@ def answer(case):
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # nobody comes to meet there
     os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **case.get("env", {})}
+    GPU.major = case.get("capability", 9)
+    if case.get("engine"):
+        pretend_engine()
     seen = []
     validate = arguments.validate_args
 
@@ -92,7 +132,10 @@ def answer(case):
         try:
             found["code"] = run(case["verb"], case["words"])
         except Reached:
-            build(seen[-1])
+            try:
+                build(seen[-1], case.get("engine"))
+            except Exception as error:
+                found["code"] = f"{type(error).__name__}: {error}"
     if seen:
         found["args"] = {name: getattr(seen[-1], name) for name in WANTED}
     return found | {"argv": sys.argv[1:], "out": out.getvalue(), "err": err.getvalue(), "env": dict(os.environ)}

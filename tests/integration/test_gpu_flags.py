@@ -3,9 +3,11 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -17,6 +19,7 @@ from tests.launch import ROOT
 from tests.tiny_tokenizers import train_tokenizer
 
 HERE = Path(__file__).parent
+PAGE = ROOT / "docs" / "gpu_flags.md"
 MODEL = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64
     --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --bf16"""
 TRAINING = f"{MODEL} --micro-batch-size 1 --global-batch-size 8 --lr 1e-5 --train-iters 10 --sft-loss idft"
@@ -25,6 +28,31 @@ LOCAL = [
     "--transformer-impl", "local", "--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion",
     "--no-rope-fusion", "--no-persist-layer-norm",
 ]  # fmt: skip
+
+
+class Row(NamedTuple):
+    """A row of the tables in docs/gpu_flags.md."""
+
+    flags: str
+    verdict: str
+    remark: str
+
+    def request(self, train: str, folder: Path) -> dict[str, object]:
+        words = self.flags.format(folder=folder).split()
+        env = EXPANDABLE | dict(word.split("=") for word in words if not word.startswith("-") and "=" in word)
+        flags = [word for word in words if word.split("=")[0] not in env]
+        capability = 10 if "B200" in self.remark else 9
+        return {
+            "verb": "train",
+            "words": [*train.split(), *flags],
+            "env": env,
+            "engine": True,
+            "capability": capability,
+        }
+
+
+BESIDE = "--tensor-model-parallel-size 2 --use-distributed-optimizer"
+ROWS = [Row(*found) for found in re.findall(r"^\| `(.*?)` \| (\w+) \| (.*?) ?\|$", PAGE.read_text(), re.MULTILINE)]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +85,7 @@ def node(tmp_path_factory):
         "doctor": ("doctor", "", {}),
     }
     requests = [{"verb": verb, "words": words.split(), "env": env} for verb, words, env in cases.values()]
+    requests += [row.request(train.replace("--lr", f"{BESIDE} --lr"), folder) for row in ROWS]
     (folder / "cases.json").write_text(json.dumps(requests))
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
@@ -67,7 +96,8 @@ def node(tmp_path_factory):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(cases, json.loads((folder / "answers.json").read_text()), strict=True))
+    names = [*cases, *(row.flags for row in ROWS)]
+    return dict(zip(names, json.loads((folder / "answers.json").read_text()), strict=True))
 
 
 @pytest.mark.parametrize("name", ["train", "hybrid", "run", "score", "calibrate", "realign"])
@@ -84,6 +114,30 @@ def test_every_program_adds_what_local_layers_need_and_says_so(node, name):
     why = "without Transformer Engine and apex's kernel for weight gradients; added: "
     [line] = [line for line in found["out"].splitlines() if why in line]
     assert line.endswith(why + " ".join(LOCAL))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.flags for row in ROWS])
+def test_flags_are_taken_as_the_page_says(node, row):
+    found = node[row.flags]
+    said = re.findall("`(.*?)`", row.remark)
+    if row.verdict == "refused":
+        assert found["code"] == 2 or "Error: " in str(found["code"]), found["out"][-500:]
+        assert said[0] in f"{found['code']}{found['err']}", (found["code"], found["err"][-2000:])
+        return
+    assert found["code"] == "reached", (found["code"], found["err"][-2000:])
+    assert re.findall(r": added: ([^\s,]+)", found["out"]) == (said if row.verdict == "adjusted" else [])
+    assert "; added: " not in found["out"], "nothing is missing on this node"
+
+
+def test_the_page_is_about_every_family():
+    assert len(ROWS) > 45 and {row.verdict for row in ROWS} == {"accepted", "adjusted", "refused"}
+    for flag in (
+        *("--sequence-parallel", "--overlap-grad-reduce", "--overlap-param-gather", "--recompute-granularity"),
+        *("--attention-backend", "--fp8-format", "--fp4-format", "--use-precision-aware-optimizer"),
+        *("--optimizer-cpu-offload", "--optimizer muon", "--use-megatron-fsdp", "--async-save", "--tp-comm-overlap"),
+        *(f"--cuda-graph-impl {name}" for name in ("local", "transformer_engine", "full_iteration")),
+    ):
+        assert any(flag in row.flags for row in ROWS), flag
 
 
 def test_plan_counts_what_training_here_would_use_unless_told_otherwise(node):
