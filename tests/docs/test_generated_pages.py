@@ -1,5 +1,6 @@
-"""docs/flags.md and the table of docs/architecture.md are what the code says."""
+"""docs/flags.md, docs/triton.md and the table of docs/architecture.md are what their sources say."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -17,6 +18,20 @@ def test_the_page_of_flags_is_what_its_script_gives():
 def test_the_table_of_changes_is_what_its_script_gives():
     there = (DOCS / "architecture.md").read_text(encoding="utf-8")
     assert there == runpy.run_path(str(DOCS / "changes.py"))["page"](there), "python docs/changes.py"
+
+
+def test_the_page_of_kernels_is_what_its_results_give():
+    program = runpy.run_path(str(DOCS.parent / "tools" / "benchmarks" / "triton_versions.py"), run_name="page")
+    result = json.loads(program["RESULT"].read_text())
+    assert (DOCS / "triton.md").read_text(encoding="utf-8") == program["page"](result)
+    minors = {int(version.split(".")[1]) for version in result["versions"]}
+    assert minors >= {4, 5, 6, 7, 9}, "from setup.py's floor to the newest; the suite itself runs under one of them"
+    for version, entry in result["versions"].items():
+        names = {(one["capability"], one["kernel"]) for one in entry["kernels"]}
+        assert len(names) == 3 * 5, f"{version}: three generations, five kernels"
+        bad = [one for one in entry["kernels"] if one.get("error") or one["spilled_bytes"]]
+        spilling = {(version, one.get("capability"), one["kernel"]) for one in bad}
+        assert spilling <= {("3.9.0", 80, "_attend_kernel")}, "that one in fp32 only"
 
 
 def test_the_pages_name_flags_that_there_are():
