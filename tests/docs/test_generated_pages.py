@@ -25,13 +25,13 @@ def test_the_page_of_kernels_is_what_its_results_give():
     result = json.loads(program["RESULT"].read_text())
     assert (DOCS / "triton.md").read_text(encoding="utf-8") == program["page"](result)
     minors = {int(version.split(".")[1]) for version in result["versions"]}
-    assert minors >= {4, 5, 6, 7, 9}, "from setup.py's floor to the newest; the suite itself runs under one of them"
+    assert minors >= set(range(4, 10)), "from setup.py's floor to the newest"
     for version, entry in result["versions"].items():
         names = {(one["capability"], one["kernel"]) for one in entry["kernels"]}
         assert len(names) == 3 * 5, f"{version}: three generations, five kernels"
         bad = [one for one in entry["kernels"] if one.get("error") or one["spilled_bytes"]]
         spilling = {(version, one.get("capability"), one["kernel"]) for one in bad}
-        assert spilling <= {("3.9.0", 80, "_attend_kernel")}, "that one in fp32 only"
+        assert spilling <= {(newest, 80, "_attend_kernel") for newest in ("3.8.0", "3.9.0")}, "in fp32"
 
 
 def test_the_pages_name_flags_that_there_are():

@@ -44,8 +44,8 @@ def test_it_equals_float64(dtype, heads, kv_heads, d, size, places, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_positions_beyond_the_length_are_not_read(device):
-    keys, values = torch.full((2, 3, 16, 1, 16), torch.nan, device=device)
+    keys, values = torch.full((2, 3, 16, 1, 16), torch.nan).to(device)
     keys[1, :5], values[1, :5] = 1.0, 2.0
-    tables, lengths = torch.tensor([[1, 2]], dtype=torch.int32, device=device), torch.tensor([4], device=device)
-    found = paged_attention(torch.ones(1, 1, 16, device=device), keys, values, tables, lengths, 1.0)
+    tables, lengths = torch.tensor([[1, 2]], dtype=torch.int32).to(device), torch.tensor([4]).to(device)
+    found = paged_attention(torch.ones(1, 1, 16).to(device), keys, values, tables, lengths, 1.0)
     assert torch.equal(found.cpu(), torch.full((1, 1, 16), 2.0))
