@@ -14,8 +14,8 @@ def table() -> str:
     rows = ["| upstream name | programs | our function | without it |", "|---|---|---|---|"]
     for change in CHANGES:
         target = change.target.removeprefix("megatron.").replace(":", " : ")
-        until = f" Until {change.until}." if change.until else ""
-        rows.append(f"| `{target}` | {change.where} | {change.why} | {change.without}.{until} |")
+        event = f" Where Megatron has training callbacks, `{change.event}` does it." if change.event else ""
+        rows.append(f"| `{target}` | {change.where} | {change.why} | {change.without}.{event} |")
     return "\n".join(rows) + "\n"
 
 

@@ -4,7 +4,9 @@
 #   bash tests/run.sh tests/loss -x   what pytest is told instead
 #   bash tests/run.sh --oldest        the tests of the loss, the data and the checkpoints, and the kernels compiled, with
 #                                     the oldest releases that setup.py admits; arguments for pytest may follow
-# MEGATRON_LM=/path/to/Megatron-LM at core_v0.19.x adds its own pretrain_gpt.py and pretrain_hybrid.py.
+#   bash tests/run.sh --checkout …    with the checkout MEGATRON_LM in the place of the installed megatron-core
+# MEGATRON_LM=/path/to/Megatron-LM (core_v0.19.x, or its main with --checkout) adds its own pretrain_gpt.py and
+# pretrain_hybrid.py. MEGATRON_IDFT_MODEL_CLASS=hybrid makes HybridModel of every --hf-model.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/python.sh
@@ -56,6 +58,17 @@ fi
 export TRITON_INTERPRET=1
 # What a test starts imports this checkout too, and can fork from a process that has imported it.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+if [ "${1:-}" = --checkout ]; then
+    shift
+    mkdir -p .cache/checkout
+    # Not the whole checkout: it has a package `tests` as well. Its helpers are compiled, which `make` does by python3.
+    ln -sfn "$(realpath "${MEGATRON_LM:?set it to a checkout of Megatron-LM}")/megatron" .cache/checkout/megatron
+    [ -d .cache/pybind11 ] || .venv/bin/pip install --quiet --no-deps --target .cache/pybind11 pybind11
+    suffix=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+    PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD/.cache/pybind11" \
+        make --quiet -C .cache/checkout/megatron/core/datasets LIBEXT="$suffix"
+    export PYTHONPATH="$PYTHONPATH:$PWD/.cache/checkout"
+fi
 print_versions "$environment"
 # Tests that need a GPU are left out by name here. Two at a time; a file's tests share fixtures that take long.
 all=(-m "not gpu" -n 2 --dist loadfile)

@@ -50,6 +50,13 @@ def hybrid_pattern(model: ModelShape) -> str:
     return ("*E" if model.experts else "*-") * model.layers
 
 
+def why_not_hybrid(model: ModelShape) -> str:
+    """What of the model HybridModel lacks, "" if it can be one."""
+    if model.rope_scaling_factor is None:
+        return ""
+    return "HybridModel has no Llama-3 rope scaling (megatron/core/models/hybrid/hybrid_model.py)"
+
+
 def megatron_settings(model: ModelShape, model_class: ModelClass) -> list[Setting]:
     """Everything that makes Megatron's model compute what transformers' does.
 
@@ -65,10 +72,8 @@ def megatron_settings(model: ModelShape, model_class: ModelClass) -> list[Settin
         settings.append(Setting(name, when_on if on else not when_on, flag, (flag,) if on else ()))
 
     if model_class == "hybrid":
-        if model.rope_scaling_factor is not None:
-            raise ConversionError(
-                "HybridModel has no Llama-3 rope scaling (megatron/core/models/hybrid/hybrid_model.py): use --model gpt"
-            )
+        if lacking := why_not_hybrid(model):
+            raise ConversionError(f"{lacking}: make it a GPTModel (--model gpt, or --hf-model-class gpt)")
         value("hybrid_layer_pattern", "--hybrid-layer-pattern", hybrid_pattern(model), fixed=False)  # may gain '|'
     else:
         value("num_layers", "--num-layers", model.layers)

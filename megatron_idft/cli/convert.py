@@ -18,7 +18,8 @@ Converts Llama, Mistral, Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE between Hugging Fac
 torch_dist checkpoints, tensor by tensor, on the CPU, in one process. One checkpoint serves every TP, PP and EP, and the
 local as well as the Transformer Engine layers. Other families go to Megatron-Bridge where it is installed.
 
-  --model gpt|hybrid   write it for GPTModel (the default) or for HybridModel
+  --model gpt|hybrid   write it for GPTModel or for HybridModel; default MEGATRON_IDFT_MODEL_CLASS, else hybrid from
+                       Megatron 0.20 on and gpt before. Llama 3 stays gpt
   --hf-config DIR      the Hugging Face folder that the model came from, where the checkpoint does not have its config
   --iteration N        instead of the last one
   --dtype              of the tensors written; the checkpoint's own unless given
@@ -44,7 +45,7 @@ def _parser() -> Parser:
     megatron.add_argument("source")
     megatron.add_argument("target")
     add_ignore_config(megatron)
-    megatron.add_argument("--model", choices=("gpt", "hybrid"), default="gpt")
+    megatron.add_argument("--model", choices=("gpt", "hybrid"), default=None)
     hf = verbs.add_parser("to-hf", usage=USAGE.removeprefix("usage: "), add_help=False)
     hf.add_argument("source")
     hf.add_argument("target")
@@ -72,12 +73,16 @@ def _convert(args: Namespace) -> str:
     import torch
 
     from megatron_idft.checkpoint import bridge
+    from megatron_idft.checkpoint.config import read_folder_model
     from megatron_idft.checkpoint.convert import to_hf, to_megatron
     from megatron_idft.errors import UnknownFamilyError
+    from megatron_idft.integration.platform.model_class import usual_class
 
     if args.direction == "to-megatron":
         try:
-            model = to_megatron(args.source, args.target, args.model, ignore=args.ignore_config or ())
+            ignore = args.ignore_config or ()
+            model_class = args.model or usual_class(read_folder_model(Path(args.source), ignore))
+            model = to_megatron(args.source, args.target, model_class, ignore=ignore)
         except UnknownFamilyError as error:
             bridge.to_megatron(args.source, args.target, error)
             return f"{args.target}: converted by Megatron-Bridge; its flags are in its run_config.yaml"

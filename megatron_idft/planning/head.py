@@ -33,25 +33,28 @@ def head(training: Training) -> Head:
 
     megatron: tensor_parallel/cross_entropy.py turns 16-bit logits into fp32, while the caller still holds them, and
     turns the gradient back; fp32 logits are overwritten. reference (loss/reference.py): the gradient overwrites the
-    logits; two fp32 blocks. triton: the same without blocks.
+    logits; two fp32 blocks. triton: the same without blocks. A gradient of logits wider than the activations is turned
+    into their type before the output layer's backward pass (tensor_parallel/layers.py).
     """
     model, layout, implementation = training.model, training.layout, training.implementation
     size = Sizes.of(training)
     columns, hidden, e = model.vocab // layout.tensor, model.hidden, size.e
-    logits = size.t * columns * e
+    wide = training.precision.logits or e
+    logits = size.t * columns * wide
     per_token = size.t * _PER_TOKEN
     if implementation.loss == "megatron":
-        at_worst = logits + (size.t * columns * _FP32 if e < _FP32 else 0)
+        at_worst = logits + (size.t * columns * _FP32 if wide < _FP32 else 0)
     elif implementation.loss == "reference":
         tokens = min(columns, model.true_vocab or columns)  # of the first rank; padding is not read
         rows = min(size.t, max(1, implementation.loss_block_bytes // (_FP32 * tokens)))
         at_worst = logits + 2 * rows * tokens * _FP32
     else:
         at_worst = logits
+    narrowed = size.t * columns * e if wide > e else 0
     weight = 0 if implementation.fused_weight_gradient else columns * hidden * e
     return Head(
         kept=stream(training) + norm(training, size.t_sp, hidden, e),
         logits=at_worst + per_token,
-        after=logits + size.t * hidden * e + weight + per_token,
+        after=logits + narrowed + size.t * hidden * e + weight + per_token,
         tied=weight if model.tied and layout.pipeline == 1 else 0,
     )

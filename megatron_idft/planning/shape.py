@@ -159,6 +159,7 @@ class Precision:
         moments: of all optimizer moments together.
         matrix_input: of what a layer's matrix keeps of its input; 1 with FP8, None: as `weight`.
         weight_copies: of the quantized copies that a layer's matrix has beside its weight.
+        logits: of the output layer's result (--output-logit-dtype); 0: as the activations.
     """
 
     weight: int = 2
@@ -167,6 +168,7 @@ class Precision:
     moments: int = 8
     matrix_input: int | None = None
     weight_copies: int = 0
+    logits: int = 0
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ def test_an_unknown_family_gets_the_advice(folder, capsys):
 
 
 def test_hybrid_model_has_no_llama3_scaling(converted, tmp_path):
-    with pytest.raises(ConversionError, match="use --model gpt"):
+    with pytest.raises(ConversionError, match=r"make it a GPTModel \(--model gpt"):
         to_megatron(converted["llama"].huggingface, tmp_path / "out", "hybrid", progress=False)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import torch
 
 from megatron_idft.checkpoint.cache import cached_checkpoint
 from megatron_idft.checkpoint.convert import to_hf, to_megatron
+from megatron_idft.cli.convert import main as convert
 from megatron_idft.errors import ArgumentError, ConversionError
+from megatron_idft.integration.platform.compatibility import megatron_version
 from megatron_idft.integration.platform.hf_model import expand
+from megatron_idft.integration.platform.model_class import CLASS_VARIABLE
 from megatron_idft.integration.platform.own_tokenizer import own_tokenizer_flags
 from tests import tiny_models
 from tests.checkpoint.test_round_trip import assert_same, tensors
@@ -100,7 +104,7 @@ def test_a_tuned_model_generates_the_same_text_in_transformers_and_in_megatron(c
 def test_the_same_command_goes_on_and_every_checkpoint_is_written(corpus, tmp_path):
     save = tmp_path / "save"
     flags = f"--lr 1e-3 --save {save} --load {save} --save-hf every --save-interval 2 --hf-cache {tmp_path / 'cache'}"
-    flags += " --hybrid-layer-pattern *-*-*-*-"
+    flags += " --hf-model-class hybrid"
     first = forked(command(corpus, "qwen2", f"{flags} --train-iters 2"))
     again = forked(command(corpus, "qwen2", f"{flags} --train-iters 6 --override-opt_param-scheduler"))
     assert "converting qwen2" in first and "converting qwen2" not in again, "converted once"
@@ -194,12 +198,61 @@ def test_what_is_given_stays_and_what_is_missing_is_added(corpus):
     )
     assert expanded.count("--max-position-embeddings") == 0 and expanded.count("--tokenizer-model") == 1
     assert expanded[expanded.index("--sft-loss-vocab-size") + 1] == str(ROWS)
-    assert expanded[expanded.index("--num-layers") + 1] == "4" and "--swiglu" in expanded
+    size = ["--num-layers", "4"] if "--num-layers" in expanded else ["--hybrid-layer-pattern", "*-*-*-*-"]
+    assert expanded[expanded.index(size[0]) + 1] == size[1] and "--swiglu" in expanded
     assert expand(["--num-layers", "2"]) == ["--num-layers", "2"]
     piped = expand(["--hf-model", source, "--hybrid-layer-pattern", "*-*-|*-*-"])
     assert "--num-layers" not in piped and piped.count("--hybrid-layer-pattern") == 1
     with pytest.raises(ConversionError, match="has no config"):
         expand(["--hf-model", str(corpus)])
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("", "usual"),
+        ("--hf-model-class hybrid", "hybrid"),
+        ("--hf-model-class gpt", "gpt"),
+        ("--hybrid-layer-pattern *-*-|*-*-", "hybrid"),
+        ("--num-layers 4", "gpt"),
+        ("--num-virtual-stages-per-pipeline-rank 2", "gpt"),
+    ],
+)
+def test_the_class_that_is_asked_for_or_that_the_flags_fit(corpus, monkeypatch, capsys, words, wanted):
+    monkeypatch.delenv(CLASS_VARIABLE, raising=False)
+    installed = "hybrid" if megatron_version() >= (0, 20) else "gpt"
+    for asked in ("", "gpt", "hybrid"):
+        if asked:
+            monkeypatch.setenv(CLASS_VARIABLE, asked)
+        expanded = expand(["--hf-model", str(corpus / "qwen2"), *words.split()])
+        expected = (asked or installed) if wanted == "usual" else wanted
+        assert ("--hybrid-layer-pattern" in expanded) == (expected == "hybrid")
+        assert ("--num-layers" in expanded) == (expected == "gpt")
+        # Said where no flag shows it.
+        assert ("as a HybridModel" in capsys.readouterr().out) == (expected == "hybrid" and "pattern" not in words)
+
+
+def test_a_class_that_the_flags_or_the_model_contradict(corpus, tmp_path, monkeypatch):
+    source = str(corpus / "qwen2")
+    for words, text in {
+        "--hf-model-class bert": "pass gpt or hybrid",
+        "--hf-model-class gpt --hybrid-layer-pattern *-*-*-*-": "a GPTModel has no --hybrid-layer-pattern",
+        "--hf-model-class hybrid --num-layers 4": "drop --num-layers",
+    }.items():
+        with pytest.raises(ArgumentError, match=re.escape(text)):
+            expand(["--hf-model", source, *words.split()])
+    monkeypatch.setenv(CLASS_VARIABLE, "mamba")
+    with pytest.raises(ArgumentError, match="MEGATRON_IDFT_MODEL_CLASS=mamba: set it to gpt or hybrid"):
+        expand(["--hf-model", source])
+    # A wish of the environment stops at what HybridModel cannot be, one of a flag is refused.
+    monkeypatch.setenv(CLASS_VARIABLE, "hybrid")
+    llama = str(tmp_path / "llama")
+    tiny_models.save("llama", tmp_path / "llama")
+    assert "--num-layers" in expand(["--hf-model", llama])
+    with pytest.raises(ConversionError, match=r"no Llama-3 rope scaling .*--hf-model-class gpt"):
+        expand(["--hf-model", llama, "--hf-model-class", "hybrid"])
+    assert convert(["to-megatron", source, str(tmp_path / "usual")]) == 0
+    assert "--hybrid-layer-pattern" in (tmp_path / "usual" / "model_flags.sh").read_text()
 
 
 @pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])

@@ -57,6 +57,8 @@ def main() -> None:
 
     restrict_checkpoint_reading()
     training = ChatTraining().attach()
+    events = sorted(upstream.events())
+    absent = [change.target for change in upstream.CHANGES if not upstream.exists(change.target)]
     for module in {change.target.partition(":")[0] for change in upstream.CHANGES}:
         importlib.import_module(module)
     upstreams = [
@@ -69,7 +71,9 @@ def main() -> None:
     in_force = [change.target for change in upstream.changed()]
     training.detach()
     left = [change.target for change in upstream.changed()]
-    Path(result).write_text(json.dumps({"found": found, "in force": in_force, "left": left}))
+    Path(result).write_text(
+        json.dumps({"found": found, "in force": in_force, "left": left, "events": events, "absent": absent})
+    )
 
 
 main()

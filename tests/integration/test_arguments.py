@@ -1,13 +1,17 @@
 """The flags: frozen, validated in one place, every refusal naming its remedy. Megatron's own parser is the real one."""
 
 import argparse
+from contextlib import nullcontext
 
 import pytest
 import torch
 from megatron.training.arguments import add_megatron_arguments
 
+from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.loss import arguments, flags
 from megatron_idft.integration.plan.arguments import add_plan_arguments
+from megatron_idft.integration.platform import flag_checks
+from megatron_idft.integration.platform.gpu_libraries import GPULibraries
 from megatron_idft.integration.training.arguments import add_data_arguments, validate_data_arguments
 from megatron_idft.loss import triton_backend
 from megatron_idft.objectives import objective_names
@@ -29,6 +33,7 @@ LOSS_FLAGS = [
 DATA_FLAGS = [
     "--hf-cache",
     "--hf-model",
+    "--hf-model-class",
     "--ignore-config",
     "--no-checkpoint-checksums",
     "--no-exit-signal-handler",
@@ -235,3 +240,20 @@ def test_exempt_tokens_are_ids_or_names():
 
 def test_the_flag_names_the_objectives_that_there_are():
     assert objective_names() == flags.OBJECTIVES
+
+
+def test_logits_of_another_type_than_the_models_need_transformer_engine(monkeypatch):
+    """--output-logit-dtype, which came with Megatron 0.20."""
+
+    def check(asked, cpu=True, bf16=True):
+        flag_checks.check_logits(argparse.Namespace(logit_dtype=asked, bf16=bf16, fp16=False, cpu=cpu))
+
+    with pytest.raises(ArgumentError, match="--output-logit-dtype fp32 needs the matrix product of Transformer Engine"):
+        check("fp32")
+    for asked, bf16 in ((None, True), ("bf16", True), ("fp32", False)):
+        check(asked, bf16=bf16)
+    flag_checks.check_logits(argparse.Namespace())  # of 0.19
+    for there in (False, True):
+        monkeypatch.setattr(flag_checks, "find_gpu_libraries", lambda importing, there=there: GPULibraries(there))
+        with nullcontext() if there else pytest.raises(ArgumentError):
+            check("fp32", cpu=False)

@@ -2,10 +2,14 @@
 
 import ast
 import json
+import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from megatron_idft.errors import InstallationError
 from megatron_idft.integration.platform import upstream
 from tests.launch import ROOT, forked
 
@@ -16,11 +20,18 @@ LATER = {
     "megatron.training.global_vars:_GLOBAL_SIGNAL_HANDLER",
 }
 
+# Not in every Megatron that is served.
+INFERENCE_LINEAR = "megatron.core.transformer.multi_token_prediction:is_inference_column_parallel_linear"
+
 
 def test_a_started_training_has_changed_what_the_table_lists_and_nothing_else(tmp_path):
     forked([PROBE, tmp_path / "changes.json"])
     told = json.loads((tmp_path / "changes.json").read_text())
-    listed = {change.target for change in upstream.CHANGES}
+    # Megatron's training callbacks, where it has them, take the place of changes.
+    instead = {change.target for change in upstream.CHANGES if change.event in told["events"]}
+    absent = set(told["absent"])
+    assert absent <= {upstream.CALLBACKS, INFERENCE_LINEAR}
+    listed = {change.target for change in upstream.CHANGES} - instead - absent
     assert set(told["in force"]) == listed - LATER
     # A class or function is seen under every name by which a module of upstream holds it.
     names = {target.rpartition(":")[2] for target in listed}
@@ -61,6 +72,28 @@ def of_upstream(module: Path) -> list[str]:
 def test_nothing_is_assigned_to_a_name_of_megatron_elsewhere():
     found = [text for path in sorted((ROOT / "megatron_idft").rglob("*.py")) for text in of_upstream(path)]
     assert found == []
+
+
+STEP = "megatron.training.training:train_step"
+MOVED = [
+    (STEP, "", "there is no megatron.training.training.train_step"),
+    (STEP, "def train_step(iteration): ...", "takes no forward_step_func, forward_backward_func"),
+    ("megatron.training.checkpointing:check_checkpoint_args", None, "there is no megatron.training.checkpointing"),
+]
+
+
+@pytest.mark.parametrize(("target", "source", "text"), MOVED)
+def test_a_name_of_megatron_that_has_moved_is_named_before_anything_starts(tmp_path, monkeypatch, target, source, text):
+    module = target.partition(":")[0]
+    if source is None:  # the module itself is gone
+        monkeypatch.setitem(sys.modules, module, None)
+    else:
+        there = ModuleType(module)
+        exec(source, vars(there))
+        monkeypatch.setitem(sys.modules, module, there)
+    with pytest.raises(InstallationError, match=re.escape(text)) as refused:
+        upstream.wrap(target, lambda original, call: None)
+    assert "pip install" in str(refused.value)
 
 
 def test_a_change_that_is_not_listed_is_refused():

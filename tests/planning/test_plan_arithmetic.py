@@ -70,6 +70,10 @@ def test_each_loss_makes_the_copies_that_it_says():
         return head(case).logits
 
     assert worst_logits("triton", 2) == pytest.approx(2 * logits, abs=small)
+    # --output-logit-dtype fp32: twice the bytes, and bf16 once more when the gradient goes back.
+    wide = head(training(implementation=Implementation(loss="triton"), precision=Precision(logits=4)))
+    assert wide.logits == pytest.approx(4 * logits, abs=small)
+    assert wide.after == pytest.approx(6 * logits, abs=small)
     assert worst_logits("megatron", 2) == pytest.approx(6 * logits, abs=small)
     assert worst_logits("megatron", 4) == pytest.approx(4 * logits, abs=small)
     assert worst_logits("reference", 2) == pytest.approx(2 * logits + 2 * 2**26, abs=small)

@@ -1,8 +1,9 @@
 """Attach the loss to `megatron.training`, for the programs `train` and `run`.
 
-Megatron's trainer has no callbacks in 0.19, so eight of its functions are wrapped by name in the modules that call them
-(platform/upstream.py lists them with their reasons). Each is called through its module's global name, so the wrappers
-are reached from any script, whether it builds its model from a config or from a model_provider.
+Functions of Megatron's trainer are wrapped by name in the modules that call them (platform/upstream.py lists them with
+their reasons). Each is called through its module's global name, so the wrappers are reached from any script, whether it
+builds its model from a config or from a model_provider. Where Megatron has training callbacks, ours are added to the
+script's for the events that serve.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class TrainerIntegration:
 
     def __init__(self, end_of_turn_ids: Callable[[], Sequence[int]] | None = None) -> None:
         self._end_of_turn_ids = end_of_turn_ids or _end_of_document_ids
+        self._attached: dict[str, upstream.Wrapper] = {}
         self._checkpoint_args: argparse.Namespace | None = None
         self._loads_release = False
         self._hooks: list[LossHook] = []
@@ -51,20 +53,25 @@ class TrainerIntegration:
         self._schedule: LambdaSchedule | None = None
         self._gamma_lambda: torch.Tensor | None = None
         self._lambda_value = 1.0
+        self._iteration = 0  # that the last step has finished
         self._group: torch.distributed.ProcessGroup | None = None
         self._told_unmasked = False
         self._told_stopping = False
         self._phi_alarm = PhiAlarm()
 
     def attach(self) -> Self:
-        """Wrap the trainer's functions. Undone by `detach`."""
-        for target, wrapper in self.wrappers().items():
+        """Wrap the trainer's functions that have no event. Undone by `detach`."""
+        events = upstream.events()
+        self._attached = {t: wrapper for t, wrapper in self.wrappers().items() if upstream.event_of(t) not in events}
+        if events:
+            self._attached[upstream.CALLBACKS] = self._add_callbacks
+        for target, wrapper in self._attached.items():
             upstream.wrap(target, wrapper)
         return self
 
     def detach(self) -> None:
         """Give the trainer its own functions back."""
-        for target in self.wrappers():
+        for target in self._attached:
             upstream.restore(target)
 
     def wrappers(self) -> dict[str, upstream.Wrapper]:
@@ -80,6 +87,19 @@ class TrainerIntegration:
             "megatron.training.training:evaluate_and_print_results": self._evaluate_and_print_results,
         }
 
+    def callbacks(self) -> dict[str, Callable[[Any], None]]:
+        """What to do at events of Megatron's training callbacks, which take the place of wrappers."""
+        return {"on_log": lambda context: self._report(self._iteration)}
+
+    def _add_callbacks(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
+        from megatron.training.callbacks import CallbackManager
+
+        manager = original(*call.args, **call.kwargs) or CallbackManager()
+        for event, function in self.callbacks().items():
+            if event in manager.events:
+                manager.register(event, function)
+        return manager
+
     def _parse_args(self, original: Callable[..., Any], call: inspect.BoundArguments) -> argparse.Namespace:
         compatibility.check_megatron_origin()  # once more: by now the script has imported what it uses
         # Megatron's own default stays for runs that keep Megatron's own loss.
@@ -94,6 +114,7 @@ class TrainerIntegration:
             return args
         arguments.validate_arguments(args)
         flag_checks.check_layout(args)
+        flag_checks.check_logits(args)
         if args.sft_loss is not None and args.sft_loss_vocab_size is None:
             args.sft_loss_vocab_size = hf_model.recorded_vocab_size(args)
         if args.sft_loss is not None and args.rank == 0:
@@ -225,19 +246,23 @@ class TrainerIntegration:
                     " labels, as Megatron's pretrain_gpt.py does, or train without --sft-loss"
                 )
         metrics.commit_step()
+        self._iteration = iteration + 1
         return result
 
     def _training_log(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
+        result = original(*call.args, **call.kwargs)
+        self._report(call.arguments["iteration"])
+        return result
+
+    def _report(self, iteration: int) -> None:
         from megatron.training import get_args
 
-        result = original(*call.args, **call.kwargs)
-        iteration, args = call.arguments["iteration"], get_args()
+        args = get_args()
         if self._hooks and iteration % args.log_interval == 0:
             assert self._metrics is not None
             report = self._metrics.report(self._group, self._lambda_value)
             self._refuse_bad_interval(args, report)
             self._publish(args, iteration, report)
-        return result
 
     def _refuse_bad_interval(self, args: argparse.Namespace, report: MetricsReport) -> None:
         if not report.micro_batches:

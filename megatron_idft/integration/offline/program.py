@@ -92,6 +92,7 @@ def parse(
             raise ArgumentError(f"--{name.replace('_', '-')} {value}: pass a whole number from 1")
     check(args)
     flag_checks.check_layout(args)
+    flag_checks.check_logits(args)
     flag_checks.check_model(args)
     flag_checks.check_files("--sft-data", args.sft_data)
     flag_checks.check_files("--tokenizer-model", [args.tokenizer_model])

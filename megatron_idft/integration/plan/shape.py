@@ -97,11 +97,13 @@ def _precision(args: argparse.Namespace) -> Precision:
             main_weight = 2  # the other 16 bits are the bf16 weight
         moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else weight
+    logits = getattr(args, "logit_dtype", None)  # came with Megatron 0.20
+    wide = 0 if logits is None else logits.itemsize
     if not args.fp8:
-        return Precision(weight, gradient, main_weight, moments)
+        return Precision(weight, gradient, main_weight, moments, logits=wide)
     # Each matrix in both orientations, which the GPUs before Blackwell need; instead of the weight, or beside it.
     copies = 0 if args.fp8_param_gather else 2
-    return Precision(weight, gradient, main_weight, moments, matrix_input=1, weight_copies=copies)
+    return Precision(weight, gradient, main_weight, moments, matrix_input=1, weight_copies=copies, logits=wide)
 
 
 def _recompute(args: argparse.Namespace) -> Recompute:

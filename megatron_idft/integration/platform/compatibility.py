@@ -14,7 +14,8 @@ from typing import Any
 from megatron_idft.errors import InstallationError
 from megatron_idft.integration.platform import upstream
 
-SUPPORTED = (0, 19)
+# 0.20 as Megatron-LM's main has it: there is no release yet. What the trainer needs of it is looked up by name.
+SUPPORTED = ((0, 19), (0, 20))
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 REMEDY = 'pip install "megatron-core[training]>=0.19.0,<0.20" and take any Megatron-LM checkout off PYTHONPATH'
 
@@ -156,10 +157,19 @@ def check_megatron_origin() -> MegatronOrigin:
                     f"Keep one of them: {REMEDY}, or put only the checkout on PYTHONPATH."
                 )
     version, numbers = _version(core)
-    if numbers[:2] != SUPPORTED:
-        served = ".".join(map(str, SUPPORTED))
-        raise InstallationError(f"Megatron {version} at {core}: the trainer is served for {served}.x only: {REMEDY}.")
+    if numbers[:2] not in SUPPORTED:
+        served = " and ".join(".".join(map(str, numbers)) + ".x" for numbers in SUPPORTED)
+        raise InstallationError(f"Megatron {version} at {core}: the trainer is served for {served} only: {REMEDY}.")
     return MegatronOrigin(core, training, version)
+
+
+def megatron_version() -> tuple[int, ...]:
+    """The installed megatron.core's, without importing it.
+
+    Raises:
+        InstallationError: there is none.
+    """
+    return _version(_folder("core"))[1]
 
 
 # Megatron-LM's own packages in the namespace; megatron.bridge, megatron.energon and others may live elsewhere.

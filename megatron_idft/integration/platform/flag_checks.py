@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_idft.console import say
 from megatron_idft.data.validation_sets import named_sets
 from megatron_idft.errors import ArgumentError
+from megatron_idft.integration.platform.gpu_libraries import find_gpu_libraries
 from megatron_idft.integration.platform.megatron_errors import NO_MODEL, ranks_needed, uneven_batch
 
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -123,6 +124,24 @@ def check_model(args: argparse.Namespace) -> None:
         raise ArgumentError(
             f"--seq-length {length} is more than the {positions} positions of the model (--max-position-embeddings):"
             f" use at most {positions}, or a model with more"
+        )
+
+
+def check_logits(args: argparse.Namespace) -> None:
+    """Refuse logits of another type than the model's where Transformer Engine is not used.
+
+    tensor_parallel/layers.py of Megatron 0.20 takes such a product from there, and only from there.
+
+    Raises:
+        ArgumentError: names the flag.
+    """
+    asked = getattr(args, "logit_dtype", None)
+    if asked is None or asked == ("bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"):
+        return
+    if args.cpu or not find_gpu_libraries(importing=False).transformer_engine:
+        raise ArgumentError(
+            f"--output-logit-dtype {asked} needs the matrix product of Transformer Engine, which is not in use here."
+            " Drop it: --sft-loss sums in fp32 whatever the logits' dtype"
         )
 
 

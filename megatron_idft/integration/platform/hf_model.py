@@ -17,6 +17,7 @@ from megatron_idft.checkpoint.model_flags import ModelClass, Setting, megatron_s
 from megatron_idft.console import say
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.platform.local_flags import given_flags
+from megatron_idft.integration.platform.model_class import CLASS_FLAG, class_of_flags
 from megatron_idft.integration.platform.own_tokenizer import own_tokenizer_flags
 from megatron_idft.links import refuse_links_out
 
@@ -60,6 +61,14 @@ def add_hf_model_arguments(group: Any) -> None:
         help="Where converted models are kept, under a fingerprint of the folder's files; as large as the model."
         " Default: the folder `.megatron-idft-cache` beside the folder of --hf-model.",
     )
+    group.add_argument(
+        CLASS_FLAG,
+        choices=("gpt", "hybrid"),
+        default=None,
+        help="Which of Megatron's classes --hf-model becomes: GPTModel or HybridModel, of the same numbers. Default:"
+        " hybrid with --hybrid-layer-pattern, gpt with flags that only GPTModel has (--num-layers, virtual stages),"
+        " else MEGATRON_IDFT_MODEL_CLASS, else hybrid from Megatron 0.20 on and gpt before. Llama 3 stays gpt.",
+    )
     add_ignore_config(group)
 
 
@@ -90,7 +99,7 @@ def expand(argv: Sequence[str]) -> list[str]:
         return [*argv, *own_tokenizer_flags(given)]
     source = Path(given["--hf-model"])
     model = read_folder_model(source, named_to_ignore(argv))
-    model_class = _model_class(given)
+    model_class = class_of_flags(given, model)
     settings = megatron_settings(model, model_class)
     conflicts = _conflicts(given, settings)
     if given.get("--vocab-size", str(model.vocab)) != str(model.vocab):
@@ -102,6 +111,8 @@ def expand(argv: Sequence[str]) -> list[str]:
     if os.environ.get("RANK", "0") == "0":
         for line in model.ignored_lines(source / "config.json"):
             say(f"> {line}")
+        if model_class == "hybrid" and "--hybrid-layer-pattern" not in given:
+            say(f"> --hf-model {source}: as a HybridModel ({CLASS_FLAG} gpt makes it a GPTModel)")
     added = [word for setting in settings if setting.flag not in given for word in setting.words]
     cache = Path(given.get("--hf-cache") or source.resolve().parent / ".megatron-idft-cache")
     added += ["--pretrained-checkpoint", str(cached_checkpoint(source, cache, model_class, model.ignored_by_user))]
@@ -112,16 +123,11 @@ def expand(argv: Sequence[str]) -> list[str]:
     return [*argv, *added]
 
 
-def _model_class(given: dict[str, str]) -> ModelClass:
-    return "hybrid" if "--hybrid-layer-pattern" in given else "gpt"
-
-
 def _conflicts(given: dict[str, str], settings: Sequence[Setting]) -> list[str]:
     conflicts = [f"{flag} {given[flag]}".strip() for flag in _OTHER_MODELS if flag in given]
     for setting in settings:
         if setting.name == "hybrid_layer_pattern":  # pipeline stages may be cut anywhere
-            found = given[setting.flag].replace("|", "")
-            if found != setting.value:
+            if given.get(setting.flag, setting.value).replace("|", "") != setting.value:
                 conflicts.append(f"{setting.flag} {given[setting.flag]} (the model is {setting.value})")
         elif setting.fixed and setting.flag in given and not _same(given[setting.flag], setting):
             is_so = " ".join(setting.words) or f"without {setting.flag}"

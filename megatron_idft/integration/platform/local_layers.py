@@ -184,3 +184,6 @@ def install() -> None:
     for target in (f"{specs}:hybrid_stack_spec", f"{specs}:mamba_stack_spec"):
         upstream.replace(target, hybrid_stack_spec)
     upstream.replace("megatron.training.models.hybrid:default_hybrid_stack_spec", hybrid_stack_spec)
+    inference_linear = "megatron.core.transformer.multi_token_prediction:is_inference_column_parallel_linear"
+    if upstream.exists(inference_linear):
+        upstream.replace(inference_linear, lambda module: False)

@@ -2,8 +2,8 @@
 
 Nothing is changed by an import. A program changes what `CHANGES` lists for it when it starts; `megatron-idft doctor`
 prints the list, docs/architecture.md has it as a table, and a test compares it with what a started program has changed.
-What CPU mode answers in the place of `torch.cuda` stands in cpu.py. Megatron 0.20 brings training callbacks, which will
-replace the changes whose `until` says so.
+What CPU mode answers in the place of `torch.cuda` stands in cpu.py. Where Megatron has training callbacks (0.20), its
+events take the place of the changes that name one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_idft.errors import InstallationError
+
 Where = Literal[
     "everywhere",
     "train and run",
@@ -25,7 +27,6 @@ Where = Literal[
     "CPU mode",
 ]
 Wrapper = Callable[[Callable[..., Any], inspect.BoundArguments], Any]
-_CALLBACKS = "0.20, by a callback"
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,19 @@ class Change:
         where: the programs that make the change.
         why: what our function does there.
         without: what goes wrong where the change is not made.
-        until: the version of Megatron that needs it no longer, as far as that is known.
+        takes: the parameters of upstream's function that ours reads by name.
+        event: the training callback that takes its place where Megatron has it.
     """
 
     target: str
     where: Where
     why: str
     without: str
-    until: str = ""
+    takes: tuple[str, ...] = ()
+    event: str = ""
 
 
+CALLBACKS = "megatron.training.training:normalize_callbacks"
 _TRAINING, _CHECKPOINTING = "megatron.training.training", "megatron.training.checkpointing"
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _SPECS = "megatron.core.models.hybrid.hybrid_layer_specs"
@@ -107,24 +111,33 @@ CHANGES = (
         "the same where the trainer's builder took its own reference",
         "HybridModel cannot be built",
     ),
+    Change(
+        "megatron.core.transformer.multi_token_prediction:is_inference_column_parallel_linear",
+        "without Transformer Engine",
+        "says no, where Megatron asks (0.20): its own answer needs a class that is Transformer Engine's",
+        "multi-token prediction cannot be built",
+    ),
     # The loss in the trainer. The model itself is changed by `install` (loss/hook.py), instance by instance.
     Change(
         "megatron.training.arguments:parse_args",
         "train and run",
         "adds the flags and checks them",
         "the flags are unknown",
+        takes=("extra_args_provider",),
     ),
     Change(
         f"{_CHECKPOINTING}:check_checkpoint_args",
         "train and run",
         "compares the settings with those of the checkpoint that is continued",
         "a changed loss or schedule goes unnoticed, or ends in an assertion without a remedy",
+        takes=("checkpoint_args",),
     ),
     Change(
         f"{_CHECKPOINTING}:_load_base_checkpoint",
         "train and run",
         "lets --override-opt_param-scheduler change the learning rate",
         "the checkpoint's rates stay",
+        takes=("args",),
     ),
     Change(
         f"{_TRAINING}:setup_model_and_optimizer",
@@ -137,28 +150,36 @@ CHANGES = (
         "train and run",
         "opens and commits the step's metrics, moves lambda_t, proves that the hook was called",
         "no metrics; a model whose loss is not reached trains unnoticed",
-        _CALLBACKS,
+        takes=("forward_step_func", "forward_backward_func", "iteration"),
     ),
     Change(
         f"{_TRAINING}:training_log",
         "train and run",
         "reports at the log interval",
         "no metrics",
-        _CALLBACKS,
+        takes=("iteration",),
+        event="on_log",
     ),
     Change(
         f"{_TRAINING}:evaluate",
         "train and run",
         "evaluates each validation set",
         "no metrics of validation sets",
-        _CALLBACKS,
+        takes=("model", "config"),
     ),
     Change(
         f"{_TRAINING}:evaluate_and_print_results",
         "train and run",
         "reports each validation set",
         "no metrics of validation sets",
-        _CALLBACKS,
+        takes=("data_iterator", "iteration"),
+    ),
+    Change(
+        CALLBACKS,
+        "train and run",
+        "adds ours to the training callbacks of the script, where Megatron has them",
+        "no metrics",
+        takes=("callbacks",),
     ),
     # The training program.
     Change(
@@ -166,32 +187,35 @@ CHANGES = (
         "train",
         "knows which checkpoint is the best, and exports to Hugging Face",
         "no --save-hf, no best checkpoints",
+        takes=("iteration", "non_persistent_ckpt"),
     ),
     Change(
         f"{_TRAINING}:checkpoint_and_decide_exit",
         "train",
         "ends with the exit code of what happened",
         "a stopped training exits with 0",
+        takes=("iteration",),
     ),
     Change(
         "megatron.core.dist_checkpointing:save",
         "train",
         "records every file's checksum",
         "a damaged checkpoint is found by its wrong values only",
+        takes=("checkpoint_dir",),
     ),
     Change(
         f"{_TRAINING}:train",
         "train",
         "evaluates before the first step where that is asked for",
         "no evaluation of the untrained model",
-        _CALLBACKS,
+        takes=("model", "forward_step_func", "valid_data_iterator", "process_non_loss_data_func", "config"),
     ),
     Change(
         "megatron.training.ft_integration:on_eval_step_start",
         "train",
         "asks before each step of an evaluation whether a signal has come",
         "SIGTERM waits for the end of the evaluation",
-        _CALLBACKS,
+        event="on_eval_step_start",
     ),
     Change(
         "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue",
@@ -251,11 +275,35 @@ def replace(target: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
+def exists(target: str) -> bool:
+    """Whether this Megatron has the name: some that are changed came with 0.20."""
+    try:
+        _owner(target)
+    except InstallationError:
+        return False
+    return True
+
+
+def event_of(target: str) -> str:
+    """The training callback that stands for the change where Megatron has it, or ""."""
+    return _BY_TARGET[target].event
+
+
+def events() -> frozenset[str]:
+    """The events of Megatron's training callbacks; none before 0.20."""
+    if not exists(CALLBACKS):
+        return frozenset()
+    valid: frozenset[str] = importlib.import_module("megatron.training.callbacks").CallbackManager().events
+    return valid
+
+
 def wrap(target: str, wrapper: Wrapper) -> None:
     """Let `wrapper(original, bound_arguments)` stand for a function, of whatever signature it has in this version."""
     owner, name = _owner(target)
     original = getattr(owner, name)
     signature = inspect.signature(original)
+    if lost := [parameter for parameter in _BY_TARGET[target].takes if parameter not in signature.parameters]:
+        raise _moved(f"{target.replace(':', '.')} takes no {', '.join(lost)}")
 
     @functools.wraps(original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -286,7 +334,22 @@ def changed() -> tuple[Change, ...]:
 
 
 def _owner(target: str) -> tuple[Any, str]:
-    """The module or class that holds the name, and the name."""
+    """The module or class that holds the name, and the name.
+
+    Raises:
+        InstallationError: this Megatron does not have it.
+    """
     module, _, path = target.partition(":")
     *classes, name = path.split(".")
-    return functools.reduce(getattr, classes, importlib.import_module(module)), name
+    try:
+        owner = functools.reduce(getattr, classes, importlib.import_module(module))
+        inspect.getattr_static(owner, name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise _moved(f"there is no {target.replace(':', '.')}") from error
+    return owner, name
+
+
+def _moved(what: str) -> InstallationError:
+    from megatron_idft.integration.platform.compatibility import REMEDY  # noqa: PLC0415  imports this module
+
+    return InstallationError(f"this Megatron is not one that is served, though its version is: {what}. {REMEDY}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,13 +86,10 @@ def evaluate_before_training(args: argparse.Namespace, given: Mapping[str, Any])
     hooked = training.should_disable_forward_pre_hook(args)
     if hooked:  # as the loop does: nothing was stepped yet that would have to be gathered
         training.disable_forward_pre_hook(given["model"], param_sync=False)
-    names = ("forward_step_func", "model", "process_non_loss_data_func", "config", "non_loss_data_func")
-    training.evaluate_and_print_results(
-        prefix="iteration 0",
-        iteration=0,
-        data_iterator=given["valid_data_iterator"],
-        **{name: given[name] for name in (*names, "pg_collection", "p2p_communicator")},
-    )
+    # All that both take, under whatever version: process groups, and the callbacks where there are any.
+    names = given.keys() & inspect.signature(training.evaluate_and_print_results).parameters.keys()
+    own = {"prefix": "iteration 0", "iteration": 0, "data_iterator": given["valid_data_iterator"]}
+    training.evaluate_and_print_results(**{name: given[name] for name in names} | own)
     if hooked:
         training.enable_forward_pre_hook(given["model"])
     if args.num_experts is not None:

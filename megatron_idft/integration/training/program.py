@@ -70,6 +70,9 @@ class ChatTraining(TrainerIntegration):
             "megatron.training.ft_integration:on_eval_step_start": self._evaluation_step,
         }
 
+    def callbacks(self) -> dict[str, Callable[[Any], None]]:
+        return super().callbacks() | {"on_eval_step_start": lambda context: self._leave_if_stopped()}
+
     def _parse_args(self, original: Callable[..., Any], call: inspect.BoundArguments) -> argparse.Namespace:
         call.arguments["extra_args_provider"] = add_data_arguments
         args = super()._parse_args(original, call)
@@ -227,10 +230,13 @@ class ChatTraining(TrainerIntegration):
             self._prune()
 
     def _evaluation_step(self, original: Callable[..., Any], call: inspect.BoundArguments) -> None:
+        self._leave_if_stopped()
+        original(*call.args, **call.kwargs)
+
+    def _leave_if_stopped(self) -> None:
         """Called on all ranks before each step of an evaluation."""
         if self.stops.stopped():
             raise EvaluationInterrupted
-        original(*call.args, **call.kwargs)
 
     def _evaluate(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         try:
