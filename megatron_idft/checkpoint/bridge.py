@@ -1,9 +1,9 @@
 """Families without a table: Megatron-Bridge's own conversion, where that package is installed.
 
-Written against the source and not run: Megatron-Bridge 0.6 needs a CUDA build of its dependencies. The calls are those
-of its public `AutoBridge` (`megatron/bridge/models/conversion/auto_bridge.py`: `import_ckpt`, `from_hf_pretrained`,
-`export_ckpt`). It holds the whole model in memory, and its checkpoints keep the model's settings in `run_config.yaml`,
-for its own programs: for Megatron-LM the flags must be written by hand.
+The calls are those of its public `AutoBridge` (`megatron/bridge/models/conversion/auto_bridge.py`: `import_ckpt`,
+`from_hf_pretrained`, `export_ckpt`); tests/bridge makes them where that package is there. It holds the whole model in
+memory, and its checkpoints keep the model's settings in `run_config.yaml`, for its own programs: for Megatron-LM the
+flags must be written by hand.
 """
 
 from __future__ import annotations
