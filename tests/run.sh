@@ -86,6 +86,8 @@ for version in 0.17 0.18; do
 done
 # The model of tests/real, once: 93 MB. Where it cannot be had, tests/real skips if a part of the tests was asked for.
 .venv/bin/python examples/real_model/fetch.py || [ $# -gt 0 ]
+[ -x "${TRANSFORMER_ENGINE_PYTHON:-.cache/transformer-engine/bin/python}" ] ||
+    echo "tests/te is skipped: bash tests/te/environment.sh makes the environment with Transformer Engine that it needs"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

@@ -3,7 +3,7 @@
 Every case is one command line of flags; Megatron parses, builds and loads each with its own code, one after the other
 in this process group. Writes OUTPUT/<case>.pt, fp32 [rows, length, padded vocabulary], of two rows of random tokens or
 of the case's `tokens`; for a case with a prompt the ids of the prompt and `steps` more, each the likeliest, by as many
-forward passes over all that there is.
+forward passes over all that there is. Where a case has a folder to `save` to, Megatron saves what it has loaded there.
 """
 
 import json
@@ -30,7 +30,7 @@ def result_of(argv, case):
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
     from megatron.training import argument_utils, get_args
     from megatron.training.arguments import parse_and_validate_args
-    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.checkpointing import load_checkpoint, save_checkpoint
     from megatron.training.global_vars import unset_global_variables
     from megatron.training.initialize import initialize_megatron
 
@@ -79,6 +79,9 @@ def result_of(argv, case):
         result = forward(torch.tensor(case["tokens"]))
     else:
         result = forward(tiny_models.tokens(case["vocab"], args.seq_length))
+    if "save" in case:
+        args.save, args.no_save_optim, args.no_save_rng = case["save"], True, True
+        save_checkpoint(1, model, None, None, 0)
     unset_global_variables()
     destroy_rerun_state_machine()
     first = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0

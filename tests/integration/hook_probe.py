@@ -1,11 +1,13 @@
 """Builds real Megatron models on one process and checks the hook on them; run by test_hook.py under several versions.
 
-The last line it prints is one JSON object of what was found.
+`hook_probe.py engine`: of Transformer Engine's layers, in tests/te. The last line it prints is one JSON object of what
+was found.
 """
 
 import contextlib
 import inspect
 import json
+import sys
 from collections.abc import Callable
 
 import torch
@@ -16,16 +18,17 @@ from megatron_idft.integration.platform import compatibility, cpu
 cpu.enable(trainer=compatibility.megatron_version() >= (0, 20))
 
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec  # noqa: E402
+from megatron.core.models.gpt import GPTModel, gpt_layer_specs  # noqa: E402
 from megatron.core.package_info import __version__  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_idft import install, uninstall  # noqa: E402
 from megatron_idft.integration.loss.metrics import LossMetrics  # noqa: E402
 
 VOCAB, PADDED, SEQ, BATCH = 50, 64, 12, 3
+ENGINE = sys.argv[1:] == ["engine"]
 
 
 def build_gpt(mtp: bool, **settings: object) -> torch.nn.Module:
@@ -41,9 +44,11 @@ def build_gpt(mtp: bool, **settings: object) -> torch.nn.Module:
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
+        attention_backend=AttnBackend.unfused if ENGINE else AttnBackend.auto,  # the only one without a kernel
     )
-    spec = get_gpt_layer_local_spec()
-    extra = {"mtp_block_spec": get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)} if mtp else {}
+    specs = gpt_layer_specs
+    spec = (specs.get_gpt_layer_with_transformer_engine_spec if ENGINE else specs.get_gpt_layer_local_spec)()
+    extra = {"mtp_block_spec": specs.get_gpt_mtp_block_spec(config, spec, use_transformer_engine=ENGINE)} if mtp else {}
     return GPTModel(
         config, spec, vocab_size=PADDED, max_sequence_length=SEQ, position_embedding_type="rope", **extra, **settings
     )

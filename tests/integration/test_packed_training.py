@@ -7,6 +7,7 @@ parallelism. The unpacked runs read the same records as JSONL, through the other
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,11 @@ RTOL = 1e-5
 PACKS = [(22, 10), (20, 12), (15, 9, 8), (32,)]
 
 
-def records(seed: int) -> list[str]:
-    """Own tokens and loss weights. The last document, a pack of its own, trains its last token alone."""
+def records(seed: int, packs: Sequence[tuple[int, ...]] = PACKS) -> list[str]:
+    """Own tokens and loss weights. A document that is a full pack by itself trains its last token alone."""
     rng = random.Random(seed)
     lines = []
-    for length in (length for lengths in PACKS for length in lengths):
+    for length in (length for lengths in packs for length in lengths):
         ids = [rng.randrange(8, 56) for _ in range(length + 1)]
         prompt = rng.randrange(1, length) if length < SEQ_LENGTH else length
         weights = [0] * prompt + [rng.choice((1, 1, 0.5, 2)) for _ in range(length + 1 - prompt)]
