@@ -174,7 +174,7 @@ mib() {
 check_sizes() {
     local carried files largest
     carried=$(($(git ls-files -z --cached --others --exclude-standard | xargs -0 du -cbm --apparent-size | tail -n 1 | cut -f1)
-        + $(mib "$wheels") + $(mib .cache/triton-sm90) + $(mib .cache/transformer-engine)))
+        + $(mib "$wheels") + $(mib .cache/triton-sm90) + $(mib .cache/transformer-engine/*.tar.xz)))
     files=$(find "$results" -type f | wc -l)
     largest=$(find "$results" -type f -printf '%s\n' | sort -n | tail -n 1)
     echo "sizes: $carried MiB there (at most 64), $files files back (at most 8), the largest $((largest / 1024)) KiB (at most 16384)"
