@@ -210,7 +210,10 @@ def test_several_launches_one_of_them_killed_and_one_stopped(folder, realigned, 
     assert launches[0].returncode == -signal.SIGKILL and launches[1].returncode == 143
     assert "the same command goes on from there" in (tmp_path / "errors1").read_text()
     state = status_of(output)
-    assert 6 <= state.finished < RECORDS and len(state.leased) + len(state.stale) <= 1
+    # The killed one may hold a chunk whose record has ended, unwritten, and the one after it; the other gives back.
+    left = [*state.leased, *state.stale]
+    assert 6 <= state.finished < RECORDS and len(left) <= 2
+    assert len({lease.owner.pid for lease in left}) <= 1
     assert_same(realign(folder, output, "--chunk-records 1 --lease-seconds 3 --max-rows 2"), realigned)
     assert len(list(output.glob("parts/*.parquet"))) == RECORDS
 
