@@ -78,9 +78,7 @@ class RealignSettings:
             analysis |= {"max_tokens": self.analysis_max_tokens, "marker": self.analysis_marker}
         rollouts = _sampling(self.rollout_sampling) | {"samples": self.rollout_samples}
         retry = {"retries": self.retries, "slope_factor": self.retry_slope_factor}
-        judge: dict[str, Any] = {}  # what is not asked is absent, as in folders that were begun before it could be
-        if self.bare_below:
-            judge["bare_below"] = self.bare_below
+        judge: dict[str, Any] = {}  # absent where it is not asked, as in folders that were begun before there was one
         if self.model_judge_threshold is not None:
             judge["model_judge"] = {"threshold": self.model_judge_threshold, "prompt": judge_sha256()}
         common = {
@@ -100,6 +98,7 @@ class RealignSettings:
             "mixing": self.mixing.describe(),
             "hinted": _sampling(self.hinted_sampling)
             | {"splitter": self.splitter, "stop_on_first_token": self.stop_on_first_token},
+            "bare_below": self.bare_below,
             "fallback": self.fallback,
             "original_weight": self.original_weight,
             "retry": retry if self.retries else None,

@@ -334,7 +334,7 @@ def test_a_job_that_was_begun_under_the_former_names_goes_on_and_others_are_refu
     retry = {"retries": 2, "beta_factor": 0.5, "after_retries": "original"}
     former = {"mixing": {"mode": "fixed", "value": 0.9}, "retry": retry, "seed": 1, "fallback": "retry"}
     now = {"mixing": {"mode": "fixed", "hint_share": 0.1}, "retry": {"retries": 2, "slope_factor": 0.5}, "seed": 1}
-    now["fallback"] = "original"
+    now |= {"fallback": "original", "bare_below": 0.0}
     with Ledger(tmp_path / "fixed", former, 1):
         pass
     assert read_settings(tmp_path / "fixed") == now
@@ -349,10 +349,17 @@ def test_a_job_that_was_begun_under_the_former_names_goes_on_and_others_are_refu
         pass
     linear = {"mixing": {"mode": "linear", "slope": 3.0}, "retry": None, "prompts": [prompt]}
     linear |= {"analysis": {"top_k": 0, "marker": "require"}, "more_room": 0.0, "original_weight": 1.0}
+    linear["bare_below"] = 0.0
     assert begun_by_earlier_version(tmp_path / "linear") == linear
     assert read_settings(tmp_path / "linear") == linear
     with Ledger(tmp_path / "linear", linear, 1, current=current_settings):
         pass
+    with Ledger(tmp_path / "chain", {name: linear[name] for name in linear if name != "bare_below"}, 1):
+        pass
+    assert begun_by_earlier_version(tmp_path / "chain") == linear
+    with Ledger(tmp_path / "now", linear, 1):
+        pass
+    assert begun_by_earlier_version(tmp_path / "now") is None
 
 
 def test_status_says_what_became_of_the_records(finished):

@@ -342,7 +342,7 @@ def test_a_folder_and_a_flag_of_before_the_hint_share_are_understood(folder, rea
     settings["mixing"]["beta"] = settings["mixing"].pop("slope")
     retry = {"retries": 1, "beta_factor": settings["retry"].pop("slope_factor"), "after_retries": "drop"}
     settings |= {"fallback": "retry", "retry": retry, "prompt": settings.pop("prompts")[0]}
-    del settings["more_room"], settings["original_weight"]  # the chain of fallbacks is younger
+    del settings["more_room"], settings["original_weight"], settings["bare_below"]  # which are younger
     (tmp_path / "whole" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(AssertionError) as refused:
         realign(folder, tmp_path / "whole", "--mix-beta 2 --fallback retry")

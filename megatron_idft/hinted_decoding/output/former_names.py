@@ -29,6 +29,8 @@ def current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         found |= {"prompts": [found.pop("prompt")], "more_room": 0.0, "original_weight": 1.0}
         if isinstance(analysis := found.get("analysis"), dict):
             found["analysis"] = {**analysis, "marker": "require"}
+    if "regenerate" not in found:
+        found.setdefault("bare_below", 0.0)
     if isinstance(retry := found.get("retry"), dict) and "after_retries" in retry:
         found["retry"] = {name: value for name, value in retry.items() if name != "after_retries"}
         found["fallback"] = retry["after_retries"]

@@ -117,11 +117,11 @@ def recorded_prompts(folder: Path, known: Sequence[HintTemplate]) -> tuple[HintT
 
 
 def begun_by_earlier_version(folder: Path) -> dict[str, Any] | None:
-    """The settings of a job that was begun before there was a chain of fallbacks; None for any other folder."""
+    """The settings of a job that was begun before bare responses were rejected; None for any other folder."""
     if not (folder / "manifest.json").exists():
         return None
     settings = read_manifest(folder)["settings"]
-    return current_settings(settings) if "more_room" not in settings else None
+    return current_settings(settings) if not {"bare_below", "regenerate"} & settings.keys() else None
 
 
 def _rows(folder: Path, columns: Sequence[str] | None) -> Iterator[OutcomeRow]:
