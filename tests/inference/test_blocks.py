@@ -112,7 +112,9 @@ def run(pool, requests, lengths, max_rows=100):
     scheduler = Scheduler(pool, max_rows, lambda number, request: Response(number, request, settings(10**6), 10**6))
     counts, done = [], []
     while True:
+        oldest = scheduler.running[:1]
         scheduler.grow()
+        assert scheduler.running[:1] == oldest, "the oldest never gives way"
         scheduler.admit(lambda: next(pending, None))
         pool.computed()
         running = list(scheduler.running)
