@@ -312,7 +312,7 @@ def _add_judging_arguments(group: Any) -> None:
         metavar="FACTOR",
         default=None,
         help="A response that --max-new-tokens cuts, where none was right, is decoded once more, up to so many times as"
-        " long, as far as the context reaches. 0: not. Default 2.",
+        " long, as far as the context and the memory for keys and values reach. 0: not. Default 2.",
     )
     group.add_argument(
         "--bare-below",
