@@ -15,13 +15,13 @@ own=$("$environment/bin/python" -c "$purelib")
 # site.addsitedir and not a path alone: packages there have such files of their own.
 echo "import site; site.addsitedir('$shared')" >"$own/zz-transformer-engine.pth"
 ln -sfn "$shared/nvidia" "$own/nvidia" # Transformer Engine looks for NVIDIA's libraries beside the interpreter
-pip=("$environment/bin/pip" install --quiet --no-compile)
+pip=("$environment/bin/python" -m pip install --quiet --no-compile)
 "${pip[@]}" --no-deps "megatron-bridge==${BRIDGE:-0.6.2}" 'transformers==5.12.1' 'tokenizers==0.22.2' 'huggingface-hub<2' \
     hydra-core flash-linear-attention peft accelerate datasets qwen-vl-utils mistral-common multiprocess dill xxhash pandas \
     python-dateutil pytz tzdata defusedxml
 # Compiled for a newer glibc than many machines have; what is imported of it here is Python.
 "${pip[@]}" --no-deps --platform manylinux_2_39_x86_64 --only-binary=:all: --upgrade --target "$own" nvidia-resiliency-ext
-"$engine/bin/pip" list --format freeze | grep -E '^(torch|triton|megatron-core|numpy)==' >"$environment/constraints.txt"
+"$engine/bin/python" -m pip list --format freeze | grep -E '^(torch|triton|megatron-core|numpy)==' >"$environment/constraints.txt"
 "${pip[@]}" --constraint "$environment/constraints.txt" 'megatron-energon~=7.0' multi-storage-client torchvision cffi \
     nvidia-modelopt
 "$environment/bin/python" - <<'EOF'
