@@ -72,8 +72,14 @@ def test_what_was_there_stays_when_everything_is_killed(tmp_path):
         while (results / "logs.tar.gz").stat().st_mtime == written:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
+        process.kill()
+        process.wait()
+        time.sleep(1)
+        written = (results / "logs.tar.gz").stat().st_mtime
+        time.sleep(1)
+        assert (results / "logs.tar.gz").stat().st_mtime == written, "nothing goes on packing"
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # its stage
         process.wait()
     with tarfile.open(results / "logs.tar.gz") as logs:
         log = logs.extractfile("./environment.log")

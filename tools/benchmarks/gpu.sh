@@ -233,7 +233,7 @@ engine=''
 if [ -z "$dry" ]; then engine=$(unpack_engine); fi
 export engine
 
-while sleep "${GPU_SH_PACK_SECONDS:-60}"; do pack_logs; done >/dev/null 2>&1 & packer=$!
+while sleep "${GPU_SH_PACK_SECONDS:-60}" && kill -0 $$; do pack_logs; done >/dev/null 2>&1 & packer=$!
 trap 'kill "$packer" 2>/dev/null; pack_logs; rm -rf "$work"' EXIT
 trap 'exit 143' TERM INT
 summary=$results/summary.txt
