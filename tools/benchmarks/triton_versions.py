@@ -5,7 +5,7 @@
 
 Writes tools/benchmarks/results/triton_kernels.json and, from it, docs/triton.md: registers, spilled bytes and the
 widest access to global memory of each kernel, as its machine code says. Each version runs in a process of its own, for
-an assertion of a compiler ends that. --interpret runs the kernels' interpreted tests under each version besides.
+an assertion of a compiler ends that. --interpret runs the kernels' interpreted tests under each version instead.
 """
 
 import argparse
@@ -44,7 +44,7 @@ TESTS = ["tests/loss/test_triton.py", "tests/inference/test_paged_attention.py"]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*", help="each with one Triton, as pip's --target makes it")
-    parser.add_argument("--interpret", action="store_true", help="run the interpreted tests under each, too")
+    parser.add_argument("--interpret", action="store_true", help="run the interpreted tests under each instead")
     parser.add_argument(
         "--out", type=Path, default=RESULT, help="the JSON; versions that it has stay; default %(default)s"
     )
@@ -58,10 +58,11 @@ def main() -> int:
     result["date"] = datetime.date.today().isoformat()
     for folder in args.folders or [None]:
         version = run(folder, "-c", "import triton; print(triton.__version__)").stdout.strip()
-        entry = result["versions"].setdefault(version, {})
-        entry["kernels"] = compiled_under(folder)
+        entry = result["versions"].setdefault(version, {"kernels": []})
         if args.interpret:
             entry["interpreted"] = interpreted_under(folder)
+        else:
+            entry["kernels"] = compiled_under(folder)
         bad = [one for one in entry["kernels"] if one.get("error") or one["spilled_bytes"]]
         print(
             f"Triton {version}: {len(entry['kernels'])} kernels, {len(bad)} of them do not compile or spill;"
