@@ -116,9 +116,10 @@ class DecodeEngine:
         )
 
     def close(self) -> None:
-        """Give the model its own attention back and free the blocks."""
+        """Give the model its own attention and settings back and free the blocks."""
         self._forward.close()
         self.cache.close()
+        self.model.close()
 
     def forget_prompts(self) -> None:
         """Compute the next prompts anew, also those that earlier calls have computed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from megatron_idft.errors import UnservedModelError
 from megatron_idft.inference.direct_layers import DirectLayers, direct_layers
 
 _ATTENTION, _MLP, _MOE = "*", "-", "E"  # of megatron/core/models/hybrid/hybrid_layer_allocation.py
+_FUSED_ROTATION = ("apply_rope_fusion", "fused_single_qkv_rope")  # these kernels take one table of angles for all rows
+_SERVED_BY = "_served_by"  # the attribute of a model that has the latest ServedModel of it
 
 
 class ServedModel:
@@ -34,18 +37,34 @@ class ServedModel:
 
     def __init__(self, model: Sequence[torch.nn.Module], max_positions: int) -> None:
         self.language_model = require_served(model)
-        self.language_model.eval()
         self.config = self.language_model.config
         self.attentions: list[Any] = [m for m in self.language_model.decoder.modules() if hasattr(m, "core_attention")]
-        for config in [self.config, *(attention.config for attention in self.attentions)]:
-            # Transformer Engine's fused kernels take one table of angles for all rows.
-            config.apply_rope_fusion = config.fused_single_qkv_rope = False
+        self._settings = self._change_settings()
         self.tp_group: ProcessGroup = self.language_model.pg_collection.tp
         weight = next(self.language_model.parameters())
         self.device, self.dtype = weight.device, self.config.params_dtype
         self.has_experts = self.config.num_moe_experts is not None
         self._angles = self._rotary_angles(max_positions)
         self.direct: DirectLayers | None = direct_layers(self, self._angles)
+
+    def close(self) -> None:
+        """Give the model its own settings back, unless a later engine serves it by now: that one gives them back."""
+        if vars(self.language_model).get(_SERVED_BY) is self:
+            del vars(self.language_model)[_SERVED_BY]
+            for owner, name, value in self._settings:
+                setattr(owner, name, value)
+
+    def _change_settings(self) -> list[tuple[Any, str, bool]]:
+        """Evaluation without fused rotation; returns what was set before the first engine on this model."""
+        earlier: ServedModel | None = vars(self.language_model).get(_SERVED_BY)
+        configs = [self.config, *(attention.config for attention in self.attentions)]
+        found = [(module, "training", module.training) for module in self.language_model.modules()]
+        found += [(config, name, getattr(config, name)) for config, name in product(configs, _FUSED_ROTATION)]
+        vars(self.language_model)[_SERVED_BY] = self
+        self.language_model.eval()
+        for config, name in product(configs, _FUSED_ROTATION):
+            setattr(config, name, False)
+        return found if earlier is None else earlier._settings
 
     def _rotary_angles(self, max_positions: int) -> Tensor | None:
         """[max_positions, 1, 1, d] fp32, with the model's own base, scaling and interleaving."""

@@ -13,6 +13,7 @@ is what the engine says). Runs on a GPU where there is one. Only one rank writes
 import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,24 @@ def served(engine, requests):
             yield completion
 
 
+def check_settings(model, new_engine):
+    """A closed engine leaves modes and flags as they were, and one that another has replaced does not touch them."""
+    from megatron.core.utils import get_model_config
+
+    config, training = get_model_config(model), [module.training for module in model.modules()]
+    config.apply_rope_fusion = True
+    model.train()
+    found = dict(vars(config))
+    first, second = new_engine(), new_engine()
+    first.close()
+    assert not config.apply_rope_fusion and not any(module.training for module in model.modules())
+    second.close()
+    assert vars(config) == found and all(module.training for module in model.modules())
+    config.apply_rope_fusion = False
+    for module, before in zip(model.modules(), training, strict=True):
+        module.training = before
+
+
 def main() -> None:
     cases, out, *flags = sys.argv[1:]
     config = json.loads(Path(flags[flags.index("--hf-model") + 1], "config.json").read_text())
@@ -162,9 +181,10 @@ def main() -> None:
     scorer = scoring_program._load_scorer(args)
     vocab_size = args.sft_loss_vocab_size
     told: list[str] = []
-    engine = DecodeEngine(
-        scorer.model, vocab_size, max_positions=args.seq_length, max_rows=4, memory_bytes=1 << 28, tell=told.append
+    new_engine = partial(
+        DecodeEngine, scorer.model, vocab_size, max_positions=args.seq_length, max_rows=4, memory_bytes=1 << 28
     )
+    engine = new_engine(tell=told.append)
     told.append(engine.describe())
     results = {name: run(engine, case, vocab_size) for name, case in json.loads(Path(cases).read_text()).items()}
     everywhere: list = [None] * torch.distributed.get_world_size()
@@ -172,6 +192,7 @@ def main() -> None:
     assert all(other == results for other in everywhere), "ranks disagree"
     # The engine must leave the model as it was: scoring by the training's own forward pass still works.
     engine.close()
+    check_settings(scorer.model[0], new_engine)
     scorer.score([np.arange(5), np.arange(9)])
     if torch.distributed.get_rank() == 0:
         Path(out).write_text(json.dumps([told, results]))
