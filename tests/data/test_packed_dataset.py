@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_idft.data.packed.dataset import PackedDataset
+from megatron_idft.data.packed.dataset import PackedDataset, PackLimits
 from megatron_idft.data.packed.epochs import Blend, BlendedEpochs, prepared_prefixes
 from megatron_idft.data.packed.store import FORMAT, PackedStore, write_index
 from megatron_idft.errors import InputError
@@ -76,6 +76,16 @@ def test_every_document_is_a_sample_of_its_own():
 def test_a_full_pack_has_no_padding():
     got = sample(pack(A, B, C), seq_length=6)
     assert got["bounds"] == [0, 2, 5, 6, 6, 6, 6] and got["tokens"] == [1, 2, 4, 5, 6, 8]
+
+
+def test_padding_is_cut_into_documents_no_longer_than_the_longest():
+    limits = PackLimits(most_documents=3, longest_document=3)
+    got = sample(pack(A, B), seq_length=13, limits=limits)
+    assert got["bounds"] == [0, 2, 5, 8, 11, 13, 13, 13, 13]
+    assert got["position_ids"] == [0, 1, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
+    assert sample(pack(A, B, C), seq_length=6, limits=limits)["bounds"] == [0, 2, 5, 6, 6, 6]
+    padding = PackedDataset({"p": Reader([pack(A)])}, 7, PAD, limits=limits).untrained_sample()
+    assert padding["bounds"].tolist() == [0, 3, 6, 7, 7, 7, 7]
 
 
 def test_weights_scale_the_mask_where_it_is_trained():

@@ -13,13 +13,14 @@ from megatron.core import mpu
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from megatron_idft import idft
+from megatron_idft.data.packed.dataset import PackLimits
 from megatron_idft.integration.loss.hook import LossHook
 from megatron_idft.integration.loss.metrics import LossMetrics
 from megatron_idft.integration.training import batches
 from megatron_idft.loss import triton_backend
 from tests.captured import HostNeededError, captured
 
-SEQ, VOCAB, PADDED, DOCUMENTS = 32, 500, 512, 6
+SEQ, VOCAB, PADDED, LIMITS = 32, 500, 512, PackLimits(most_documents=6, longest_document=20)
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 KERNELS = ["shard_state_kernel", "token_results_kernel", "gradient_kernel"]
 
@@ -81,8 +82,8 @@ class Model(torch.nn.Module):
 def get_batch(device):
     """From the static buffers that Megatron's graphs of whole iterations read."""
     sample = {name: torch.zeros(1, SEQ, dtype=dtype, device=device) for name, dtype in batches._DTYPES.items()}
-    sample["bounds"] = torch.zeros(1, DOCUMENTS + 2, dtype=torch.int32, device=device)
-    return batches.get_batch(iter([sample]), None, 1, most_documents=DOCUMENTS, sources=True)
+    sample["bounds"] = torch.zeros(1, LIMITS.num_bounds(SEQ), dtype=torch.int32, device=device)
+    return batches.get_batch(iter([sample]), None, 1, limits=LIMITS, sources=True)
 
 
 def state(device):
@@ -107,7 +108,8 @@ def test_a_micro_batch_asks_nothing_of_the_host(monkeypatch, launched, args, dev
         if device is CPU:
             (loss / tokens).backward()
         metrics.commit_step()
-        assert output.shape == (1, SEQ) and batch["packed_seq_params"].cu_seqlens_q.shape == (DOCUMENTS + 2,)
+        made = batch["packed_seq_params"]
+        assert output.shape == (1, SEQ) and made.cu_seqlens_q.shape == (9,) and made.max_seqlen_q == 20
     assert launched == (KERNELS if device is CPU else KERNELS[:2])
 
 

@@ -62,7 +62,7 @@ def described(parameters):
 @pytest.mark.parametrize("context_parallel_size", [1, 2])
 def test_packed_sequences_cover_the_row_whatever_its_documents(context_parallel_size):
     args = engine(context_parallel_size=context_parallel_size)
-    made, other = (packed_sequence_parameters(row, args) for row in BOUNDS)
+    made, other = (packed_sequence_parameters(row, args, 9) for row in BOUNDS)
     assert described(made) == described(other)
     assert made.qkv_format == "thd" and made.max_seqlen_q == made.max_seqlen_kv == 9
     assert made.cu_seqlens_q is made.cu_seqlens_kv and made.cu_seqlens_q.equal(BOUNDS[0])
@@ -79,7 +79,7 @@ ON_HOST = [("--mtp-num-layers", {"mtp_num_layers": 1}), ("--no-rope-fusion", {"a
 @pytest.mark.parametrize(("flag", "changed"), ON_HOST)
 def test_layers_that_loop_over_documents_get_no_more_than_there_are(flag, changed):
     assert reads_bounds_on_host(engine(**changed)) == flag and reads_bounds_on_host(ENGINE) is None
-    made = packed_sequence_parameters(BOUNDS[0], engine(**changed))
+    made = packed_sequence_parameters(BOUNDS[0], engine(**changed), 9)
     assert made.cu_seqlens_q.tolist() == [0, 2, 5, 6, 9] and made.max_seqlen_q == 3
     assert made.seq_idx.tolist() == [[0, 0, 1, 1, 1, 2, 3, 3, 3]]
 

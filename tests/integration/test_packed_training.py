@@ -7,7 +7,9 @@ parallelism. The unpacked runs read the same records as JSONL, through the other
 
 import json
 import random
+from argparse import Namespace
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,9 @@ from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.prepare import prepare
 from megatron_idft.data.packed.store import PackedStore
+from megatron_idft.integration.training import data as training_data
+from megatron_idft.integration.training.data import NamedData, TrainingData
+from megatron_idft.integration.training.packed_attention import packed_sequence_parameters
 from tests.launch import forked
 from tests.run_outputs import differences, load_checkpoint, load_scalars
 from tests.tiny_tokenizers import train_tokenizer
@@ -152,6 +157,45 @@ def test_the_packs_are_what_the_tests_rest_on(corpus):
     assert sorted(len(pack.starts) for pack in packs) == sorted(map(len, PACKS))
     assert sorted(int(pack.mask.sum()) for pack in packs)[:2] < [2, 10], "one trains a single token, the others more"
     assert all(pack.weights is not None and {0.5, 2} & set(pack.weights) for pack in packs if pack.mask.sum() > 1)
+
+
+@pytest.mark.parametrize("context_parallel_size", [1, 2])
+def test_kernels_are_told_the_longest_document_of_the_run(corpus, tmp_path, monkeypatch, context_parallel_size):
+    """In each micro-batch of training and validation, however short its own documents and whatever the rank reads."""
+    prefixes, tokenizer = {}, load_tokenizer(str(corpus / "tokenizer.model"), chat_template="chatml")
+    for name, lengths in {"a": (5, 6, 7, 3), "b": (4, 9), "c": (13, 2), "d": (8,)}.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(records(5, [lengths])) + "\n")
+        settings = PrepareSettings(paths=(str(file),), seq_length=SEQ_LENGTH, pad_multiple=4)
+        prepare(settings, tokenizer, tmp_path / name, workers=1, progress=False)
+        prefixes[name] = str(tmp_path / name)
+    args = Namespace(
+        seq_length=SEQ_LENGTH,
+        seed=1,
+        train_epochs=None,
+        context_parallel_size=context_parallel_size,
+        mtp_num_layers=None,
+        position_embedding_type="none",
+    )
+
+    def constants(valid, reads):
+        monkeypatch.setattr(training_data, "stage_reads", lambda *_: reads)
+        named = NamedData({prefixes["a"]: Fraction(1), prefixes["b"]: Fraction(2)}, valid, packed=True)
+        data = TrainingData(args, tokenizer, named)
+        train, sets = data.datasets(args, 6, None, None)
+        samples = [train[index]["bounds"] for index in range(6)] + [each[0]["bounds"] for each in sets.values()]
+        longest = data.limits.longest_document
+        assert all(bounds.diff().min() >= 0 and bounds.diff().max() <= longest for bounds in samples), "padding, too"
+        assert all(bounds[0] == 0 and bounds[-1] == SEQ_LENGTH for bounds in samples)
+        made = [packed_sequence_parameters(bounds, args, longest) for bounds in samples]
+        return {(each.max_seqlen_q, each.max_seqlen_kv, each.cu_seqlens_q.shape) for each in made}
+
+    valid = {"x": [prefixes["c"]], "y": [prefixes["d"]]}
+    for reads in ((True, False), (False, False), (False, True)):  # the first, a middle and the last pipeline stage
+        rounded = [-(-longest // 4) * 4 if context_parallel_size == 2 else longest for longest in (13, 9)]
+        cuts = [-(-SEQ_LENGTH // longest) for longest in rounded]
+        assert constants(valid, reads) == {(rounded[0], rounded[0], (1 + 4 + cuts[0],))}
+        assert constants({}, reads) == {(rounded[1], rounded[1], (1 + 4 + cuts[1],))}
 
 
 @pytest.mark.parametrize(("model", "processes", "layout"), LAYOUTS)

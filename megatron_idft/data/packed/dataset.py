@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
@@ -45,14 +46,31 @@ class PackReader(Protocol):
     def pack(self, index: int, /) -> Pack: ...
 
 
+@dataclass(frozen=True, slots=True)
+class PackLimits:
+    """What no pack of a run exceeds: samples and kernels have one shape in the whole run, as CUDA graphs want it.
+
+    Attributes:
+        most_documents: of a pack.
+        longest_document: in positions, with its padding.
+    """
+
+    most_documents: int
+    longest_document: int
+
+    def num_bounds(self, seq_length: int) -> int:
+        """Of a sample: 0, the end of each document, and those of its padding, which is cut into such as are allowed."""
+        return 1 + self.most_documents + -(-seq_length // self.longest_document)
+
+
 class PackedDataset(Dataset[Sample]):
     """The packs of one or more readers, numbered through, padded on the right.
 
     A document of n ids takes n - 1 positions: its last token is only a label. The first token
-    of a document is never a label, so no label crosses a border. The rest of the sequence is one more document,
-    of padding. A sample holds, of shape [seq_length] unless said otherwise:
+    of a document is never a label, so no label crosses a border. The rest of the sequence is padding, in documents no
+    longer than the longest of the run. A sample holds, of shape [seq_length] unless said otherwise:
 
-        bounds        int32    (bounds) [most_documents + 2] 0, then the end of each document, then seq_length
+        bounds        int32    (bounds) [limits.num_bounds] 0, then the end of each document, then seq_length repeated
         tokens        int64    (inputs) the documents' ids[:-1], and pad_id
         position_ids  int64    (inputs) 0, 1, … within each document; without `bounds` in the whole sequence
         labels        int64    (labels) the documents' ids[1:] where trained, else -100
@@ -65,8 +83,7 @@ class PackedDataset(Dataset[Sample]):
             only, and then no id, mask or weight is read.
         bounds: whether samples hold these. Where each pack is one document, nobody needs them: attention is causal,
             so padding on the right is seen by nobody.
-        most_documents: of a pack of any reader. Bounds have one length in the whole run, as CUDA graphs want it; None
-            makes them as long as a sequence could need.
+        limits: of all packs of the run; None allows whatever a sequence could hold.
         multiple_of: every document is padded to a multiple of so many positions; context parallelism over c ranks
             cuts each document in 2 c parts.
         sources: for each reader its sources' numbers through all readers, by their numbers in the reader.
@@ -84,13 +101,13 @@ class PackedDataset(Dataset[Sample]):
         inputs: bool = True,
         labels: bool = True,
         bounds: bool = True,
-        most_documents: int | None = None,
+        limits: PackLimits | None = None,
         multiple_of: int = 1,
         sources: Sequence[Sequence[int]] | None = None,
     ):
         self.readers, self.seq_length, self.pad_id = dict(readers), seq_length, pad_id
         self.inputs, self.labels, self.bounds, self.multiple_of = inputs, labels, bounds, multiple_of
-        self.most_documents = seq_length - 1 if most_documents is None else most_documents
+        self.limits = limits or PackLimits(seq_length - 1, seq_length)
         self._sources = [np.array(numbers, dtype=np.int64) for numbers in sources or ()]
         self.sizes = [len(reader) for reader in self.readers.values()]
         self._ends = list(accumulate(self.sizes))
@@ -130,9 +147,11 @@ class PackedDataset(Dataset[Sample]):
         ends: NDArray[np.int64],
         sources: NDArray[np.int64] | None,
     ) -> Sample:
-        bounds = np.full(self.most_documents + 2, self.seq_length, dtype=np.int32)
+        bounds = np.full(self.limits.num_bounds(self.seq_length), self.seq_length, dtype=np.int32)
         bounds[0] = 0
         bounds[1 : len(ends) + 1] = ends
+        padding = np.arange(bounds[len(ends)], self.seq_length, self.limits.longest_document)[1:]
+        bounds[len(ends) + 1 :][: len(padding)] = padding
         sample = {"bounds": torch.from_numpy(bounds)} if self.bounds else {}
         begins = bounds[: len(ends)].astype(np.int64)
         # Where the ids of all documents stand in the pack, and where they go in the sequence.

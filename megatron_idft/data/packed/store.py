@@ -187,6 +187,15 @@ class PackedStore:
         """Of any pack."""
         return int(np.diff(self._map(".packs.bin", np.int64)).max(initial=0))
 
+    def longest_document(self, multiple_of: int = 1) -> int:
+        """Positions of any document in a sequence, where each is padded to a multiple of so many."""
+        longest = 2  # tokens, of which the last is a label only
+        if len(self):  # else there is nothing to map
+            starts, packs = self._map(".starts.bin", np.int32), self._map(".packs.bin", np.int64)
+            longest = int(np.diff(starts).max(initial=longest))  # from one pack to the next it is never positive
+            longest = int((self.lengths() - starts[packs[1:] - 1]).max(initial=longest))  # a pack's last documents
+        return -(-(longest - 1) // multiple_of) * multiple_of
+
     def origins(self, index: int) -> list[tuple[str, int]]:
         """The file and line (row) of each document of a pack."""
         packs = self._map(".packs.bin", np.int64)

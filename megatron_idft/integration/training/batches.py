@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_idft.data.packed.dataset import INPUTS, LABELS
+from megatron_idft.data.packed.dataset import INPUTS, LABELS, PackLimits
 from megatron_idft.integration.training.packed_attention import (
     document_mask,
     packed_sequence_parameters,
@@ -32,7 +32,7 @@ def get_batch(
     vp_stage: int | None,
     micro_batch_size: int,
     *,
-    most_documents: int,
+    limits: PackLimits | None,
     sources: bool = False,
 ) -> dict[str, Any]:
     """This rank's share of the next micro-batch.
@@ -44,8 +44,7 @@ def get_batch(
         data_iterator: of samples of `PackedDataset`; read only where this stage reads any of a sample.
         vp_stage: the virtual stage.
         micro_batch_size: b.
-        most_documents: of a pack, so that `bounds` [b, most_documents + 2] have one shape in the whole run; 0 where
-            samples hold no bounds.
+        limits: of all packs of the run; None where samples hold no bounds.
         sources: whether samples hold `sources`.
 
     Returns:
@@ -63,10 +62,11 @@ def get_batch(
     inputs, labels = stage_reads(args, vp_stage)
     batch: dict[str, Any] = dict.fromkeys((*_DTYPES, "attention_mask", "packed_seq_params"))
     of_labels = (*LABELS, "sources") if sources else LABELS
-    keys = [*(("bounds",) if most_documents else ()), *(INPUTS if inputs else ()), *(of_labels if labels else ())]
+    keys = [*(("bounds",) if limits else ()), *(INPUTS if inputs else ()), *(of_labels if labels else ())]
     sample = next(data_iterator) if keys and mpu.get_tensor_model_parallel_rank() == 0 else None
     for key in keys:
-        shape = (micro_batch_size, most_documents + 2 if key == "bounds" else args.seq_length)
+        length = limits.num_bounds(args.seq_length) if limits and key == "bounds" else args.seq_length
+        shape = (micro_batch_size, length)
         if sample is None:
             batch[key] = torch.empty(shape, dtype=_DTYPES[key], device=torch.cuda.current_device())
         else:
@@ -79,8 +79,9 @@ def get_batch(
     if bounds is not None and takes_mask(args):
         batch["attention_mask"] = document_mask(bounds, args.seq_length)
         return batch
-    if bounds is not None:
-        parameters = batch["packed_seq_params"] = packed_sequence_parameters(bounds[0], args)
+    if bounds is not None and limits is not None:
+        parameters = packed_sequence_parameters(bounds[0], args, limits.longest_document)
+        batch["packed_seq_params"] = parameters
         lengths = {"cu_seqlens": parameters.cu_seqlens_q[None], "cu_seqlens_padded": None}
     if args.context_parallel_size > 1 and (inputs or labels):
         # The sequence, or each document of a pack, in 2 c parts, this rank's first and last: core/utils.py.
@@ -127,7 +128,7 @@ def forward_step(
     data_iterator: Iterator[dict[str, Tensor]],
     model: torch.nn.Module,
     *,
-    most_documents: int,
+    limits: PackLimits | None,
     on_sources: OnSources = None,
 ) -> tuple[Tensor, Any]:
     """One micro-batch through `model`; returns its output and the bound loss function. See `get_batch`."""
@@ -140,7 +141,7 @@ def forward_step(
         data_iterator,
         get_attr_wrapped_model(model, "vp_stage"),
         args.micro_batch_size if model.training else args.eval_micro_batch_size,
-        most_documents=most_documents,
+        limits=limits,
         sources=on_sources is not None,
     )
     get_timers()("batch-generator").stop()
@@ -152,6 +153,6 @@ def forward_step(
         batch["attention_mask"],
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
-        **({"packed_seq_params": batch["packed_seq_params"]} if most_documents else {}),
+        **({"packed_seq_params": batch["packed_seq_params"]} if limits else {}),
     )
     return output, partial(loss_func, batch["loss_mask"])

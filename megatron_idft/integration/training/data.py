@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
-from megatron_idft.data.packed.dataset import PackedDataset
+from megatron_idft.data.packed.dataset import PackedDataset, PackLimits
 from megatron_idft.data.packed.epochs import Blend, BlendedEpochs, prepared_prefixes
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.records import TokenizedRecords, open_tokenized_records, tokenize_records
@@ -92,7 +92,7 @@ class TrainingData:
 
     Attributes:
         packed: whether samples hold several documents.
-        most_documents: of a pack, in training and validation; 0 where samples hold one document each.
+        limits: of all packs, in training and validation; None where samples hold one document each.
     """
 
     def __init__(self, args: argparse.Namespace, tokenizer: ChatTokenizer, named: NamedData):
@@ -113,7 +113,7 @@ class TrainingData:
                 name: {prefix: _open(args, tokenizer, prefix) for prefix in prefixes}
                 for name, prefixes in named.valid.items()
             }
-        self.most_documents = max(store.most_documents() for store in self.opened) if self.packed else 0
+        self.limits = _limits(args, self.opened) if self.packed else None
         self.blend = Blend([len(store) for store in self.train.values()], self.weights, args.seed)
 
     @property
@@ -194,7 +194,7 @@ class TrainingData:
                 inputs=inputs,
                 labels=labels,
                 bounds=self.packed,
-                most_documents=self.most_documents,
+                limits=self.limits,
                 multiple_of=_multiple_of(args) if self.packed else 1,
                 sources=numbers(stores),
             )
@@ -249,6 +249,14 @@ def _open(args: argparse.Namespace, tokenizer: ChatTokenizer, prefix: str) -> Pa
     store = PackedStore(prefix)
     store.require(tokenizer, args.seq_length, _multiple_of(args))
     return store
+
+
+def _limits(args: argparse.Namespace, stores: Sequence[PackedStore]) -> PackLimits:
+    """Read from the files, which all ranks share."""
+    return PackLimits(
+        max(store.most_documents() for store in stores),
+        max(store.longest_document(_multiple_of(args)) for store in stores),
+    )
 
 
 def _multiple_of(args: argparse.Namespace) -> int:

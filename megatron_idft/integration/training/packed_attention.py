@@ -153,13 +153,14 @@ def document_mask(bounds: Tensor, seq_length: int) -> Tensor:
     return other | (positions[:, None] < positions)
 
 
-def packed_sequence_parameters(bounds: Tensor, args: argparse.Namespace) -> Any:
+def packed_sequence_parameters(bounds: Tensor, args: argparse.Namespace, longest_document: int) -> Any:
     """`PackedSeqParams` for one row of documents that follow each other without gaps.
 
-    They are of the same shape for every row, and the longest document counts as long as the sequence: so nothing is
-    copied to the host, CUDA graphs can capture them, and cuDNN makes one plan. Documents of length 0 at the end are
-    what Transformer Engine itself pads its batches with. Only for layers that read the bounds on the host in any case
-    (`reads_bounds_on_host`) they are exact: fewer documents to loop over, and rotary angles of the longest one.
+    They are of the same shape for every row, and the longest document, which says how many blocks kernels start for
+    each, is that of the run: so nothing is copied to the host, CUDA graphs can capture them, and cuDNN makes one plan.
+    Documents of length 0 at the end are what Transformer Engine itself pads its batches with. Only for layers that read
+    the bounds on the host in any case (`reads_bounds_on_host`) they are exact: fewer documents to loop over, and rotary
+    angles of the longest one.
 
     A document's padding (to a multiple of 2 c under context parallelism) counts as its end, where nobody sees it, so
     the padded lengths are the lengths.
@@ -167,16 +168,16 @@ def packed_sequence_parameters(bounds: Tensor, args: argparse.Namespace) -> Any:
     Args:
         bounds: [n] int32, ascending from 0 to the sequence length, which may be repeated.
         args: Megatron's.
+        longest_document: no document of any row is longer, be it padding.
     """
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    longest = args.seq_length
     positions = torch.arange(args.seq_length, dtype=bounds.dtype, device=bounds.device)
     # For Mamba layers. Megatron would derive it from `total_tokens`, by an operation that synchronises.
     documents = torch.searchsorted(bounds, positions, right=True, out_int32=True)[None] - 1
     if reads_bounds_on_host(args) is not None:
         bounds = torch.unique_consecutive(bounds)
-        longest = int(bounds.diff().max())
+        longest_document = int(bounds.diff().max())
     padded = bounds if args.context_parallel_size > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
@@ -184,8 +185,8 @@ def packed_sequence_parameters(bounds: Tensor, args: argparse.Namespace) -> Any:
         cu_seqlens_kv=bounds,
         cu_seqlens_q_padded=padded,
         cu_seqlens_kv_padded=padded,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        max_seqlen_q=longest_document,
+        max_seqlen_kv=longest_document,
         seq_idx=documents,
         pad_between_seqs=False,
     )

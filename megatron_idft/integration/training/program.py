@@ -189,9 +189,7 @@ class ChatTraining(TrainerIntegration):
         """The `forward_step_func` of `pretrain()`: one micro-batch of records or of packs."""
         on_sources = self._note_sources if self._source_names else None
         assert self.data is not None
-        return batches.forward_step(
-            data_iterator, model, most_documents=self.data.most_documents, on_sources=on_sources
-        )
+        return batches.forward_step(data_iterator, model, limits=self.data.limits, on_sources=on_sources)
 
     def _note_sources(self, sources: torch.Tensor | None) -> None:
         for hook in self._hooks:
