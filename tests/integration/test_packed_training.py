@@ -163,7 +163,7 @@ def test_the_packs_are_what_the_tests_rest_on(corpus):
 def test_kernels_are_told_the_longest_document_of_the_run(corpus, tmp_path, monkeypatch, context_parallel_size):
     """In each micro-batch of training and validation, however short its own documents and whatever the rank reads."""
     prefixes, tokenizer = {}, load_tokenizer(str(corpus / "tokenizer.model"), chat_template="chatml")
-    for name, lengths in {"a": (5, 6, 7, 3), "b": (4, 9), "c": (13, 2), "d": (8,)}.items():
+    for name, lengths in {"a": (5, 6, 7, 3), "b": (4, 9), "c": (13, 2), "d": (17,)}.items():
         file = tmp_path / f"{name}.jsonl"
         file.write_text("\n".join(records(5, [lengths])) + "\n")
         settings = PrepareSettings(paths=(str(file),), seq_length=SEQ_LENGTH, pad_multiple=4)
@@ -192,7 +192,7 @@ def test_kernels_are_told_the_longest_document_of_the_run(corpus, tmp_path, monk
 
     valid = {"x": [prefixes["c"]], "y": [prefixes["d"]]}
     for reads in ((True, False), (False, False), (False, True)):  # the first, a middle and the last pipeline stage
-        rounded = [-(-longest // 4) * 4 if context_parallel_size == 2 else longest for longest in (13, 9)]
+        rounded = [-(-longest // 4) * 4 if context_parallel_size == 2 else longest for longest in (17, 9)]
         cuts = [-(-SEQ_LENGTH // longest) for longest in rounded]
         assert constants(valid, reads) == {(rounded[0], rounded[0], (1 + 4 + cuts[0],))}
         assert constants({}, reads) == {(rounded[1], rounded[1], (1 + 4 + cuts[1],))}
