@@ -21,6 +21,8 @@ class Machine:
 
     def __init__(self) -> None:
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        # Without bytecode the imports take most of the time; environment.sh and some machines leave none.
+        environment |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(PYTHON.parent.parent / "bytecode")}
         self._process = subprocess.Popen(
             [PYTHON, Path(__file__).with_name("machine.py")],
             env=os.environ | environment,

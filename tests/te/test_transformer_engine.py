@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -195,6 +196,8 @@ def assert_same_training(reference: Path, folder: Path) -> None:
         ("qwen3_moe", f"{PACKED} --moe-grouped-gemm", 1),
         ("qwen3", f"{PACKED} --tensor-model-parallel-size 2 --sequence-parallel", 2),
         ("qwen3", f"{PACKED} --context-parallel-size 2", 2),
+        ("qwen3", f"{PACKED} --pipeline-model-parallel-size 2", 2),
+        ("qwen3_moe", f"{PACKED} --moe-grouped-gemm --expert-model-parallel-size 2", 2),
     ],
 )
 def test_training_equals_that_of_local_layers(machine, corpus, model_flags, local, tmp_path, model, flags, ranks):
@@ -206,6 +209,16 @@ def test_training_equals_that_of_local_layers(machine, corpus, model_flags, loca
         assert not choice["pad_between_seqs"], "documents' padding is a part of them"
     assert choice["context_parallel"] == ("--context-parallel-size" in flags)
     assert_same_training(local(model), tmp_path)
+
+
+def test_training_in_bf16_is_that_in_fp32_but_for_rounding(machine, corpus, model_flags, local, tmp_path):
+    """bf16 keeps eight bits: a rounding is off by 2^-9 at most. Some ten in a row are allowed."""
+    machine.run(command(corpus, tmp_path, f"{PACKED} --bf16 {model_flags('qwen3')}"))
+    expected, got = (load_scalars(folder / "tensorboard") for folder in (local("qwen3"), tmp_path))
+    for key in ("lm loss", "sft loss", "ddt/entropy", "grad-norm", "trained tokens"):
+        values = [[found[key][step] for step in sorted(expected[key])] for found in (got, expected)]
+        np.testing.assert_allclose(*values, rtol=2e-2, err_msg=key)
+        assert key == "trained tokens" or not np.allclose(*values, rtol=1e-5), f"{key}: bf16 did not take part"
 
 
 PREDICTING = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --mtp-num-layers 1
@@ -236,6 +249,24 @@ def test_packs_with_multi_token_prediction_train_like_their_documents(machine, c
     flags = f"{PACKED} --context-parallel-size {ranks} {PREDICTING}"
     machine.run(command(corpus, tmp_path, flags, "predicted.jsonl"), nproc=ranks)
     assert_same_training(one_by_one, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- score
+
+
+def test_scores_are_those_of_local_layers(machine, corpus, model_flags, tmp_path):
+    words = f"--data {corpus / 'records.jsonl'} --seq-length {SEQ_LENGTH} --chat-template chatml --per-token"
+    words += f" --tokenizer-model {corpus / 'tokenizer.model'} {model_flags('qwen3')}"
+    found = {}
+    for name, run in (("local", forked), ("engine", machine.run)):
+        output = run(["-m", "megatron_idft", "score", *words.split(), "--output", tmp_path / name])
+        found[name] = pq.read_table(tmp_path / name / "scores.parquet").to_pylist()
+    assert {"generic_gemm", "rmsnorm_fwd", "fused_rope_forward"} <= kernels(output)
+    assert len(found["local"]) == sum(map(len, PACKS))
+    for got, wanted in zip(found["engine"], found["local"], strict=True):
+        assert got["id"] == wanted["id"] and got["tokens"] == wanted["tokens"]
+        for name in ("log_prob", "entropy", "phi"):
+            np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 # ------------------------------------------------------------------------------------------------------------- engine
