@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from megatron_idft.checkpoint.cache import cached_checkpoint
+from megatron_idft.checkpoint.config import read_folder_model
 from megatron_idft.checkpoint.convert import to_megatron
+from megatron_idft.checkpoint.model_flags import ModelClass
+from megatron_idft.integration.platform.model_class import usual_class
 from tests.real_model import fetch, problems
 
 
@@ -43,20 +46,26 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
 
 
 @pytest.fixture(scope="session")
-def cache(huggingface, once) -> Path:
+def model_class(huggingface) -> ModelClass:
+    """The class that the verbs give the model by themselves."""
+    return usual_class(read_folder_model(huggingface))
+
+
+@pytest.fixture(scope="session")
+def cache(huggingface, model_class, once) -> Path:
     """The folder for --hf-cache, which holds the model, converted."""
 
     def convert(folder: Path) -> None:
         folder.mkdir()
-        to_megatron(huggingface, cached_checkpoint(huggingface, folder, "gpt"), "gpt", progress=False)
+        to_megatron(huggingface, cached_checkpoint(huggingface, folder, model_class), model_class, progress=False)
 
     return once("smol-cache", convert)
 
 
 @pytest.fixture(scope="session")
-def megatron(huggingface, cache) -> Path:
+def megatron(huggingface, cache, model_class) -> Path:
     """The converted model."""
-    return cached_checkpoint(huggingface, cache, "gpt")
+    return cached_checkpoint(huggingface, cache, model_class)
 
 
 @pytest.fixture(scope="session")
