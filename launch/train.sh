@@ -19,7 +19,7 @@ PRETRAINED=${PRETRAINED:-} # its conversion.json names the model's flags; its to
 DATA=${DATA:-}             # records or packs, several with spaces between them
 VALID_DATA=${VALID_DATA:-}
 SAVE=${SAVE:-}
-SFT_LOSS=${SFT_LOSS:-idft} # ce, dft, idft, entropy or module:function
+SFT_LOSS=${SFT_LOSS:-idft} # a name in docs/loss.md, or module:function
 
 # ---- where. MODEL, a name of layouts.txt, gives the layout for NNODES x GPUS_PER_NODE; or set TP, PP, CP, EP.
 DEVICE=${DEVICE:-gpu} # gpu or cpu

@@ -12,7 +12,18 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from megatron_idft.integration.loss.hook import install, uninstall
     from megatron_idft.loss import LossOutput, vocab_parallel_loss
-    from megatron_idft.objectives import Objective, ce, dft, entropy, idft, resolve_objective
+    from megatron_idft.objectives import (
+        Objective,
+        ce,
+        chord,
+        cll,
+        deft,
+        dft,
+        entropy,
+        idft,
+        power,
+        resolve_objective,
+    )
     from megatron_idft.statistics import TokenStatistics, centered_log_likelihood
 
 _HOME = {
@@ -21,10 +32,14 @@ _HOME = {
     "TokenStatistics": "megatron_idft.statistics",
     "ce": "megatron_idft.objectives",
     "centered_log_likelihood": "megatron_idft.statistics",
+    "chord": "megatron_idft.objectives",
+    "cll": "megatron_idft.objectives",
+    "deft": "megatron_idft.objectives",
     "dft": "megatron_idft.objectives",
     "entropy": "megatron_idft.objectives",
     "idft": "megatron_idft.objectives",
     "install": "megatron_idft.integration.loss.hook",
+    "power": "megatron_idft.objectives",
     "resolve_objective": "megatron_idft.objectives",
     "uninstall": "megatron_idft.integration.loss.hook",
     "vocab_parallel_loss": "megatron_idft.loss",
@@ -37,10 +52,14 @@ __all__ = [
     "__version__",
     "ce",
     "centered_log_likelihood",
+    "chord",
+    "cll",
+    "deft",
     "dft",
     "entropy",
     "idft",
     "install",
+    "power",
     "resolve_objective",
     "uninstall",
     "vocab_parallel_loss",

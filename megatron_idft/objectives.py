@@ -3,7 +3,8 @@
 The gradient of every objective with respect to the logits is w (softmax - onehot). The weight never carries gradient:
 with w = p^gamma attached, tokens below p = e^(-1/gamma) would be un-learned.
 
-To add an objective, write one function here that returns an `Objective` and decorate it with `@register`.
+To add an objective, write one function here that returns an `Objective`, decorate it with `@register`, and give it a
+row in objective_table.py.
 """
 
 import inspect
@@ -19,6 +20,9 @@ from torch import Tensor
 from megatron_idft.statistics import EXTRA_STATISTICS, TokenStatistics
 
 TokenFunction = Callable[[TokenStatistics], Tensor]
+
+MAX_POWER = 100.0  # beyond, a token of p = 0.9 has a weight below 3e-5: nothing is trained
+DEFT_EPSILON = 1e-6  # of the authors' code
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +202,73 @@ def entropy() -> Objective:
         return statistics.entropy / math.log(max(statistics.vocab_size, 2))  # a vocabulary of one token has H = 0
 
     return Objective("entropy", KernelFormula("entropy", weight))
+
+
+@register
+def power(q: float = 0.5) -> Objective:
+    """Power of the probability: w = p_y^q, in [0, 1].
+
+    The gradient of the family -(p^q - 1) / q (arXiv 2510.00526), as in the authors' code,
+    GaotangLi/Beyond-Log-Likelihood main_verl/trainer/fsdp_sft_trainer.py, "GeneralFamily-q". That code divides by q and
+    so has q = 0, the limit, under another name; where it splits sequences over ranks it trains plain cross-entropy.
+    The paper's -p^10 has ten times the gradient of q = 10.
+
+    Args:
+        q: exponent in [0, 100]. 0 is exactly cross-entropy, 1 exactly DFT; larger values suit models that know the
+            field already. The default lies between the two; the paper has none.
+    """
+    if not 0 <= q <= MAX_POWER:
+        raise ValueError(f"q must lie in [0, {MAX_POWER:g}] (0 is ce, 1 is dft; default 0.5), got {q}")
+    hyperparameters = {"q": q}
+    formula = KernelFormula("power", lambda statistics: (q * statistics.log_prob).exp(), hyperparameters)
+    return Objective("power", formula, hyperparameters=hyperparameters)
+
+
+@register
+def chord() -> Objective:
+    """CHORD-phi: w = p_y (1 - p_y), in [0, 1/4] (arXiv 2508.11408).
+
+    The weight of the paper's supervised term, detached, as in ms-swift's `compute_chord_loss` and Trinity-RFT's
+    `SFTPhiLossFn`. Both can mix that term with a policy gradient, which is not part of this objective; Trinity-RFT can
+    also stop training above a probability, which is off by default.
+    """
+
+    def weight(statistics: TokenStatistics) -> Tensor:
+        log_prob = statistics.log_prob
+        return log_prob.exp() * (0.0 - log_prob.expm1())  # 1 - p would cancel near p = 1
+
+    return Objective("chord", KernelFormula("chord", weight))
+
+
+@register
+def deft() -> Objective:
+    """Dynamic Entropy Fine-Tuning: w = p_y^a a / (a + 1e-6), in [0, 1], a = sum_v p_v^2 (arXiv 2602.11424).
+
+    The gradient of -(p^a - 1) / (a + 1e-6) with a detached, as in the authors' code, luludus/DEFT
+    main_verl/trainer/fsdp_sft_trainer.py. The deformed logarithm of the paper, (p^a - 1) / a, has no 1e-6, which
+    matters only for nearly flat distributions over vocabularies of 10^5 tokens and more. The code sums over padding
+    columns as well, and where it splits sequences over ranks it trains plain cross-entropy.
+    """
+
+    def weight(statistics: TokenStatistics) -> Tensor:
+        concentration = statistics.sum_squared_prob
+        if concentration is None:
+            raise ValueError("objective 'deft' reads TokenStatistics.sum_squared_prob, which is None; give it")
+        return (concentration * statistics.log_prob).exp() * (concentration / (concentration + DEFT_EPSILON))
+
+    return Objective("deft", KernelFormula("deft", weight), extra_statistics=frozenset({"sum_squared_prob"}))
+
+
+@register
+def cll() -> Objective:
+    """Centered log-likelihood: w = min(1, p_y e^H) = exp(min(phi, 0)), in [0, 1] (arXiv 2608.26735).
+
+    The paper admits tokens to on-policy distillation with this probability; as a weight of supervised fine-tuning
+    nobody has measured it. The formula is from descriptions of the paper; we found no code of it.
+    """
+    return Objective(
+        "cll", KernelFormula("cll", lambda statistics: statistics.centered_log_likelihood.clamp(max=0.0).exp())
+    )
 
 
 def objective_names() -> tuple[str, ...]:

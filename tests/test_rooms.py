@@ -18,6 +18,7 @@ BASE = ("errors", "console", "progress", "links", "files", "processes", "parsing
 MAY_IMPORT: dict[str, set[str]] = {
     "statistics": set(),
     "objectives": {"statistics"},
+    "objective_table": set(),
     "loss": {"statistics", "objectives"},
     "planning": set(),
     "corpus": set(),
@@ -26,7 +27,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {"loss", "statistics"},
     "hinted_decoding": {"corpus", "data", "inference"},
     "integration.platform": {"checkpoint", "data", "inference", "loss"},
-    "integration.loss": {"integration.platform", "inference", "loss", "objectives", "statistics"},
+    "integration.loss": {
+        *("integration.platform", "inference", "loss", "objectives", "objective_table", "statistics"),
+    },
     "integration.training": {"integration.platform", "integration.loss", "checkpoint", "data"},
     "integration.offline": {
         *("integration.platform", "integration.loss", "integration.training"),

@@ -103,7 +103,7 @@ def token_results(
 ) -> TokenResults:
     """See `autograd.Backend`. One launch and one sum for built-in objectives; others see the merged statistics."""
     formula = objective.token_weight if isinstance(objective.token_weight, KernelFormula) else None
-    parameters: dict[str, Any] = {"beta": 1.0, "gamma_min": 0.0, "gamma_max": 1.0, "gamma_lambda": 1.0}
+    parameters: dict[str, Any] = {"beta": 1.0, "gamma_min": 0.0, "gamma_max": 1.0, "gamma_lambda": 1.0, "q": 1.0}
     parameters |= formula.parameters if formula is not None else {}
     extra_columns = extra_state_columns(objective.extra_statistics)
     loss, weight, log_prob, entropy, maximum, sum_exp = (

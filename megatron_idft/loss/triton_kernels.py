@@ -16,12 +16,14 @@ the vectors into single elements.
 import triton
 import triton.language as tl
 
+from megatron_idft.objectives import DEFT_EPSILON as _DEFT_EPSILON
 from megatron_idft.statistics import LOWEST as _LOWEST
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOWEST = tl.constexpr(_LOWEST)
 LOG2_E = tl.constexpr(1.4426950408889634)
 NO_INDEX = tl.constexpr(2**30)
+DEFT_EPSILON = tl.constexpr(_DEFT_EPSILON)
 
 _INTEGERS = [
     *("num_tokens", "inner_size", "num_shards", "shard_stride", "start", "valid_columns", "row_vectors", "vocab_size"),
@@ -197,6 +199,7 @@ def token_results_kernel(
     gamma_min,
     gamma_max,
     gamma_lambda,  # a number, or a pointer to one
+    q,
     weight_floor,
     STATE_SIZE: tl.constexpr,
     SUM_SQUARES: tl.constexpr,
@@ -267,6 +270,14 @@ def token_results_kernel(
             row_weight = tl.exp(row_log_prob)
         elif WEIGHT == "entropy":
             row_weight = row_entropy / log_vocab_size
+        elif WEIGHT == "power":
+            row_weight = tl.exp(q * row_log_prob)
+        elif WEIGHT == "chord":
+            row_weight = tl.exp(row_log_prob) * (0.0 - _expm1(row_log_prob))
+        elif WEIGHT == "deft":
+            row_weight = tl.exp(squares * row_log_prob) * (squares / (squares + DEFT_EPSILON))
+        elif WEIGHT == "cll":
+            row_weight = tl.exp(tl.minimum(row_log_prob + row_entropy, 0.0))
         else:
             tl.static_assert(WEIGHT == "idft")
             phi = row_log_prob + row_entropy

@@ -20,10 +20,14 @@ IDFT_DEFAULTS = {
     "idft_lambda_warmup": 0.0,
     "idft_lambda_ramp": 0.0,
 }
+POWER_DEFAULTS = {"power_q": 0.5}
+_OF_ONE_OBJECTIVE = {
+    name: objective for objective, defaults in (("idft", IDFT_DEFAULTS), ("power", POWER_DEFAULTS)) for name in defaults
+}
 # These must agree between a checkpoint and the run that continues it for the objective to be the same.
 OBJECTIVE_ARGUMENTS = (
     "sft_loss",
-    *IDFT_DEFAULTS,
+    *_OF_ONE_OBJECTIVE,
     "sft_loss_weight_floor",
     "sft_loss_exempt_tokens",
     "sft_loss_vocab_size",
@@ -38,25 +42,27 @@ def validate_arguments(args: argparse.Namespace) -> None:
     """
     given = [
         name
-        for name in (*IDFT_DEFAULTS, "sft_loss_weight_floor", "sft_loss_exempt_tokens", "sft_loss_vocab_size")
+        for name in (*_OF_ONE_OBJECTIVE, "sft_loss_weight_floor", "sft_loss_exempt_tokens", "sft_loss_vocab_size")
         if getattr(args, name) is not None
     ]
     if args.sft_loss is None:
         if given or args.sft_loss_backend is not None:
-            named = _flag(given[0] if given else "sft_loss_backend")
-            raise ArgumentError(f"{named} was given without --sft-loss. Add --sft-loss idft, or drop {named}")
+            name = given[0] if given else "sft_loss_backend"
+            named, objective = _flag(name), _OF_ONE_OBJECTIVE.get(name, "idft")
+            raise ArgumentError(f"{named} was given without --sft-loss. Add --sft-loss {objective}, or drop {named}")
         return
     if args.sft_loss not in objective_names() and ":" not in args.sft_loss:
         raise ArgumentError(
             f"--sft-loss {args.sft_loss} is not known. Choose one of {', '.join(objective_names())}, or name a"
             " function of yours as module:function"
         )
-    for name, default in IDFT_DEFAULTS.items():
+    for name, default in (IDFT_DEFAULTS | POWER_DEFAULTS).items():
+        objective = _OF_ONE_OBJECTIVE[name]
         if getattr(args, name) is None:
             setattr(args, name, default)
-        elif args.sft_loss != "idft":
+        elif args.sft_loss != objective:
             raise ArgumentError(
-                f"{_flag(name)} has no meaning for --sft-loss {args.sft_loss}. Drop it, or use --sft-loss idft"
+                f"{_flag(name)} has no meaning for --sft-loss {args.sft_loss}. Drop it, or use --sft-loss {objective}"
             )
     if args.sft_loss_weight_floor is None:
         args.sft_loss_weight_floor = 0.0
@@ -160,6 +166,8 @@ def build_objective(args: argparse.Namespace, gamma_lambda: float | torch.Tensor
             "gamma_max": args.idft_gamma_max,
             "gamma_lambda": gamma_lambda,
         }
+    elif args.sft_loss == "power":
+        hyperparameters = {"q": args.power_q}
     return resolve_objective(
         args.sft_loss,
         weight_floor=args.sft_loss_weight_floor,
@@ -185,7 +193,8 @@ def differences_from_checkpoint(args: argparse.Namespace, checkpoint_args: argpa
     """One line per loss setting that differs between a checkpoint and the run that continues it."""
     lines = []
     for name in OBJECTIVE_ARGUMENTS:
-        then, now = getattr(checkpoint_args, name, None), getattr(args, name, None)
+        # A checkpoint may be older than a flag; its objective then had no use for it.
+        then, now = getattr(checkpoint_args, name, POWER_DEFAULTS.get(name)), getattr(args, name, None)
         if then != now:
             lines.append(f"{_flag(name)}: {then} in the checkpoint, {now} now")
     # Another objective explains every other difference.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from megatron_idft.objective_table import OBJECTIVES
 from megatron_idft.parsing import raise_errors
 
-OBJECTIVES = ("ce", "dft", "idft", "entropy")  # those of objectives.py, which imports torch
 END_OF_TURN = "end-of-turn"  # a name of tokens for --sft-loss-exempt-tokens
 
 
@@ -23,10 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool 
         "--sft-loss",
         metavar=f"{{{','.join(OBJECTIVES)}}} or MODULE:FUNCTION",
         default=None,
-        help="Objective of fine-tuning: each token's cross-entropy is weighted by a detached weight. ce: 1. dft: the"
-        " token's probability p (arXiv 2508.05629). idft: p^gamma, gamma = clamp(exp(-phi/beta), min, max), phi ="
-        " log p + entropy (arXiv 2602.12222). entropy: entropy / ln(vocabulary). MODULE:FUNCTION: a function of yours"
-        " from TokenStatistics to weights. Without this flag Megatron's own loss is left alone.",
+        help="Objective of fine-tuning: each token's cross-entropy is weighted by a detached weight, with p the token's"
+        f" probability, H the entropy, phi = log p + H. {_weights()} MODULE:FUNCTION: a function of yours from"
+        " TokenStatistics to weights. Without this flag Megatron's own loss is left alone.",
     )
     group.add_argument(
         "--idft-beta",
@@ -58,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool 
         default=None,
         help="idft: share of training after the warm-up over which lambda rises linearly to 1. Default 0.0. Both shares"
         " are turned into iterations at the first start and recorded in the checkpoint; a resumed run keeps them.",
+    )
+    group.add_argument(
+        "--power-q",
+        type=float,
+        default=None,
+        help="power: exponent q of the weight p^q, 0 to 100. 0 is ce, 1 is dft; the larger q, the less a token counts"
+        " that the model finds improbable. Default 0.5.",
     )
     group.add_argument(
         "--sft-loss-weight-floor",
@@ -117,6 +123,12 @@ def compose_providers(
         return raise_errors(add_arguments(parser, per_token_loss_default))
 
     return provider
+
+
+def _weights() -> str:
+    """One sentence for each objective."""
+    papers = {name: f" (arXiv {one.paper})" if one.paper else "" for name, one in OBJECTIVES.items()}
+    return " ".join(f"{name}: {one.weight}{papers[name]}." for name, one in OBJECTIVES.items())
 
 
 def _token(word: str) -> int | str:

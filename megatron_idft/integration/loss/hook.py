@@ -195,7 +195,7 @@ def install[Models](
 
     Args:
         models: a Megatron language model or a sequence of its chunks.
-        objective: a name (`ce`, `dft`, `idft`, `entropy`), `module:function`, or an `Objective`.
+        objective: a name of objective_table.py, `module:function`, or an `Objective`.
         vocab_size: rows of the true vocabulary; None counts every column of the padded one.
         backend: `auto`, `reference` or `triton`.
         metrics: a `LossMetrics` to sum per-token statistics of training into.

@@ -341,6 +341,8 @@ def _describe(
             f"gamma {args.idft_gamma_min:g} to {args.idft_gamma_max:g}",
             _describe_lambda(schedule),
         ]
+    elif args.sft_loss == "power":
+        settings.append(f"q {args.power_q:g}")
     settings += [
         f"weight floor {args.sft_loss_weight_floor:g}",
         f"exempt tokens {args.sft_loss_exempt_tokens or 'none'}",
