@@ -1,36 +1,57 @@
 import math
+import re
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import megatron_idft
+from megatron_idft.integration.loss import flags
+from megatron_idft.objective_table import OBJECTIVES
 from megatron_idft.objectives import (
+    KernelFormula,
     LambdaSchedule,
     Objective,
     ce,
+    chord,
+    cll,
+    deft,
     dft,
     entropy,
     idft,
     objective_names,
+    power,
     resolve_objective,
 )
 from megatron_idft.statistics import TokenStatistics
 
+ROOT = Path(__file__).parents[1]
 VOCAB = 50
 
 
-def make_statistics(log_prob: list[float], entropies: list[float], labels: list[int] | None = None) -> TokenStatistics:
+def make_statistics(
+    log_prob: list[float],
+    entropies: list[float],
+    labels: list[int] | None = None,
+    squares: list[float] | None = None,
+) -> TokenStatistics:
     return TokenStatistics(
-        torch.tensor(log_prob), torch.tensor(entropies), torch.tensor(labels or [1] * len(log_prob)), VOCAB
+        torch.tensor(log_prob),
+        torch.tensor(entropies),
+        torch.tensor(labels or [1] * len(log_prob)),
+        VOCAB,
+        sum_squared_prob=torch.tensor(squares or [0.3] * len(log_prob)),
     )
 
 
 # A sure token, one of typical likelihood, an anomalous one, one far above its entropy, one of probability 1e-13.
 LOG_PROB = [-0.01, -1.5, -9.0, -0.2, -30.0]
 ENTROPY = [0.05, 1.5, 0.4, 3.5, 2.0]
-STATISTICS = make_statistics(LOG_PROB, ENTROPY)
+SQUARES = [0.98, 0.3, 0.85, 0.68, 0.02]
+STATISTICS = make_statistics(LOG_PROB, ENTROPY, squares=SQUARES)
 
 
 def naive_idft(log_prob: float, h: float, beta: float, low: float, high: float, lam: float) -> float:
@@ -39,22 +60,39 @@ def naive_idft(log_prob: float, h: float, beta: float, low: float, high: float, 
 
 
 NAIVE = {
-    "ce": lambda lp, h: 1.0,
-    "dft": lambda lp, h: math.exp(lp),
-    "idft": lambda lp, h: naive_idft(lp, h, 1.0, 0.1, 2.0, 1.0),
-    "entropy": lambda lp, h: h / math.log(VOCAB),
+    "ce": lambda lp, h, a: 1.0,
+    "dft": lambda lp, h, a: math.exp(lp),
+    "idft": lambda lp, h, a: naive_idft(lp, h, 1.0, 0.1, 2.0, 1.0),
+    "entropy": lambda lp, h, a: h / math.log(VOCAB),
+    "power": lambda lp, h, a: math.sqrt(math.exp(lp)),
+    "chord": lambda lp, h, a: math.exp(lp) * (1 - math.exp(lp)),
+    "deft": lambda lp, h, a: math.exp(lp) ** a * a / (a + 1e-6),
+    "cll": lambda lp, h, a: min(1.0, math.exp(lp + h)),
 }
 
 
-def test_every_registered_objective_has_a_formula_here() -> None:
-    assert set(objective_names()) == set(NAIVE)
+def test_registry_flag_kernels_public_names_and_pages_name_the_objectives_of_the_table() -> None:
+    names = tuple(OBJECTIVES)
+    assert objective_names() == names == tuple(NAIVE)
+    assert f"--sft-loss {{{','.join(names)}}} or MODULE" in flags.add_arguments(ArgumentParser(prog="x")).format_usage()
+    kernels = (ROOT / "megatron_idft/loss/triton_kernels.py").read_text()
+    assert sorted(re.findall(r'WEIGHT == "(\w+)"', kernels)) == sorted(names)
+    for name in names:
+        assert name in megatron_idft.__all__
+        objective = resolve_objective(name)
+        assert (
+            isinstance(objective.token_weight, KernelFormula) and objective.name == objective.token_weight.name == name
+        )
+    for page in ("README.md", "docs/loss.md"):
+        text = (ROOT / page).read_text()
+        assert [name for name in names if f"`{name}`" not in text and f"--sft-loss {name}" not in text] == [], page
 
 
 @pytest.mark.parametrize("name", NAIVE)
 def test_weight_equals_the_formula(name: str) -> None:
     weight = resolve_objective(name).weight(STATISTICS)
     assert weight.dtype == torch.float32 and not weight.requires_grad
-    expected = [NAIVE[name](lp, h) for lp, h in zip(LOG_PROB, ENTROPY, strict=True)]
+    expected = [NAIVE[name](lp, h, a) for lp, h, a in zip(LOG_PROB, ENTROPY, SQUARES, strict=True)]
     # exp amplifies the fp32 rounding of its argument by |argument| <= 60 here: 60 * 2^-24 = 3.6e-6.
     torch.testing.assert_close(weight.double(), torch.tensor(expected, dtype=torch.float64), rtol=5e-6, atol=0)
 
@@ -103,8 +141,45 @@ def test_lambda_tensor_is_read_at_every_call() -> None:
 def test_weight_is_finite_for_a_target_of_no_probability(name: str, h: float) -> None:
     weight = resolve_objective(name).weight(make_statistics([-1e30, -3.4e38, -104.0], [h] * 3))
     assert weight.isfinite().all()
-    if name in ("dft", "idft"):
+    if name not in ("ce", "entropy"):
         assert weight[0] == 0
+
+
+@pytest.mark.parametrize("q", [0.0, 0.25, 1.0, 10.0])
+def test_power_takes_its_exponent(q: float) -> None:
+    weight = power(q).weight(STATISTICS)
+    expected = torch.tensor(LOG_PROB, dtype=torch.float64).mul(q).exp()
+    torch.testing.assert_close(weight.double(), expected, rtol=2e-5, atol=1e-45)
+    same = {0.0: ce(), 1.0: dft()}
+    if q in same:
+        assert torch.equal(weight, same[q].weight(STATISTICS))
+
+
+def test_chord_keeps_its_precision_for_a_sure_token() -> None:
+    log_prob = torch.tensor([-1e-7, -1e-5, -1e-3])  # 1 - p in fp32 would be off by half, by a hundredth, by 1e-4
+    weight = chord().weight(make_statistics(log_prob.tolist(), [0.0] * 3))
+    exact = log_prob.double().exp() * -log_prob.double().expm1()
+    torch.testing.assert_close(weight.double(), exact, rtol=1e-6, atol=0)
+    assert weight.max() <= 0.25
+
+
+def test_deft_is_between_ce_and_dft_and_says_what_it_reads() -> None:
+    flat, sharp = (make_statistics([-2.0], [1.0], squares=[a]) for a in (1e-3, 1.0))
+    assert deft().weight(flat).item() == pytest.approx(math.exp(-0.002) / 1.001, rel=1e-5)
+    assert deft().weight(sharp).item() == pytest.approx(math.exp(-2.0), rel=1e-5)
+    with pytest.raises(ValueError, match="sum_squared_prob"):
+        deft().weight(TokenStatistics(*(torch.zeros(1),) * 2, torch.zeros(1, dtype=torch.long), VOCAB))
+
+
+def test_cll_is_one_from_phi_zero_on() -> None:
+    weight = cll().weight(make_statistics([-1.5, -0.2, -2.0], [1.5, 3.5, 0.5]))
+    assert weight[:2].tolist() == [1.0, 1.0] and weight[2].item() == pytest.approx(math.exp(-1.5))
+
+
+@pytest.mark.parametrize("q", [-0.1, 100.5, math.nan, math.inf])
+def test_an_exponent_out_of_range_is_refused_with_its_range(q: float) -> None:
+    with pytest.raises(ValueError, match=r"q must lie in \[0, 100\].*default 0\.5"):
+        resolve_objective("power", q=q)
 
 
 def test_gradient_of_unlikely_tokens_is_not_cut() -> None:
@@ -234,7 +309,10 @@ def test_user_weight_is_detached_and_fp32(user_module: str) -> None:
 
 def test_weight_of_attached_statistics_carries_no_gradient() -> None:
     log_prob = torch.tensor(LOG_PROB, requires_grad=True)
-    statistics = TokenStatistics(log_prob, torch.tensor(ENTROPY), torch.ones(5, dtype=torch.long), VOCAB)
+    squares = torch.tensor(SQUARES, requires_grad=True)
+    statistics = TokenStatistics(
+        log_prob, torch.tensor(ENTROPY), torch.ones(5, dtype=torch.long), VOCAB, sum_squared_prob=squares
+    )
     for name in NAIVE:
         assert not resolve_objective(name).weight(statistics).requires_grad
 

@@ -85,8 +85,9 @@ def vocab_parallel_loss(
     Returns:
         LossOutput, the same bits on every rank of `tp_group`.
 
-    Collectives: one all-gather of fp32 [T, 4] over `tp_group` in forward, none in backward. No host synchronisation, no
-    data-dependent shapes (but for the check of labels on the CPU).
+    Collectives: one all-gather of fp32 [T, 4] over `tp_group` in forward, of [T, 5] where the objective asks for a sum
+    of squares, as "deft" does; none in backward. No host synchronisation, no data-dependent shapes (but for the check
+    of labels on the CPU).
 
     Raises:
         TypeError, ValueError: arguments that do not fit together, before any collective.

@@ -1,4 +1,4 @@
-"""docs/flags.md, docs/triton.md and the table of docs/architecture.md are what their sources say."""
+"""docs/flags.md, docs/triton.md and the tables of docs/architecture.md and docs/loss.md are what their sources say."""
 
 import json
 import re
@@ -20,6 +20,12 @@ def test_the_table_of_changes_is_what_its_script_gives():
     assert there == runpy.run_path(str(DOCS / "changes.py"))["page"](there), "python docs/changes.py"
 
 
+def test_the_table_of_objectives_is_what_its_script_gives():
+    there = (DOCS / "loss.md").read_text(encoding="utf-8")
+    assert there == runpy.run_path(str(DOCS / "objectives.py"))["page"](there), "python docs/objectives.py"
+    assert "\n| `idft` |" in there and "## The loss kernels" in there
+
+
 def test_the_page_of_kernels_is_what_its_results_give():
     program = runpy.run_path(str(DOCS.parent / "tools" / "benchmarks" / "triton_versions.py"), run_name="page")
     result = json.loads(program["RESULT"].read_text())
@@ -38,6 +44,6 @@ def test_the_pages_name_flags_that_there_are():
     there = set(re.findall(r"--[a-z][\w-]+", (DOCS / "flags.md").read_text(encoding="utf-8")))
     for page in [DOCS.parent / "README.md", *DOCS.glob("*.md")]:
         ours = set(
-            re.findall(r"--(?:sft|idft|hf|save-hf|mix|rollout|no-sft)\b[\w-]*", page.read_text(encoding="utf-8"))
+            re.findall(r"--(?:sft|idft|power|hf|save-hf|mix|rollout|no-sft)\b[\w-]*", page.read_text(encoding="utf-8"))
         )
         assert ours - there <= {"--sft"}, page.name

@@ -14,7 +14,6 @@ from megatron_idft.integration.platform import flag_checks
 from megatron_idft.integration.platform.gpu_libraries import GPULibraries
 from megatron_idft.integration.training.arguments import add_data_arguments, validate_data_arguments
 from megatron_idft.loss import triton_backend
-from megatron_idft.objectives import objective_names
 
 LOSS_FLAGS = [
     "--cpu",
@@ -24,6 +23,7 @@ LOSS_FLAGS = [
     "--idft-lambda-ramp",
     "--idft-lambda-warmup",
     "--no-calculate-per-token-loss",
+    "--power-q",
     "--sft-loss",
     "--sft-loss-backend",
     "--sft-loss-exempt-tokens",
@@ -130,9 +130,14 @@ def test_a_scripts_own_provider_is_composed_with_ours():
     [
         ("--sft-loss idff", "Choose one of ce, dft, idft, entropy"),
         ("--idft-beta 2", "Add --sft-loss idft"),
+        ("--power-q 2", "Add --sft-loss power"),
         ("--sft-loss-backend reference", "Add --sft-loss idft"),
         ("--sft-loss dft --idft-beta 2", "use --sft-loss idft"),
         ("--sft-loss ce --idft-lambda-ramp 0.1", "use --sft-loss idft"),
+        ("--sft-loss idft --power-q 1", "use --sft-loss power"),
+        ("--sft-loss power --idft-beta 2", "use --sft-loss idft"),
+        ("--sft-loss power --power-q -1", "q must lie in"),
+        ("--sft-loss power --power-q nan", "q must lie in"),
         ("--sft-loss idft --idft-beta 0", "beta must be"),
         ("--sft-loss idft --idft-gamma-min 3", "gamma_min <= gamma_max"),
         ("--sft-loss idft --idft-lambda-warmup 1.2", "share of training"),
@@ -214,9 +219,17 @@ def test_every_setting_reaches_the_objective():
     }
 
 
+def test_the_exponent_of_power_reaches_the_objective():
+    for flag, q in (("--power-q 3", 3.0), ("", 0.5)):
+        assert arguments.build_objective(validated(f"--sft-loss power {flag}")).hyperparameters == {"q": q}
+
+
 def test_differences_from_a_checkpoint_are_named():
     then, now = validated("--sft-loss idft --idft-beta 2"), validated("--sft-loss idft")
     assert arguments.differences_from_checkpoint(now, then) == ["--idft-beta: 2.0 in the checkpoint, 1.0 now"]
+    older = argparse.Namespace(**vars(now))
+    del older.power_q  # before there was the flag
+    assert arguments.differences_from_checkpoint(now, older) == []
     other = validated("--sft-loss ce")
     assert arguments.differences_from_checkpoint(now, other) == ["--sft-loss: ce in the checkpoint, idft now"]
     assert arguments.differences_from_checkpoint(now, argparse.Namespace())[0].startswith("--sft-loss: None")
@@ -236,10 +249,6 @@ def test_exempt_tokens_are_ids_or_names():
     args = validated("--sft-loss idft --sft-loss-exempt-tokens end-of-turn 7")
     assert args.sft_loss_exempt_tokens == ["end-of-turn", 7]
     assert arguments.build_objective(args).exempt_token_ids == (7,), "names wait for the tokenizer"
-
-
-def test_the_flag_names_the_objectives_that_there_are():
-    assert objective_names() == flags.OBJECTIVES
 
 
 def test_logits_of_another_type_than_the_models_need_transformer_engine(monkeypatch):

@@ -140,6 +140,18 @@ def test_the_triton_backend_trains_like_the_reference(corpus, tmp_path):
             assert scalars[1][name] == pytest.approx(scalars[0][name], rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.parametrize("loss", ["power", "chord", "deft", "cll"])
+def test_each_objective_of_the_probability_trains(corpus, tmp_path, loss):
+    flags = "--train-iters 3 --global-batch-size 4 --lr 1e-2 --tensor-model-parallel-size 2"
+    output = train(corpus, tmp_path, f"{flags} --sft-loss {loss}", nproc=2)
+    line = next(line for line in output.splitlines() if line.startswith("> sft loss: "))
+    assert f"objective {loss}" in line and ("q 0.5" in line) == (loss == "power")
+    scalars = load_scalars(tmp_path / "tensorboard")
+    assert all(0 < weight < 1 for weight in scalars["sft weight mean"].values())
+    assert all(0 < scalars["sft loss"][step] < value for step, value in scalars["lm loss"].items())
+    assert scalars["lm loss"][3] < scalars["lm loss"][1], "each of them lowers cross-entropy from random weights"
+
+
 def test_a_killed_run_resumes_to_the_bit(corpus, tmp_path):
     """Dropout on, lambda moving, tensor parallel; killed without warning after a save, resumed by the same command."""
     flags = (

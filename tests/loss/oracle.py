@@ -34,7 +34,8 @@ def expected_loss(
     probs = log_probs.exp()
     entropy = -torch.where(probs > 0, probs * log_probs, torch.zeros_like(probs)).sum(-1)
     log_prob = log_probs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    weight = naive_weight(objective, log_prob.detach(), entropy.detach(), vocab_size, gamma_lambda)
+    squares = probs.detach().square().sum(-1)
+    weight = naive_weight(objective, log_prob.detach(), entropy.detach(), squares, vocab_size, gamma_lambda)
     weight = weight.clamp(min=weight_floor)
     for token_id in exempt:
         weight = torch.where(labels == token_id, torch.ones_like(weight), weight)
@@ -53,7 +54,9 @@ def expected_loss(
     )
 
 
-def naive_weight(objective: str, log_prob: Tensor, entropy: Tensor, vocab_size: int, gamma_lambda: float) -> Tensor:
+def naive_weight(
+    objective: str, log_prob: Tensor, entropy: Tensor, squares: Tensor, vocab_size: int, gamma_lambda: float
+) -> Tensor:
     if objective == "ce":
         return torch.ones_like(log_prob)
     if objective == "dft":
@@ -61,6 +64,14 @@ def naive_weight(objective: str, log_prob: Tensor, entropy: Tensor, vocab_size: 
     if objective == "idft":
         gamma = (-(log_prob + entropy)).exp().clamp(0.1, 2.0)
         return ((1 + gamma_lambda * (gamma - 1)) * log_prob).exp()
+    if objective == "power":
+        return log_prob.exp().sqrt()
+    if objective == "chord":
+        return log_prob.exp() * -log_prob.expm1()
+    if objective == "deft":
+        return log_prob.exp() ** squares * squares / (squares + 1e-6)
+    if objective == "cll":
+        return (log_prob + entropy).exp().clamp(max=1.0)
     assert objective == "entropy"
     return entropy / math.log(vocab_size) if vocab_size > 1 else torch.zeros_like(entropy)
 

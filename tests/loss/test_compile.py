@@ -47,10 +47,12 @@ CASES: dict[str, dict[str, Any]] = {
         "cross_entropy_values": True,
     },
     "in place": {"objective": "entropy", "overwrite_logits": True, "dtype": torch.bfloat16},
+    "a number of its own": {"objective": resolve_objective("power", q=0.3)},
+    "a statistic of its own": {"objective": "deft", "vocab_size": 37},
     "a user's function": {"objective": f"{__name__}:half_weight"},
     "further statistics": {"objective": sharpness},
 }
-IN_KERNELS = list(CASES)[:3]
+IN_KERNELS = list(CASES)[:5]
 
 
 def output_layer_and_loss(

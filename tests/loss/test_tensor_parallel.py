@@ -26,6 +26,8 @@ CASES: dict[str, tuple[tuple[int, ...], int, int, torch.dtype, str]] = {
     "the last ranks hold padding only": ((5,), 48, 11, torch.float32, "idft"),  # 12 columns per rank at TP 4
     "one valid column on a rank": ((5,), 48, 37, torch.float32, "dft"),
     "bf16": ((3, 2), 1000, 990, torch.bfloat16, "idft"),
+    "a fifth number in the state": ((5,), 48, 43, torch.float32, "deft"),
+    "bf16, a fifth number": ((3, 2), 1000, 990, torch.bfloat16, "deft"),
     "fp16": ((3, 2), 1000, 990, torch.float16, "dft"),
     "one column per rank": ((5,), 4, 4, torch.float32, "ce"),  # V/tp = 1 at TP 4
     "one token": ((1,), 16, 16, torch.float32, "idft"),
@@ -146,9 +148,9 @@ def test_every_rank_has_the_same_bits(ranks: list[dict[str, Any]], name: str) ->
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_collective_of_16_bytes_per_token(ranks: list[dict[str, Any]], name: str) -> None:
-    tokens = math.prod(CASES[name][0])
-    expected = [("c10d::_allgather_base_", 4 * tokens, torch.float32)] if len(ranks) > 1 and tokens else []
+def test_one_collective_of_16_bytes_per_token_and_4_more_for_deft(ranks: list[dict[str, Any]], name: str) -> None:
+    tokens, numbers = math.prod(CASES[name][0]), 5 if CASES[name][-1] == "deft" else 4
+    expected = [("c10d::_allgather_base_", numbers * tokens, torch.float32)] if len(ranks) > 1 and tokens else []
     for rank in ranks:
         assert rank[name]["forward"] == expected
         assert rank[name]["backward"] == []

@@ -6,6 +6,7 @@ import math
 import mmap
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idft import Objective, idft, resolve_objective, vocab_parallel_loss
+from megatron_idft import idft, resolve_objective, vocab_parallel_loss
 from megatron_idft.loss import triton_backend, triton_kernels
 from megatron_idft.loss.shard import VocabShard
 from tests.loss.engines import Engine, interpreted
@@ -65,7 +66,7 @@ def test_the_kernels_formulas_are_the_objectives(
 ) -> None:
     logits, labels = make_inputs((16,), 10)
     in_kernel = resolve_objective(objective, weight_floor=floor, exempt_token_ids=exempt)
-    in_torch = Objective("in torch", in_kernel.token_weight.function, weight_floor=floor, exempt_token_ids=exempt)
+    in_torch = replace(in_kernel, name="in torch", token_weight=in_kernel.token_weight.function)
     torch.testing.assert_close(
         triton_engine.run(logits, labels, in_kernel)["weight"],
         triton_engine.run(logits, labels, in_torch)["weight"],
@@ -88,6 +89,18 @@ def test_every_parameter_of_idft_reaches_the_kernel(
     weight = ((1 + value * (gamma - 1)) * expected.log_prob).exp()
     actual = triton_engine.run(logits, labels, objective)["weight"]
     torch.testing.assert_close(actual, torch.where(labels < 0, 0, weight).float(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.3, 1.0, 10.0, 100.0])
+def test_the_exponent_of_power_reaches_the_kernel(triton_engine: Engine, q: float) -> None:
+    logits, labels = make_inputs((16,), 10)
+    expected = (q * expected_loss(logits, labels, "ce").log_prob).exp()
+    actual = triton_engine.run(logits, labels, resolve_objective("power", q=q))["weight"]
+    # 100 exponents of 10 nats: exp amplifies the rounding of its argument.
+    torch.testing.assert_close(actual, torch.where(labels < 0, 0, expected).float(), rtol=1e-4, atol=1e-7)
+    for same, name in ((0.0, "ce"), (1.0, "dft")):
+        if q == same:
+            assert torch.equal(actual, triton_engine.run(logits, labels, name)["weight"])
 
 
 class Launches:

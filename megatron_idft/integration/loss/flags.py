@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool 
         metavar=f"{{{','.join(OBJECTIVES)}}} or MODULE:FUNCTION",
         default=None,
         help="Objective of fine-tuning: each token's cross-entropy is weighted by a detached weight, with p the token's"
-        f" probability, H the entropy, phi = log p + H. {_weights()} MODULE:FUNCTION: a function of yours from"
-        " TokenStatistics to weights. Without this flag Megatron's own loss is left alone.",
+        f" probability, H the entropy, phi = log p + H, V the vocabulary. {_weights()} MODULE:FUNCTION: a function of"
+        " yours from TokenStatistics to weights. Without this flag Megatron's own loss is left alone.",
     )
     group.add_argument(
         "--idft-beta",
