@@ -41,11 +41,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from toy_tokenizer import train_tokenizer
-
-from megatron_idft.objective_table import OBJECTIVES
-
 CHECKOUT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(CHECKOUT))  # a checkout needs no installation
+
+from toy_tokenizer import train_tokenizer  # noqa: E402
+
+from megatron_idft.objective_table import OBJECTIVES  # noqa: E402
+
 LOSSES = ("ce", "dft", "idft", "entropy")  # by default; the others are as cheap, and each takes two runs
 BACKENDS = ("reference", "triton")
 FIRST_STEP_TOLERANCE = 1e-4
