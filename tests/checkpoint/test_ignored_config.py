@@ -154,7 +154,7 @@ def test_the_check_of_the_launcher_says_it_too(folder, capsys):
 
 
 def test_the_flags_of_a_model_say_it_once_on_rank_0(folder, tmp_path, capsys, monkeypatch):
-    words = ["--hf-model", str(folder), "--hf-cache", str(tmp_path / "cache")]
+    words = ["--hf-model", str(folder), "--hf-cache", str(tmp_path / "cache"), "--hf-model-class", "gpt"]
     with pytest.raises(ConversionError, match="--ignore-config strange"):
         expand(words)
     expanded = expand([*words, "--ignore-config", "strange", "--lr", "1"])
