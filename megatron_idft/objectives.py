@@ -264,7 +264,7 @@ def cll() -> Objective:
     """Centered log-likelihood: w = min(1, p_y e^H) = exp(min(phi, 0)), in [0, 1] (arXiv 2608.26735).
 
     The paper admits tokens to on-policy distillation with this probability; as a weight of supervised fine-tuning
-    nobody has measured it. The formula is from descriptions of the paper; we found no code of it.
+    we know of no measurement. The formula is from descriptions of the paper; we found no code of it.
     """
     return Objective(
         "cll", KernelFormula("cll", lambda statistics: statistics.centered_log_likelihood.clamp(max=0.0).exp())

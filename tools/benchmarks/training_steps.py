@@ -48,7 +48,7 @@ from toy_tokenizer import train_tokenizer  # noqa: E402
 
 from megatron_idft.objective_table import OBJECTIVES  # noqa: E402
 
-LOSSES = ("ce", "dft", "idft", "entropy")  # by default; the others are as cheap, and each takes two runs
+LOSSES = ("ce", "dft", "idft", "entropy")  # by default: each takes two runs
 BACKENDS = ("reference", "triton")
 FIRST_STEP_TOLERANCE = 1e-4
 ALL_STEPS_TOLERANCE = 1e-2
