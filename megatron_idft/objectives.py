@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_idft.statistics import EXTRA_STATISTICS, TokenStatistics
+from megatron_idft.statistics import EXTRA_STATISTICS, REFERENCE_STATISTICS, TokenStatistics
 
 TokenFunction = Callable[[TokenStatistics], Tensor]
 
@@ -57,6 +57,9 @@ class Objective:
         exempt_token_ids: labels whose weight is always 1 (end of turn, chat markers); empty is off.
         extra_statistics: which of max_prob, sum_squared_prob and argmax `token_weight` reads beside log_prob and
             entropy. They travel in the same collective.
+        reference_statistics: which of reference_log_prob and reference_entropy `token_weight` reads.
+        negative_weights: whether weights may be negative, which moves a token away from its label; a weight floor
+            would contradict it.
     """
 
     name: str
@@ -67,14 +70,22 @@ class Objective:
     weight_floor: float = 0.0
     exempt_token_ids: tuple[int, ...] = ()
     extra_statistics: frozenset[str] = frozenset()
+    reference_statistics: frozenset[str] = frozenset()
+    negative_weights: bool = False
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.extra_statistics) - set(EXTRA_STATISTICS))
-        if unknown:
-            raise ValueError(f"extra_statistics may name {', '.join(EXTRA_STATISTICS)}; got {', '.join(unknown)}")
-        object.__setattr__(self, "extra_statistics", frozenset(self.extra_statistics))
+        for name, known in (("extra_statistics", EXTRA_STATISTICS), ("reference_statistics", REFERENCE_STATISTICS)):
+            asked = frozenset(getattr(self, name))
+            if unknown := sorted(asked - set(known)):
+                raise ValueError(f"{name} may name {', '.join(known)}; got {', '.join(unknown)}")
+            object.__setattr__(self, name, asked)
         if not 0.0 <= self.weight_floor <= 1.0:
             raise ValueError(f"weight_floor must lie in [0, 1] (0 turns it off), got {self.weight_floor}")
+        if self.weight_floor > 0 and self.negative_weights:
+            raise ValueError(
+                f"a weight floor of {self.weight_floor:g} would raise the negative weights that objective"
+                f" {self.name!r} is made of: leave it at 0, or take an objective without negative weights"
+            )
         for token_id in self.exempt_token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
                 raise ValueError(f"exempt_token_ids must be non-negative integer token ids, got {token_id!r}")

@@ -31,6 +31,8 @@ STATE_SIZE = 4
 # Statistics that an objective may ask for beside log_prob and entropy. Those that need a column of their own lengthen
 # the state when they are asked for; max p needs none, being 1 / sum exp(x - m) of the whole vocabulary.
 EXTRA_STATISTICS = ("max_prob", "sum_squared_prob", "argmax")
+# Statistics of a reference model that an objective may ask for: given with the labels, never computed here.
+REFERENCE_STATISTICS = ("reference_log_prob", "reference_entropy")
 
 
 def extra_state_columns(extra_statistics: frozenset[str]) -> dict[str, int]:
@@ -47,6 +49,22 @@ def centered_log_likelihood(log_prob: Tensor, entropy: Tensor) -> Tensor:
     return log_prob + entropy
 
 
+class Reference(NamedTuple):
+    """What a reference model, which need not be in memory, said of the same tokens in the same context.
+
+    Attributes:
+        log_prob: [...] floating, log q of the label in nats; anything at ignored positions.
+        entropy: [...] floating, of the reference's distribution in nats; None where it is not known.
+        top_ids: [..., K] int32 or int64, the reference's K most probable tokens, no id twice; None: not known.
+        top_log_prob: [..., K] floating, their log q.
+    """
+
+    log_prob: Tensor
+    entropy: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_log_prob: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class TokenStatistics:
     """The statistics of each token that an objective may use.
@@ -59,8 +77,11 @@ class TokenStatistics:
         max_prob: [...] fp32, the largest p_v; 0 at ignored positions.
         sum_squared_prob: [...] fp32, sum_v p_v^2; 0 at ignored positions.
         argmax: [...] int64, the first v with the largest p_v; -1 at ignored positions.
+        reference_log_prob: [...] fp32, log q of the label under a reference model, in nats; 0 at ignored positions.
+        reference_entropy: [...] fp32, the entropy of the reference's distribution, in nats; 0 at ignored positions.
 
-    The last three are None unless the objective's `extra_statistics` ask for them.
+    The statistics from max_prob on are None unless the objective's `extra_statistics` or `reference_statistics` ask
+    for them.
     """
 
     log_prob: Tensor
@@ -70,6 +91,8 @@ class TokenStatistics:
     max_prob: Tensor | None = None
     sum_squared_prob: Tensor | None = None
     argmax: Tensor | None = None
+    reference_log_prob: Tensor | None = None
+    reference_entropy: Tensor | None = None
 
     @property
     def centered_log_likelihood(self) -> Tensor:

@@ -19,6 +19,7 @@ from megatron_idft.errors import UnsupportedModelError
 from megatron_idft.integration.loss.metrics import LossMetrics
 from megatron_idft.loss import vocab_parallel_loss
 from megatron_idft.objectives import Objective, ce, resolve_objective
+from megatron_idft.statistics import Reference
 
 _ATTRIBUTE = "_megatron_idft_hook"
 IGNORED_LABEL = -100
@@ -43,6 +44,8 @@ class LossHook:
         calls: training micro-batches so far.
         token_sources: the next micro-batch's sources, for metrics that keep them apart: the number of each token's,
             int64, of a shape that broadcasts to the labels' [b, s]. Whoever calls the model may set it before.
+        reference: what the reference model said of the next micro-batch's labels, tensors [b, s] (and [b, s, K]) in the
+            labels' layout, so of this rank's part under context parallelism. Whoever calls the model sets it before.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class LossHook:
         self.evaluation_metrics = evaluation_metrics
         self.calls = 0
         self.token_sources: Tensor | None = None
+        self.reference: Reference | None = None
         self._original: Callable[[Tensor, Tensor], Tensor] = model.compute_language_model_loss
         self._signature = inspect.signature(model.forward)
         # (labels, loss_mask) of forward passes whose loss has not been asked for yet. More than one only under
