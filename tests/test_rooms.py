@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integration.loss": {
         *("integration.platform", "inference", "loss", "objectives", "objective_table", "statistics"),
     },
-    "integration.training": {"integration.platform", "integration.loss", "checkpoint", "data"},
+    "integration.training": {"integration.platform", "integration.loss", "checkpoint", "data", "statistics"},
     "integration.offline": {
         *("integration.platform", "integration.loss", "integration.training"),
         *("corpus", "data", "hinted_decoding", "inference", "loss", "objectives"),

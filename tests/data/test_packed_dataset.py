@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_idft.data.packed.dataset import PackedDataset, PackLimits
+from megatron_idft.data.packed.dataset import PackedDataset, PackLimits, RepeatedRounds
 from megatron_idft.data.packed.epochs import Blend, BlendedEpochs, prepared_prefixes
 from megatron_idft.data.packed.store import FORMAT, PackedStore, write_index
+from megatron_idft.data.reference.columns import ReferenceColumns
 from megatron_idft.errors import InputError
 
 PAD = 99
@@ -24,6 +25,7 @@ class Pack:
     weights: np.ndarray | None
     starts: np.ndarray
     sources: np.ndarray
+    reference: dict[str, np.ndarray]
 
 
 class Reader:
@@ -40,7 +42,7 @@ class Reader:
         return self.packs[index]
 
 
-def pack(*documents, weights=None):
+def pack(*documents, weights=None, reference=None):
     """Documents as lists of (id, trained)."""
     tokens = [token for document in documents for token in document]
     starts = np.cumsum([0, *(len(document) for document in documents)])[:-1]
@@ -50,6 +52,7 @@ def pack(*documents, weights=None):
         weights=None if weights is None else np.array(weights, dtype=np.float32),
         starts=starts.astype(np.int32),
         sources=np.arange(len(documents), dtype=np.int32),
+        reference=reference or {},
     )
 
 
@@ -125,6 +128,28 @@ def test_labels_come_with_the_sources_of_their_documents():
     assert data[1]["sources"].tolist() == [5] * 4 + [0] * 4 + [-1] * 4
     assert data.untrained_sample()["sources"].tolist() == [-1] * 12
     assert "sources" not in PackedDataset(stores, 12, PAD, labels=False, sources=[[7, 5], [5, 0]])[0]
+
+
+def test_labels_come_with_what_a_reference_model_said_of_them():
+    half = lambda rows: np.array(rows, dtype=np.float16)  # noqa: E731
+    ids = np.arange(21, dtype=np.int32).reshape(7, 3)
+    columns = {"log_prob": half([9, -1, -2, 9, 9, -5, -6]), "entropy": half(range(7))}
+    columns |= {"top_ids": ids, "top_log_prob": half(-ids)}
+    stores = {"p": Reader([pack(A, B, reference=columns)])}
+    got = PackedDataset(stores, 9, PAD, multiple_of=3, reference=ReferenceColumns(entropy=True, top_k=2))[0]
+    assert got["labels"].tolist() == [2, 3, -100, -100, 6, 7, -100, -100, -100]
+    assert got["reference_log_prob"].tolist() == [-1, -2, 0, 0, -5, -6, 0, 0, 0]
+    assert got["reference_entropy"].tolist() == [1, 2, 0, 0, 5, 6, 0, 0, 0]
+    assert got["reference_top_ids"].tolist() == [[3, 4], [6, 7], [0, 0], [0, 0], [15, 16], [18, 19], *[[0, 0]] * 3]
+    assert got["reference_top_log_prob"].tolist() == (-got["reference_top_ids"]).tolist()
+    dtypes = {key: str(value.dtype) for key, value in got.items() if key.startswith("reference")}
+    assert set(dtypes.values()) == {"torch.float32", "torch.int32"} and dtypes["reference_top_ids"] == "torch.int32"
+    plain = PackedDataset(stores, 9, PAD, reference=ReferenceColumns())
+    assert {key for key in plain[0] if key.startswith("reference")} == {"reference_log_prob"}
+    rounds = RepeatedRounds([(plain, 2)], 4)
+    assert not rounds[3]["reference_log_prob"].any() and rounds[0]["reference_log_prob"].any()
+    for asked in ({}, {"reference": ReferenceColumns(), "labels": False}):
+        assert not {key for key in PackedDataset(stores, 9, PAD, **asked)[0] if key.startswith("reference")}
 
 
 def test_a_pack_that_is_too_long_is_named():

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from megatron_idft import idft
 from megatron_idft.data.packed.dataset import PackLimits
+from megatron_idft.data.reference.columns import ReferenceColumns
 from megatron_idft.integration.loss.hook import LossHook
 from megatron_idft.integration.loss.metrics import LossMetrics
 from megatron_idft.integration.training import batches
@@ -21,6 +22,7 @@ from megatron_idft.loss import triton_backend
 from tests.captured import HostNeededError, captured
 
 SEQ, VOCAB, PADDED, LIMITS = 32, 500, 512, PackLimits(most_documents=6, longest_document=20)
+COLUMNS = ReferenceColumns(entropy=True, top_k=2)
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 KERNELS = ["shard_state_kernel", "token_results_kernel", "gradient_kernel"]
 
@@ -83,7 +85,9 @@ def get_batch(device):
     """From the static buffers that Megatron's graphs of whole iterations read."""
     sample = {name: torch.zeros(1, SEQ, dtype=dtype, device=device) for name, dtype in batches._DTYPES.items()}
     sample["bounds"] = torch.zeros(1, LIMITS.num_bounds(SEQ), dtype=torch.int32, device=device)
-    return batches.get_batch(iter([sample]), None, 1, limits=LIMITS, sources=True)
+    for key in ("reference_top_ids", "reference_top_log_prob"):
+        sample[key] = sample[key][..., None].expand(1, SEQ, COLUMNS.top_k)
+    return batches.get_batch(iter([sample]), None, 1, limits=LIMITS, sources=True, reference=COLUMNS)
 
 
 def state(device):

@@ -4,13 +4,14 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from megatron_idft.data.reference.columns import KEYS, ReferenceColumns
 from megatron_idft.errors import InputError
 
 IGNORED_LABEL = -100
@@ -25,6 +26,7 @@ class Pack(Protocol):
     """Documents one after the other: `starts` [documents] says where each begins, the last ends at len(ids).
 
     sources: [documents], the number of each document's source in its reader.
+    reference: the columns of a reference model, each [len(ids)] or [len(ids), K]; read only where samples hold them.
     """
 
     @property
@@ -37,6 +39,8 @@ class Pack(Protocol):
     def starts(self) -> NDArray[np.int32]: ...
     @property
     def sources(self) -> NDArray[np.int32]: ...
+    @property
+    def reference(self) -> Mapping[str, NDArray[Any]]: ...
 
 
 class PackReader(Protocol):
@@ -76,6 +80,8 @@ class PackedDataset(Dataset[Sample]):
         labels        int64    (labels) the documents' ids[1:] where trained, else -100
         loss_mask     float32  (labels) the token's weight where trained (1 where the reader gives none), else 0
         sources       int64    (labels, and only with `sources`) the number of the document's source, -1 in padding
+        reference_…            (labels, and only with `reference`) its columns, float32 or, of ids, int32, [seq_length]
+                               or [seq_length, K]; 0 where not trained
 
     Args:
         readers: name, for messages -> reader.
@@ -87,6 +93,8 @@ class PackedDataset(Dataset[Sample]):
         multiple_of: every document is padded to a multiple of so many positions; context parallelism over c ranks
             cuts each document in 2 c parts.
         sources: for each reader its sources' numbers through all readers, by their numbers in the reader.
+        reference: the columns of a reference model that samples hold. Every reader must have them; of its most probable
+            tokens it may have more.
 
     Raises:
         InputError: from `[]`, when a pack does not fit in seq_length.
@@ -104,10 +112,12 @@ class PackedDataset(Dataset[Sample]):
         limits: PackLimits | None = None,
         multiple_of: int = 1,
         sources: Sequence[Sequence[int]] | None = None,
+        reference: ReferenceColumns | None = None,
     ):
         self.readers, self.seq_length, self.pad_id = dict(readers), seq_length, pad_id
         self.inputs, self.labels, self.bounds, self.multiple_of = inputs, labels, bounds, multiple_of
         self.limits = limits or PackLimits(seq_length - 1, seq_length)
+        self.reference = reference
         self._sources = [np.array(numbers, dtype=np.int64) for numbers in sources or ()]
         self.sizes = [len(reader) for reader in self.readers.values()]
         self._ends = list(accumulate(self.sizes))
@@ -176,6 +186,12 @@ class PackedDataset(Dataset[Sample]):
                 loss_mask[target] = 1 if pack.weights is None else pack.weights[source]
             sample["labels"] = torch.from_numpy(labels)
             sample["loss_mask"] = torch.from_numpy(loss_mask)
+            for name, shape in self.reference.shapes.items() if self.reference else ():
+                column = np.zeros((self.seq_length, *shape), dtype=np.int32 if name == "top_ids" else np.float32)
+                if pack is not None:
+                    first_k: Any = tuple(map(slice, shape))
+                    column[target] = pack.reference[name][(source, *first_k)]
+                sample[KEYS[name]] = torch.from_numpy(column)
         if self.labels and self._sources and sources is not None:
             numbers = np.full(self.seq_length, NO_SOURCE, dtype=np.int64)
             taken = np.diff(ends, prepend=0)

@@ -10,6 +10,9 @@
     PREFIX.json              settings and fingerprints, counts, names; written last
     PREFIX.records.parquet   only where each pack is one document: a row for each record, see record_index.py
     PREFIX.report.txt, .report.json, .errors.jsonl
+    PREFIX.reference.bin     only with a reference model: log q of each token, float32 or float16 [tokens], and 0 where
+                             it is not trained; its other columns are in .reference_entropy.bin [tokens] and, of the
+                             K most probable tokens, .reference_top_ids.bin int32 and .reference_top.bin [tokens, K]
 
 A pack holds whole documents, each with all of its n tokens. As input a document takes n - 1 positions, ids[:-1],
 rounded up to pad_multiple; its labels are ids[1:]. The positions of a pack's documents sum up to at most seq_length,
@@ -29,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
+from megatron_idft.data.reference.columns import FILES, ReferenceColumns
 from megatron_idft.errors import InputError
 
 FORMAT = 1  # raise it whenever older readers could not read what is written
@@ -50,12 +54,14 @@ class Pack:
         loss: [n], the token's weight in the loss, uint8 where no record of the store weighs its tokens, else float32.
         starts: int32 [documents], see above.
         sources: int32 [documents], see above.
+        reference: the columns of the reference model by their names, each [n] or [n, K]; empty where there is none.
     """
 
     ids: NDArray[np.int32]
     loss: NDArray[Any]
     starts: NDArray[np.int32]
     sources: NDArray[np.int32]
+    reference: dict[str, NDArray[Any]]
 
     @property
     def mask(self) -> NDArray[np.uint8]:
@@ -100,6 +106,7 @@ class PackedStore:
                 raise InputError(f"{path}: format {self.meta['format']}, this version reads {FORMAT}: {self._again()}")
             packs, documents, tokens = (int(self.meta[key]) for key in ("packs", "documents", "tokens"))
             loss = (".weight.bin", 4 * tokens) if self.meta["weighted"] else (".mask.bin", tokens)
+            of_reference = self.reference.token_bytes if self.reference else {}
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -112,6 +119,7 @@ class PackedStore:
             (".starts.bin", 4 * documents),
             (".sources.bin", 4 * documents),
             (".records.bin", 16 * documents),
+            *((FILES[name], size * tokens) for name, size in of_reference.items()),
         ):
             file = companion(prefix, suffix)
             found = file.stat().st_size if file.exists() else None
@@ -147,6 +155,12 @@ class PackedStore:
         """The token ids that end assistant turns."""
         return list(self.meta["end_of_turn_ids"])
 
+    @property
+    def reference(self) -> ReferenceColumns | None:
+        """The columns of a reference model that the packs have; None for none."""
+        found = self.meta.get("reference")
+        return None if found is None else ReferenceColumns.recorded(found)
+
     def pack(self, index: int) -> Pack:
         """The pack with this number.
 
@@ -164,6 +178,7 @@ class PackedStore:
             loss[begin:end],
             self._map(".starts.bin", np.int32)[first:last],
             self._map(".sources.bin", np.int32)[first:last],
+            {name: column[begin:end] for name, column in self._reference_columns().items()},
         )
 
     @property
@@ -243,6 +258,13 @@ class PackedStore:
         at = head + 4 * packs + 8 * index
         begin = int(raw[at : at + 8].view("<i8")[0]) // 4
         return begin, begin + length
+
+    def _reference_columns(self) -> dict[str, NDArray[Any]]:
+        columns = self.reference
+        if columns is None:
+            return {}
+        mapped = {name: self._map(FILES[name], columns.dtype_of(name)) for name in columns.shapes}
+        return {name: mapped[name].reshape(-1, *shape) for name, shape in columns.shapes.items()}
 
     def _map(self, suffix: str, dtype: Any) -> NDArray[Any]:
         if suffix not in self._arrays:

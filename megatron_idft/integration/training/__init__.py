@@ -1,4 +1,4 @@
 """The program `train`: data, batches, evaluation, checkpoints, and how a training ends.
 
-May import loss and platform. Begin with program.py.
+May import loss, platform and statistics. Begin with program.py.
 """

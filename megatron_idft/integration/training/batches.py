@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_idft.data.packed.dataset import INPUTS, LABELS, PackLimits
+from megatron_idft.data.reference.columns import KEYS, ReferenceColumns
 from megatron_idft.integration.training.packed_attention import (
     document_mask,
     packed_sequence_parameters,
@@ -24,6 +25,7 @@ _DTYPES = {
     "labels": torch.int64,
     "loss_mask": torch.float32,
     "sources": torch.int64,
+    **{key: torch.int32 if name == "top_ids" else torch.float32 for name, key in KEYS.items()},
 }
 
 
@@ -34,6 +36,7 @@ def get_batch(
     *,
     limits: PackLimits | None,
     sources: bool = False,
+    reference: ReferenceColumns | None = None,
 ) -> dict[str, Any]:
     """This rank's share of the next micro-batch.
 
@@ -46,11 +49,13 @@ def get_batch(
         micro_batch_size: b.
         limits: of all packs of the run; None where samples hold no bounds.
         sources: whether samples hold `sources`.
+        reference: the columns of a reference model that samples hold.
 
     Returns:
-        tokens, labels, position_ids, sources [b, s/cp] int64 and loss_mask [b, s/cp] fp32, each None on stages that do
-        not read it. With packs every stage has either attention_mask [b, 1, s, s] bool or packed_seq_params, the other
-        is None; without, both are: attention is causal, and padding on the right is seen by nobody.
+        tokens, labels, position_ids, sources [b, s/cp] int64, loss_mask [b, s/cp] fp32 and the columns of `reference`
+        [b, s/cp] or [b, s/cp, K], each None on stages that do not read it, and where samples hold none. With packs
+        every stage has either attention_mask [b, 1, s, s] bool or packed_seq_params, the other is None; without, both
+        are: attention is causal, and padding on the right is seen by nobody.
         Collectives: one broadcast per tensor over the tensor-parallel group. Nothing synchronises with the host, but
         see `packed_sequence_parameters`.
     """
@@ -61,12 +66,13 @@ def get_batch(
     args = get_args()
     inputs, labels = stage_reads(args, vp_stage)
     batch: dict[str, Any] = dict.fromkeys((*_DTYPES, "attention_mask", "packed_seq_params"))
-    of_labels = (*LABELS, "sources") if sources else LABELS
-    keys = [*(("bounds",) if limits else ()), *(INPUTS if inputs else ()), *(of_labels if labels else ())]
+    columns = {KEYS[name]: shape for name, shape in reference.shapes.items()} if reference else {}
+    ours = [*(("sources",) if sources else ()), *columns] if labels else []
+    keys = [*(("bounds",) if limits else ()), *(INPUTS if inputs else ()), *(LABELS if labels else ()), *ours]
     sample = next(data_iterator) if keys and mpu.get_tensor_model_parallel_rank() == 0 else None
     for key in keys:
         length = limits.num_bounds(args.seq_length) if limits and key == "bounds" else args.seq_length
-        shape = (micro_batch_size, length)
+        shape = (micro_batch_size, length, *columns.get(key, ()))
         if sample is None:
             batch[key] = torch.empty(shape, dtype=_DTYPES[key], device=torch.cuda.current_device())
         else:
@@ -86,9 +92,9 @@ def get_batch(
     if args.context_parallel_size > 1 and (inputs or labels):
         # The sequence, or each document of a pack, in 2 c parts, this rank's first and last: core/utils.py.
         share = partial(get_batch_on_this_cp_rank, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
-        if batch["sources"] is not None:  # it shares out four keys by name, and this is none of them
-            batch["sources"] = share({"tokens": batch["sources"], **lengths})["tokens"]
-        batch = share(batch | lengths)
+        # It shares out some keys by name, or all: ours go one by one, by a name that it knows.
+        shares = {key: share({"tokens": batch.pop(key), **lengths})["tokens"] for key in ours}
+        batch = share(batch | lengths) | shares
     return batch
 
 
@@ -120,18 +126,23 @@ def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[s
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach().clone(), num_tokens.to(loss.dtype)])}
 
 
-# Called with a micro-batch's sources before the model is; None where no sources are kept.
-OnSources = Callable[[Tensor | None], None] | None
-
-
 def forward_step(
     data_iterator: Iterator[dict[str, Tensor]],
     model: torch.nn.Module,
     *,
     limits: PackLimits | None,
-    on_sources: OnSources = None,
+    sources: bool = False,
+    reference: ReferenceColumns | None = None,
+    on_batch: Callable[[dict[str, Any]], None] = lambda batch: None,
 ) -> tuple[Tensor, Any]:
-    """One micro-batch through `model`; returns its output and the bound loss function. See `get_batch`."""
+    """One micro-batch through `model`; returns its output and the bound loss function. See `get_batch`.
+
+    Args:
+        data_iterator, limits, sources: see `get_batch`.
+        model: this rank's part.
+        reference: as there, of samples of training; those of evaluation hold none.
+        on_batch: called with the micro-batch before the model is.
+    """
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_args, get_timers
 
@@ -142,11 +153,11 @@ def forward_step(
         get_attr_wrapped_model(model, "vp_stage"),
         args.micro_batch_size if model.training else args.eval_micro_batch_size,
         limits=limits,
-        sources=on_sources is not None,
+        sources=sources,
+        reference=reference if model.training else None,
     )
     get_timers()("batch-generator").stop()
-    if on_sources is not None:
-        on_sources(batch["sources"])
+    on_batch(batch)
     output = model(
         batch["tokens"],
         batch["position_ids"],

@@ -18,8 +18,10 @@ from megatron_idft.data.packed.epochs import Blend, BlendedEpochs, prepared_pref
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.records import TokenizedRecords, open_tokenized_records, tokenize_records
 from megatron_idft.data.packed.store import PackedStore
+from megatron_idft.data.reference.columns import ReferenceColumns
 from megatron_idft.data.validation_sets import named_sets
 from megatron_idft.errors import ArgumentError
+from megatron_idft.integration.loss.arguments import build_objective
 from megatron_idft.integration.platform.ranks import build_once
 from megatron_idft.integration.training.packed_attention import stage_reads, validate_packed_arguments
 
@@ -93,6 +95,8 @@ class TrainingData:
     Attributes:
         packed: whether samples hold several documents.
         limits: of all packs, in training and validation; None where samples hold one document each.
+        reference: the columns of a reference model that samples of training hold: those that the objective needs. None:
+            it needs none, and none is read.
     """
 
     def __init__(self, args: argparse.Namespace, tokenizer: ChatTokenizer, named: NamedData):
@@ -114,6 +118,7 @@ class TrainingData:
                 for name, prefixes in named.valid.items()
             }
         self.limits = _limits(args, self.opened) if self.packed else None
+        self.reference = _reference(args, self.train)
         self.blend = Blend([len(store) for store in self.train.values()], self.weights, args.seed)
 
     @property
@@ -186,7 +191,7 @@ class TrainingData:
         def numbers(stores: Mapping[str, PackedStore]) -> list[list[int]] | None:
             return None if sources is None else [[sources[name] for name in store.sources] for store in stores.values()]
 
-        def dataset(stores: Mapping[str, PackedStore]) -> PackedDataset:
+        def dataset(stores: Mapping[str, PackedStore], reference: ReferenceColumns | None = None) -> PackedDataset:
             return PackedDataset(
                 stores,
                 args.seq_length,
@@ -197,11 +202,11 @@ class TrainingData:
                 limits=self.limits,
                 multiple_of=_multiple_of(args) if self.packed else 1,
                 sources=numbers(stores),
+                reference=reference,
             )
 
-        train = BlendedEpochs(
-            dataset(self.train), self.weights, args.seed, num_samples=num_samples, num_epochs=args.train_epochs
-        )
+        trained = dataset(self.train, self.reference)
+        train = BlendedEpochs(trained, self.weights, args.seed, num_samples=num_samples, num_epochs=args.train_epochs)
         return train, {name: dataset(stores) for name, stores in self.valid.items()}
 
 
@@ -257,6 +262,44 @@ def _limits(args: argparse.Namespace, stores: Sequence[PackedStore]) -> PackLimi
         max(store.most_documents() for store in stores),
         max(store.longest_document(_multiple_of(args)) for store in stores),
     )
+
+
+def needed_reference(args: argparse.Namespace) -> ReferenceColumns | None:
+    """The columns of a reference model that the objective of `args` needs; a top_k of 1 stands for any."""
+    objective = None if getattr(args, "sft_loss", None) is None else build_objective(args)
+    statistics: frozenset[str] = getattr(objective, "reference_statistics", frozenset())
+    divergence = getattr(objective, "kl_coefficient", 0) > 0
+    if not statistics and not divergence:
+        return None
+    return ReferenceColumns("reference_entropy" in statistics, top_k=int(divergence))
+
+
+def _reference(args: argparse.Namespace, stores: Mapping[str, PackedStore]) -> ReferenceColumns | None:
+    """The columns that samples hold, of as many most probable tokens as all stores have.
+
+    Raises:
+        ArgumentError: a store lacks what the objective needs.
+    """
+    needed = needed_reference(args)
+    if needed is None:
+        return None
+    top_k = []
+    for name, store in stores.items():
+        there = store.reference
+        missing = {
+            "--sft-reference SCORES": there is None,
+            "--sft-reference-entropy": needed.entropy and not (there and there.entropy),
+            "--sft-reference-top-k 20": needed.top_k and not (there and there.top_k),
+        }
+        if any(missing.values()):
+            flags = " ".join(flag for flag, lacks in missing.items() if lacks)
+            verb = "train" if isinstance(store, TokenizedRecords) else "prepare"
+            raise ArgumentError(
+                f"--sft-loss {args.sft_loss} compares with a reference model, of which {name} does not hold what it"
+                f" needs: score the data with that model (`megatron-idft score`), and `{verb}` it with {flags}"
+            )
+        top_k.append(there.top_k if there else 0)
+    return ReferenceColumns(needed.entropy, min(top_k) if needed.top_k else 0)
 
 
 def _multiple_of(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from megatron_idft.checkpoint.best import BestCheckpoints
 from megatron_idft.data.chat.show import render_sample
 from megatron_idft.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_idft.data.model_rows import require_rows
+from megatron_idft.data.reference.columns import KEYS
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.loss.publishing import print_rank_last
 from megatron_idft.integration.loss.trainer import TrainerIntegration
@@ -36,6 +37,7 @@ from megatron_idft.integration.training.evaluation import (
     validation_sets,
 )
 from megatron_idft.integration.training.packed_attention import check_attention
+from megatron_idft.statistics import Reference
 
 
 class ChatTraining(TrainerIntegration):
@@ -187,13 +189,22 @@ class ChatTraining(TrainerIntegration):
 
     def forward_step(self, data_iterator: Any, model: torch.nn.Module) -> Any:
         """The `forward_step_func` of `pretrain()`: one micro-batch of records or of packs."""
-        on_sources = self._note_sources if self._source_names else None
         assert self.data is not None
-        return batches.forward_step(data_iterator, model, limits=self.data.limits, on_sources=on_sources)
+        return batches.forward_step(
+            data_iterator,
+            model,
+            limits=self.data.limits,
+            sources=bool(self._source_names),
+            reference=self.data.reference,
+            on_batch=self._note_batch,
+        )
 
-    def _note_sources(self, sources: torch.Tensor | None) -> None:
+    def _note_batch(self, batch: Mapping[str, Any]) -> None:
+        """Give the hooks what they need of a micro-batch and the model does not pass on."""
+        columns = {name: batch[key] for name, key in KEYS.items()}
         for hook in self._hooks:
-            hook.token_sources = sources
+            hook.token_sources = batch["sources"]
+            hook.reference = None if columns["log_prob"] is None else Reference(**columns)
 
     def _train(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         """Megatron's training loop, after an evaluation of the model that it begins with."""
