@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from megatron_idft.loss import LossOutput, vocab_parallel_loss
     from megatron_idft.objectives import (
         Objective,
+        asft,
         ce,
         chord,
         cll,
@@ -21,15 +22,22 @@ if TYPE_CHECKING:
         dft,
         entropy,
         idft,
+        iw,
+        minor_sft,
         power,
+        prift,
+        psft,
         resolve_objective,
+        sft_k3,
     )
-    from megatron_idft.statistics import TokenStatistics, centered_log_likelihood
+    from megatron_idft.statistics import Reference, TokenStatistics, centered_log_likelihood
 
 _HOME = {
     "LossOutput": "megatron_idft.loss",
     "Objective": "megatron_idft.objectives",
+    "Reference": "megatron_idft.statistics",
     "TokenStatistics": "megatron_idft.statistics",
+    "asft": "megatron_idft.objectives",
     "ce": "megatron_idft.objectives",
     "centered_log_likelihood": "megatron_idft.statistics",
     "chord": "megatron_idft.objectives",
@@ -39,8 +47,13 @@ _HOME = {
     "entropy": "megatron_idft.objectives",
     "idft": "megatron_idft.objectives",
     "install": "megatron_idft.integration.loss.hook",
+    "iw": "megatron_idft.objectives",
+    "minor_sft": "megatron_idft.objectives",
     "power": "megatron_idft.objectives",
+    "prift": "megatron_idft.objectives",
+    "psft": "megatron_idft.objectives",
     "resolve_objective": "megatron_idft.objectives",
+    "sft_k3": "megatron_idft.objectives",
     "uninstall": "megatron_idft.integration.loss.hook",
     "vocab_parallel_loss": "megatron_idft.loss",
 }
@@ -48,8 +61,10 @@ _HOME = {
 __all__ = [
     "LossOutput",
     "Objective",
+    "Reference",
     "TokenStatistics",
     "__version__",
+    "asft",
     "ce",
     "centered_log_likelihood",
     "chord",
@@ -59,8 +74,13 @@ __all__ = [
     "entropy",
     "idft",
     "install",
+    "iw",
+    "minor_sft",
     "power",
+    "prift",
+    "psft",
     "resolve_objective",
+    "sft_k3",
     "uninstall",
     "vocab_parallel_loss",
 ]

@@ -1,8 +1,9 @@
 """The table of named objectives. `--sft-loss`, its help and docs/loss.md are made from it.
 
-It is apart from objectives.py, which has a function of each name and imports torch: `--help` comes at once.
+It is apart from objectives/, which has a function of each name and imports torch: `--help` comes at once.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -10,7 +11,8 @@ class NamedObjective(NamedTuple):
     """What a reader has to know of an objective.
 
     Attributes:
-        weight: of a token, with p its probability, H the entropy in nats and phi = log p + H.
+        weight: of a token, with p its probability, H the entropy in nats and phi = log p + H; q the probability under
+            the reference and r = q / p.
         purpose: what it is for.
         paper: on arXiv, or None.
     """
@@ -18,6 +20,22 @@ class NamedObjective(NamedTuple):
     weight: str
     purpose: str
     paper: str | None
+
+
+class ObjectiveFlag(NamedTuple):
+    """A flag of `train` and `run` that sets a hyper-parameter of objectives.
+
+    Attributes:
+        hyperparameters: name of an objective that has it -> its name there.
+        default: of the flag, as the objectives have it.
+        help: without the objectives' names and the default.
+        choices: the words it takes; empty: a number.
+    """
+
+    hyperparameters: Mapping[str, str]
+    default: float | str
+    help: str
+    choices: tuple[str, ...] = ()
 
 
 OBJECTIVES = {
@@ -54,5 +72,73 @@ OBJECTIVES = {
         "min(1, exp(phi))",
         "`ce` for every token that is at least as likely as the average one there; less only below that",
         "2608.26735",
+    ),
+    "prift": NamedObjective(
+        "q",
+        "`dft` with a weight that training cannot move: what the reference finds likely is learned",
+        "2606.09396",
+    ),
+    "asft": NamedObjective(
+        "p + c (min(r, cap) - 1)",
+        "`dft` held to the reference against forgetting; a token that is likelier than there by far is un-learned",
+        "2509.23753",
+    ),
+    "sft_k3": NamedObjective("1 + c (min(r, cap) - 1)", "`ce` held to the reference in the same way", None),
+    "minor_sft": NamedObjective(
+        "2 sigmoid(-beta log(p / q))",
+        "`ce` that lets go of tokens which have become likelier than under the reference",
+        "2408.10642",
+    ),
+    "iw": NamedObjective(
+        "clamp(p / q, min, max)",
+        "`ce` that reinforces what training has already moved, within bounds",
+        "2507.12856",
+    ),
+    "psft": NamedObjective(
+        "p / q where p / q < 1 + epsilon, else 0",
+        "a trust region: each token is learned until it is 1 + epsilon times as likely as under the reference",
+        "2508.17784",
+    ),
+}
+
+# By the name of the argument: --idft-beta is idft_beta.
+OBJECTIVE_FLAGS = {
+    "idft_beta": ObjectiveFlag(
+        {"idft": "beta"}, 1.0, "temperature of gamma; larger values pull gamma towards 1, where IDFT is DFT"
+    ),
+    "idft_gamma_min": ObjectiveFlag(
+        {"idft": "gamma_min"}, 0.1, "lower clamp of gamma, reached by tokens likelier than the distribution's average"
+    ),
+    "idft_gamma_max": ObjectiveFlag(
+        {"idft": "gamma_max"}, 2.0, "upper clamp of gamma, reached by tokens far from the model's distribution"
+    ),
+    "idft_weights": ObjectiveFlag(
+        {"idft": "weights"},
+        "online",
+        "whose p and phi make the weight. online: the model that is trained. reference: the reference model, from data"
+        " with its log-probabilities and entropies; nobody has published a measurement",
+        ("online", "reference"),
+    ),
+    "power_q": ObjectiveFlag(
+        {"power": "q"},
+        0.5,
+        "exponent q of the weight p^q, 0 to 100. 0 is ce, 1 is dft; the larger q, the less a token counts that the"
+        " model finds improbable",
+    ),
+    "anchor_coefficient": ObjectiveFlag(
+        {"asft": "coefficient", "sft_k3": "coefficient"},
+        0.03,
+        "coefficient c of the distance to the reference. 0 is the objective without its anchor",
+    ),
+    "anchor_cap": ObjectiveFlag(
+        {"asft": "cap", "sft_k3": "cap"},
+        10.0,
+        "largest r = q / p that counts, from 1: r has no bound where the model has lost a token of the reference",
+    ),
+    "minor_sft_beta": ObjectiveFlag({"minor_sft": "beta"}, 0.1, "how soon the weight of a learned token falls"),
+    "iw_min": ObjectiveFlag({"iw": "ratio_min"}, 0.2, "smallest weight, of tokens that have become far less likely"),
+    "iw_max": ObjectiveFlag({"iw": "ratio_max"}, 1.8, "largest weight, of tokens that have become far likelier"),
+    "psft_epsilon": ObjectiveFlag(
+        {"psft": "epsilon"}, 0.2, "how far a token's probability may rise above the reference's, as a share of it"
     ),
 }

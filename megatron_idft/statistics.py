@@ -64,6 +64,15 @@ class Reference(NamedTuple):
     top_ids: Tensor | None = None
     top_log_prob: Tensor | None = None
 
+    def transposed(self) -> "Reference":
+        """Views with the first two dimensions exchanged, as Megatron's logits [s, b, V] have those of labels [b, s]."""
+
+        def turned(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.transpose(0, 1)
+
+        log_prob, *others = self
+        return Reference(log_prob.transpose(0, 1), *map(turned, others))
+
 
 @dataclass(frozen=True, eq=False)
 class TokenStatistics:
@@ -98,6 +107,17 @@ class TokenStatistics:
     def centered_log_likelihood(self) -> Tensor:
         """phi, [...] fp32 in nats; 0 at ignored positions."""
         return centered_log_likelihood(self.log_prob, self.entropy)
+
+    def require(self, name: str) -> Tensor:
+        """The statistic of this name.
+
+        Raises:
+            ValueError: it is None: nobody asked for it, or there is no reference.
+        """
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise ValueError(f"TokenStatistics.{name} is None, and the objective reads it: give it")
+        return value
 
 
 class MergedState(NamedTuple):

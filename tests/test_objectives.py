@@ -2,6 +2,7 @@ import math
 import re
 import sys
 from argparse import ArgumentParser
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from megatron_idft.objectives import (
     KernelFormula,
     LambdaSchedule,
     Objective,
+    asft,
     ce,
     chord,
     cll,
@@ -25,11 +27,15 @@ from megatron_idft.objectives import (
     objective_names,
     power,
     resolve_objective,
+    sft_k3,
 )
 from megatron_idft.statistics import TokenStatistics
 
 ROOT = Path(__file__).parents[1]
 VOCAB = 50
+# Of a reference: as sure, surer, far surer, less sure by far, just as hopeless.
+REFERENCE_LOG_PROB = [-0.02, -1.2, -0.5, -7.0, -30.0]
+REFERENCE_ENTROPY = [0.1, 1.4, 0.6, 3.0, 2.5]
 
 
 def make_statistics(
@@ -44,6 +50,8 @@ def make_statistics(
         torch.tensor(labels or [1] * len(log_prob)),
         VOCAB,
         sum_squared_prob=torch.tensor(squares or [0.3] * len(log_prob)),
+        reference_log_prob=torch.tensor((REFERENCE_LOG_PROB * len(log_prob))[: len(log_prob)]),
+        reference_entropy=torch.tensor((REFERENCE_ENTROPY * len(log_prob))[: len(log_prob)]),
     )
 
 
@@ -59,16 +67,29 @@ def naive_idft(log_prob: float, h: float, beta: float, low: float, high: float, 
     return math.exp((1 + lam * (gamma - 1)) * log_prob)
 
 
+def naive_anchor(lp: float, lq: float) -> float:
+    return 0.03 * (min(math.exp(lq - lp), 10.0) - 1)
+
+
+# log p, H, sum of squares, log q
 NAIVE = {
-    "ce": lambda lp, h, a: 1.0,
-    "dft": lambda lp, h, a: math.exp(lp),
-    "idft": lambda lp, h, a: naive_idft(lp, h, 1.0, 0.1, 2.0, 1.0),
-    "entropy": lambda lp, h, a: h / math.log(VOCAB),
-    "power": lambda lp, h, a: math.sqrt(math.exp(lp)),
-    "chord": lambda lp, h, a: math.exp(lp) * (1 - math.exp(lp)),
-    "deft": lambda lp, h, a: math.exp(lp) ** a * a / (a + 1e-6),
-    "cll": lambda lp, h, a: min(1.0, math.exp(lp + h)),
+    "ce": lambda lp, h, a, lq: 1.0,
+    "dft": lambda lp, h, a, lq: math.exp(lp),
+    "idft": lambda lp, h, a, lq: naive_idft(lp, h, 1.0, 0.1, 2.0, 1.0),
+    "entropy": lambda lp, h, a, lq: h / math.log(VOCAB),
+    "power": lambda lp, h, a, lq: math.sqrt(math.exp(lp)),
+    "chord": lambda lp, h, a, lq: math.exp(lp) * (1 - math.exp(lp)),
+    "deft": lambda lp, h, a, lq: math.exp(lp) ** a * a / (a + 1e-6),
+    "cll": lambda lp, h, a, lq: min(1.0, math.exp(lp + h)),
+    "prift": lambda lp, h, a, lq: math.exp(lq),
+    "asft": lambda lp, h, a, lq: math.exp(lp) + naive_anchor(lp, lq),
+    "sft_k3": lambda lp, h, a, lq: 1 + naive_anchor(lp, lq),
+    "minor_sft": lambda lp, h, a, lq: 2 / (1 + math.exp(0.1 * (lp - lq))),
+    "iw": lambda lp, h, a, lq: min(max(math.exp(lp - lq), 0.2), 1.8),
+    "psft": lambda lp, h, a, lq: math.exp(lp - lq) if math.exp(lp - lq) < 1.2 else 0.0,
 }
+# Whose weight does not follow p: a token of probability 0 keeps one.
+NOT_GATED = ("ce", "entropy", "prift", "asft", "sft_k3", "minor_sft", "iw")
 
 
 def test_registry_flag_kernels_public_names_and_pages_name_the_objectives_of_the_table() -> None:
@@ -76,7 +97,7 @@ def test_registry_flag_kernels_public_names_and_pages_name_the_objectives_of_the
     assert objective_names() == names == tuple(NAIVE)
     assert f"--sft-loss {{{','.join(names)}}} or MODULE" in flags.add_arguments(ArgumentParser(prog="x")).format_usage()
     kernels = (ROOT / "megatron_idft/loss/triton_kernels.py").read_text()
-    assert sorted(re.findall(r'WEIGHT == "(\w+)"', kernels)) == sorted(names)
+    assert sorted(set(re.findall(r'WEIGHT == "(\w+)"', kernels))) == sorted([*names, "idft_reference"])
     for name in names:
         assert name in megatron_idft.__all__
         objective = resolve_objective(name)
@@ -92,7 +113,8 @@ def test_registry_flag_kernels_public_names_and_pages_name_the_objectives_of_the
 def test_weight_equals_the_formula(name: str) -> None:
     weight = resolve_objective(name).weight(STATISTICS)
     assert weight.dtype == torch.float32 and not weight.requires_grad
-    expected = [NAIVE[name](lp, h, a) for lp, h, a in zip(LOG_PROB, ENTROPY, SQUARES, strict=True)]
+    cases = zip(LOG_PROB, ENTROPY, SQUARES, REFERENCE_LOG_PROB, strict=True)
+    expected = [NAIVE[name](*case) for case in cases]
     # exp amplifies the fp32 rounding of its argument by |argument| <= 60 here: 60 * 2^-24 = 3.6e-6.
     torch.testing.assert_close(weight.double(), torch.tensor(expected, dtype=torch.float64), rtol=5e-6, atol=0)
 
@@ -141,7 +163,7 @@ def test_lambda_tensor_is_read_at_every_call() -> None:
 def test_weight_is_finite_for_a_target_of_no_probability(name: str, h: float) -> None:
     weight = resolve_objective(name).weight(make_statistics([-1e30, -3.4e38, -104.0], [h] * 3))
     assert weight.isfinite().all()
-    if name not in ("ce", "entropy"):
+    if name not in NOT_GATED:
         assert weight[0] == 0
 
 
@@ -176,6 +198,80 @@ def test_cll_is_one_from_phi_zero_on() -> None:
     assert weight[:2].tolist() == [1.0, 1.0] and weight[2].item() == pytest.approx(math.exp(-1.5))
 
 
+def test_idft_takes_both_statistics_of_the_reference() -> None:
+    objective = idft(weights="reference", beta=0.5)
+    cases = zip(REFERENCE_LOG_PROB, REFERENCE_ENTROPY, strict=True)
+    expected = [naive_idft(lq, h, 0.5, 0.1, 2.0, 1.0) for lq, h in cases]
+    torch.testing.assert_close(objective.weight(STATISTICS), torch.tensor(expected), rtol=5e-6, atol=0)
+    gamma = objective.gamma(STATISTICS)
+    assert gamma is not None and gamma[1].item() == pytest.approx(math.exp(-0.4), rel=1e-6)
+    with pytest.raises(ValueError, match="weights must be 'online' or 'reference'"):
+        idft(weights="frozen")
+
+
+def test_where_nothing_has_changed_anchors_are_silent() -> None:
+    same = replace(STATISTICS, reference_log_prob=STATISTICS.log_prob)
+    for anchored, plain in (("asft", "dft"), ("sft_k3", "ce"), ("minor_sft", "ce"), ("iw", "ce"), ("psft", "ce")):
+        assert torch.equal(resolve_objective(anchored).weight(same), resolve_objective(plain).weight(same)), anchored
+
+
+def test_an_anchor_keeps_its_precision_near_the_reference() -> None:
+    # r - 1 in fp32 would be off by half: r = 1 + 1e-7.
+    log_ratio = torch.tensor([1e-7, -1e-7, 1e-4])
+    near = replace(make_statistics([-1.0] * 3, [0.5] * 3), log_prob=torch.zeros(3), reference_log_prob=log_ratio)
+    weight = sft_k3(coefficient=1e6).weight(near).double() - 1
+    torch.testing.assert_close(weight, 1e6 * log_ratio.double().expm1(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_gradient_of_k3_is_the_anchor() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 11, generator=generator, dtype=torch.float64).requires_grad_()
+    labels = torch.randint(0, 11, (6,), generator=generator)
+    log_q = torch.randn(6, 11, generator=generator, dtype=torch.float64).log_softmax(-1)[range(6), labels]
+    log_p = logits.log_softmax(-1)[range(6), labels]
+    log_r = log_q - log_p
+    (exact,) = torch.autograd.grad((-log_p + 0.5 * (log_r.exp() - 1 - log_r)).sum(), logits)
+    weight = 1 + 0.5 * log_r.detach().expm1()
+    residual = logits.detach().softmax(-1) - torch.nn.functional.one_hot(labels, 11)
+    torch.testing.assert_close(exact, weight[:, None] * residual, rtol=1e-9, atol=1e-12)
+
+
+def test_negative_weights_are_declared_and_refuse_a_floor() -> None:
+    lost = make_statistics([-0.1], [0.5])  # p = 0.9 where the reference has 0.98 to 0.001
+    assert asft(coefficient=2.0).weight(replace(lost, reference_log_prob=torch.tensor([-7.0]))).item() < -1
+    declared = {name for name in NAIVE if resolve_objective(name).negative_weights}
+    assert declared == {"asft"} and sft_k3(coefficient=1.5).negative_weights and not asft(0.0).negative_weights
+    with pytest.raises(ValueError, match=r"weight floor of 0\.1 would raise the negative weights.*'asft'"):
+        resolve_objective("asft", weight_floor=0.1)
+
+
+def test_the_cap_bounds_a_token_that_the_model_has_lost() -> None:
+    lost = replace(make_statistics([-80.0], [0.5]), reference_log_prob=torch.tensor([-0.1]))
+    assert asft(coefficient=0.03, cap=4.0).weight(lost).item() == pytest.approx(0.09)
+
+
+@pytest.mark.parametrize("name", [name for name in NAIVE if resolve_objective(name).reference_statistics])
+def test_a_missing_reference_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match="reference_log_prob is None"):
+        resolve_objective(name).weight(replace(STATISTICS, reference_log_prob=None))
+
+
+@pytest.mark.parametrize(
+    "name,hyperparameters,message",
+    [
+        ("asft", {"coefficient": -0.1}, "coefficient must be"),
+        ("asft", {"cap": 0.5}, "cap must be"),
+        ("sft_k3", {"coefficient": math.nan}, "coefficient must be"),
+        ("minor_sft", {"beta": 0.0}, "beta must be"),
+        ("iw", {"ratio_min": 2.0}, "ratio_min <= ratio_max"),
+        ("psft", {"epsilon": math.inf}, "epsilon must be"),
+    ],
+)
+def test_bad_hyperparameters_of_anchored_objectives_are_named(name: str, hyperparameters: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_objective(name, **hyperparameters)
+
+
 @pytest.mark.parametrize("q", [-0.1, 100.5, math.nan, math.inf])
 def test_an_exponent_out_of_range_is_refused_with_its_range(q: float) -> None:
     with pytest.raises(ValueError, match=r"q must lie in \[0, 100\].*default 0\.5"):
@@ -195,7 +291,8 @@ def test_entropy_weight_of_a_single_token_vocabulary_is_zero() -> None:
 def test_ignored_positions_have_weight_zero_under_every_modifier() -> None:
     statistics = make_statistics([0.0, -1.0], [0.0, 1.0], [-100, 4])
     for name in NAIVE:
-        objective = resolve_objective(name, weight_floor=0.5, exempt_token_ids=[4, 7])
+        floor = 0.0 if resolve_objective(name).negative_weights else 0.5
+        objective = resolve_objective(name, weight_floor=floor, exempt_token_ids=[4, 7])
         assert objective.weight(statistics).tolist() == [0.0, 1.0]
 
 
@@ -310,9 +407,7 @@ def test_user_weight_is_detached_and_fp32(user_module: str) -> None:
 def test_weight_of_attached_statistics_carries_no_gradient() -> None:
     log_prob = torch.tensor(LOG_PROB, requires_grad=True)
     squares = torch.tensor(SQUARES, requires_grad=True)
-    statistics = TokenStatistics(
-        log_prob, torch.tensor(ENTROPY), torch.ones(5, dtype=torch.long), VOCAB, sum_squared_prob=squares
-    )
+    statistics = replace(STATISTICS, log_prob=log_prob, sum_squared_prob=squares)
     for name in NAIVE:
         assert not resolve_objective(name).weight(statistics).requires_grad
 

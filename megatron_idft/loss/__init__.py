@@ -14,13 +14,14 @@ from megatron_idft.loss.backends import load_backend, resolve_backend
 from megatron_idft.loss.checks import (
     check_overwritable,
     check_tensors,
+    checked_reference,
     reject_invalid_labels,
     under_hooks_on_saved_tensors,
 )
 from megatron_idft.loss.operators import Operators
 from megatron_idft.loss.shard import VocabShard, vocab_shard
 from megatron_idft.objectives import Objective, resolve_objective
-from megatron_idft.statistics import MergedState, merge_shard_states
+from megatron_idft.statistics import MergedState, Reference, merge_shard_states
 
 
 class LossOutput(NamedTuple):
@@ -52,6 +53,7 @@ def vocab_parallel_loss(
     *,
     overwrite_logits: bool = False,
     cross_entropy_values: bool = False,
+    reference: Reference | None = None,
 ) -> LossOutput:
     """Per-token loss -w log p(label) over a vocabulary that may be split over tensor-parallel ranks.
 
@@ -81,6 +83,8 @@ def vocab_parallel_loss(
             for logits that come from outside; those made in the function are copied before they are overwritten.
         cross_entropy_values: `loss` holds the values of plain cross-entropy, -log_prob, while its gradient stays the
             objective's: for trainers that log the loss and watch it for spikes.
+        reference: what a reference model said of the same labels, in the labels' shape and the same on every rank of
+            `tp_group`; needed by objectives with `reference_statistics`, ignored by the others. Never differentiated.
 
     Returns:
         LossOutput, the same bits on every rank of `tp_group`.
@@ -104,13 +108,14 @@ def vocab_parallel_loss(
         check_overwritable(logits)
         overwrite_logits = traced or not under_hooks_on_saved_tensors()
     objective = _traced_objective(objective) if traced else resolve_objective(objective)
+    given = checked_reference(reference, objective, labels)
     name = resolve_backend(backend, logits.device)
     implementation: Backend = Operators(name, overwrite_logits) if traced else load_backend(name)
     shard, vocab_size = vocab_shard(logits.shape[-1], vocab_size, tp_group)
     if labels.device.type == "cpu" and not traced:
         reject_invalid_labels(labels, vocab_size)
     results = TokenLoss.apply(
-        logits, labels, objective, shard, vocab_size, implementation, overwrite_logits, cross_entropy_values
+        logits, labels, objective, shard, vocab_size, implementation, overwrite_logits, cross_entropy_values, *given
     )
     return LossOutput(*results)
 

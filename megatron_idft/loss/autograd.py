@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_idft.loss.shard import VocabShard
 from megatron_idft.objectives import Objective
-from megatron_idft.statistics import MergedState, TokenStatistics
+from megatron_idft.statistics import MergedState, Reference, TokenStatistics
 
 
 class TokenResults(NamedTuple):
@@ -41,9 +41,18 @@ class Backend(Protocol):
         """[..., S] contiguous fp32 state of this shard (statistics.py); anything finite where the label is ignored."""
 
     def token_results(
-        self, states: Tensor, labels: Tensor, objective: Objective, vocab_size: int, cross_entropy_values: bool
+        self,
+        states: Tensor,
+        labels: Tensor,
+        objective: Objective,
+        vocab_size: int,
+        cross_entropy_values: bool,
+        reference: Reference | None = None,
     ) -> TokenResults:
-        """Merge [R, ..., S] states in rank order and weigh the tokens."""
+        """Merge [R, ..., S] states in rank order and weigh the tokens.
+
+        `reference` [...] has what the objective's `reference_statistics` ask for, of any floating dtype and strides.
+        """
 
     def write_gradient(
         self,
@@ -62,7 +71,12 @@ class Backend(Protocol):
 
 
 def weigh_tokens(
-    merged: MergedState, labels: Tensor, objective: Objective, vocab_size: int, cross_entropy_values: bool
+    merged: MergedState,
+    labels: Tensor,
+    objective: Objective,
+    vocab_size: int,
+    cross_entropy_values: bool,
+    reference: Reference | None,
 ) -> TokenResults:
     """`TokenResults` in plain torch, for any objective."""
     invalid = labels >= vocab_size
@@ -72,6 +86,9 @@ def weigh_tokens(
     def kept(value: Tensor, ignored: float = 0.0) -> Tensor:
         return torch.where(trained, value, ignored)
 
+    def given(value: Tensor | None) -> Tensor | None:
+        return None if value is None else kept(value.float())
+
     statistics = TokenStatistics(
         log_prob=kept(merged.log_prob),
         entropy=kept(merged.entropy),
@@ -80,6 +97,8 @@ def weigh_tokens(
         max_prob=kept(1.0 / merged.sum_exp) if "max_prob" in objective.extra_statistics else None,
         sum_squared_prob=None if merged.sum_squared_prob is None else kept(merged.sum_squared_prob),
         argmax=None if merged.argmax is None else kept(merged.argmax, -1).to(torch.int64),
+        reference_log_prob=None if reference is None else given(reference.log_prob),
+        reference_entropy=None if reference is None else given(reference.entropy),
     )
     weight = objective.weight(statistics)
     value = statistics.log_prob if cross_entropy_values else weight * statistics.log_prob
@@ -111,10 +130,13 @@ class TokenLoss(torch.autograd.Function):
         backend: Backend,
         overwrite_logits: bool,
         cross_entropy_values: bool,
+        reference_log_prob: Tensor | None,  # each of its own: a tuple's tensors would be no inputs to autograd
+        reference_entropy: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        reference = None if reference_log_prob is None else Reference(reference_log_prob, reference_entropy)
         state = backend.shard_state(logits, labels, shard, vocab_size, objective.extra_statistics)
         states = shard.gather_states(state)
-        results = backend.token_results(states, labels, objective, vocab_size, cross_entropy_values)
+        results = backend.token_results(states, labels, objective, vocab_size, cross_entropy_values, reference)
         ctx.shard, ctx.vocab_size, ctx.backend = shard, vocab_size, backend
         ctx.overwrite_logits = overwrite_logits
         ctx.overwritten = False
@@ -137,4 +159,4 @@ class TokenLoss(torch.autograd.Function):
         ctx.overwritten = ctx.overwrite_logits
         results = TokenResults(grad_loss, *saved)  # the loss itself is not needed again
         ctx.backend.write_gradient(logits, gradient, labels, grad_loss, results, ctx.shard, ctx.vocab_size)
-        return gradient, *[None] * 7
+        return gradient, *[None] * 9

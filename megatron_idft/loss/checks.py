@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from megatron_idft.objectives import Objective
+from megatron_idft.statistics import Reference
+
 _LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -25,6 +28,36 @@ def check_tensors(logits: Tensor, labels: Tensor) -> None:
         )
     if labels.device != logits.device:
         raise ValueError(f"labels must be on the logits' device {logits.device}, got {labels.device}")
+
+
+def checked_reference(
+    reference: Reference | None, objective: Objective, labels: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """log_prob and entropy [...] of the reference, each None where the objective does not read it.
+
+    Raises:
+        TypeError, ValueError: the objective reads what is not given, or it does not go with the labels.
+    """
+
+    def checked(name: str, value: Tensor | None) -> Tensor | None:
+        if name not in objective.reference_statistics:
+            return None
+        if value is None:
+            raise ValueError(
+                f"objective {objective.name!r} reads {name}: pass reference=Reference(log_prob=..., entropy=...), the"
+                " reference model's values of the same labels"
+            )
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be of a floating dtype, got {value.dtype}")
+        if value.shape != labels.shape or value.device != labels.device:
+            raise ValueError(
+                f"{name} must have the labels' shape {tuple(labels.shape)} on {labels.device}, got"
+                f" {tuple(value.shape)} on {value.device}"
+            )
+        return value.detach()
+
+    log_prob, entropy, *_ = reference or (None, None)
+    return checked("reference_log_prob", log_prob), checked("reference_entropy", entropy)
 
 
 def check_overwritable(logits: Tensor) -> None:

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, library
 
-from megatron_idft.loss import reference
+from megatron_idft.loss import reference as reference_backend
 from megatron_idft.loss.autograd import TokenResults
 from megatron_idft.loss.backends import load_backend
 from megatron_idft.loss.checks import reject_hooks_on_saved_tensors, reject_invalid_labels
 from megatron_idft.loss.shard import VocabShard
 from megatron_idft.objectives import KernelFormula, Objective
-from megatron_idft.statistics import STATE_SIZE, TokenStatistics, extra_state_columns
+from megatron_idft.statistics import STATE_SIZE, Reference, TokenStatistics, extra_state_columns
 
 _SevenTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -55,17 +55,27 @@ class Operators(NamedTuple):
         return state
 
     def token_results(
-        self, states: Tensor, labels: Tensor, objective: Objective, vocab_size: int, cross_entropy_values: bool
+        self,
+        states: Tensor,
+        labels: Tensor,
+        objective: Objective,
+        vocab_size: int,
+        cross_entropy_values: bool,
+        reference: Reference | None = None,
     ) -> TokenResults:
         """See `autograd.Backend`. Where no kernel knows the formula: plain torch, for the compiler to fuse."""
         formula = objective.token_weight
         if self.backend == "reference" or not isinstance(formula, KernelFormula):
-            return reference.token_results(states, labels, objective, vocab_size, cross_entropy_values)
+            return reference_backend.token_results(
+                states, labels, objective, vocab_size, cross_entropy_values, reference
+            )
         numbers = {name: value for name, value in formula.parameters.items() if not isinstance(value, Tensor)}
         results = token_results(
             states,
             labels,
             gamma_lambda=None if len(numbers) == len(formula.parameters) else formula.parameters["gamma_lambda"],
+            reference_log_prob=None if reference is None else reference.log_prob,
+            reference_entropy=None if reference is None else reference.entropy,
             backend=self.backend,
             vocab_size=vocab_size,
             cross_entropy_values=cross_entropy_values,
@@ -75,6 +85,7 @@ class Operators(NamedTuple):
             weight_floor=objective.weight_floor,
             exempt_token_ids=list(objective.exempt_token_ids),
             extra_statistics=" ".join(extra_state_columns(objective.extra_statistics)),
+            negative_weights=objective.negative_weights,
         )
         return TokenResults(*results)
 
@@ -146,6 +157,8 @@ def token_results(
     states: Tensor,
     labels: Tensor,
     gamma_lambda: Tensor | None,  # in the place of a number, read on the device when the graph runs
+    reference_log_prob: Tensor | None,
+    reference_entropy: Tensor | None,
     backend: str,
     vocab_size: int,
     cross_entropy_values: bool,
@@ -155,6 +168,7 @@ def token_results(
     weight_floor: float,
     exempt_token_ids: list[int],
     extra_statistics: str,
+    negative_weights: bool,
 ) -> _SevenTensors:
     """`Operators.token_results` when the graph runs: the tensors of `TokenResults`."""
     values: dict[str, float | Tensor] = dict(zip(parameters.split(), numbers, strict=True))
@@ -166,8 +180,12 @@ def token_results(
         weight_floor=weight_floor,
         exempt_token_ids=tuple(exempt_token_ids),
         extra_statistics=frozenset(extra_statistics.split()),
+        negative_weights=negative_weights,
     )
-    results = load_backend(backend).token_results(states, labels, objective, vocab_size, cross_entropy_values)
+    reference = None if reference_log_prob is None else Reference(reference_log_prob, reference_entropy)
+    results = load_backend(backend).token_results(
+        states, labels, objective, vocab_size, cross_entropy_values, reference
+    )
     loss, weight, log_prob, entropy, maximum, sum_exp, invalid_labels = results
     return loss, weight, log_prob, entropy, maximum, sum_exp, invalid_labels
 

@@ -16,6 +16,7 @@ from megatron_idft.statistics import (
     SUM_EXP,
     SUM_EXP_SHIFTED,
     TARGET_LOGIT,
+    Reference,
     extra_state_columns,
     merge_shard_states,
     neutral_shard_state,
@@ -32,11 +33,16 @@ def shard_state(
 
 
 def token_results(
-    states: Tensor, labels: Tensor, objective: Objective, vocab_size: int, cross_entropy_values: bool
+    states: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    vocab_size: int,
+    cross_entropy_values: bool,
+    reference: Reference | None = None,
 ) -> TokenResults:
     """See `autograd.Backend`."""
     merged = merge_shard_states(states, extra_state_columns(objective.extra_statistics))
-    return weigh_tokens(merged, labels, objective, vocab_size, cross_entropy_values)
+    return weigh_tokens(merged, labels, objective, vocab_size, cross_entropy_values, reference)
 
 
 def write_gradient(

@@ -21,7 +21,14 @@ from megatron_idft.loss.autograd import TokenResults, weigh_tokens
 from megatron_idft.loss.interpreter import patch_language_once_per_launch, read_loop_bounds_by_item
 from megatron_idft.loss.shard import VocabShard
 from megatron_idft.objectives import KernelFormula, Objective
-from megatron_idft.statistics import STATE_SIZE, MergedState, extra_state_columns, neutral_shard_state
+from megatron_idft.statistics import (
+    LOWEST,
+    STATE_SIZE,
+    MergedState,
+    Reference,
+    extra_state_columns,
+    neutral_shard_state,
+)
 
 INTERPRETED = bool(kernels.INTERPRETED)
 if INTERPRETED:
@@ -30,6 +37,10 @@ if INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
     read_loop_bounds_by_item()
 
 _LARGEST_EXACT_INDEX = 2**24  # in the fp32 column of the state that holds an argmax
+# Of the formulas that are not asked for.
+_PARAMETERS = dict.fromkeys(
+    ("beta", "gamma_min", "gamma_max", "gamma_lambda", "q", "coefficient", "log_cap", "ratio_min", "ratio_max"), 1.0
+)
 _MERGE_TOKENS = 128  # per program: 64 programs for 8192 tokens, whose few bytes half of the device reads at once
 
 
@@ -99,12 +110,16 @@ def shard_state(
 
 
 def token_results(
-    states: Tensor, labels: Tensor, objective: Objective, vocab_size: int, cross_entropy_values: bool
+    states: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    vocab_size: int,
+    cross_entropy_values: bool,
+    reference: Reference | None = None,
 ) -> TokenResults:
     """See `autograd.Backend`. One launch and one sum for built-in objectives; others see the merged statistics."""
     formula = objective.token_weight if isinstance(objective.token_weight, KernelFormula) else None
-    parameters: dict[str, Any] = {"beta": 1.0, "gamma_min": 0.0, "gamma_max": 1.0, "gamma_lambda": 1.0, "q": 1.0}
-    parameters |= formula.parameters if formula is not None else {}
+    parameters = dict(_PARAMETERS) | dict(formula.parameters if formula is not None else {})
     extra_columns = extra_state_columns(objective.extra_statistics)
     loss, weight, log_prob, entropy, maximum, sum_exp = (
         torch.empty(labels.shape, dtype=torch.float32, device=labels.device) for _ in range(6)
@@ -113,6 +128,10 @@ def token_results(
     tokens = labels.numel()
     programs = -(-tokens // _MERGE_TOKENS)
     invalid_labels = torch.empty(programs, dtype=torch.int32, device=labels.device)
+    # 4 bytes a token: turned where they lie otherwise than the results. What no formula reads is not looked at.
+    reference_log_prob, reference_entropy = (
+        log_prob if value is None else value.contiguous() for value in (reference or (None, None))[:2]
+    )
     if len(_merged_dimensions((labels,), labels.dim())) > 2:
         labels = labels.contiguous()
     with torch.cuda.device_of(labels):
@@ -127,6 +146,8 @@ def token_results(
                 maximum=maximum,
                 sum_exp=sum_exp,
                 extras=extras,
+                reference_log_prob=reference_log_prob,
+                reference_entropy=reference_entropy,
                 invalid_labels=invalid_labels,
                 num_tokens=tokens,
                 num_shards=states.shape[0],
@@ -136,7 +157,7 @@ def token_results(
                 vocab_size=vocab_size,
                 log_vocab_size=math.log(max(vocab_size, 2)),
                 **parameters,
-                weight_floor=objective.weight_floor,
+                weight_floor=LOWEST if objective.negative_weights else objective.weight_floor,
                 STATE_SIZE=states.shape[-1],
                 SUM_SQUARES=extra_columns.get("sum_squared_prob", 0),
                 ARGMAX=extra_columns.get("argmax", 0),
@@ -150,7 +171,7 @@ def token_results(
     if formula is None:
         merged = MergedState(log_prob, entropy, maximum, sum_exp)
         merged = merged._replace(**{name: extras[column - STATE_SIZE] for name, column in extra_columns.items()})
-        return weigh_tokens(merged, labels, objective, vocab_size, cross_entropy_values)
+        return weigh_tokens(merged, labels, objective, vocab_size, cross_entropy_values, reference)
     return TokenResults(loss, weight, log_prob, entropy, maximum, sum_exp, invalid_labels.sum())
 
 

@@ -186,6 +186,8 @@ def token_results_kernel(
     maximum,
     sum_exp,
     extras,
+    reference_log_prob,
+    reference_entropy,
     invalid_labels,
     num_tokens,
     num_shards,
@@ -200,6 +202,10 @@ def token_results_kernel(
     gamma_max,
     gamma_lambda,  # a number, or a pointer to one
     q,
+    coefficient,
+    log_cap,
+    ratio_min,
+    ratio_max,
     weight_floor,
     STATE_SIZE: tl.constexpr,
     SUM_SQUARES: tl.constexpr,
@@ -212,7 +218,7 @@ def token_results_kernel(
 ):
     """TOKENS tokens per program: merge the shards' states [R, T, STATE_SIZE] in rank order, and weigh the tokens.
 
-    The formulas are those of `merge_shard_states` (statistics.py) and of the built-in objectives (objectives.py).
+    The formulas are those of `merge_shard_states` (statistics.py) and of the built-in objectives (objectives/).
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     exists = token < num_tokens
@@ -278,12 +284,31 @@ def token_results_kernel(
             row_weight = tl.exp(squares * row_log_prob) * (squares / (squares + DEFT_EPSILON))
         elif WEIGHT == "cll":
             row_weight = tl.exp(tl.minimum(row_log_prob + row_entropy, 0.0))
-        else:
-            tl.static_assert(WEIGHT == "idft")
-            phi = row_log_prob + row_entropy
-            gamma = tl.minimum(tl.maximum(tl.exp(-phi / beta), gamma_min), gamma_max)
+        elif WEIGHT == "idft":
             share = tl.load(gamma_lambda) if LAMBDA_ON_DEVICE else gamma_lambda
-            row_weight = tl.exp((1.0 + share * (gamma - 1.0)) * row_log_prob)
+            row_weight = _idft_weight(row_log_prob, row_entropy, beta, gamma_min, gamma_max, share)
+        else:
+            # Anything may stand where the label is ignored.
+            other_log_prob = tl.load(reference_log_prob + token, mask=trained & exists, other=0.0).to(tl.float32)
+            log_ratio = row_log_prob - other_log_prob
+            if WEIGHT == "idft_reference":
+                other_entropy = tl.load(reference_entropy + token, mask=trained & exists, other=0.0).to(tl.float32)
+                share = tl.load(gamma_lambda) if LAMBDA_ON_DEVICE else gamma_lambda
+                row_weight = _idft_weight(other_log_prob, other_entropy, beta, gamma_min, gamma_max, share)
+            elif WEIGHT == "prift":
+                row_weight = tl.exp(other_log_prob)
+            elif WEIGHT == "asft":
+                row_weight = tl.exp(row_log_prob) + coefficient * _expm1(tl.minimum(0.0 - log_ratio, log_cap))
+            elif WEIGHT == "sft_k3":
+                row_weight = 1.0 + coefficient * _expm1(tl.minimum(0.0 - log_ratio, log_cap))
+            elif WEIGHT == "minor_sft":
+                row_weight = 2.0 / (1.0 + tl.exp(beta * log_ratio))
+            elif WEIGHT == "iw":
+                row_weight = tl.minimum(tl.maximum(tl.exp(log_ratio), ratio_min), ratio_max)
+            else:
+                tl.static_assert(WEIGHT == "psft")
+                ratio = tl.exp(log_ratio)
+                row_weight = tl.where(ratio < ratio_max, ratio, 0.0)
         row_weight = tl.maximum(row_weight, weight_floor)
         for index in tl.static_range(len(EXEMPT)):
             row_weight = tl.where(label == EXEMPT[index], 1.0, row_weight)
@@ -371,12 +396,18 @@ def gradient_kernel(
 
 
 @triton.jit
+def _idft_weight(log_prob, entropy, beta, gamma_min, gamma_max, share):
+    gamma = tl.minimum(tl.maximum(tl.exp(-(log_prob + entropy) / beta), gamma_min), gamma_max)
+    return tl.exp((1.0 + share * (gamma - 1.0)) * log_prob)
+
+
+@triton.jit
 def _expm1(x):
-    """exp(x) - 1 for x <= 0, to fp32 precision near 0 as well, where the subtraction would cancel."""
+    """exp(x) - 1, to fp32 precision near 0 as well, where the subtraction would cancel."""
     series = 1.0
     for n in tl.static_range(8, 1, -1):
         series = 1.0 + x / n * series
-    return tl.where(x > -0.35, x * series, tl.exp(x) - 1.0)
+    return tl.where(tl.abs(x) < 0.35, x * series, tl.exp(x) - 1.0)
 
 
 @triton.jit

@@ -302,7 +302,7 @@ def test_every_finding_explains_itself():
 
 
 def test_alarms_are_those_of_training():
-    tree = ast.parse((ROOT / "megatron_idft/integration/loss/metrics.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "megatron_idft/integration/loss/alarms.py").read_text(encoding="utf-8"))
     values = {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in tree.body

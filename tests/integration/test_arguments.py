@@ -1,12 +1,14 @@
 """The flags: frozen, validated in one place, every refusal naming its remedy. Megatron's own parser is the real one."""
 
 import argparse
+import inspect
 from contextlib import nullcontext
 
 import pytest
 import torch
 from megatron.training.arguments import add_megatron_arguments
 
+from megatron_idft import objectives
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.loss import arguments, flags
 from megatron_idft.integration.plan.arguments import add_plan_arguments
@@ -14,16 +16,25 @@ from megatron_idft.integration.platform import flag_checks
 from megatron_idft.integration.platform.gpu_libraries import GPULibraries
 from megatron_idft.integration.training.arguments import add_data_arguments, validate_data_arguments
 from megatron_idft.loss import triton_backend
+from megatron_idft.objective_table import OBJECTIVE_FLAGS
+from megatron_idft.statistics import REFERENCE_STATISTICS
 
 LOSS_FLAGS = [
+    "--anchor-cap",
+    "--anchor-coefficient",
     "--cpu",
     "--idft-beta",
     "--idft-gamma-max",
     "--idft-gamma-min",
     "--idft-lambda-ramp",
     "--idft-lambda-warmup",
+    "--idft-weights",
+    "--iw-max",
+    "--iw-min",
+    "--minor-sft-beta",
     "--no-calculate-per-token-loss",
     "--power-q",
+    "--psft-epsilon",
     "--sft-loss",
     "--sft-loss-backend",
     "--sft-loss-exempt-tokens",
@@ -138,6 +149,11 @@ def test_a_scripts_own_provider_is_composed_with_ours():
         ("--sft-loss power --idft-beta 2", "use --sft-loss idft"),
         ("--sft-loss power --power-q -1", "q must lie in"),
         ("--sft-loss power --power-q nan", "q must lie in"),
+        ("--anchor-cap 3", "Add --sft-loss asft"),
+        ("--sft-loss prift --anchor-coefficient 0.1", "use --sft-loss asft or sft_k3"),
+        ("--sft-loss asft --anchor-cap 0.5", "cap must be"),
+        ("--sft-loss asft --sft-loss-weight-floor 0.1", "would raise the negative weights"),
+        ("--sft-loss iw --iw-min 3", "ratio_min <= ratio_max"),
         ("--sft-loss idft --idft-beta 0", "beta must be"),
         ("--sft-loss idft --idft-gamma-min 3", "gamma_min <= gamma_max"),
         ("--sft-loss idft --idft-lambda-warmup 1.2", "share of training"),
@@ -216,12 +232,32 @@ def test_every_setting_reaches_the_objective():
         "gamma_min": 0.2,
         "gamma_max": 1.5,
         "gamma_lambda": torch.tensor(0.25),
+        "weights": "online",
     }
 
 
-def test_the_exponent_of_power_reaches_the_objective():
-    for flag, q in (("--power-q 3", 3.0), ("", 0.5)):
-        assert arguments.build_objective(validated(f"--sft-loss power {flag}")).hyperparameters == {"q": q}
+@pytest.mark.parametrize(
+    ("line", "hyperparameters"),
+    [
+        ("power --power-q 3", {"q": 3.0}),
+        ("power", {"q": 0.5}),
+        ("asft", {"coefficient": 0.03, "cap": 10.0}),
+        ("sft_k3 --anchor-coefficient 0.5 --anchor-cap 2", {"coefficient": 0.5, "cap": 2.0}),
+        ("minor_sft --minor-sft-beta 0.3", {"beta": 0.3}),
+        ("iw --iw-min 0.5 --iw-max 1.5", {"ratio_min": 0.5, "ratio_max": 1.5}),
+        ("psft --psft-epsilon 0.3", {"epsilon": 0.3}),
+    ],
+)
+def test_every_setting_of_an_objective_reaches_it(line, hyperparameters):
+    assert arguments.build_objective(validated(f"--sft-loss {line}")).hyperparameters == hyperparameters
+
+
+def test_the_table_has_the_defaults_of_the_objectives():
+    for flag in OBJECTIVE_FLAGS.values():
+        for objective, name in flag.hyperparameters.items():
+            assert inspect.signature(getattr(objectives, objective)).parameters[name].default == flag.default
+    line = "--sft-loss idft --idft-weights reference"
+    assert arguments.build_objective(validated(line)).reference_statistics == set(REFERENCE_STATISTICS)
 
 
 def test_differences_from_a_checkpoint_are_named():

@@ -6,16 +6,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from megatron_idft import idft, vocab_parallel_loss
+from megatron_idft import Reference, asft, idft, vocab_parallel_loss
+from megatron_idft.integration.loss.alarms import PhiAlarm, ReferenceAlarm, stopping_warning
 from megatron_idft.integration.loss.metrics import (
     GAMMA_EDGES,
     PHI_EDGES,
     WEIGHT_EDGES,
     LossMetrics,
-    PhiAlarm,
     format_report,
-    health_warning,
-    stopping_warning,
 )
 from tests.ranks import run_ranks
 
@@ -35,7 +33,16 @@ KEYS = [
     "idft/lambda",
     "sft weight mean",
     "sft weight end of turn",
+    "sft log p end of turn",
     "trained tokens",
+]
+REFERENCE_KEYS = [
+    "reference/log ratio mean",
+    "reference/log ratio below -3",
+    "reference/log ratio below -1",
+    "reference/log ratio above 1",
+    "reference/log ratio above 3",
+    "reference/k3",
 ]
 
 
@@ -68,7 +75,7 @@ def new_metrics() -> LossMetrics:
 
 def expected(seeds) -> dict[str, float]:
     """The metrics of the micro-batches `seeds`, written out in float64."""
-    phi, entropy, gamma, weight, loss, end = [], [], [], [], [], []
+    phi, entropy, gamma, weight, loss, end, end_log_prob = [], [], [], [], [], [], []
     for seed in seeds:
         logits, labels = micro_batch(seed)
         trained = labels >= 0
@@ -81,7 +88,10 @@ def expected(seeds) -> dict[str, float]:
         for values, new in ((phi, log_prob + h), (entropy, h), (gamma, g), (weight, w), (loss, -w * log_prob)):
             values.append(new)
         end.append(w[(target == 3) | (target == 4)])
-    phi, entropy, gamma, weight, loss, end = map(torch.cat, (phi, entropy, gamma, weight, loss, end))
+        end_log_prob.append(log_prob[(target == 3) | (target == 4)])
+    phi, entropy, gamma, weight, loss, end, end_log_prob = map(
+        torch.cat, (phi, entropy, gamma, weight, loss, end, end_log_prob)
+    )
     values = {
         "sft loss": loss.mean(),
         "ddt/phi mean": phi.mean(),
@@ -93,6 +103,7 @@ def expected(seeds) -> dict[str, float]:
         "idft/lambda": torch.tensor(0.5),
         "sft weight mean": weight.mean(),
         "sft weight end of turn": end.mean(),
+        "sft log p end of turn": end_log_prob.mean(),
         "trained tokens": torch.tensor(float(len(phi))),
     }
     for limit in (1, 3, 5):
@@ -236,11 +247,11 @@ def test_a_negative_mean_reaches_the_console():
 
 @pytest.mark.parametrize(
     ("mean", "std", "alarm"),
-    # The published starts of healthy runs, and of those that collapsed (sources in metrics.py).
+    # The published starts of healthy runs, and of those that collapsed (sources in alarms.py).
     [(-0.243, 1.69, False), (0.107, 0.31, False), (-2.69, 9.17, True), (-4.84, 12.4, True), (-0.5, 6.0, True)],
 )
 def test_the_alarm_rings_for_collapsed_runs_only(mean, std, alarm):
-    warning = health_warning({"ddt/phi mean": mean, "ddt/phi std": std})
+    warning = PhiAlarm().warning({"ddt/phi mean": mean, "ddt/phi std": std})
     assert bool(warning) == alarm
     assert warning is None or "--sft-loss-weight-floor" in warning
 
@@ -264,5 +275,62 @@ def test_a_lasting_alarm_is_told_when_it_begins_now_and_then_and_when_it_ends():
 
 
 def test_small_weights_at_the_end_of_turn_are_pointed_out_with_the_flag():
-    assert stopping_warning({"sft weight end of turn": 0.06}) is None and stopping_warning({}) is None
-    assert "--sft-loss-exempt-tokens end-of-turn" in (stopping_warning({"sft weight end of turn": 0.04}) or "")
+    def warning(weight: float, probability: float) -> str | None:
+        scalars = {"sft weight end of turn": weight, "sft log p end of turn": math.log(probability)}
+        return stopping_warning(scalars)
+
+    assert warning(0.06, 0.1) is None and stopping_warning({}) is None
+    assert "--sft-loss-exempt-tokens end-of-turn" in (warning(0.04, 0.1) or "")
+    assert warning(0.01, 0.99) is None, "chord and entropy give no weight to what the model already does"
+
+
+def test_a_reference_adds_its_keys_and_negative_weights_theirs():
+    metrics = LossMetrics(CPU, end_of_turn_ids=(3, 4), vocab_size=VOCAB, reference=True, negative_weights=True)
+    logits, labels = micro_batch(1)
+    trained = labels >= 0
+    exact = logits.double().log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    log_q = (exact - torch.linspace(-6, 6, len(labels)).double()).clamp(max=-1e-3)
+    reference = Reference(torch.where(trained, log_q, torch.nan).float())
+    objective = asft(coefficient=0.5)
+    out = vocab_parallel_loss(logits, labels, objective, reference=reference)
+    metrics.add(objective, labels, out, mask_of(labels), reference=reference)
+    metrics.commit_step()
+    report = metrics.report(None, 1.0)
+    keys = [key for key in KEYS if not key.startswith("idft/")]
+    at = keys.index("sft weight mean")
+    assert list(report.scalars) == [*keys[:at], *REFERENCE_KEYS, keys[at], "sft weight negative", *keys[at + 1 :]]
+    ratio = (exact - log_q)[trained]
+    weight = exact[trained].exp() + 0.5 * ((-ratio).exp().clamp(max=10) - 1)
+    want = {
+        "reference/log ratio mean": ratio.mean(),
+        **{f"reference/log ratio below -{limit}": (ratio < -limit).double().mean() for limit in (1, 3)},
+        **{f"reference/log ratio above {limit}": (ratio > limit).double().mean() for limit in (1, 3)},
+        "reference/k3": ((-ratio).exp() - 1 + ratio).mean(),
+        "sft weight mean": weight.mean(),
+        "sft weight negative": (weight < 0).double().mean(),
+    }
+    for key, value in want.items():
+        assert report.scalars[key] == pytest.approx(value.item(), rel=1e-5), key
+    assert all(0 < report.scalars[key] < 1 for key in want if "below" in key or "above" in key or "negative" in key)
+    histogram = report.histograms["sft weight"]
+    assert histogram[0] == (weight < 0).sum() > 0 and sum(histogram) == trained.sum()
+
+
+def test_one_lost_token_does_not_outweigh_its_interval_in_k3():
+    metrics = LossMetrics(CPU, vocab_size=VOCAB, reference=True)
+    logits, labels = torch.zeros(2, VOCAB), torch.tensor([0, 1])
+    logits[0, 5] = 100.0
+    reference = Reference(torch.tensor([-0.01, -math.log(VOCAB)]))
+    metrics.add(idft(), labels, vocab_parallel_loss(logits, labels), torch.ones(2), reference=reference)
+    metrics.commit_step()
+    assert metrics.report(None, 1.0).scalars["reference/k3"] == pytest.approx((math.exp(10) - 11) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mean", "k3", "alarm"), [(0.0, 0.0, False), (1.0, 1.2, False), (-0.6, 0.3, True), (0.1, 2.5, True)]
+)
+def test_the_distance_to_the_reference_has_its_own_alarm(mean, k3, alarm):
+    scalars = {"reference/log ratio mean": mean, "reference/k3": k3}
+    line = ReferenceAlarm().line(scalars)
+    assert bool(line) == alarm and (line is None or "--anchor-coefficient" in line)
+    assert ReferenceAlarm().line({"ddt/phi mean": 0.0}) is None

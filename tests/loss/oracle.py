@@ -6,6 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_idft import Objective, Reference, idft, resolve_objective
+from megatron_idft.objectives import objective_names
+
 
 class Expected(NamedTuple):
     loss: Tensor
@@ -13,6 +16,34 @@ class Expected(NamedTuple):
     log_prob: Tensor
     entropy: Tensor
     grad: Tensor
+
+
+# Beside the names: settings that make another formula of an objective.
+VARIANTS = {"idft of the reference": idft(weights="reference")}
+
+
+def objective_of(name: str | Objective) -> Objective:
+    """The objective of this name, a variant included."""
+    return VARIANTS[name] if name in VARIANTS else resolve_objective(name)
+
+
+_READ_REFERENCE = {name: bool(objective_of(name).reference_statistics) for name in (*objective_names(), *VARIANTS)}
+
+
+def reads_reference(objective: str | Objective) -> bool:
+    return (
+        bool(objective.reference_statistics)
+        if isinstance(objective, Objective)
+        else _READ_REFERENCE.get(objective, False)
+    )
+
+
+def reference_of(labels: Tensor) -> Reference:
+    """What some reference says of labels [...]: near p or far from it, sure or not, NaN where nothing is trained."""
+    generator = torch.Generator().manual_seed(labels.numel())
+    log_prob = -12 * torch.rand(labels.shape, generator=generator) ** 3 - 1e-4
+    entropy = 4 * torch.rand(labels.shape, generator=generator)
+    return Reference(*(torch.where(labels >= 0, value, torch.nan) for value in (log_prob, entropy)))
 
 
 def expected_loss(
@@ -35,8 +66,9 @@ def expected_loss(
     entropy = -torch.where(probs > 0, probs * log_probs, torch.zeros_like(probs)).sum(-1)
     log_prob = log_probs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     squares = probs.detach().square().sum(-1)
-    weight = naive_weight(objective, log_prob.detach(), entropy.detach(), squares, vocab_size, gamma_lambda)
-    weight = weight.clamp(min=weight_floor)
+    weight = naive_weight(objective, log_prob.detach(), entropy.detach(), squares, vocab_size, gamma_lambda, labels)
+    weight = torch.where(trained, weight, 0.0)  # a reference is NaN where nothing is trained
+    weight = weight.clamp(min=weight_floor) if weight_floor else weight
     for token_id in exempt:
         weight = torch.where(labels == token_id, torch.ones_like(weight), weight)
     zero = torch.zeros_like(weight)
@@ -55,7 +87,13 @@ def expected_loss(
 
 
 def naive_weight(
-    objective: str, log_prob: Tensor, entropy: Tensor, squares: Tensor, vocab_size: int, gamma_lambda: float
+    objective: str,
+    log_prob: Tensor,
+    entropy: Tensor,
+    squares: Tensor,
+    vocab_size: int,
+    gamma_lambda: float,
+    labels: Tensor,
 ) -> Tensor:
     if objective == "ce":
         return torch.ones_like(log_prob)
@@ -72,8 +110,25 @@ def naive_weight(
         return log_prob.exp() ** squares * squares / (squares + 1e-6)
     if objective == "cll":
         return (log_prob + entropy).exp().clamp(max=1.0)
-    assert objective == "entropy"
+    if objective != "entropy":
+        return _naive_reference_weight(objective, log_prob, labels)
     return entropy / math.log(vocab_size) if vocab_size > 1 else torch.zeros_like(entropy)
+
+
+def _naive_reference_weight(objective: str, log_prob: Tensor, labels: Tensor) -> Tensor:
+    q, entropy = (value.double() for value in reference_of(labels)[:2])
+    q, p = q.exp(), log_prob.exp()
+    anchor = torch.where(q < 10 * p, q / p, 10.0) - 1
+    if objective == "idft of the reference":
+        return q ** (1 / (q * entropy.exp())).clamp(0.1, 2.0)
+    return {
+        "prift": q,
+        "asft": p + 0.03 * anchor,
+        "sft_k3": 1 + 0.03 * anchor,
+        "minor_sft": 2 / (1 + (p / q) ** 0.1),
+        "iw": (p / q).clamp(0.2, 1.8),
+        "psft": torch.where(p < 1.2 * q, p / q, 0.0),
+    }[objective]
 
 
 def assert_matches(actual: "dict[str, Tensor]", expected: Expected) -> None:
@@ -95,7 +150,7 @@ def assert_matches(actual: "dict[str, Tensor]", expected: Expected) -> None:
     half_ulp, half_spacing = {torch.float32: (0, 0), torch.bfloat16: (2**-8, 0), torch.float16: (2**-11, 2**-25)}[
         grad.dtype
     ]
-    scale = max(expected.grad.abs().max().item(), 1.0) if grad.numel() else 1.0
+    scale = max(expected.grad.abs().max().item(), expected.weight.max().item(), 1.0) if grad.numel() else 1.0
     _assert_within("grad", grad, expected.grad, (half_ulp + 1e-5) * expected.grad.abs() + half_spacing + 4e-7 * scale)
 
 

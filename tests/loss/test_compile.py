@@ -14,10 +14,11 @@ import torch.distributed
 from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
-from megatron_idft import Objective, TokenStatistics, idft, resolve_objective, vocab_parallel_loss
+from megatron_idft import Objective, Reference, TokenStatistics, idft, resolve_objective, vocab_parallel_loss
 from megatron_idft.loss import operators, triton_backend
 from tests.loss.engines import Engine, interpreted
 from tests.loss.intermediate import bits
+from tests.loss.oracle import reference_of
 from tests.loss.test_vocab_parallel_loss import make_inputs
 from tests.ranks import run_ranks
 
@@ -49,10 +50,12 @@ CASES: dict[str, dict[str, Any]] = {
     "in place": {"objective": "entropy", "overwrite_logits": True, "dtype": torch.bfloat16},
     "a number of its own": {"objective": resolve_objective("power", q=0.3)},
     "a statistic of its own": {"objective": "deft", "vocab_size": 37},
+    "a reference": {"objective": "asft", "reference": True, "vocab_size": 37},
+    "a reference's entropy": {"objective": idft(weights="reference"), "reference": True},
     "a user's function": {"objective": f"{__name__}:half_weight"},
     "further statistics": {"objective": sharpness},
 }
-IN_KERNELS = list(CASES)[:5]
+IN_KERNELS = list(CASES)[:7]
 
 
 def output_layer_and_loss(
@@ -87,6 +90,9 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor], exactly: bool = T
 def test_a_compiled_layer_and_loss_are_the_eager_ones(engine: Engine, case: str) -> None:
     settings = {"backend": engine.backend, **CASES[case]}
     inputs = [engine.place(value) for value in layer_inputs(6, 40, settings.pop("dtype", torch.float32))]
+    if "reference" in settings:
+        log_prob, entropy, *_ = reference_of(inputs[-1].cpu())
+        settings["reference"] = Reference(engine.place(log_prob), engine.place(entropy))
     expected = results(output_layer_and_loss, *inputs, **settings)
     actual = results(compiled(output_layer_and_loss), *inputs, **settings)
     # A user's weights are computed by the compiler's graph from the merged states, not by a kernel.
@@ -162,6 +168,7 @@ def test_the_operators_declare_what_they_do(engine: Engine) -> None:
         **{"gamma_lambda": engine.place(torch.tensor(0.5)), "backend": engine.backend, "vocab_size": 30},
         **{"cross_entropy_values": False, "formula": "idft", "parameters": "beta gamma_min gamma_max"},
         **{"numbers": [1.0, 0.1, 2.0], "weight_floor": 0.0, "exempt_token_ids": [2], "extra_statistics": ""},
+        **{"reference_log_prob": None, "reference_entropy": None, "negative_weights": False},
     }
     states = states[..., :4].contiguous()
     if engine.backend != "reference":  # which has no formulas

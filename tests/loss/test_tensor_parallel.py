@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_idft import resolve_objective, vocab_parallel_loss
 from tests.loss.engines import interpreted
 from tests.loss.intermediate import as_intermediate, bits
-from tests.loss.oracle import assert_matches, expected_loss
+from tests.loss.oracle import assert_matches, expected_loss, objective_of, reference_of
 from tests.ranks import run_ranks
 
 TP_SIZES = [1, 2, 4]
@@ -28,6 +28,8 @@ CASES: dict[str, tuple[tuple[int, ...], int, int, torch.dtype, str]] = {
     "bf16": ((3, 2), 1000, 990, torch.bfloat16, "idft"),
     "a fifth number in the state": ((5,), 48, 43, torch.float32, "deft"),
     "bf16, a fifth number": ((3, 2), 1000, 990, torch.bfloat16, "deft"),
+    "negative weights from a reference": ((3, 2), 48, 43, torch.float32, "asft"),
+    "bf16, two numbers of a reference": ((3, 2), 1000, 990, torch.bfloat16, "idft of the reference"),
     "fp16": ((3, 2), 1000, 990, torch.float16, "dft"),
     "one column per rank": ((5,), 4, 4, torch.float32, "ce"),  # V/tp = 1 at TP 4
     "one token": ((1,), 16, 16, torch.float32, "idft"),
@@ -77,15 +79,17 @@ def run_shard(
     logits: Tensor, labels: Tensor, upstream: Tensor, objective: str, vocab_size: int, backend: str
 ) -> dict[str, Any]:
     settings = {"tp_group": torch.distributed.group.WORLD, "vocab_size": vocab_size, "backend": backend}
+    resolved = objective_of(objective)
+    settings["reference"] = reference_of(labels)
     shard = logits.chunk(torch.distributed.get_world_size(), dim=-1)[torch.distributed.get_rank()]
     shard = shard.detach().requires_grad_()  # a strided view of the full logits
     with Collectives() as forward:
-        out = vocab_parallel_loss(shard, labels, objective, **settings)
+        out = vocab_parallel_loss(shard, labels, resolved, **settings)
     with Collectives() as backward:
         out.loss.backward(upstream)
     result = {name: value.detach() for name, value in out._asdict().items()}
     logits = as_intermediate(shard)
-    again = vocab_parallel_loss(logits, labels, objective, overwrite_logits=True, **settings)
+    again = vocab_parallel_loss(logits, labels, resolved, overwrite_logits=True, **settings)
     (overwriting,) = torch.autograd.grad(again.loss, logits, upstream)
     assert overwriting.data_ptr() == logits.data_ptr()
     assert shard.grad is not None and torch.equal(bits(overwriting), bits(shard.grad))

@@ -19,7 +19,7 @@ from megatron_idft.loss import triton_backend, triton_kernels
 from megatron_idft.loss.shard import VocabShard
 from tests.loss.engines import Engine, interpreted
 from tests.loss.intermediate import as_intermediate
-from tests.loss.oracle import assert_matches, expected_loss
+from tests.loss.oracle import assert_matches, expected_loss, objective_of
 from tests.loss.test_reference import LargestTensor
 from tests.loss.test_vocab_parallel_loss import DTYPES, OBJECTIVES, make_inputs
 
@@ -65,7 +65,9 @@ def test_the_kernels_formulas_are_the_objectives(
     triton_engine: Engine, objective: str, floor: float, exempt: tuple[int, ...]
 ) -> None:
     logits, labels = make_inputs((16,), 10)
-    in_kernel = resolve_objective(objective, weight_floor=floor, exempt_token_ids=exempt)
+    in_kernel = objective_of(objective).with_exempt_tokens(exempt)
+    if not in_kernel.negative_weights:
+        in_kernel = in_kernel.with_weight_floor(floor)
     in_torch = replace(in_kernel, name="in torch", token_weight=in_kernel.token_weight.function)
     torch.testing.assert_close(
         triton_engine.run(logits, labels, in_kernel)["weight"],

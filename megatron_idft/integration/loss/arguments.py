@@ -11,23 +11,22 @@ import torch
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.loss.flags import END_OF_TURN
 from megatron_idft.loss.backends import resolve_backend
+from megatron_idft.objective_table import OBJECTIVE_FLAGS
 from megatron_idft.objectives import LambdaSchedule, Objective, objective_names, resolve_objective
 
-IDFT_DEFAULTS = {
-    "idft_beta": 1.0,
-    "idft_gamma_min": 0.1,
-    "idft_gamma_max": 2.0,
+# Flags of one objective or of a few -> those objectives; and their defaults.
+_OBJECTIVES_OF = {name: tuple(flag.hyperparameters) for name, flag in OBJECTIVE_FLAGS.items()} | {
+    "idft_lambda_warmup": ("idft",),
+    "idft_lambda_ramp": ("idft",),
+}
+DEFAULTS = {name: flag.default for name, flag in OBJECTIVE_FLAGS.items()} | {
     "idft_lambda_warmup": 0.0,
     "idft_lambda_ramp": 0.0,
-}
-POWER_DEFAULTS = {"power_q": 0.5}
-_OF_ONE_OBJECTIVE = {
-    name: objective for objective, defaults in (("idft", IDFT_DEFAULTS), ("power", POWER_DEFAULTS)) for name in defaults
 }
 # These must agree between a checkpoint and the run that continues it for the objective to be the same.
 OBJECTIVE_ARGUMENTS = (
     "sft_loss",
-    *_OF_ONE_OBJECTIVE,
+    *_OBJECTIVES_OF,
     "sft_loss_weight_floor",
     "sft_loss_exempt_tokens",
     "sft_loss_vocab_size",
@@ -42,13 +41,13 @@ def validate_arguments(args: argparse.Namespace) -> None:
     """
     given = [
         name
-        for name in (*_OF_ONE_OBJECTIVE, "sft_loss_weight_floor", "sft_loss_exempt_tokens", "sft_loss_vocab_size")
+        for name in (*_OBJECTIVES_OF, "sft_loss_weight_floor", "sft_loss_exempt_tokens", "sft_loss_vocab_size")
         if getattr(args, name) is not None
     ]
     if args.sft_loss is None:
         if given or args.sft_loss_backend is not None:
             name = given[0] if given else "sft_loss_backend"
-            named, objective = _flag(name), _OF_ONE_OBJECTIVE.get(name, "idft")
+            named, (objective, *_) = _flag(name), _OBJECTIVES_OF.get(name, ("idft",))
             raise ArgumentError(f"{named} was given without --sft-loss. Add --sft-loss {objective}, or drop {named}")
         return
     if args.sft_loss not in objective_names() and ":" not in args.sft_loss:
@@ -56,13 +55,14 @@ def validate_arguments(args: argparse.Namespace) -> None:
             f"--sft-loss {args.sft_loss} is not known. Choose one of {', '.join(objective_names())}, or name a"
             " function of yours as module:function"
         )
-    for name, default in (IDFT_DEFAULTS | POWER_DEFAULTS).items():
-        objective = _OF_ONE_OBJECTIVE[name]
+    for name, default in DEFAULTS.items():
+        objectives = _OBJECTIVES_OF[name]
         if getattr(args, name) is None:
             setattr(args, name, default)
-        elif args.sft_loss != objective:
+        elif args.sft_loss not in objectives:
             raise ArgumentError(
-                f"{_flag(name)} has no meaning for --sft-loss {args.sft_loss}. Drop it, or use --sft-loss {objective}"
+                f"{_flag(name)} has no meaning for --sft-loss {args.sft_loss}. Drop it, or use --sft-loss"
+                f" {' or '.join(objectives)}"
             )
     if args.sft_loss_weight_floor is None:
         args.sft_loss_weight_floor = 0.0
@@ -158,16 +158,13 @@ def resolve_exempt_tokens(
 
 def build_objective(args: argparse.Namespace, gamma_lambda: float | torch.Tensor = 1.0) -> Objective:
     """The objective that validated `args` describe, with lambda_t taken from `gamma_lambda`."""
-    hyperparameters: dict[str, Any] = {}
+    hyperparameters: dict[str, Any] = {
+        flag.hyperparameters[args.sft_loss]: getattr(args, name)
+        for name, flag in OBJECTIVE_FLAGS.items()
+        if args.sft_loss in flag.hyperparameters
+    }
     if args.sft_loss == "idft":
-        hyperparameters = {
-            "beta": args.idft_beta,
-            "gamma_min": args.idft_gamma_min,
-            "gamma_max": args.idft_gamma_max,
-            "gamma_lambda": gamma_lambda,
-        }
-    elif args.sft_loss == "power":
-        hyperparameters = {"q": args.power_q}
+        hyperparameters["gamma_lambda"] = gamma_lambda
     return resolve_objective(
         args.sft_loss,
         weight_floor=args.sft_loss_weight_floor,
@@ -194,7 +191,7 @@ def differences_from_checkpoint(args: argparse.Namespace, checkpoint_args: argpa
     lines = []
     for name in OBJECTIVE_ARGUMENTS:
         # A checkpoint may be older than a flag; its objective then had no use for it.
-        then, now = getattr(checkpoint_args, name, POWER_DEFAULTS.get(name)), getattr(args, name, None)
+        then, now = getattr(checkpoint_args, name, DEFAULTS.get(name)), getattr(args, name, None)
         if then != now:
             lines.append(f"{_flag(name)}: {then} in the checkpoint, {now} now")
     # Another objective explains every other difference.

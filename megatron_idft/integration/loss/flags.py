@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from megatron_idft.objective_table import OBJECTIVES
+from megatron_idft.objective_table import OBJECTIVE_FLAGS, OBJECTIVES
 from megatron_idft.parsing import raise_errors
 
 END_OF_TURN = "end-of-turn"  # a name of tokens for --sft-loss-exempt-tokens
@@ -24,27 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool 
         metavar=f"{{{','.join(OBJECTIVES)}}} or MODULE:FUNCTION",
         default=None,
         help="Objective of fine-tuning: each token's cross-entropy is weighted by a detached weight, with p the token's"
-        f" probability, H the entropy, phi = log p + H, V the vocabulary. {_weights()} MODULE:FUNCTION: a function of"
+        " probability, H the entropy, phi = log p + H, V the vocabulary, q the probability under the reference of the"
+        f" data (`prepare --reference`), r = q / p, c --anchor-coefficient. {_weights()} MODULE:FUNCTION: a function of"
         " yours from TokenStatistics to weights. Without this flag Megatron's own loss is left alone.",
     )
-    group.add_argument(
-        "--idft-beta",
-        type=float,
-        default=None,
-        help="idft: temperature of gamma; larger values pull gamma towards 1, where IDFT is DFT. Default 1.0.",
-    )
-    group.add_argument(
-        "--idft-gamma-min",
-        type=float,
-        default=None,
-        help="idft: lower clamp of gamma, reached by tokens likelier than the distribution's average. Default 0.1.",
-    )
-    group.add_argument(
-        "--idft-gamma-max",
-        type=float,
-        default=None,
-        help="idft: upper clamp of gamma, reached by tokens far from the model's distribution. Default 2.0.",
-    )
+    for name, flag in OBJECTIVE_FLAGS.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=str if flag.choices else float,
+            choices=flag.choices or None,
+            default=None,
+            help=f"{', '.join(flag.hyperparameters)}: {flag.help}. Default {flag.default}.",
+        )
     group.add_argument(
         "--idft-lambda-warmup",
         type=float,
@@ -57,13 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool 
         default=None,
         help="idft: share of training after the warm-up over which lambda rises linearly to 1. Default 0.0. Both shares"
         " are turned into iterations at the first start and recorded in the checkpoint; a resumed run keeps them.",
-    )
-    group.add_argument(
-        "--power-q",
-        type=float,
-        default=None,
-        help="power: exponent q of the weight p^q, 0 to 100. 0 is ce, 1 is dft; the larger q, the less a token counts"
-        " that the model finds improbable. Default 0.5.",
     )
     group.add_argument(
         "--sft-loss-weight-floor",

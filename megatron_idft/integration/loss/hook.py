@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,15 @@ from megatron_idft.statistics import Reference
 
 _ATTRIBUTE = "_megatron_idft_hook"
 IGNORED_LABEL = -100
+
+
+class MicroBatch(NamedTuple):
+    """What came with a forward pass: each [b, s], or None where it was not given."""
+
+    labels: Tensor
+    loss_mask: Tensor | None
+    sources: Tensor | None
+    reference: Reference | None
 
 
 class LossHook:
@@ -68,9 +77,9 @@ class LossHook:
         self.reference: Reference | None = None
         self._original: Callable[[Tensor, Tensor], Tensor] = model.compute_language_model_loss
         self._signature = inspect.signature(model.forward)
-        # (labels, loss_mask) of forward passes whose loss has not been asked for yet. More than one only under
-        # schedule plans, which start the next micro-batch before they finish the last.
-        self._pending: list[tuple[Tensor, Tensor | None]] = []
+        # Forward passes whose loss has not been asked for yet. More than one only under schedule plans, which start the
+        # next micro-batch before they finish the last.
+        self._pending: list[MicroBatch] = []
         self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> None:
@@ -104,7 +113,7 @@ class LossHook:
             )
         labels = given.get("labels")
         if labels is not None:
-            self._pending.append((labels, given.get("loss_mask")))
+            self._pending.append(MicroBatch(labels, given.get("loss_mask"), self.token_sources, self.reference))
 
     def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A pass that died half-way (out of memory, a rerun) must not leave its labels behind.
@@ -130,10 +139,10 @@ class LossHook:
         Returns:
             [b, s] fp32. Collectives: one all-gather over the tensor-parallel group, none in the backward pass.
         """
-        for index, (main_labels, loss_mask) in enumerate(self._pending):
-            if labels is main_labels:
+        for index, micro_batch in enumerate(self._pending):
+            if labels is micro_batch.labels:
                 del self._pending[index]
-                return self._main_head_loss(labels, loss_mask, logits)
+                return self._main_head_loss(micro_batch, logits)
         if not self._pending:
             raise UnsupportedModelError(
                 "compute_language_model_loss was called outside the model's forward pass: the loss mask is not known"
@@ -142,33 +151,40 @@ class LossHook:
         # Multi-token prediction passes rolled copies of the labels: its heads stay plain cross-entropy.
         return self._original(labels, logits)
 
-    def _main_head_loss(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:
+    def _main_head_loss(self, micro_batch: MicroBatch, logits: Tensor) -> Tensor:
         self._require_shard(logits)
+        labels, loss_mask, sources, reference = micro_batch
         if loss_mask is not None:
             loss_mask = loss_mask.reshape(labels.shape)
             labels = torch.where(loss_mask > 0, labels, IGNORED_LABEL)
         labels = labels.transpose(0, 1)  # the labels are turned, never the logits: those are thousands of times larger
         training = self.model.training
+        objective = self.objective if training else ce()
+        if reference is not None:
+            reference = reference.transposed()
+        elif objective.reference_statistics:
+            raise _no_reference(objective)
         # The output layer's backward reads its input and weight, never its output; but a hook may have kept that.
         overwrite = training and not logits.is_leaf and not self.model.output_layer._forward_hooks
         out = vocab_parallel_loss(
             logits,
             labels,
-            objective=self.objective if training else ce(),
+            objective=objective,
             tp_group=self.model.pg_collection.tp,
             vocab_size=self.vocab_size,
             backend=self.backend,
             overwrite_logits=overwrite,
             cross_entropy_values=True,
+            reference=reference,
         )
         self.calls += training
         metrics = self.metrics if training else self.evaluation_metrics
         if metrics is not None:
             mask, sources = (
                 None if tensor is None else tensor.expand(labels.T.shape).transpose(0, 1)
-                for tensor in (loss_mask, self.token_sources)
+                for tensor in (loss_mask, sources)
             )
-            metrics.add(self.objective if training else ce(), labels, out, mask, sources)
+            metrics.add(objective, labels, out, mask, sources, reference)
         return out.loss.transpose(0, 1).contiguous()
 
     def _require_shard(self, logits: Tensor) -> None:
@@ -249,6 +265,14 @@ def language_models(models: Any) -> Iterator[Any]:
     chunks = models if isinstance(models, Sequence) else [models]
     for chunk in chunks:
         yield from (module for module in chunk.modules() if isinstance(module, LanguageModule))
+
+
+def _no_reference(objective: Objective) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"--sft-loss {objective.name} reads the reference model's log-probabilities, and this micro-batch came without"
+        " them. Train with `megatron-idft train` on data with a reference (prepare --reference); in a program of your"
+        " own set `reference` of each of installed_hooks(model) before the model is called"
+    )
 
 
 def _refuse_unsupported(model: Any) -> None:

@@ -17,26 +17,17 @@ from torch import Tensor
 
 from megatron_idft.loss import LossOutput
 from megatron_idft.objectives import Objective
-from megatron_idft.statistics import TokenStatistics
-
-# Published by the authors of IDFT at the start of healthy runs: phi's mean between -0.25 and +0.11, its spread between
-# 0.3 and 1.7. Their runs that collapsed reached -2.7 and 9.2, and -4.8 and 12.4 (arXiv 2602.12222, training logs in
-# github.com/zhangmiaosen2000/Towards-On-Policy-SFT); a run with a broken chat template showed -8 and 6.5.
-PHI_MEAN_ALARM = -2.0
-PHI_STD_ALARM = 5.0
-ALARM_INTERVALS = 100  # log intervals from one line about it to the next
-
-# The weight multiplies the gradient: at 0.05 an end of turn teaches a twentieth of what it does under cross-entropy, so
-# that 20 epochs would be needed for one. It is then a token that the model expects less than once in twenty times
-# (DFT) or in five (IDFT at gamma 2), where the text ends. A convention: nobody has published where models fail to stop.
-END_OF_TURN_ALARM = 0.05
+from megatron_idft.statistics import Reference, TokenStatistics
 
 PHI_THRESHOLDS = (-1.0, -3.0, -5.0)
 
 # Inner edges; the first and the last bin are open, so the heavy negative tail of phi stays visible.
 PHI_EDGES = tuple(-10.0 + 0.5 * index for index in range(27))  # -10 … 3
 GAMMA_EDGES = tuple(0.1 * index for index in range(1, 21))  # 0.1 … 2
-WEIGHT_EDGES = tuple(0.05 * index for index in range(1, 20))  # 0.05 … 0.95
+WEIGHT_EDGES = tuple(0.05 * index for index in range(41))  # 0 … 2; the first bin holds the negative ones
+
+# of log(q / p) in k3: one token that the model has lost would otherwise be the mean of its interval.
+K3_LARGEST_LOG = 10.0
 
 _COUNTERS = ("micro_batches", "unmasked_micro_batches", "invalid_labels")
 # Per token; summed over the trained tokens, and over those of each source.
@@ -54,8 +45,16 @@ _TOKEN_SUMS = (
     "gamma_at_min",
     "gamma_at_max",
     "weight",
+    "negative_weights",
     "end_of_turn_tokens",
     "end_of_turn_weight",
+    "end_of_turn_log_prob",
+    "log_ratio",
+    "log_ratio_below_3",
+    "log_ratio_below_1",
+    "log_ratio_above_1",
+    "log_ratio_above_3",
+    "k3",
 )
 _HISTOGRAMS = {"ddt/phi": PHI_EDGES, "idft/gamma": GAMMA_EDGES, "sft weight": WEIGHT_EDGES}
 
@@ -96,6 +95,8 @@ class LossMetrics:
         gamma_limits: (gamma_min, gamma_max) of IDFT, for the shares at either clamp; None for other objectives.
         vocab_size: the true vocabulary size; `install` fills it in.
         sources: names of the sources that `add` is given by number; empty keeps none apart.
+        reference: whether `add` is given what a reference model said.
+        negative_weights: whether the objective's weights may be negative.
     """
 
     device: torch.device
@@ -103,6 +104,8 @@ class LossMetrics:
     gamma_limits: tuple[float, float] | None = None
     vocab_size: int = 0
     sources: tuple[str, ...] = ()
+    reference: bool = False
+    negative_weights: bool = False
     _step: Tensor = field(init=False, repr=False)
     _interval: Tensor = field(init=False, repr=False)
 
@@ -133,6 +136,7 @@ class LossMetrics:
         out: LossOutput,
         loss_mask: Tensor | None,
         sources: Tensor | None = None,
+        reference: Reference | None = None,
     ) -> None:
         """Add one micro-batch.
 
@@ -143,6 +147,7 @@ class LossMetrics:
             loss_mask: [...] what each token's cross-entropy weighs in `lm loss`. None: padding and prompts cannot be
                 told from trained text, so only the count of micro-batches is kept.
             sources: [...] int64, the number of each token's source; None or a negative number: of none.
+            reference: [...] what the reference model said of the labels; read only where `self.reference` says so.
         """
         counters, sums, *bins = self._step.split(self._parts)
         counters[0] += 1
@@ -151,7 +156,14 @@ class LossMetrics:
             return
         counters[2] += out.invalid_labels
         trained = (labels >= 0) & (labels < self.vocab_size)
-        statistics = TokenStatistics(out.log_prob, out.entropy, labels, self.vocab_size)
+        statistics = TokenStatistics(
+            out.log_prob,
+            out.entropy,
+            labels,
+            self.vocab_size,
+            reference_log_prob=None if reference is None else reference.log_prob,
+            reference_entropy=None if reference is None else reference.entropy,
+        )
         phi = statistics.centered_log_likelihood
         ends_turn = torch.isin(labels, self._end_of_turn)
         columns = {
@@ -165,9 +177,13 @@ class LossMetrics:
             "phi_below_5": phi < PHI_THRESHOLDS[2],
             "entropy": out.entropy,
             "weight": out.weight,
+            "negative_weights": out.weight < 0,
             "end_of_turn_tokens": ends_turn,
             "end_of_turn_weight": torch.where(ends_turn, out.weight, 0),
+            "end_of_turn_log_prob": torch.where(ends_turn, out.log_prob, 0),
         }
+        if self.reference and reference is not None:
+            columns |= _against_reference(out.log_prob - reference.log_prob.float())
         histograms = {"ddt/phi": phi, "sft weight": out.weight}
         gamma, raw_gamma = objective.gamma(statistics), objective.raw_gamma(statistics)
         if gamma is not None:
@@ -217,9 +233,9 @@ class LossMetrics:
         with_gamma = self.gamma_limits is not None
         return MetricsReport(
             lm_loss=_lm_loss(groups[0]) if groups[0]["tokens"] else None,
-            scalars=_scalars(groups[0], with_gamma, gamma_lambda),
+            scalars=self._scalars(groups[0], gamma_lambda),
             by_source={
-                name: {"lm loss": _lm_loss(group)} | _scalars(group, with_gamma, gamma_lambda)
+                name: {"lm loss": _lm_loss(group)} | self._scalars(group, gamma_lambda)
                 for name, group in zip(self.sources, groups[1:], strict=True)
                 if group["tokens"]
             },
@@ -231,102 +247,64 @@ class LossMetrics:
             **{name: round(count) for name, count in zip(_COUNTERS, counters, strict=True)},
         )
 
+    def _scalars(self, sums: dict[str, float], gamma_lambda: float) -> dict[str, float]:
+        tokens = sums["tokens"]
+        if not tokens:
+            return {"trained tokens": 0.0}
+
+        def mean(name: str) -> float:
+            return sums[name] / tokens
+
+        scalars = {
+            "sft loss": mean("loss"),
+            "ddt/phi mean": mean("phi"),
+            "ddt/phi std": math.sqrt(max(0.0, mean("phi_squared") - mean("phi") ** 2)),
+            "ddt/phi below -1": mean("phi_below_1"),
+            "ddt/phi below -3": mean("phi_below_3"),
+            "ddt/phi below -5": mean("phi_below_5"),
+            "ddt/entropy": mean("entropy"),
+        }
+        if self.gamma_limits is not None:
+            scalars |= {
+                "idft/gamma mean": mean("gamma"),
+                "idft/gamma at min": mean("gamma_at_min"),
+                "idft/gamma at max": mean("gamma_at_max"),
+                "idft/lambda": gamma_lambda,
+            }
+        if self.reference:
+            scalars |= {
+                "reference/log ratio mean": mean("log_ratio"),
+                "reference/log ratio below -3": mean("log_ratio_below_3"),
+                "reference/log ratio below -1": mean("log_ratio_below_1"),
+                "reference/log ratio above 1": mean("log_ratio_above_1"),
+                "reference/log ratio above 3": mean("log_ratio_above_3"),
+                "reference/k3": mean("k3"),
+            }
+        scalars["sft weight mean"] = mean("weight")
+        if self.negative_weights:
+            scalars["sft weight negative"] = mean("negative_weights")
+        if ends := sums["end_of_turn_tokens"]:
+            scalars["sft weight end of turn"] = sums["end_of_turn_weight"] / ends
+            scalars["sft log p end of turn"] = sums["end_of_turn_log_prob"] / ends
+        scalars["trained tokens"] = tokens
+        return scalars
+
 
 def _lm_loss(sums: dict[str, float]) -> float:
     return sums["cross_entropy"] / sums["tokens"]
 
 
-def _scalars(sums: dict[str, float], with_gamma: bool, gamma_lambda: float) -> dict[str, float]:
-    tokens = sums["tokens"]
-    if not tokens:
-        return {"trained tokens": 0.0}
-
-    def mean(name: str) -> float:
-        return sums[name] / tokens
-
-    scalars = {
-        "sft loss": mean("loss"),
-        "ddt/phi mean": mean("phi"),
-        "ddt/phi std": math.sqrt(max(0.0, mean("phi_squared") - mean("phi") ** 2)),
-        "ddt/phi below -1": mean("phi_below_1"),
-        "ddt/phi below -3": mean("phi_below_3"),
-        "ddt/phi below -5": mean("phi_below_5"),
-        "ddt/entropy": mean("entropy"),
+def _against_reference(log_ratio: Tensor) -> dict[str, Tensor]:
+    """Columns of log(p / q) [...]. k3 = q / p - 1 - log(q / p) >= 0, 0 only where both agree."""
+    capped = (-log_ratio).double().clamp(max=K3_LARGEST_LOG)
+    return {
+        "log_ratio": log_ratio,
+        "log_ratio_below_3": log_ratio < -3,
+        "log_ratio_below_1": log_ratio < -1,
+        "log_ratio_above_1": log_ratio > 1,
+        "log_ratio_above_3": log_ratio > 3,
+        "k3": capped.expm1() - capped,
     }
-    if with_gamma:
-        scalars |= {
-            "idft/gamma mean": mean("gamma"),
-            "idft/gamma at min": mean("gamma_at_min"),
-            "idft/gamma at max": mean("gamma_at_max"),
-            "idft/lambda": gamma_lambda,
-        }
-    scalars["sft weight mean"] = mean("weight")
-    if sums["end_of_turn_tokens"]:
-        scalars["sft weight end of turn"] = sums["end_of_turn_weight"] / sums["end_of_turn_tokens"]
-    scalars["trained tokens"] = tokens
-    return scalars
-
-
-def health_warning(scalars: dict[str, float]) -> str | None:
-    """The method's known failure, in words, or None. Thresholds and their source stand at the top of this module."""
-    mean, std = scalars.get("ddt/phi mean"), scalars.get("ddt/phi std")
-    if mean is None or std is None or (mean > PHI_MEAN_ALARM and std < PHI_STD_ALARM):
-        return None
-    return (
-        f"phi has run away: mean {mean:.2f} (alarm below {PHI_MEAN_ALARM}), spread {std:.2f} (alarm above"
-        f" {PHI_STD_ALARM}). A falling loss does not contradict this: the model may be un-learning the tokens that the"
-        " objective gives no weight. Check the chat template and the loss mask first; then lower the learning rate,"
-        " raise --sft-loss-weight-floor, or use --sft-loss ce"
-    )
-
-
-class PhiAlarm:
-    """Repeats `health_warning`, which may hold for a whole training, now and then.
-
-    One line when it begins and one when it ends; while it lasts, or comes and goes, one in ALARM_INTERVALS. held: the
-    intervals in which it held since it began, or since its last end was reported.
-    """
-
-    def __init__(self) -> None:
-        self.held = 0
-        self._reported = False  # that it holds
-        self._since_report = ALARM_INTERVALS
-
-    def line(self, scalars: dict[str, float]) -> str | None:
-        """For a person, of one log interval; None where there is nothing new to say."""
-        if "ddt/phi mean" not in scalars:
-            return None
-        warning = health_warning(scalars)
-        self._since_report += 1
-        if warning is None:
-            return self._end(scalars) if self._reported else None
-        self.held += 1
-        if self._since_report < ALARM_INTERVALS:
-            return None
-        self._reported, self._since_report = True, 0
-        if self.held == 1:
-            return f"WARNING: {warning}"
-        return f"WARNING: phi has run away in {self.held} log intervals by now: {_mean_and_spread(scalars)}"
-
-    def _end(self, scalars: dict[str, float]) -> str:
-        held, self.held, self._reported, self._since_report = self.held, 0, False, 0
-        return f"> phi is back within its alarms: {_mean_and_spread(scalars)}; it had run away in {held} log intervals"
-
-
-def _mean_and_spread(scalars: dict[str, float]) -> str:
-    return f"mean {scalars['ddt/phi mean']:.2f}, spread {scalars['ddt/phi std']:.2f}"
-
-
-def stopping_warning(scalars: dict[str, float]) -> str | None:
-    """Whether the model may not learn to end its turns, in words, or None."""
-    weight = scalars.get("sft weight end of turn")
-    if weight is None or weight >= END_OF_TURN_ALARM:
-        return None
-    return (
-        f"the ends of turns have a mean weight of {weight:.2g} (alarm below {END_OF_TURN_ALARM}): they are trained with"
-        f" {weight:.2g} of cross-entropy's gradient, so the model may not learn to stop. Where it does not stop by"
-        " itself already, add --sft-loss-exempt-tokens end-of-turn, which gives them weight 1"
-    )
 
 
 def format_report(head: str, scalars: dict[str, float]) -> str:

@@ -21,8 +21,9 @@ import torch
 from megatron_idft.errors import ArgumentError, UnsupportedModelError
 from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
 from megatron_idft.integration.loss import arguments, flags
+from megatron_idft.integration.loss.alarms import PhiAlarm, ReferenceAlarm, stopping_warning
 from megatron_idft.integration.loss.hook import LossHook, install, installed_hooks
-from megatron_idft.integration.loss.metrics import LossMetrics, MetricsReport, PhiAlarm, stopping_warning
+from megatron_idft.integration.loss.metrics import LossMetrics, MetricsReport
 from megatron_idft.integration.loss.publishing import print_rank_last, publish_evaluation, publish_training
 from megatron_idft.integration.platform import compatibility, flag_checks, hf_model, upstream
 from megatron_idft.integration.platform.continued_schedule import check_schedule, take_new_rates
@@ -57,7 +58,7 @@ class TrainerIntegration:
         self._group: torch.distributed.ProcessGroup | None = None
         self._told_unmasked = False
         self._told_stopping = False
-        self._phi_alarm = PhiAlarm()
+        self._alarms = (PhiAlarm(), ReferenceAlarm())
 
     def attach(self) -> Self:
         """Wrap the trainer's functions that have no event. Undone by `detach`."""
@@ -170,6 +171,8 @@ class TrainerIntegration:
             end_of_turn_ids=end_of_turn_ids,
             gamma_limits=(args.idft_gamma_min, args.idft_gamma_max) if args.sft_loss == "idft" else None,
             sources=self._sources(),
+            reference=bool(objective.reference_statistics),
+            negative_weights=objective.negative_weights,
         )
         self._evaluation_metrics = LossMetrics(device=device, sources=self._sources())
         install(
@@ -286,7 +289,7 @@ class TrainerIntegration:
                 " forward_step, as Megatron's pretrain_gpt.py does"
             )
         publish_training(iteration, args.train_iters, report)
-        if (line := self._phi_alarm.line(report.scalars)) is not None:
+        for line in filter(None, (alarm.line(report.scalars) for alarm in self._alarms)):
             print_rank_last(line)
         if not self._told_stopping and (warning := stopping_warning(report.scalars)) is not None:
             self._told_stopping = True
@@ -335,14 +338,15 @@ def _describe(
     end_of_turn_ids: Sequence[int],
 ) -> str:
     settings = [f"objective {objective.name}"]
+    settings += [
+        f"{name} {value if isinstance(value, str) else f'{value:g}'}"
+        for name, value in objective.hyperparameters.items()
+        if name != "gamma_lambda"
+    ]
     if args.sft_loss == "idft":
-        settings += [
-            f"beta {args.idft_beta:g}",
-            f"gamma {args.idft_gamma_min:g} to {args.idft_gamma_max:g}",
-            _describe_lambda(schedule),
-        ]
-    elif args.sft_loss == "power":
-        settings.append(f"q {args.power_q:g}")
+        settings.append(_describe_lambda(schedule))
+    if objective.reference_statistics:
+        settings.append("reads the reference's " + " and ".join(sorted(objective.reference_statistics)))
     settings += [
         f"weight floor {args.sft_loss_weight_floor:g}",
         f"exempt tokens {args.sft_loss_exempt_tokens or 'none'}",

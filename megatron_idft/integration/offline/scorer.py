@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_idft.errors import UnsupportedModelError
-from megatron_idft.integration.loss.hook import IGNORED_LABEL, LossHook, language_models
+from megatron_idft.integration.loss.hook import IGNORED_LABEL, LossHook, MicroBatch, language_models
 from megatron_idft.integration.offline.causal_attention import Documents
 from megatron_idft.loss import vocab_parallel_loss
 from megatron_idft.objectives import ce
@@ -50,9 +50,9 @@ class StatisticsHook(LossHook):
         states, *others = args  # [s, b, h]
         return states.flatten(0, 1)[self.rows].unsqueeze(1), *others
 
-    def _main_head_loss(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:
+    def _main_head_loss(self, micro_batch: MicroBatch, logits: Tensor) -> Tensor:
         self._require_shard(logits)
-        labels, rows = labels.transpose(0, 1), self.rows if self._selects else None
+        labels, rows = micro_batch.labels.transpose(0, 1), self.rows if self._selects else None
         out = vocab_parallel_loss(
             logits,
             labels if rows is None else labels.reshape(-1, 1)[rows],
