@@ -7,6 +7,7 @@ import sys
 import types
 from collections.abc import Sequence
 
+from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.loss.trainer import TrainerIntegration
 from megatron_idft.integration.platform.start import prepare_process
 
@@ -19,7 +20,13 @@ def run_script(path: str, argv: Sequence[str], force_cpu: bool = False) -> None:
 
     Raises:
         FileNotFoundError: there is no such script.
+        ArgumentError: a flag that needs the data and the loss_func of `train`.
     """
+    if any(word.partition("=")[0].startswith("--sft-normalization") for word in argv):
+        raise ArgumentError(
+            "--sft-normalization is a flag of `train`: with `run`, the script's own loss_func says what is summed and"
+            " what divides the sum. Drop it and return these two there, or train with `megatron-idft train`"
+        )
     path = os.path.abspath(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no script {path}: pass the path of a Python training script to `run`")

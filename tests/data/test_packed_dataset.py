@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_idft.data.packed.dataset import PackedDataset, PackLimits, RepeatedRounds
 from megatron_idft.data.packed.epochs import Blend, BlendedEpochs, prepared_prefixes
@@ -150,6 +151,20 @@ def test_labels_come_with_what_a_reference_model_said_of_them():
     assert not rounds[3]["reference_log_prob"].any() and rounds[0]["reference_log_prob"].any()
     for asked in ({}, {"reference": ReferenceColumns(), "labels": False}):
         assert not {key for key in PackedDataset(stores, 9, PAD, **asked)[0] if key.startswith("reference")}
+
+
+def test_labels_come_with_the_trained_tokens_of_their_conversations_each_marked_once():
+    untrained = [(1, 1), (2, 0)]  # but for its first token, which is no label
+    packed = pack(A, untrained, B, C, weights=[0, 0.5, 2, 0, 0, 0, 0, 1, 1, 0, 1])
+    data = PackedDataset({"p": Reader([packed])}, 16, PAD, multiple_of=4, conversations=True)
+    counts = data[0]["conversation_tokens"]
+    assert counts.tolist() == [-2, 2, 0, 0, 0, 0, 0, 0, 0, -2, 2, 0, -1, 0, 0, 0]
+    assert counts.dtype == torch.int32 and torch.equal(counts != 0, data[0]["loss_mask"] > 0)
+    assert not data.untrained_sample()["conversation_tokens"].any()
+    unpacked = PackedDataset({"p": Reader([pack(B)])}, 9, PAD, bounds=False, conversations=True)
+    assert unpacked[0]["conversation_tokens"].tolist() == [0, -2, 2, 0, 0, 0, 0, 0, 0]
+    for settings in ({}, {"conversations": True, "labels": False}):
+        assert "conversation_tokens" not in sample(packed, seq_length=16, **settings)
 
 
 def test_a_pack_that_is_too_long_is_named():

@@ -57,6 +57,8 @@ DATA_FLAGS = [
     "--sft-keep-best-metric",
     "--sft-keep-best-mode",
     "--sft-last-turn-only",
+    "--sft-normalization",
+    "--sft-normalization-constant",
     "--sft-packing",
     "--sft-template-date",
     "--sft-truncation",
@@ -269,6 +271,15 @@ def test_differences_from_a_checkpoint_are_named():
     other = validated("--sft-loss ce")
     assert arguments.differences_from_checkpoint(now, other) == ["--sft-loss: ce in the checkpoint, idft now"]
     assert arguments.differences_from_checkpoint(now, argparse.Namespace())[0].startswith("--sft-loss: None")
+    other.sft_normalization, other.sft_normalization_constant = ["token", "sample@2"], None
+    assert len(arguments.differences_from_checkpoint(now, other)) == 1, "`run` has no such flag"
+    now.sft_normalization, now.sft_normalization_constant = ["constant"], 4
+    assert arguments.differences_from_checkpoint(now, other)[1:] == [
+        "--sft-normalization: token sample@2 in the checkpoint, constant now",
+        "--sft-normalization-constant: None in the checkpoint, 4 now",
+    ], "whatever the objectives are"
+    now.sft_normalization, now.sft_normalization_constant = ["token"], None
+    assert arguments.differences_from_checkpoint(now, older) == [], "older checkpoints were per trained token"
 
 
 def test_exempt_tokens_are_ids_or_names():

@@ -82,6 +82,9 @@ class PackedDataset(Dataset[Sample]):
         sources       int64    (labels, and only with `sources`) the number of the document's source, -1 in padding
         reference_…            (labels, and only with `reference`) its columns, float32 or, of ids, int32, [seq_length]
                                or [seq_length, K]; 0 where not trained
+        conversation_tokens
+                      int32    (labels, and only with `conversations`) where trained, how many tokens of the document
+                               are; negative at the first of these, so that ranks that share a document count it once
 
     Args:
         readers: name, for messages -> reader.
@@ -95,6 +98,7 @@ class PackedDataset(Dataset[Sample]):
         sources: for each reader its sources' numbers through all readers, by their numbers in the reader.
         reference: the columns of a reference model that samples hold. Every reader must have them; of its most probable
             tokens it may have more.
+        conversations: whether samples hold conversation_tokens.
 
     Raises:
         InputError: from `[]`, when a pack does not fit in seq_length.
@@ -113,7 +117,9 @@ class PackedDataset(Dataset[Sample]):
         multiple_of: int = 1,
         sources: Sequence[Sequence[int]] | None = None,
         reference: ReferenceColumns | None = None,
+        conversations: bool = False,
     ):
+        self.conversations = conversations
         self.readers, self.seq_length, self.pad_id = dict(readers), seq_length, pad_id
         self.inputs, self.labels, self.bounds, self.multiple_of = inputs, labels, bounds, multiple_of
         self.limits = limits or PackLimits(seq_length - 1, seq_length)
@@ -179,13 +185,18 @@ class PackedDataset(Dataset[Sample]):
         if self.labels:
             labels = np.full(self.seq_length, IGNORED_LABEL, dtype=np.int64)
             loss_mask = np.zeros(self.seq_length, dtype=np.float32)
+            counts = np.zeros(self.seq_length, dtype=np.int32)
             if pack is not None:
                 trained = pack.mask[source + 1].astype(bool)
                 source, target = source[trained] + 1, target[trained]
                 labels[target] = pack.ids[source]
                 loss_mask[target] = 1 if pack.weights is None else pack.weights[source]
+                if self.conversations:
+                    counts[target] = _marked_counts(np.repeat(np.arange(len(lengths)), lengths)[trained])
             sample["labels"] = torch.from_numpy(labels)
             sample["loss_mask"] = torch.from_numpy(loss_mask)
+            if self.conversations:
+                sample["conversation_tokens"] = torch.from_numpy(counts)
             for name, shape in self.reference.shapes.items() if self.reference else ():
                 column = np.zeros((self.seq_length, *shape), dtype=np.int32 if name == "top_ids" else np.float32)
                 if pack is not None:
@@ -198,6 +209,12 @@ class PackedDataset(Dataset[Sample]):
             numbers[: taken.sum()] = np.repeat(sources, taken)
             sample["sources"] = torch.from_numpy(numbers)
         return sample
+
+
+def _marked_counts(documents: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`conversation_tokens` of trained tokens, from the numbers of their documents, which ascend."""
+    counts = np.bincount(documents)[documents]
+    return np.where(np.diff(documents, prepend=-1) > 0, -counts, counts)
 
 
 class IndexedSamples(Protocol):

@@ -31,6 +31,9 @@ OBJECTIVE_ARGUMENTS = (
     "sft_loss_exempt_tokens",
     "sft_loss_vocab_size",
 )
+# The same of `train` alone, which hold whatever the objective is.
+NORMALIZATION_ARGUMENTS = ("sft_normalization", "sft_normalization_constant")
+_BEFORE_THE_FLAG = DEFAULTS | {"sft_normalization": ["token"]}
 
 
 def validate_arguments(args: argparse.Namespace) -> None:
@@ -188,11 +191,14 @@ def resolve_schedule(args: argparse.Namespace) -> LambdaSchedule:
 
 def differences_from_checkpoint(args: argparse.Namespace, checkpoint_args: argparse.Namespace) -> list[str]:
     """One line per loss setting that differs between a checkpoint and the run that continues it."""
-    lines = []
-    for name in OBJECTIVE_ARGUMENTS:
+    lines = {}
+    of_train = NORMALIZATION_ARGUMENTS if hasattr(args, "sft_normalization") else ()
+    for name in (*OBJECTIVE_ARGUMENTS, *of_train):
         # A checkpoint may be older than a flag; its objective then had no use for it.
-        then, now = getattr(checkpoint_args, name, DEFAULTS.get(name)), getattr(args, name, None)
+        then, now = getattr(checkpoint_args, name, _BEFORE_THE_FLAG.get(name)), getattr(args, name, None)
         if then != now:
-            lines.append(f"{_flag(name)}: {then} in the checkpoint, {now} now")
-    # Another objective explains every other difference.
-    return lines[:1] if lines and lines[0].startswith("--sft-loss:") else lines
+            shown = (" ".join(map(str, value)) if isinstance(value, list) else value for value in (then, now))
+            lines[name] = "{}: {} in the checkpoint, {} now".format(_flag(name), *shown)
+    # Another objective explains every other difference of it.
+    explained = OBJECTIVE_ARGUMENTS[1:] if "sft_loss" in lines else ()
+    return [line for name, line in lines.items() if name not in explained]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron_idft.objective_table import OBJECTIVE_FLAGS, OBJECTIVES
 from megatron_idft.parsing import raise_errors
@@ -94,6 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool 
     if per_token_loss_default:
         parser.set_defaults(calculate_per_token_loss=True)
     return parser
+
+
+def wants_per_token_loss(words: Sequence[str]) -> bool:
+    """Whether a command line has a flag that turns `--calculate-per-token-loss` on."""
+    return any(word.partition("=")[0] in ("--sft-loss", "--sft-normalization") for word in words)
 
 
 def compose_providers(

@@ -106,7 +106,8 @@ class TrainerIntegration:
         # Megatron's own default stays for runs that keep Megatron's own loss.
         wants_loss = any(word == "--sft-loss" or word.startswith("--sft-loss=") for word in sys.argv[1:])
         call.arguments["extra_args_provider"] = flags.compose_providers(
-            call.arguments.get("extra_args_provider"), per_token_loss_default=wants_loss
+            call.arguments.get("extra_args_provider"),
+            per_token_loss_default=flags.wants_per_token_loss(sys.argv[1:]),
         )
         args: argparse.Namespace = original(*call.args, **call.kwargs)
         if not hasattr(args, "sft_loss"):

@@ -26,7 +26,7 @@ from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.data.packed.epochs import prepared_prefixes
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.loss.arguments import validate_arguments
-from megatron_idft.integration.loss.flags import compose_providers
+from megatron_idft.integration.loss.flags import compose_providers, wants_per_token_loss
 from megatron_idft.integration.plan.arguments import add_plan_arguments
 from megatron_idft.integration.plan.checks import (
     call,
@@ -187,12 +187,11 @@ def _parse(words: list[str], data_arguments: Any) -> argparse.Namespace:
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return add_plan_arguments(data_arguments(parser))
 
-    wants_loss = any(word == "--sft-loss" or word.startswith("--sft-loss=") for word in words)
     before, sys.argv = sys.argv, ["megatron-idft plan", *words]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             parse = megatron_arguments.parse_args
-            args: argparse.Namespace = parse(compose_providers(provider, per_token_loss_default=wants_loss))
+            args: argparse.Namespace = parse(compose_providers(provider, wants_per_token_loss(words)))
     finally:
         sys.argv = before
     if args.use_checkpoint_args:

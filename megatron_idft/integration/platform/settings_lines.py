@@ -33,12 +33,13 @@ def shortened(paths: Sequence[str]) -> str:
     return names + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
-def training_lines(args: argparse.Namespace, unit: str) -> list[str]:
+def training_lines(args: argparse.Namespace, unit: str, normalization: str) -> list[str]:
     """The settings of a training, just before its first step.
 
     Args:
         args: Megatron's, validated, with the length of the training.
         unit: what a sample is, in the plural.
+        normalization: of the loss, in words.
     """
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     decay = f", {args.lr_decay_style} to {args.min_lr or 0:g}" if args.lr_decay_style != "constant" else ", constant"
@@ -52,7 +53,8 @@ def training_lines(args: argparse.Namespace, unit: str) -> list[str]:
         f"batch: {args.global_batch_size} {unit} of {args.seq_length} tokens a step: {micro_batches} micro-batches of"
         f" {args.micro_batch_size} on each of {args.data_parallel_size} data-parallel ranks",
         f"steps: {args.train_iters}{begins}{epochs}; learning rate {args.lr:g}{decay}",
-        f"loss: {args.sft_loss or 'cross-entropy, of Megatron'}",
+        f"loss: {args.sft_loss or 'cross-entropy, of Megatron'}"
+        + (f", {normalization}" if args.calculate_per_token_loss else ""),
         f"evaluation:{each} at the end" if args.sft_valid_data else "evaluation: none (--sft-valid-data adds one)",
         f"checkpoints: {args.save},{saves} at the end" if args.save else "checkpoints: none, for want of --save",
     ]

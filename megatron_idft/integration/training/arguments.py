@@ -9,6 +9,7 @@ from megatron_idft.data import flags
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.platform import hf_model
 from megatron_idft.integration.platform.own_tokenizer import require_tokenizer, tokenizer_type
+from megatron_idft.integration.training.normalization import MODES, validate_normalization
 
 NEVER = 10**9  # an interval, in iterations, that no training reaches
 MOST_SOURCES = 64  # of which metrics are kept without being asked
@@ -40,6 +41,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Pack the records: several whole conversations to a sequence, none of which sees another, as `prepare`"
         " does. An epoch then counts packs. By default each sequence is one record.",
     )
+    _add_normalization(group)
     _add_checksums(group)
     _add_signals(group)
     hf_model.add_hf_model_arguments(group)
@@ -85,10 +87,32 @@ def validate_data_arguments(args: argparse.Namespace) -> None:
             f"--dataloader-type {args.dataloader_type}: records are shuffled by --seed and epoch; drop the flag"
         )
     validate_evaluation_arguments(args)
+    validate_normalization(args)
     if args.save and args.save_interval is None:
         args.save_interval = NEVER  # once, after training
     if args.tokenizer_type is None:
         args.tokenizer_type = tokenizer_type(args.tokenizer_model)
+
+
+def _add_normalization(group: Any) -> None:
+    group.add_argument(
+        "--sft-normalization",
+        nargs="+",
+        metavar=f"{{{','.join(MODES)}}}[@ITERATION]",
+        default=None,
+        help="How the losses of a step's tokens make up its loss, whatever the layout. token: all trained tokens weigh"
+        " the same. sample: all conversations do, each by the mean over its trained tokens. constant: their sum over a"
+        " constant number of tokens for each sample of the batch. More words MODE@ITERATION switch after so many"
+        " iterations: token sample@2000. `lm loss` stays per trained token, as do evaluations. Default token.",
+    )
+    group.add_argument(
+        "--sft-normalization-constant",
+        type=int,
+        metavar="C",
+        default=None,
+        help="constant: the tokens that a sample counts for, however many of its tokens are trained. Default:"
+        " --seq-length.",
+    )
 
 
 def _add_evaluation(group: Any) -> None:

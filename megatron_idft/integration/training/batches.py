@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_idft.data.packed.dataset import INPUTS, LABELS, PackLimits
 from megatron_idft.data.reference.columns import KEYS, ReferenceColumns
+from megatron_idft.integration.training.normalization import Normalization
 from megatron_idft.integration.training.packed_attention import (
     document_mask,
     packed_sequence_parameters,
@@ -26,7 +27,9 @@ _DTYPES = {
     "loss_mask": torch.float32,
     "sources": torch.int64,
     **{key: torch.int32 if name == "top_ids" else torch.float32 for name, key in KEYS.items()},
+    "conversation_tokens": torch.int32,
 }
+PER_TOKEN = Normalization()
 
 
 def get_batch(
@@ -37,6 +40,7 @@ def get_batch(
     limits: PackLimits | None,
     sources: bool = False,
     reference: ReferenceColumns | None = None,
+    conversations: bool = False,
 ) -> dict[str, Any]:
     """This rank's share of the next micro-batch.
 
@@ -50,12 +54,14 @@ def get_batch(
         limits: of all packs of the run; None where samples hold no bounds.
         sources: whether samples hold `sources`.
         reference: the columns of a reference model that samples hold.
+        conversations: whether samples hold `conversation_tokens`.
 
     Returns:
-        tokens, labels, position_ids, sources [b, s/cp] int64, loss_mask [b, s/cp] fp32 and the columns of `reference`
-        [b, s/cp] or [b, s/cp, K], each None on stages that do not read it, and where samples hold none. With packs
-        every stage has either attention_mask [b, 1, s, s] bool or packed_seq_params, the other is None; without, both
-        are: attention is causal, and padding on the right is seen by nobody.
+        tokens, labels, position_ids, sources [b, s/cp] int64, conversation_tokens [b, s/cp] int32, loss_mask [b, s/cp]
+        fp32 and the columns of `reference` [b, s/cp] or [b, s/cp, K], each None on stages that do not read it, and
+        where samples hold none. With packs every stage has either attention_mask [b, 1, s, s] bool or
+        packed_seq_params, the other is None; without, both are: attention is causal, and padding on the right is seen
+        by nobody.
         Collectives: one broadcast per tensor over the tensor-parallel group. Nothing synchronises with the host, but
         see `packed_sequence_parameters`.
     """
@@ -67,7 +73,8 @@ def get_batch(
     inputs, labels = stage_reads(args, vp_stage)
     batch: dict[str, Any] = dict.fromkeys((*_DTYPES, "attention_mask", "packed_seq_params"))
     columns = {KEYS[name]: shape for name, shape in reference.shapes.items()} if reference else {}
-    ours = [*(("sources",) if sources else ()), *columns] if labels else []
+    asked = {"sources": sources, "conversation_tokens": conversations}
+    ours = [*(key for key, wanted in asked.items() if wanted), *columns] if labels else []
     keys = [*(("bounds",) if limits else ()), *(INPUTS if inputs else ()), *(LABELS if labels else ()), *ours]
     sample = next(data_iterator) if keys and mpu.get_tensor_model_parallel_rank() == 0 else None
     for key in keys:
@@ -98,21 +105,33 @@ def get_batch(
     return batch
 
 
-def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Megatron's 3-tuple contract: summed loss, number of trained tokens as int, and what to log.
+def loss_func(
+    loss_mask: Tensor,
+    output: Tensor,
+    *,
+    normalization: Normalization = PER_TOKEN,
+    conversation_tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's 3-tuple contract: summed loss, what divides the sum of all ranks and micro-batches, and what to log.
 
-    Weights scale the loss of their tokens, never what it is divided by: that is the number of trained tokens.
+    Weights scale the loss of their tokens, never what it is divided by. What is logged is always per trained token.
 
     Args:
         loss_mask: [b, s] fp32, the weight of each token; 0 where it is not trained.
         output: [b, s] fp32, the model's per-token loss.
+        normalization: of the step.
+        conversation_tokens: [b, s] int32; None where `normalization` needs none.
     """
+    from megatron.core import mpu
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.training import get_args
 
     mask = loss_mask.reshape(-1)
-    loss = torch.sum(output.reshape(-1).float() * mask)
+    losses = output.reshape(-1).float() * mask
     num_tokens = (mask > 0).sum().to(torch.int)
+    counts = None if conversation_tokens is None else conversation_tokens.reshape(-1)
+    samples = len(loss_mask) if mpu.get_context_parallel_rank() == 0 else 0
+    loss, divisor = normalization(losses, num_tokens, counts, samples)
     if get_args().check_for_nan_in_loss_and_grad:
         for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
             get_rerun_state_machine().validate_result(
@@ -122,8 +141,8 @@ def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[s
                 tolerance=0.0,  # the forward pass is deterministic
                 fatal=True,
             )
-    # A copy: Megatron divides the returned loss in place.
-    return loss, num_tokens, {"lm loss": torch.stack([loss.detach().clone(), num_tokens.to(loss.dtype)])}
+    # Not `loss`: Megatron divides that in place.
+    return loss, divisor, {"lm loss": torch.stack([losses.detach().sum(), num_tokens.to(loss.dtype)])}
 
 
 def forward_step(
@@ -134,6 +153,7 @@ def forward_step(
     sources: bool = False,
     reference: ReferenceColumns | None = None,
     on_batch: Callable[[dict[str, Any]], None] = lambda batch: None,
+    normalization: Normalization = PER_TOKEN,
 ) -> tuple[Tensor, Any]:
     """One micro-batch through `model`; returns its output and the bound loss function. See `get_batch`.
 
@@ -142,11 +162,14 @@ def forward_step(
         model: this rank's part.
         reference: as there, of samples of training; those of evaluation hold none.
         on_batch: called with the micro-batch before the model is.
+        normalization: of the step in training; evaluations are per trained token.
     """
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_args, get_timers
 
     args = get_args()
+    if not model.training:
+        normalization = PER_TOKEN
     get_timers()("batch-generator", log_level=2).start()
     batch = get_batch(
         data_iterator,
@@ -155,6 +178,7 @@ def forward_step(
         limits=limits,
         sources=sources,
         reference=reference if model.training else None,
+        conversations=normalization.mode == "sample",
     )
     get_timers()("batch-generator").stop()
     on_batch(batch)
@@ -166,4 +190,5 @@ def forward_step(
         loss_mask=batch["loss_mask"],
         **({"packed_seq_params": batch["packed_seq_params"]} if limits else {}),
     )
-    return output, partial(loss_func, batch["loss_mask"])
+    counts = batch["conversation_tokens"]
+    return output, partial(loss_func, batch["loss_mask"], normalization=normalization, conversation_tokens=counts)

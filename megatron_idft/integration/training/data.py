@@ -23,6 +23,7 @@ from megatron_idft.data.validation_sets import named_sets
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.loss.arguments import build_objective
 from megatron_idft.integration.platform.ranks import build_once
+from megatron_idft.integration.training.normalization import normalization_schedule
 from megatron_idft.integration.training.packed_attention import stage_reads, validate_packed_arguments
 
 # Settings that `prepare` has decided; the flag, and its value when nobody passed it.
@@ -97,6 +98,7 @@ class TrainingData:
         limits: of all packs, in training and validation; None where samples hold one document each.
         reference: the columns of a reference model that samples of training hold: those that the objective needs. None:
             it needs none, and none is read.
+        normalizations: of the loss of each step.
     """
 
     def __init__(self, args: argparse.Namespace, tokenizer: ChatTokenizer, named: NamedData):
@@ -119,6 +121,7 @@ class TrainingData:
             }
         self.limits = _limits(args, self.opened) if self.packed else None
         self.reference = _reference(args, self.train)
+        self.normalizations = normalization_schedule(args, self._tokens_per_conversation())
         self.blend = Blend([len(store) for store in self.train.values()], self.weights, args.seed)
 
     @property
@@ -151,6 +154,12 @@ class TrainingData:
     @property
     def end_of_turn_ids(self) -> list[int]:
         return sorted({i for store in self.train.values() for i in store.end_of_turn_ids})
+
+    def _tokens_per_conversation(self) -> int:
+        """Trained ones of the training data, the average by the weights, rounded."""
+        stores = list(zip(self.train.values(), self.weights, strict=True))
+        trained = sum(weight * int(store.meta["counts"]["trained_tokens"]) for store, weight in stores)
+        return max(1, round(trained / sum(weight * int(store.meta["documents"]) for store, weight in stores)))
 
     def samples(self, epochs: int) -> int:
         """How many samples so many epochs are."""
@@ -191,7 +200,9 @@ class TrainingData:
         def numbers(stores: Mapping[str, PackedStore]) -> list[list[int]] | None:
             return None if sources is None else [[sources[name] for name in store.sources] for store in stores.values()]
 
-        def dataset(stores: Mapping[str, PackedStore], reference: ReferenceColumns | None = None) -> PackedDataset:
+        def dataset(
+            stores: Mapping[str, PackedStore], reference: ReferenceColumns | None = None, conversations: bool = False
+        ) -> PackedDataset:
             return PackedDataset(
                 stores,
                 args.seq_length,
@@ -203,9 +214,10 @@ class TrainingData:
                 multiple_of=_multiple_of(args) if self.packed else 1,
                 sources=numbers(stores),
                 reference=reference,
+                conversations=conversations,
             )
 
-        trained = dataset(self.train, self.reference)
+        trained = dataset(self.train, self.reference, self.normalizations.counts_conversations)
         train = BlendedEpochs(trained, self.weights, args.seed, num_samples=num_samples, num_epochs=args.train_epochs)
         return train, {name: dataset(stores) for name, stores in self.valid.items()}
 

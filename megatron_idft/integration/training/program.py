@@ -47,6 +47,7 @@ class ChatTraining(TrainerIntegration):
         super().__init__(end_of_turn_ids=self._corpus_end_of_turn_ids)
         self.tokenizer: ChatTokenizer | None = None
         self.data: TrainingData | None = None
+        self._normalization = batches.PER_TOKEN  # of this step
         self._named: NamedData | None = None  # until the flags are parsed
         self._validation_sets: list[ValidationSet] = []
         self._source_names: tuple[str, ...] = ()
@@ -128,6 +129,8 @@ class ChatTraining(TrainerIntegration):
         from megatron.training import get_args
 
         self.stops.arm_signal_handler(get_args())
+        assert self.data is not None
+        self._normalization = self.data.normalizations.at(call.arguments["iteration"])
         result = super()._train_step(original, call)
         _, skipped, _, _, _, gradient_norm, *_ = result
         self.stops.check_step(get_args(), call.arguments["iteration"] + 1, skipped, gradient_norm)
@@ -197,6 +200,7 @@ class ChatTraining(TrainerIntegration):
             sources=bool(self._source_names),
             reference=self.data.reference,
             on_batch=self._note_batch,
+            normalization=self._normalization,
         )
 
     def _note_batch(self, batch: Mapping[str, Any]) -> None:
@@ -216,7 +220,7 @@ class ChatTraining(TrainerIntegration):
             evaluate_before_training(args, call.arguments)
         if not self._finished and not args.skip_train:
             assert self.data is not None
-            lines = training_lines(args, self.data.unit)
+            lines = training_lines(args, self.data.unit, str(self.data.normalizations))
             print_on_rank_0("\n".join(["> this training", *(f">   {line}" for line in lines)]))
         return original(*call.args, **call.kwargs)
 
