@@ -30,6 +30,7 @@ def _parser() -> Parser:
     flags.add_truncation(parser)
     flags.add_bad_records(parser)
     flags.add_last_turn_only(parser)
+    flags.add_prompt_weight(parser)
     flags.add_template_date(parser)
     add("--trust-remote-code", action="store_true", help="run Python code that a tokenizer brings")
     add("--workers", type=int, metavar="N", help="processes; default: one for each processor")
@@ -68,6 +69,7 @@ def _prepare(args: Namespace) -> int:
         args.pad_multiple,
         args.seed,
         args.chunk_bytes,
+        prompt_weight=args.sft_prompt_weight,
     )
     tokenizer = load_tokenizer(args.tokenizer_model, args.chat_template, args.trust_remote_code, args.sft_template_date)
     if args.dry_run:

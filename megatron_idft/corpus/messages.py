@@ -4,8 +4,10 @@ A message is `{"role", "content"}`, or ShareGPT's `{"from", "value"}` with the n
 lists. `content` is a text, or a list of text parts, which are joined. It may carry, beside keys that are passed on as
 they came:
 
-- assistant: `tool_calls` in the OpenAI form, `reasoning_content`, `loss`. `content` may be empty or null beside one of
-  the first two, and is then the empty text. What other trainers call `loss` is read as such.
+- all: `loss`, the weight of its tokens in the loss, which may be negative. What other trainers call `loss` is read as
+  such of the assistant, with which all of them agree.
+- assistant: `tool_calls` in the OpenAI form, `reasoning_content`. `content` may be empty or null beside one of these
+  two, and is then the empty text.
 - tool: `tool_call_id`, `name`.
 
 Arguments of tool calls become objects, also where they came as JSON text: templates of Hugging Face write them with
@@ -17,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
-# Weights are kept in 32 bits: beyond these, a weight would become infinity or nothing.
+# Weights are kept in 32 bits: beyond these, the size of a weight would become infinity or nothing.
 LEAST_WEIGHT, GREATEST_WEIGHT = 2.0**-126, 3e38
 
 MAX_DEPTH = 100  # of nested lists and objects: what is read must also be written, by programs that recurse
@@ -109,10 +111,18 @@ def checked_content(value: Any, role: str, at: str, bad: Bad, *, may_be_empty: b
     return value
 
 
-def trained_weight(message: Message) -> float:
-    """The weight of a checked message's tokens in the loss: its `loss`; without one, 1 for an assistant's, else 0."""
+def is_weight(value: float) -> bool:
+    """Whether the number may stand for what a token counts in the loss: 0, or of a size that 32 bits keep."""
+    return value == 0 or LEAST_WEIGHT <= abs(value) <= GREATEST_WEIGHT  # NaN fails both
+
+
+def trained_weight(message: Message, prompt_weight: float = 0.0) -> float:
+    """The weight of a checked message's tokens in the loss: its `loss`; without one, 1 for an assistant's, 0 for a
+    tool's, and `prompt_weight` for a user's or the system's."""
     loss = message.get("loss")
-    return float(message["role"] == "assistant") if loss is None else float(loss)
+    if loss is not None:
+        return float(loss)
+    return {"assistant": 1.0, "tool": 0.0}.get(message["role"], prompt_weight)
 
 
 def kind(value: Any) -> str:
@@ -263,7 +273,10 @@ def _read_loss(message: Message, at: str, bad: Bad) -> None:
     if len(names) > 1:
         raise bad(f"{at}.{names[1]}", f"stands beside {names[0]}, which means the same: keep one of the two")
     for name in names:
-        _check_loss(message[name], message["role"], f"{at}.{name}", bad)
+        _check_loss(message[name], f"{at}.{name}", bad)
+        if name != "loss" and message[name] and message["role"] != "assistant":
+            why = f"some programs train only what the assistant says in spite of it, and this is a {message['role']}"
+            raise bad(f"{at}.{name}", f"{why} message: call it loss to train the message, or leave it out")
         message["loss"] = message.pop(name)
 
 
@@ -311,13 +324,11 @@ def _function(value: Any, at: str, bad: Bad) -> dict[str, Any]:
     return function
 
 
-def _check_loss(loss: Any, role: str, at: str, bad: Bad) -> None:
+def _check_loss(loss: Any, at: str, bad: Bad) -> None:
     if not isinstance(loss, bool | int | float):
         raise bad(at, f"expected 0, 1 or a weight, found {kind(loss)}")
-    if not 0 <= loss <= GREATEST_WEIGHT or 0 < loss < LEAST_WEIGHT:  # NaN fails the first
-        raise bad(at, f"{shown(loss)} is no weight: it must be 0 or lie between {LEAST_WEIGHT:.1e} and 3e38")
-    if loss and role != "assistant":
-        raise bad(at, f"only what the assistant says is trained, and this is a {role} message: leave it out, or 0")
+    if not is_weight(loss):
+        raise bad(at, f"{shown(loss)} is no weight: it must be 0 or of a size between {LEAST_WEIGHT:.1e} and 3e38")
 
 
 def _from_json(text: str, at: str, bad: Bad) -> Any:

@@ -65,6 +65,19 @@ def add_last_turn_only(group: Any) -> None:
     )
 
 
+def add_prompt_weight(group: Any) -> None:
+    group.add_argument(
+        "--sft-prompt-weight",
+        type=float,
+        metavar="W",
+        default=0.0,
+        help="The weight in the loss of every user and system message that has no `loss` of its own, such as 0.2: their"
+        " content, and the token that ends the message, where the template proves one. May be negative. Records with"
+        " `token_ids` keep their mask. `score` scores what training with this flag trains. Default 0: only what the"
+        " assistant says is trained.",
+    )
+
+
 def add_template_date(group: Any) -> None:
     _add(
         group,

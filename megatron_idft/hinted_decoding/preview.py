@@ -74,7 +74,7 @@ def _all_referenced(record: Record) -> bool:
     """Whether each turn that is written anew has a reference, but for texts beside tool calls, which may stay."""
     turns = [message for message in record.messages if message["role"] == "assistant"]
     answered = record.answer not in (None, "")
-    rewritten = [m for m in turns[: len(turns) - answered] if trained_weight(m) and not m.get("tool_calls")]
+    rewritten = [m for m in turns[: len(turns) - answered] if trained_weight(m) > 0 and not m.get("tool_calls")]
     return all(final_answer(str(message["content"])) is not None for message in rewritten)
 
 

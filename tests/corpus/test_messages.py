@@ -94,10 +94,17 @@ def test_the_loss_by_the_names_of_other_trainers(file, name):
 
 
 def test_weights(file):
-    losses = [None, 0, 1, 2, 0.5, True, False, 3e38, 2**-126]
-    messages = [{"role": "assistant", "content": "7", "loss": loss} for loss in losses]
-    record = read(file, *messages, {"role": "user", "content": "", "loss": 0})
-    assert [trained_weight(message) for message in record.messages] == [0, 1, 0, 1, 2, 0.5, 1, 0, 3e38, 2**-126, 0]
+    losses = [None, 0, 1, 2, 0.5, True, False, 3e38, 2**-126, -0.5, -3e38, -(2**-126)]
+    weights = [1, 0, 1, 2, 0.5, 1, 0, 3e38, 2**-126, -0.5, -3e38, -(2**-126)]
+    for role, of_none in (("assistant", 1), ("user", 0), ("system", 0), ("tool", 0)):
+        record = read(file, *({"role": role, "content": "7", "loss": loss} for loss in losses))
+        assert [trained_weight(message) for message in record.messages] == [0, of_none, *weights[1:]]
+
+
+def test_the_weight_of_prompts_is_for_users_and_the_system_that_say_nothing_of_their_own(file):
+    roles = ("system", "user", "assistant", "tool")
+    record = read(file, *({"role": role, "content": "7", **own} for own in ({}, {"loss": 0}) for role in roles))
+    assert [trained_weight(message, 0.2) for message in record.messages] == [0.2, 0.2, 0.2, 1, 0, 0, 0, 0, 0]
 
 
 def answer(**fields):
@@ -165,14 +172,15 @@ BAD = {
     ),
     "a tool's name that is a list": ({"role": "tool", "content": "x", "name": []}, "messages[1].name", "found a list"),
     "loss as text": (answer(loss="1"), "messages[1].loss", "expected 0, 1 or a weight"),
-    "a negative loss": (answer(loss=-0.5), "messages[1].loss", "-0.5 is no weight"),
     "NaN as loss": (answer(loss=float("nan")), "messages[1].loss", "nan is no weight"),
     "infinite loss": (answer(loss=float("inf")), "messages[1].loss", "inf is no weight"),
     "huge loss": (answer(loss=10**400), "messages[1].loss", "is no weight"),
+    "huge negative loss": (answer(loss=-(10**400)), "messages[1].loss", "is no weight"),
     "tiny loss": (answer(loss=1e-300), "messages[1].loss", "1e-300 is no weight"),
+    "tiny negative loss": (answer(loss=-1e-300), "messages[1].loss", "-1e-300 is no weight"),
     "a weight as text": (answer(weight="1"), "messages[1].weight", "expected 0, 1 or a weight"),
     "a mask for tokens": (answer(loss_mask=[0, 1]), "messages[1].loss_mask", "found a list"),
-    "a trained user": (USER | {"train": True}, "messages[1].train", "only what the assistant says"),
+    "a trained user, in a doubtful word": (USER | {"train": True}, "messages[1].train", "call it loss to train"),
     "two names of loss": (answer(loss_mask=1, weight=1), "messages[1].weight", "stands beside loss_mask"),
     "a mask of unknown sense": (answer(mask=0), "messages[1].mask", "write loss, 0 or 1"),
     "details of training": (answer(train_detail=[]), "messages[1].train_detail", "write loss, 0 or 1"),
@@ -183,7 +191,7 @@ BAD = {
         "messages[1].tool_calls[0].function.arguments",
         "more than 100 levels",
     ),
-    "loss on a user": ({"role": "user", "content": "x", "loss": 1}, "messages[1].loss", "only what the assistant says"),
+    "NaN as loss of a user": (USER | {"loss": float("nan")}, "messages[1].loss", "nan is no weight"),
     "tools as an object": ({"tools": TOOL}, "tools", "expected a list, found an object"),
     "tools that are no JSON": ({"tools": "[add]"}, "tools", "not JSON"),
     "tools as a JSON number": ({"tools": "3"}, "tools", "expected a list, found 3"),
@@ -245,7 +253,7 @@ def test_whatever_stands_in_a_record_is_read_or_named(tmp_path_factory, messages
         return
     for message in record.messages:
         assert isinstance(message["content"], str)
-        assert trained_weight(message) >= 0 and (message["role"] == "assistant" or not trained_weight(message))
+        assert not trained_weight(message) or 2**-126 <= abs(trained_weight(message)) <= 3e38
         for call in message.get("tool_calls", []):
             assert call["type"] == "function" and call["function"]["name"]
             assert isinstance(call["function"]["arguments"], dict)

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -167,3 +168,83 @@ def test_what_a_format_does_not_write_is_refused(tokenizers, name):
             if not served(family, fields):
                 with pytest.raises((ConversationError, TemplateError)):
                     render_conversation(tokenizers(name, template), messages, tools=tools)
+
+
+# What ends a message of the system, a user and a tool, by hand; empty where a format opens the next message instead, or
+# writes letters between. Qwen3.8's own system message stands before the record's, and rejects it alone: nothing proven.
+CHATML_ENDS, GEMMA_END, PHI_END = ("<|im_end|>", "<|im_end|>", ""), "<end_of_turn>", "<|end|>"
+ENDS = {
+    "qwen3_8": ("", "<|im_end|>", ""),
+    "lfm2_v2": ("<|im_end|>", "<|im_end|>", "<|tool_response_end|><|im_end|>"),
+    "llama3": ("<|eot_id|>",) * 2,
+    "gemma": ("", GEMMA_END),
+    "gemma3": ("", GEMMA_END),
+    "phi3": (PHI_END, PHI_END),
+    "phi3_5": (PHI_END, PHI_END),
+    "cohere": ("<|END_OF_TURN_TOKEN|>",) * 2,
+    "cohere2": ("<|END_OF_TURN_TOKEN|>",) * 2,
+    "deepseekv3": ("", ""),
+    "deepseek_r1_distill": ("", ""),
+    "diffusion_gemma": ("<turn|>", "<turn|>", ""),
+    "glm4moe": ("", "", ""),
+    "gptoss": (PHI_END, PHI_END, ""),
+    "muse_glimmer": ("<|eot|>", "<|eot|>", "<|eot|>"),
+}
+WEIGHED = {
+    "system": [
+        {"role": "system", "content": "Be brief.", "loss": 0.25},
+        user("3 + 4?") | {"loss": -0.5},
+        assistant("7.", loss=-2),
+        user("And 1?"),
+        assistant("8."),
+        user("Why?") | {"loss": 3},
+        assistant("So."),
+    ],
+    "tools": [ASKED[0] | {"loss": 0.5}, ASKED[1], RESULT | {"loss": -0.25}, *ASKED[3:5], ASKED[5] | {"loss": 0}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "conversation"),
+    [(name, fields) for name, family in FAMILIES.items() for fields in WEIGHED if served(family, fields)],
+)
+def test_prompts_are_trained_from_their_first_letter_to_the_end_of_the_message(tokenizers, name, conversation):
+    """The oracle: the text and the letters' places by transformers, the ends of messages by the table above."""
+    family, messages = FAMILIES[name], WEIGHED[conversation]
+    tools = TOOLS if conversation == "tools" else None
+    ends = dict(zip(("system", "user", "tool"), ENDS.get(name, CHATML_ENDS), strict=False))
+    templates = [family.template] if "plain" in family.unproven or conversation in family.unproven else []
+    for template in templates or [family.template, family.unmarked()]:
+        tokenizer = tokenizers(name, template)
+        theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend)
+        plain = [{key: value for key, value in message.items() if key != "loss"} for message in messages]
+        text = theirs.apply_chat_template(
+            plain, chat_template=template, tools=tools, tokenize=False, bos_token="<bos>", eos_token=family.eos
+        )
+        rendered = render_conversation(tokenizer, messages, tools=tools)
+        [encoded] = tokenize(tokenizer, [rendered])
+        assert rendered.text.startswith(text)  # GLM's may grow by the token that ends it
+        offsets = theirs(rendered.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        wanted = np.zeros(len(encoded.ids), dtype=np.float32)
+        at = 0
+        for message in messages:
+            said = message["content"]
+            if message["role"] == "assistant":
+                at = max(at, text.find(said, at) + len(said))
+                continue
+            at = text.index(said, at)
+            stop = at + len(said + ends[message["role"]])
+            assert text[at:stop] == said + ends[message["role"]]
+            inside = [at <= begin < stop for begin, _ in offsets]
+            wanted[inside] = message.get("loss", 0)
+        own = np.zeros(len(encoded.ids), dtype=bool)
+        for number, (start, end) in enumerate(rendered.spans):
+            if number not in rendered.others:
+                own |= np.array([start <= begin < end for begin, _ in offsets])
+        assert not (own & (wanted != 0)).any()
+        assert np.array_equal(np.where(own, 0, encoded.weights), wanted), rendered
+        # The assistant's are where they are without these weights, and weigh what they say.
+        others = [m if m["role"] == "assistant" else {k: v for k, v in m.items() if k != "loss"} for m in messages]
+        [bare] = tokenize(tokenizer, [render_conversation(tokenizer, others, tools=tools)])
+        assert np.array_equal(bare.ids, encoded.ids) and bare.end_ids == encoded.end_ids
+        assert np.array_equal(np.where(own, encoded.weights, 0), bare.mask if bare.weights is None else bare.weights)

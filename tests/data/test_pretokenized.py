@@ -177,7 +177,14 @@ REFUSED = {
     "beyond int32": ({"token_ids": [5, 6, 2**40], "loss_mask": MASK}, r"token_ids\[2\]: 1099511627776 is outside"),
     "mask beyond fp32": ({"token_ids": IDS, "loss_mask": [0, 1, 1e300]}, r"loss_mask\[2\]: 1e\+300 is no weight"),
     "mask below fp32": ({"token_ids": IDS, "loss_mask": [0, 1, 1e-60]}, r"loss_mask\[2\]: 1e-60 is no weight"),
-    "negative mask": ({"token_ids": IDS, "loss_mask": [0, -1, 1]}, r"loss_mask\[1\]: -1 is no weight"),
+    "negative mask beyond fp32": (
+        {"token_ids": IDS, "loss_mask": [0, -1e300, 1]},
+        r"loss_mask\[1\]: -1e\+300 is no weight",
+    ),
+    "negative mask below fp32": (
+        {"token_ids": IDS, "loss_mask": [0, -1e-60, 1]},
+        r"loss_mask\[1\]: -1e-60 is no weight",
+    ),
     "NaN in the mask": ({"token_ids": IDS, "loss_mask": [0, float("nan"), 1]}, r"loss_mask\[1\]: NaN is no weight"),
     "nothing trained": ({"token_ids": IDS, "loss_mask": [0, 0, 0]}, "loss_mask: no token is trained"),
     "first trained": ({"token_ids": IDS, "loss_mask": [1, 1, 1]}, r"loss_mask\[0\]: the first token cannot be trained"),

@@ -58,7 +58,9 @@ def batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, VOCAB, (BATCH, SEQ), generator=generator)
     labels = torch.randint(0, VOCAB, (BATCH, SEQ), generator=generator)
-    loss_mask = (torch.rand(BATCH, SEQ, generator=generator) > 0.4).float()
+    trained = torch.rand(BATCH, SEQ, generator=generator) > 0.4
+    weights = torch.tensor([1.0, -0.5, 2.0])[torch.randint(0, 3, (BATCH, SEQ), generator=generator)]  # of the turns
+    loss_mask = torch.where(trained, weights, 0.0)
     causal = torch.triu(torch.ones(1, 1, SEQ, SEQ, dtype=torch.bool), diagonal=1)
     return {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "attention_mask": causal}
 
@@ -131,7 +133,7 @@ def measure(mtp: bool, backend: str = "auto") -> dict[str, float | int | bool]:
     uninstall([model])
     model.train()
     again = call(model, data)
-    trained = mask > 0
+    trained = mask != 0
     return {
         "values are cross-entropy": (got - want["ce"])[trained].abs().max().item(),
         "untrained values": got[~trained].abs().max().item(),
@@ -139,7 +141,8 @@ def measure(mtp: bool, backend: str = "auto") -> dict[str, float | int | bool]:
         "gradient is the objective's": largest_difference(got_gradients, graph),
         "gradient differs from stock": largest_difference(got_gradients, stock_gradients),
         "micro-batches": report.micro_batches,
-        "tokens": report.scalars["trained tokens"] - mask.sum().item(),
+        "tokens": report.scalars["trained tokens"] - trained.sum().item(),
+        "lm loss": report.lm_loss - (want["ce"] * mask).sum().item() / trained.sum().item(),
         "phi mean": report.scalars["ddt/phi mean"] - want["phi"][trained].mean().item(),
         "phi std": report.scalars["ddt/phi std"] - want["phi"][trained].std(unbiased=False).item(),
         "sft loss": report.scalars["sft loss"] - want["loss"][trained].mean().item(),
@@ -327,7 +330,7 @@ def schedule_plan() -> dict[str, float]:
     for data, plan in zip(batches, plans, strict=True):
         loss = TransformerModelChunkSchedulePlan.run(plan, None)
         log_probs = caught[-1][..., :VOCAB].transpose(0, 1).log_softmax(-1)
-        cross_entropy = -log_probs.gather(-1, data["labels"].unsqueeze(-1)).squeeze(-1) * data["loss_mask"]
+        cross_entropy = -log_probs.gather(-1, data["labels"].unsqueeze(-1)).squeeze(-1) * (data["loss_mask"] != 0)
         worst = max(worst, (loss - cross_entropy).abs().max().item())
     return {"difference": worst, "plans": len(caught)}
 

@@ -60,6 +60,7 @@ DATA_FLAGS = [
     "--sft-normalization",
     "--sft-normalization-constant",
     "--sft-packing",
+    "--sft-prompt-weight",
     "--sft-template-date",
     "--sft-truncation",
     "--sft-valid-data",

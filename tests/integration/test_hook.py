@@ -46,6 +46,7 @@ def test_values_are_cross_entropy_and_gradients_the_objectives(found, model):
         "evaluation is cross-entropy",
         "gradient is the objective's",
         "tokens",
+        "lm loss",
         "phi mean",
         "phi std",
         "sft loss",

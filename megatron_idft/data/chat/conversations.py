@@ -2,8 +2,10 @@
 
 The loss trains the text of the assistant's turns (content, reasoning and tool calls as the template writes them) and
 the special token that ends each turn. It trains nothing else: neither the text that inference writes for the model (the
-generation prompt) nor a newline that the template writes after that token. The conversation is rendered once and
-tokenised once, as inference would see it; mask_proof.py finds the assistant's characters in it and proves them.
+generation prompt) nor a newline that the template writes after that token. Messages of others are trained where they
+have a weight (`loss`, or `prompt_weight`): their content, and the special token behind it that ends the message, where
+the template proves one. The conversation is rendered once and tokenised once, as inference would see it; mask_proof.py
+and prompt_proof.py find the trained characters in it and prove them.
 
 Templates that edit earlier turns (Qwen3's drops their reasoning) are rendered once as a whole: an earlier turn is
 trained as it stands there, its reasoning left out. To train every turn with its reasoning, write one record for each,
@@ -45,8 +47,9 @@ class RenderedConversation:
 
     Attributes:
         text: the whole conversation.
-        spans: the trained characters, one span for each trained assistant turn, in order.
-        weights: of the spans' tokens in the loss; an assistant turn of weight 0 has no span.
+        spans: the trained characters, one span for each trained message, in the order of the text.
+        weights: of the spans' tokens in the loss, maybe negative; a message of weight 0 has no span.
+        others: the numbers of the spans that are not the assistant's.
         spells_special: some message's content spells a special token, which will be read as that token.
         unwritten: a text of a message does not occur in the whole text, or one of a trained message not in its span,
             letter by letter but for blanks around it: the template leaves it out or rewrites it.
@@ -57,6 +60,7 @@ class RenderedConversation:
     spells_special: bool = False
     unwritten: bool = False
     weights: list[float] = field(default_factory=list)
+    others: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -69,7 +73,7 @@ class EncodedConversation:
         end_ids: the tokens that end assistant turns.
         straddles: the number of spans whose first character lies inside a token that begins before the span.
         pretokenized: ids and mask came with the record, see pretokenized.py.
-        weights: float32 [n], of the tokens in the loss, > 0 where the mask is 1 and else 0; None: the mask itself.
+        weights: float32 [n], of the tokens in the loss, not 0 where the mask is 1 and else 0; None: the mask itself.
     """
 
     ids: NDArray[np.int32]
@@ -92,8 +96,29 @@ def encode_conversation(
     return encoded.ids, encoded.mask
 
 
+def trained_messages(
+    messages: Sequence[Message], last_turn_only: bool = False, prompt_weight: float = 0.0
+) -> dict[int, float]:
+    """The weights in the loss by the indices of the trained messages, ascending; none is 0.
+
+    Args:
+        messages: as a `Record` holds them. What is empty and not the assistant's is not trained.
+        last_turn_only: nothing is trained before the assistant's last turn but what others say since the turn before.
+        prompt_weight: of the messages of users and the system that say nothing of their own.
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    first = turns[-2] + 1 if last_turn_only and len(turns) > 1 else 0
+    said = [i for i in range(first, len(messages)) if i in turns or str(messages[i]["content"]).strip()]
+    return {i: weight for i in said if (weight := trained_weight(messages[i], prompt_weight))}
+
+
 def render_conversation(
-    tokenizer: ChatTokenizer, messages: list[Message], *, tools: Tools = None, last_turn_only: bool = False
+    tokenizer: ChatTokenizer,
+    messages: list[Message],
+    *,
+    tools: Tools = None,
+    last_turn_only: bool = False,
+    prompt_weight: float = 0.0,
 ) -> RenderedConversation:
     """The text of a conversation and its trained spans.
 
@@ -101,7 +126,7 @@ def render_conversation(
         tokenizer: with the template.
         messages: as a `Record` holds them.
         tools: the same.
-        last_turn_only: no assistant turn is trained but the last.
+        last_turn_only, prompt_weight: as in `trained_messages`.
 
     Raises:
         ConversationError: the conversation is at fault.
@@ -111,12 +136,13 @@ def render_conversation(
         for key, remedy in _UNSERVED.items():
             if message.get(key) not in (None, [], ""):
                 raise ConversationError(f"messages[{i}].{key} is not served: {remedy}, or remove it")
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    turns = [i for i in (turns[-1:] if last_turn_only else turns) if trained_weight(messages[i])]
+    weights = trained_messages(messages, last_turn_only, prompt_weight)
+    turns = [i for i in weights if messages[i]["role"] == "assistant"]
+    prompts = [i for i in weights if messages[i]["role"] != "assistant"]
     try:
-        proven = prove_spans(tokenizer, messages, tools, turns)
+        proven = prove_spans(tokenizer, messages, tools, turns, prompts)
     except TemplateError as error:
-        if _proves_ordinary(tokenizer, messages, turns):
+        if _proves_ordinary(tokenizer, messages, turns, prompts):
             raise ConversationError(str(error)) from error
         raise
     try:
@@ -126,12 +152,14 @@ def render_conversation(
     trained = {i: proven.text[start:end] for i, (start, end) in zip(turns, proven.spans, strict=True)}
     written = all(_is_written(message, trained.get(i, proven.text)) for i, message in enumerate(messages))
     said = [str(message.get(key, "")) for message in messages for key in ("content", "reasoning_content")]
+    placed = sorted(zip([*proven.spans, *proven.prompts], [*turns, *prompts], strict=True))
     return RenderedConversation(
         proven.text,
-        proven.spans,
+        [span for span, _ in placed],
         spells_special=any(tokenizer.special_pattern.search(text) for text in said),
         unwritten=proven.edited or not written,
-        weights=[trained_weight(messages[i]) for i in turns],
+        weights=[weights[i] for _, i in placed],
+        others={number for number, (_, i) in enumerate(placed) if messages[i]["role"] != "assistant"},
     )
 
 
@@ -152,21 +180,23 @@ def tokenize(tokenizer: ChatTokenizer, conversations: Sequence[RenderedConversat
         end_ids = set()
         for k, (start, end) in enumerate(item.spans):
             first, last = encoding.first[2 * k], encoding.first[2 * k + 1]
-            if first == last or int(encoding.ids[last - 1]) not in special:
+            if k not in item.others and (first == last or int(encoding.ids[last - 1]) not in special):
                 ending = item.text[max(start, end - 40) : end]
                 raise TemplateError(f"the tokenizer does not read the end of turn {ending!r} as a special token")
             mask[first:last] = 1
             if weights is not None:
                 weights[first:last] = item.weights[k]
-            end_ids.add(int(encoding.ids[last - 1]))
+            if k not in item.others:
+                end_ids.add(int(encoding.ids[last - 1]))
         encoded.append(EncodedConversation(encoding.ids, mask, end_ids, sum(encoding.straddled[::2]), weights=weights))
     return encoded
 
 
-def _proves_ordinary(tokenizer: ChatTokenizer, messages: list[Message], turns: list[int]) -> bool:
+def _proves_ordinary(tokenizer: ChatTokenizer, messages: list[Message], turns: list[int], prompts: list[int]) -> bool:
     """Whether the template proves a conversation of the same roles in which plain words are said."""
+    ordinary = [{"role": message["role"], "content": "hello"} for message in messages]
     try:
-        prove_spans(tokenizer, [{"role": message["role"], "content": "hello"} for message in messages], None, turns)
+        prove_spans(tokenizer, ordinary, None, turns, prompts)
     except (ConversationError, TemplateError):
         return False
     return True

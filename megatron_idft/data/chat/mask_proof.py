@@ -16,10 +16,13 @@ It is proven that outside the span the conversation and the one with probes are 
 probes does not change when a probe is put into every other message. Templates with `{% generation %}` blocks say
 themselves where the turn stands, in one block or in several that follow each other. The same two are proven of these,
 and that all the turn says stands in them. A template that proves nothing is refused.
+
+What others say, where it is trained, has a proof of its own, see prompt_proof.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -38,6 +41,7 @@ from megatron_idft.data.chat.probes import (
     never_ends,
     reasons_in_content,
 )
+from megatron_idft.data.chat.prompt_proof import prove_prompts
 from megatron_idft.data.chat.template import QUESTION
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import ConversationError, TemplateError
@@ -53,50 +57,56 @@ REMEDY = (
 
 @dataclass(slots=True)
 class ProvenSpans:
-    """A conversation with the spans of its turns.
+    """A conversation with the spans of its messages.
 
     Attributes:
         text: the whole conversation.
-        spans: one for each turn that was asked for.
+        spans: one for each turn of the assistant that was asked for.
+        prompts: one for each message of others that was asked for.
         edited: the text lacks words of the assistant, because the template leaves them out of earlier turns.
     """
 
     text: str
     spans: list[Span]
+    prompts: list[Span]
     edited: bool
 
 
-def prove_spans(tokenizer: ChatTokenizer, messages: list[Message], tools: Tools, turns: list[int]) -> ProvenSpans:
-    """The text of a conversation and where the assistant's messages with the indices `turns`, ascending, stand in it.
+def prove_spans(
+    tokenizer: ChatTokenizer, messages: list[Message], tools: Tools, turns: list[int], prompts: Sequence[int] = ()
+) -> ProvenSpans:
+    """The text of a conversation and where the assistant's messages with the indices `turns`, ascending, and those of
+    others with the indices `prompts` stand in it.
 
     Raises:
         ConversationError: the conversation is at fault.
         TemplateError: the template proves nothing.
     """
     try:
-        return _proven(Finder(tokenizer, messages, tools), turns)
+        return _proven(Finder(tokenizer, messages, tools), turns, prompts)
     except (ConversationError, TemplateError):
         if not any(reasons_in_content(messages[i]) for i in turns):
             raise
         # The template's text before an answer may hang on the tags of its reasoning, which probes took away.
         try:
-            return _proven(Finder(tokenizer, messages, tools, keep_tags=True), turns)
+            return _proven(Finder(tokenizer, messages, tools, keep_tags=True), turns, prompts)
         except (ConversationError, TemplateError):
             pass
         raise
 
 
-def _proven(finder: Finder, turns: list[int]) -> ProvenSpans:
+def _proven(finder: Finder, turns: list[int], prompts: Sequence[int]) -> ProvenSpans:
+    others = prove_prompts(finder, prompts)  # first: the end of a last turn may be added to the text
     if finder.template.has_generation_blocks:
         spans = prove_marked(finder, turns)
     else:
         together = prove_together(finder, turns) if len(turns) >= MANY else None
         spans = together or [finder.probed(i) for i in turns]
-    for before, span in pairwise(spans):
+    for before, span in pairwise(sorted([*spans, *others]) if others else spans):
         if span[0] < before[1]:
-            raise TemplateError(f"{UNPROVEN}: two turns of the assistant overlap in the text. Remedy: {REMEDY}")
+            raise TemplateError(f"{UNPROVEN}: two trained messages overlap in the text. Remedy: {REMEDY}")
     finder.check_context(turns)
-    return ProvenSpans(finder.text, spans, finder.edited)
+    return ProvenSpans(finder.text, spans, others, finder.edited)
 
 
 class Finder:

@@ -2,7 +2,7 @@
 
 The columns `token_ids` and `loss_mask` stand beside a record's text, which is then neither rendered nor tokenised: text
 that a model wrote often tokenises into other ids than those that it drew, and those that it drew are its own samples.
-The mask may hold weights: numbers other than 0 and 1, by which the loss of the token is multiplied.
+The mask may hold weights: numbers other than 0 and 1, also negative ones, by which the loss of the token is multiplied.
 What a chat template cannot render, such as a list of tools, is no reason to refuse such a record.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_idft.corpus.messages import GREATEST_WEIGHT, LEAST_WEIGHT
+from megatron_idft.corpus.messages import LEAST_WEIGHT, is_weight
 from megatron_idft.corpus.records import Record
 from megatron_idft.data.chat.conversations import EncodedConversation
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
@@ -61,7 +61,7 @@ class PretokenizedReader:
             raw = json.dumps(record.messages, ensure_ascii=False, default=str)
             raise RecordError(record.file, record.line, error.column, error.reason, raw) from None
         tokens, weights = np.array(ids, dtype=np.int32), np.array(mask, dtype=np.float32)
-        trained = (weights > 0).astype(np.uint8)
+        trained = (weights != 0).astype(np.uint8)
         last_of_spans = tokens[(trained == 1) & (np.append(trained[1:], 0) == 0)]
         end_ids = {int(i) for i in last_of_spans[np.isin(last_of_spans, self._special)]}
         own = None if np.array_equal(weights, trained) else weights
@@ -94,17 +94,17 @@ class PretokenizedReader:
                 f"token_ids[{at}]", f"{_shown(ids[at])} is outside this tokenizer's vocabulary of {size} ids: {_REMEDY}"
             )
         if not set(mask) <= {0, 1}:
-            at = next((i for i, value in enumerate(mask) if not _is_weight(value)), -1)
+            at = next((i for i, value in enumerate(mask) if not is_weight(value)), -1)
             if at >= 0:
                 raise _ColumnError(
                     f"loss_mask[{at}]",
-                    f"{_shown(mask[at])} is no weight: it must be 0, 1 or between {LEAST_WEIGHT:.1e} and 3e38",
+                    f"{_shown(mask[at])} is no weight: it must be 0 or of a size between {LEAST_WEIGHT:.1e} and 3e38",
                 )
         if not any(mask):
             raise _ColumnError("loss_mask", "no token is trained: nothing to train on")
         if mask[0]:
             raise _ColumnError("loss_mask[0]", "the first token cannot be trained: nothing predicts it")
-        spans = sum(b > 0 and not a for a, b in pairwise(mask)) if self._last_turn_only else 1
+        spans = sum(b != 0 and not a for a, b in pairwise(mask)) if self._last_turn_only else 1
         if spans > 1:
             raise _ColumnError(
                 "loss_mask",
@@ -117,10 +117,6 @@ class _ColumnError(Exception):
     def __init__(self, column: str, reason: str):
         super().__init__(column, reason)
         self.column, self.reason = column, reason
-
-
-def _is_weight(value: float) -> bool:
-    return value == 0 or LEAST_WEIGHT <= value <= GREATEST_WEIGHT
 
 
 def _check_numbers(column: str, values: Any, types: set[type], what: str) -> None:

@@ -14,18 +14,19 @@ OPEN, CLOSE = "⟦", "⟧"
 def render_sample(
     token_ids: Sequence[int] | ArrayLike, loss_mask: ArrayLike, tokenizer: ChatTokenizer, *, max_run: int | None = 2000
 ) -> str:
-    """The decoded sample with the trained spans in ⟦…⟧, under one line of counts.
+    """The decoded sample with the trained spans in ⟦…⟧, or ⟦…⟧×0.5 where they weigh 0.5, under one line of counts.
 
     Args:
         token_ids: [n].
-        loss_mask: [n], which tokens are trained.
+        loss_mask: [n], which tokens are trained, or their weights.
         tokenizer: of the sample.
         max_run: runs of more characters lose their middle.
     """
-    ids, mask = np.asarray(token_ids), np.asarray(loss_mask).astype(bool)
-    if ids.ndim != 1 or ids.shape != mask.shape:
-        raise ValueError(f"token_ids and loss_mask must be one-dimensional and alike, got {ids.shape} and {mask.shape}")
-    cuts = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(ids)]
+    ids, weights = np.asarray(token_ids), np.asarray(loss_mask)
+    if ids.ndim != 1 or ids.shape != weights.shape:
+        shapes = f"{ids.shape} and {weights.shape}"
+        raise ValueError(f"token_ids and loss_mask must be one-dimensional and alike, got {shapes}")
+    cuts = [0, *(np.flatnonzero(weights[1:] != weights[:-1]) + 1).tolist(), len(ids)]
     text, at = "", 0
     # A run decoded alone would lose its leading blank with some tokenizers, so decode ever longer beginnings of the
     # sample.
@@ -34,9 +35,11 @@ def render_sample(
     for (start, _), end in zip(pairwise(cuts), decoded[1:], strict=True):
         upto = len(end) if whole.startswith(end) else len(_common(end, whole))
         run = _elide(whole[at:upto], max_run)
-        text += f"{OPEN}{run}{CLOSE}" if len(ids) and mask[start] else run
+        weight = float(weights[start]) if len(ids) else 0.0
+        text += f"{OPEN}{run}{CLOSE}{'' if weight == 1 else f'×{weight:g}'}" if weight else run
         at = upto
-    return f"{len(ids):,} tokens, {int(mask.sum()):,} trained (between {OPEN} and {CLOSE}):\n{text}"
+    trained = np.count_nonzero(weights)
+    return f"{len(ids):,} tokens, {trained:,} trained (between {OPEN} and {CLOSE}):\n{text}"
 
 
 def _common(a: str, b: str) -> str:

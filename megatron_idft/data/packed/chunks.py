@@ -33,6 +33,8 @@ class ChunkInfo:
         lengths: how many documents had 2^(k-1) to 2^k - 1 tokens, by k, before any was cut.
         errors: the bad records that were skipped.
         forms: how many records were read in each form, by its name.
+        weights: of the records that weigh their tokens: how many tokens are `trained`, the `sum` of their weights, how
+            many weights are `negative`, and how many records have such ones (`negative_records`). Empty without any.
     """
 
     index: int
@@ -49,6 +51,14 @@ class ChunkInfo:
     lengths: dict[str, int] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
     forms: dict[str, int] = field(default_factory=dict)  # chunks of earlier versions do not say
+    weights: dict[str, float] = field(default_factory=dict)  # nor do these
+
+    def weigh(self, labels: NDArray[np.float32]) -> None:
+        """Count the weights of a record's labels."""
+        negative = int(np.count_nonzero(labels < 0))
+        figures = {"trained": int(np.count_nonzero(labels)), "sum": float(labels.sum(dtype=np.float64))}
+        figures |= {"negative": negative, "negative_records": int(negative > 0)}
+        self.weights = {name: self.weights.get(name, 0) + figure for name, figure in figures.items()}
 
 
 @dataclass(slots=True)

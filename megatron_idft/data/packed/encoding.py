@@ -50,7 +50,9 @@ class BlockEncoder:
 
     def _records(self, block: Block, builder: "_Builder") -> Iterator[tuple[Record, EncodedConversation]]:
         batch: list[tuple[Record, RenderedConversation | EncodedConversation]] = []
-        size, renderer = 0, Renderer(self._tokenizer, self._settings.last_turn_only)  # new: only the block decides
+        settings = self._settings
+        renderer = Renderer(self._tokenizer, settings.last_turn_only, settings.prompt_weight)  # new: the block decides
+        size = 0
         for _, record in parse_block(block):
             if isinstance(record, RecordError):
                 builder.bad(record)
@@ -138,6 +140,8 @@ class _Builder:
         self.counts.straddling_spans += encoded.straddles
         self.counts.pretokenized += encoded.pretokenized
         self.counts.weighted += encoded.weights is not None
+        if encoded.weights is not None:
+            self.info.weigh(encoded.weights[1:])
         self._end_ids |= encoded.end_ids
         self._documents.append(encoded)
         self._lines.append(record.line)

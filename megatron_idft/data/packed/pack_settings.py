@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from megatron_idft.corpus.messages import LEAST_WEIGHT, is_weight
 from megatron_idft.errors import InputError
 from megatron_idft.files import describe_source
 
@@ -23,6 +24,7 @@ class PrepareSettings:
             (`error`).
         bad_records: `stop` at the first malformed record, or `skip` them and write them down.
         last_turn_only: no assistant turn is trained but the last.
+        prompt_weight: in the loss, of the messages of users and the system that say nothing of their own.
         limit: only the first so many records.
         pad_multiple: a document takes up a multiple of so many positions; context parallelism needs 2 x its size.
         seed: of the order of the packs, and of the choice among documents of one length.
@@ -43,6 +45,7 @@ class PrepareSettings:
     seed: int = 1234
     chunk_bytes: int = 8 << 20
     packing: bool = True
+    prompt_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -54,6 +57,11 @@ class PrepareSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        if not is_weight(self.prompt_weight):
+            raise InputError(
+                f"--sft-prompt-weight {self.prompt_weight} is no weight: it must be 0 or of a size between"
+                f" {LEAST_WEIGHT:.1e} and 3e38"
+            )
         if self.seq_length % self.pad_multiple:
             raise InputError(
                 f"seq_length {self.seq_length} is no multiple of pad_multiple {self.pad_multiple}: the longest "
@@ -77,4 +85,7 @@ class PrepareSettings:
             "truncation": self.truncation,
             "last_turn_only": self.last_turn_only,
             "limit": self.limit,
-        } | ({} if self.packing else {"packing": False})  # packs of earlier versions do not say
+            # What packs of earlier versions do not say is left out.
+            **({} if self.packing else {"packing": False}),
+            **({"prompt_weight": self.prompt_weight} if self.prompt_weight else {}),
+        }

@@ -192,6 +192,7 @@ class _Run:
             "documents": len(assembly.lengths),
             "tokens": assembly.tokens,
             "weighted": assembly.weighted,
+            **({"weights": numbers["weights"]} if "weights" in numbers else {}),
             "chat_template": tokenizer.template.source,
             "vocab_size": tokenizer.vocab_size,
             "eos_id": tokenizer.eos_id,

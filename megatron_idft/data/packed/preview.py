@@ -22,7 +22,7 @@ def show_packs(store: PackedStore, tokenizer: ChatTokenizer, count: int) -> Iter
         places = zip(pack.documents(), store.origins(index), pack.sources.tolist(), strict=True)
         for number, (tokens, (file, line), source) in enumerate(places):
             text.append(f"document {number}: {file}, line {line}, source {store.meta['sources'][source]!r}")
-            text.append(render_sample(pack.ids[tokens], pack.mask[tokens], tokenizer))
+            text.append(render_sample(pack.ids[tokens], pack.loss[tokens], tokenizer))
         yield "\n".join(text)
 
 
@@ -42,8 +42,7 @@ def show_records(settings: PrepareSettings, tokenizer: ChatTokenizer, count: int
             chunk.lines.tolist(), chunk.lengths.tolist(), chunk.sources.tolist(), strict=True
         ):
             tokens = slice(begin, begin + length)
-            mask = chunk.loss[tokens] > 0
-            sample = render_sample(chunk.ids[tokens], mask, tokenizer)
+            sample = render_sample(chunk.ids[tokens], chunk.loss[tokens], tokenizer)
             yield f"{block.file}, line {line}, source {chunk.info.sources[source]!r}: {sample}"
             begin, shown = begin + length, shown + 1
             if shown == count:

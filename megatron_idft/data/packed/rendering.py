@@ -10,8 +10,8 @@ their blanks trimmed, as many templates do):
 - for each trained turn the prompt that the template asks the model with, which stands in no text for training;
 - of templates with `{% generation %}` marks, instead of the prompts, the places of the blocks.
 
-Any other conversation is proven for itself: where the template looks at the contents, and with tools, reasoning,
-weights, or special tokens spelled in a text.
+Any other conversation is proven for itself: where the template looks at the contents, and with tools, reasoning, or
+special tokens spelled in a text. Which messages are trained is a part of the structure; how much they weigh is not.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from megatron_idft.corpus.messages import Message
 from megatron_idft.corpus.records import Record
-from megatron_idft.data.chat.conversations import RenderedConversation, render_conversation
-from megatron_idft.data.chat.mask_proof import MANY
+from megatron_idft.data.chat.conversations import RenderedConversation, render_conversation, trained_messages
+from megatron_idft.data.chat.mask_proof import MANY, Tools
 from megatron_idft.data.chat.probes import THINKING
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.errors import ConversationError, TemplateError
@@ -43,44 +43,53 @@ class _Structure:
     """What the template writes around the contents of a conversation.
 
     constants: before, between and after the contents. spans, blocks: beginning and end of each in the constants.
+    others: the numbers of the spans that are not the assistant's.
     """
 
     constants: list[str]
     spans: list[tuple[_Place, _Place]]
     blocks: list[tuple[_Place, _Place]]
     prompts: list[_Prompt]
+    others: set[int]
 
 
 class Renderer:
     """Renders records by one tokenizer's template, and remembers the structures that it has met."""
 
-    def __init__(self, tokenizer: ChatTokenizer, last_turn_only: bool):
-        self._tokenizer, self._last_turn_only = tokenizer, last_turn_only
-        self._structures: dict[tuple[str, ...], _Structure | None] = {}
+    def __init__(self, tokenizer: ChatTokenizer, last_turn_only: bool, prompt_weight: float = 0.0):
+        self._tokenizer, self._last_turn_only, self._prompt_weight = tokenizer, last_turn_only, prompt_weight
+        self._structures: dict[tuple[tuple[str, bool], ...], _Structure | None] = {}
 
     def render(self, record: Record) -> RenderedConversation:
         """What `render_conversation` gives for the record, or raises."""
         short = None if record.tools else self._short(record.messages)
         if short is not None:
             return short
+        return self._long(record.messages, record.tools)
+
+    def _long(self, messages: list[Message], tools: Tools = None) -> RenderedConversation:
+        last_turn_only, prompt_weight = self._last_turn_only, self._prompt_weight
         return render_conversation(
-            self._tokenizer, record.messages, tools=record.tools, last_turn_only=self._last_turn_only
+            self._tokenizer, messages, tools=tools, last_turn_only=last_turn_only, prompt_weight=prompt_weight
         )
 
     def _short(self, messages: list[Message]) -> RenderedConversation | None:
-        if any(len(message) != 2 for message in messages):  # more than role and content
+        if any(len(message) != 2 + ("loss" in message) for message in messages):  # more than role and content
             return None
-        roles = tuple(message["role"] for message in messages)
+        weights = trained_messages(messages, self._last_turn_only, self._prompt_weight)
+        kind = tuple((message["role"], i in weights) for i, message in enumerate(messages))
         try:
-            if roles not in self._structures:
-                self._structures[roles] = None
-                self._structures[roles] = self._structure(messages)
-            structure = self._structures[roles]
-            return None if structure is None else self._same(structure, messages)
+            if kind not in self._structures:
+                self._structures[kind] = None
+                self._structures[kind] = self._structure(messages, list(weights))
+            structure = self._structures[kind]
+            return None if structure is None else self._same(structure, messages, list(weights.values()))
         except (ConversationError, TemplateError):
             return None  # the long way says why
 
-    def _same(self, structure: _Structure, messages: list[Message]) -> RenderedConversation | None:
+    def _same(
+        self, structure: _Structure, messages: list[Message], weights: list[float]
+    ) -> RenderedConversation | None:
         """The conversation, where its renderings are those of the structure."""
         template = self._tokenizer.template
         contents = [str(message["content"]) for message in messages]
@@ -103,26 +112,26 @@ class Renderer:
         if template.has_generation_blocks and template.render_marked(messages) != (text, blocks):
             return None
         spans = [(begins[a] + i, begins[b] + j) for (a, i), (b, j) in structure.spans]
-        return RenderedConversation(text, spans, weights=[1.0] * len(spans))
+        return RenderedConversation(text, spans, weights=weights, others=set(structure.others))
 
-    def _structure(self, messages: list[Message]) -> _Structure | None:
+    def _structure(self, messages: list[Message], trained: list[int]) -> _Structure | None:
         template = self._tokenizer.template
         probes = [f"Content{'i' * number}of" for number in range(len(messages))]
         probed = [{**message, "content": probe} for message, probe in zip(messages, probes, strict=True)]
-        proven = render_conversation(self._tokenizer, probed, last_turn_only=self._last_turn_only)
+        proven = self._long(probed)
         constants = _constants(proven.text, probes)
         if constants is None or proven.unwritten or proven.spells_special:
             return None
         begins = [0]
         for constant, probe in zip(constants, probes, strict=False):
             begins.append(begins[-1] + len(constant) + len(probe))
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        turns = turns[-1:] if self._last_turn_only else turns
         prompts, blocks = [], []
         if template.has_generation_blocks:
             blocks = template.render_marked(probed)[1]
         else:
-            pairs = list(zip(turns, proven.spans, strict=True))
+            # The contents stand in order, so the spans are those of the trained messages in order.
+            spans = enumerate(zip(trained, proven.spans, strict=True))
+            pairs = [pair for number, pair in spans if number not in proven.others]
             # Of many turns the proof, too, trusts that turns after the same text are asked for with the same prompt.
             for turn, (start, _) in pairs if len(pairs) < MANY else [*pairs[:2], pairs[-1]]:
                 asked = [
@@ -137,7 +146,9 @@ class Renderer:
                         return None
                     prompts.append(_Prompt(turn, THINKING[number], around))
         places = [_places(found, begins, constants) for found in (proven.spans, blocks)]
-        return None if None in places else _Structure(constants, places[0] or [], places[1] or [], prompts)
+        if None in places:
+            return None
+        return _Structure(constants, places[0] or [], places[1] or [], prompts, proven.others)
 
 
 def _constants(text: str, probes: Sequence[str]) -> list[str] | None:

@@ -51,7 +51,8 @@ class Pack:
 
     Attributes:
         ids: int32 [n].
-        loss: [n], the token's weight in the loss, uint8 where no record of the store weighs its tokens, else float32.
+        loss: [n], the token's weight in the loss, uint8 where no record of the store weighs its tokens, else float32,
+            maybe negative.
         starts: int32 [documents], see above.
         sources: int32 [documents], see above.
         reference: the columns of the reference model by their names, each [n] or [n, K]; empty where there is none.
@@ -66,7 +67,7 @@ class Pack:
     @property
     def mask(self) -> NDArray[np.uint8]:
         """[n], 1 where the token is trained; the first of a document is never a label."""
-        return self.loss if self.loss.dtype == np.uint8 else (self.loss > 0).astype(np.uint8)
+        return self.loss if self.loss.dtype == np.uint8 else (self.loss != 0).astype(np.uint8)
 
     @property
     def weights(self) -> NDArray[np.float32] | None:

@@ -46,7 +46,35 @@ def numbers(infos: list[ChunkInfo], settings: PrepareSettings) -> dict[str, Any]
         "forms": [[file, name, number] for (file, name), number in forms.items()],
         "per_source": per_source,
         "seq_length": settings.seq_length,
-    }
+    } | _weights(infos, counts.trained_tokens)
+
+
+def _weights(infos: list[ChunkInfo], trained: int) -> dict[str, Any]:
+    """Of trained tokens, where any weighs another than 1: the mean weight, and how many weigh less than 0."""
+    found = [info.weights for info in infos if info.weights]
+    if not found:
+        return {}
+    total, own, negative, records = (
+        sum(weights[key] for weights in found) for key in ("sum", "trained", "negative", "negative_records")
+    )
+    mean = (total + trained - own) / max(trained, 1)  # in the other records each token weighs 1
+    return {"weights": {"mean": mean, "negative_tokens": negative, "negative_records": records}}
+
+
+def negative_mean(values: dict[str, Any]) -> str | None:
+    """What is wrong with data of a negative mean weight, in words, or None.
+
+    Args:
+        values: of a report, or of PREFIX.json.
+    """
+    mean = values.get("weights", {}).get("mean", 1)
+    if mean >= 0:
+        return None
+    return (
+        f"its trained tokens weigh {mean:.3g} on average: on the whole, training moves the model away from it, and"
+        " nothing holds the model elsewhere. Give it positive turns or smaller negative weights, blend it with other"
+        " data, or train for a few steps only"
+    )
 
 
 def packing_numbers(sizes: NDArray[np.int32], packs: int, seq_length: int) -> dict[str, Any]:
@@ -92,15 +120,21 @@ def text(values: dict[str, Any], prefix: str, *, written: bool = True) -> str:
     notes = {
         "pretokenized": ("pre-tokenized records", "kept, with the ids and the mask they came with"),
         "weighted": ("weighted records", "their tokens count by their weights"),
-        "straddling_spans": ("answers begun inside a token", "that token is not trained"),
+        "straddling_spans": ("messages begun inside a token", "that token is not trained"),
         "spells_special": ("records spelling special tokens", "read as these tokens"),
         "unwritten": ("records not fully written", "the template leaves out or rewrites a message"),
     }
     rows += [(name, counts[key], note) for key, (name, note) in notes.items() if counts.get(key)]
+    weights = values.get("weights", {})  # reports of earlier versions do not say
+    if weights.get("negative_tokens"):
+        note = f"moved away from, in {weights['negative_records']:,} records; {weights['mean']:.3g} is the mean weight"
+        rows.append(("tokens of negative weight", weights["negative_tokens"], note))
     if packing:
         rows.append(("packs", values["packs"], f"of {seq_length} positions, {_percent(values['efficiency'])} full"))
     lines = [f"{name:<34}{value:>16,}   {note}".rstrip() for name, value, note in rows]
     lines = [*describe_forms(values.get("forms", [])), *lines]  # reports of earlier versions do not say
+    warning = negative_mean(values)
+    lines += [f"WARNING: {warning}"] if warning else []
     if not packing:
         return "\n".join([f"tokenized records {prefix}".rstrip(), *(f"  {line}" for line in lines)])
     compared = values["compared"]

@@ -4,10 +4,11 @@ The prompt of a turn is the ids so far, followed by the ids of the text that the
 turn and the next. So tokens that a model drew are never tokenized again from their text. This needs a template that
 leaves earlier turns as they are, which every turn proves anew.
 
-Some turns stay as the record has them: those that are not trained, those that only call tools, and those before the
-last whose reasoning is written, since most templates take it out once the conversation goes on. Tool calls beside a
-text are the record's: a response ends where the model would begin its own. Reasoning of the last turn is a part of the
-response; what the template leaves out of earlier turns is left out of their prompts, too.
+Some turns stay as the record has them: those that are not trained, those of negative weight (it is from their very
+tokens that the model is to move away), those that only call tools, and those before the last whose reasoning is
+written, since most templates take it out once the conversation goes on. Tool calls beside a text are the record's: a
+response ends where the model would begin its own. Reasoning of the last turn is a part of the response; what the
+template leaves out of earlier turns is left out of their prompts, too.
 """
 
 from __future__ import annotations
@@ -88,6 +89,13 @@ class RunningConversation:
         if not self.turns:
             raise ConversationError("no assistant turn: there is nothing to realign")
         self._weights = {i: trained_weight(messages[i]) for i in self.turns}
+        for i, message in enumerate(messages):
+            if i not in self._weights and trained_weight(message):
+                raise ConversationError(
+                    f"messages[{i}].loss: what is written trains only what the assistant says. Remove the loss of other"
+                    " messages; to train these, drop token_ids and loss_mask from what is written, and give them their"
+                    " loss there"
+                )
         everything = [{key: value for key, value in m.items() if key != "loss"} for m in messages]
         rendered = render_conversation(tokenizer, everything, tools=tools)
         self._originals = [rendered.text[start:end] for start, end in rendered.spans]
@@ -151,7 +159,7 @@ class RunningConversation:
         message = self.turns[turn]
         said = self._shown[message]
         thinks_before = bool(said.get("reasoning_content")) and turn < len(self.turns) - 1
-        return not self._weights[message] or not str(said["content"]).strip() or thinks_before
+        return self._weights[message] <= 0 or not str(said["content"]).strip() or thinks_before
 
     def _render(self, messages: list[Message]) -> str:
         return self._tokenizer.template.render(messages, add_generation_prompt=True, tools=self._tools)

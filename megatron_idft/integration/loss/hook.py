@@ -156,7 +156,7 @@ class LossHook:
         labels, loss_mask, sources, reference = micro_batch
         if loss_mask is not None:
             loss_mask = loss_mask.reshape(labels.shape)
-            labels = torch.where(loss_mask > 0, labels, IGNORED_LABEL)
+            labels = torch.where(loss_mask != 0, labels, IGNORED_LABEL)
         labels = labels.transpose(0, 1)  # the labels are turned, never the logits: those are thousands of times larger
         training = self.model.training
         objective = self.objective if training else ce()

@@ -47,6 +47,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     )
     flags.add_truncation(group)
     flags.add_last_turn_only(group)
+    flags.add_prompt_weight(group)
     flags.add_cache(group)
     group.add_argument(
         "--sft-loss-backend",

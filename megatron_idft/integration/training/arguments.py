@@ -25,6 +25,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     )
     _add_evaluation(group)
     flags.add_last_turn_only(group)
+    flags.add_prompt_weight(group)
     flags.add_template_date(group)
     group.add_argument(
         "--train-epochs",

@@ -117,7 +117,7 @@ def loss_func(
     Weights scale the loss of their tokens, never what it is divided by. What is logged is always per trained token.
 
     Args:
-        loss_mask: [b, s] fp32, the weight of each token; 0 where it is not trained.
+        loss_mask: [b, s] fp32, the weight of each token, maybe negative; 0 where it is not trained.
         output: [b, s] fp32, the model's per-token loss.
         normalization: of the step.
         conversation_tokens: [b, s] int32; None where `normalization` needs none.
@@ -128,7 +128,7 @@ def loss_func(
 
     mask = loss_mask.reshape(-1)
     losses = output.reshape(-1).float() * mask
-    num_tokens = (mask > 0).sum().to(torch.int)
+    num_tokens = (mask != 0).sum().to(torch.int)
     counts = None if conversation_tokens is None else conversation_tokens.reshape(-1)
     samples = len(loss_mask) if mpu.get_context_parallel_rank() == 0 else 0
     loss, divisor = normalization(losses, num_tokens, counts, samples)

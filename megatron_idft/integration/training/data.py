@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
+from megatron_idft.data.packed import summary
 from megatron_idft.data.packed.dataset import PackedDataset, PackLimits
 from megatron_idft.data.packed.epochs import Blend, BlendedEpochs, prepared_prefixes
 from megatron_idft.data.packed.pack_settings import PrepareSettings
@@ -32,6 +33,7 @@ _DECIDED = {
     "sft_bad_records": "stop",
     "sft_cache": None,
     "sft_last_turn_only": False,
+    "sft_prompt_weight": 0.0,
     "sft_packing": False,
 }
 
@@ -155,6 +157,11 @@ class TrainingData:
     def end_of_turn_ids(self) -> list[int]:
         return sorted({i for store in self.train.values() for i in store.end_of_turn_ids})
 
+    @property
+    def negative_tokens(self) -> int:
+        """How many tokens of the training data have a negative weight."""
+        return sum(store.meta.get("weights", {}).get("negative_tokens", 0) for store in self.train.values())
+
     def _tokens_per_conversation(self) -> int:
         """Trained ones of the training data, the average by the weights, rounded."""
         stores = list(zip(self.train.values(), self.weights, strict=True))
@@ -176,13 +183,15 @@ class TrainingData:
         for name, stores in self.valid.items():
             use = f"validation set {name}" if name else "validation"
             lines += [f"  {prefix}: {len(store):,} packs, for {use}" for prefix, store in stores.items()]
+        warnings = {prefix: summary.negative_mean(store.meta) for prefix, store in self.train.items()}
+        lines += [f"  WARNING: {prefix}: {warning}" for prefix, warning in warnings.items() if warning]
         return "\n".join(["> training from packs", *lines])
 
     def first_document(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and mask of the first document of the first pack."""
+        """Ids and weights in the loss of the first document of the first pack."""
         pack = next(iter(self.train.values())).pack(0)
         tokens = pack.documents()[0]
-        return pack.ids[tokens], pack.mask[tokens]
+        return pack.ids[tokens], pack.loss[tokens]
 
     def datasets(
         self, args: argparse.Namespace, num_samples: int, vp_stage: int | None, sources: Mapping[str, int] | None
@@ -243,6 +252,7 @@ def shared_records(
         truncation=args.sft_truncation,
         bad_records=args.sft_bad_records,
         last_turn_only=args.sft_last_turn_only,
+        prompt_weight=args.sft_prompt_weight,
         packing=packing,
         pad_multiple=_multiple_of(args) if packing else 1,
     )

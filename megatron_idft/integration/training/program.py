@@ -36,6 +36,7 @@ from megatron_idft.integration.training.evaluation import (
     reported_sources,
     validation_sets,
 )
+from megatron_idft.integration.training.negative_weights import check_negative_weights
 from megatron_idft.integration.training.packed_attention import check_attention
 from megatron_idft.statistics import Reference
 
@@ -171,6 +172,9 @@ class ChatTraining(TrainerIntegration):
         for opened in self.data.opened:
             require_rows(opened, self.tokenizer, args.sft_loss_vocab_size or hf_model.recorded_vocab_size(args))
         print_rank_0(self.data.report())
+        warning = check_negative_weights(args, self.data.negative_tokens)
+        if warning is not None:
+            print_rank_0(f"WARNING: {warning}")
         args.sft_data_fingerprint = self.data.fingerprint  # recorded in checkpoints
         print_rank_0(
             "> first sample, trained spans in brackets:\n" + render_sample(*self.data.first_document(), self.tokenizer)
@@ -277,9 +281,9 @@ class ChatTraining(TrainerIntegration):
             print_rank_0(
                 f"WARNING: this run continues a checkpoint that was trained on {then}, now on"
                 f" {args.sft_data_fingerprint}: the records (or only their files' times), the tokenizer, its template,"
-                " --seq-length, --sft-truncation, --sft-last-turn-only or --sft-packing have changed, so samples may be"
-                " repeated or left out. If the data is another on purpose, --finetune starts its epochs at the"
-                " beginning"
+                " --seq-length, --sft-truncation, --sft-last-turn-only, --sft-prompt-weight or --sft-packing have"
+                " changed, so samples may be repeated or left out. If the data is another on purpose, --finetune starts"
+                " its epochs at the beginning"
             )
 
     def _token_ids(self) -> Mapping[str, int]:
