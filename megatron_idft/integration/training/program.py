@@ -16,6 +16,7 @@ from megatron_idft.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_idft.data.model_rows import require_rows
 from megatron_idft.data.reference.columns import KEYS
 from megatron_idft.errors import ArgumentError
+from megatron_idft.integration.loss.negative_weights import check_negative_weights
 from megatron_idft.integration.loss.publishing import print_rank_last
 from megatron_idft.integration.loss.trainer import TrainerIntegration
 from megatron_idft.integration.platform import flag_checks, hf_model, upstream
@@ -36,7 +37,6 @@ from megatron_idft.integration.training.evaluation import (
     reported_sources,
     validation_sets,
 )
-from megatron_idft.integration.training.negative_weights import check_negative_weights
 from megatron_idft.integration.training.packed_attention import check_attention
 from megatron_idft.statistics import Reference
 

@@ -17,22 +17,35 @@ _FADED = 1e-3  # of cross-entropy's gradient
 
 def fades(objective: Objective) -> bool:
     """Whether the objective's weight falls to nothing with the token's probability, so that a negative turn is done
-    with once its tokens are unlikely. Looked at where the model is sure, where it is not, and for references of both
-    kinds."""
-    log_prob = torch.full((4,), _GONE)
+    with once its tokens are unlikely."""
+    return bool((_weight(objective, torch.tensor(_GONE)).abs() < _FADED).all())
+
+
+def is_anchored(objective: Objective) -> bool:
+    """Whether the objective pulls tokens that the model has lost back to a reference."""
+    if getattr(objective, "kl_coefficient", 0) > 0:
+        return True
+    risen = _weight(objective, torch.tensor(_GONE)) - _weight(objective, None)
+    return bool(objective.reference_statistics and (risen > _FADED).any())
+
+
+def _weight(objective: Objective, log_prob: torch.Tensor | None) -> torch.Tensor:
+    """[4] weights of a token of this log p (None: the reference's), where the model is sure and where it is not, and
+    where the reference expects the token and where not."""
+    reference = torch.tensor([-0.1, -10.0, -0.1, -10.0])
     entropy = torch.tensor([0.1, 0.1, 2.0, 2.0])
     statistics = TokenStatistics(
-        log_prob,
+        reference if log_prob is None else log_prob.expand(4),
         entropy,
         labels=torch.zeros(4, dtype=torch.int64),
         vocab_size=1 << 15,
         max_prob=(-entropy).exp(),
         sum_squared_prob=(-entropy).exp(),
         argmax=torch.ones(4, dtype=torch.int64),
-        reference_log_prob=torch.tensor([-0.1, -10.0, -0.1, -10.0]),
+        reference_log_prob=reference,
         reference_entropy=entropy,
     )
-    return bool((objective.weight(statistics).abs() < _FADED).all())
+    return objective.weight(statistics)
 
 
 def check_negative_weights(args: argparse.Namespace, tokens: int) -> str | None:
@@ -49,7 +62,7 @@ def check_negative_weights(args: argparse.Namespace, tokens: int) -> str | None:
     if not tokens:
         return None
     objective = ce() if args.sft_loss is None else build_objective(args)
-    if objective.negative_weights or getattr(objective, "kl_coefficient", 0) > 0:
+    if is_anchored(objective):
         raise ArgumentError(
             f"--sft-loss {args.sft_loss} holds the model at its reference, and {tokens:,} tokens of the training data"
             " have a negative weight: on these it would drive the model away from the reference, ever faster. Take an"
