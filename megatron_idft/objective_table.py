@@ -99,6 +99,24 @@ OBJECTIVES = {
         "a trust region: each token is learned until it is 1 + epsilon times as likely as under the reference",
         "2508.17784",
     ),
+    "asft_topk": NamedObjective(
+        "p, and k KL(q, p) over the reference's top K",
+        "`dft` held to the reference's distribution, not only to its probability of the label",
+        "2509.23753",
+    ),
+    "sft_topk": NamedObjective(
+        "1, and k KL(q, p) over the reference's top K", "`ce` held to the reference in the same way", None
+    ),
+    "distill": NamedObjective(
+        "0, and KL(q, p) over the reference's top K",
+        "learns the reference's distribution at the tokens of the data: offline (self-)distillation",
+        "2601.19897",
+    ),
+    "gift": NamedObjective(
+        "1 - c, and c KL(q, p) over the reference's top K, c = 1 / (1 + q (exp(beta) - 1))",
+        "the label where the reference allows it, else the reference",
+        None,
+    ),
 }
 
 # By the name of the argument: --idft-beta is idft_beta.
@@ -134,6 +152,14 @@ OBJECTIVE_FLAGS = {
         {"asft": "cap", "sft_k3": "cap"},
         10.0,
         "largest r = q / p that counts, from 1: r has no bound where the model has lost a token of the reference",
+    ),
+    "anchor_kl_coefficient": ObjectiveFlag(
+        {"asft_topk": "coefficient", "sft_topk": "coefficient"},
+        0.1,
+        "coefficient k of the KL divergence to the reference. 0 is the objective without its anchor",
+    ),
+    "gift_beta": ObjectiveFlag(
+        {"gift": "beta"}, 20.0, "how far the target leans from the reference (near 0) to the label (20)"
     ),
     "minor_sft_beta": ObjectiveFlag({"minor_sft": "beta"}, 0.1, "how soon the weight of a learned token falls"),
     "iw_min": ObjectiveFlag({"iw": "ratio_min"}, 0.2, "smallest weight, of tokens that have become far less likely"),

@@ -87,9 +87,13 @@ NAIVE = {
     "minor_sft": lambda lp, h, a, lq: 2 / (1 + math.exp(0.1 * (lp - lq))),
     "iw": lambda lp, h, a, lq: min(max(math.exp(lp - lq), 0.2), 1.8),
     "psft": lambda lp, h, a, lq: math.exp(lp - lq) if math.exp(lp - lq) < 1.2 else 0.0,
+    "asft_topk": lambda lp, h, a, lq: math.exp(lp),
+    "sft_topk": lambda lp, h, a, lq: 1.0,
+    "distill": lambda lp, h, a, lq: 0.0,
+    "gift": lambda lp, h, a, lq: 1 - 1 / (1 + math.exp(lq) * math.expm1(20)),
 }
 # Whose weight does not follow p: a token of probability 0 keeps one.
-NOT_GATED = ("ce", "entropy", "prift", "asft", "sft_k3", "minor_sft", "iw")
+NOT_GATED = ("ce", "entropy", "prift", "asft", "sft_k3", "minor_sft", "iw", "sft_topk", "gift")
 
 
 def test_registry_flag_kernels_public_names_and_pages_name_the_objectives_of_the_table() -> None:
@@ -97,13 +101,12 @@ def test_registry_flag_kernels_public_names_and_pages_name_the_objectives_of_the
     assert objective_names() == names == tuple(NAIVE)
     assert f"--sft-loss {{{','.join(names)}}} or MODULE" in flags.add_arguments(ArgumentParser(prog="x")).format_usage()
     kernels = (ROOT / "megatron_idft/loss/triton_kernels.py").read_text()
-    assert sorted(set(re.findall(r'WEIGHT == "(\w+)"', kernels))) == sorted([*names, "idft_reference"])
+    formulas = {resolve_objective(name).token_weight.name for name in names} | {"idft_reference"}
+    assert set(re.findall(r'WEIGHT == "(\w+)"', kernels)) == formulas
     for name in names:
         assert name in megatron_idft.__all__
         objective = resolve_objective(name)
-        assert (
-            isinstance(objective.token_weight, KernelFormula) and objective.name == objective.token_weight.name == name
-        )
+        assert isinstance(objective.token_weight, KernelFormula) and objective.name == name
     for page in ("README.md", "docs/loss.md"):
         text = (ROOT / page).read_text()
         assert [name for name in names if f"`{name}`" not in text and f"--sft-loss {name}" not in text] == [], page
@@ -265,6 +268,9 @@ def test_a_missing_reference_is_named(name: str) -> None:
         ("minor_sft", {"beta": 0.0}, "beta must be"),
         ("iw", {"ratio_min": 2.0}, "ratio_min <= ratio_max"),
         ("psft", {"epsilon": math.inf}, "epsilon must be"),
+        ("asft_topk", {"coefficient": -1.0}, "coefficient must be"),
+        ("gift", {"beta": 0.0}, "beta must lie between 0 and 80"),
+        ("gift", {"beta": 100.0}, "beta must lie between 0 and 80"),
     ],
 )
 def test_bad_hyperparameters_of_anchored_objectives_are_named(name: str, hyperparameters: dict, message: str) -> None:

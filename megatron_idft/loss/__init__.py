@@ -34,6 +34,7 @@ class LossOutput(NamedTuple):
         entropy: H of the distribution over the true vocabulary, in nats.
         invalid_labels: 0-dim int64, the number of labels >= vocab_size. They count as ignored; data that holds any is
             broken, so read this where a host synchronisation is due anyway, and stop. Always 0 for labels on the CPU.
+        reference_kl: KL(reference || model) over the reference's top K, in nats; None for objectives without that term.
     """
 
     loss: Tensor
@@ -41,6 +42,7 @@ class LossOutput(NamedTuple):
     log_prob: Tensor
     entropy: Tensor
     invalid_labels: Tensor
+    reference_kl: Tensor | None = None
 
 
 def vocab_parallel_loss(
@@ -84,14 +86,15 @@ def vocab_parallel_loss(
         cross_entropy_values: `loss` holds the values of plain cross-entropy, -log_prob, while its gradient stays the
             objective's: for trainers that log the loss and watch it for spikes.
         reference: what a reference model said of the same labels, in the labels' shape and the same on every rank of
-            `tp_group`; needed by objectives with `reference_statistics`, ignored by the others. Never differentiated.
+            `tp_group`; needed by objectives with `reference_statistics` or `kl_coefficient`, ignored by the others.
+            Never differentiated.
 
     Returns:
         LossOutput, the same bits on every rank of `tp_group`.
 
     Collectives: one all-gather of fp32 [T, 4] over `tp_group` in forward, of [T, 5] where the objective asks for a sum
-    of squares, as "deft" does; none in backward. No host synchronisation, no data-dependent shapes (but for the check
-    of labels on the CPU).
+    of squares, as "deft" does; with a `kl_coefficient` also one all-reduce of fp32 [T, K]; none in backward. No host
+    synchronisation, no data-dependent shapes (but for the check of labels on the CPU).
 
     Raises:
         TypeError, ValueError: arguments that do not fit together, before any collective.

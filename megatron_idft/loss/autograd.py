@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_idft.loss.shard import VocabShard
+from megatron_idft.loss.top_k import TopTerm, gather_logits, local_columns, top_gradient, top_term
 from megatron_idft.objectives import Objective
 from megatron_idft.statistics import MergedState, Reference, TokenStatistics
 
@@ -19,6 +20,7 @@ class TokenResults(NamedTuple):
         weight, log_prob, entropy: as in `LossOutput`.
         max, sum_exp: of the whole vocabulary, for backward; anything at ignored positions.
         invalid_labels: 0-dim int64, the number of labels >= vocab_size.
+        row_coefficient: factor of the softmax in the gradient; None: the weight.
     """
 
     loss: Tensor
@@ -28,6 +30,7 @@ class TokenResults(NamedTuple):
     max: Tensor
     sum_exp: Tensor
     invalid_labels: Tensor
+    row_coefficient: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -64,9 +67,15 @@ class Backend(Protocol):
         shard: VocabShard,
         vocab_size: int,
     ) -> None:
-        """gradient [..., V/tp] = weight upstream (softmax - onehot), rounded once, 0 at ignored rows and padding.
+        """gradient [..., V/tp] = upstream (row_coefficient softmax - weight onehot), 0 at ignored rows and padding.
 
-        `gradient` may share the logits' memory. Its version counter advances, so that autograd notices.
+        Rounded once. `gradient` may share the logits' memory. Its version counter advances, so that autograd notices.
+        """
+
+    def store_columns(self, gradient: Tensor, columns: Tensor, values: Tensor) -> None:
+        """gradient[..., columns[..., k]] = values[..., k] [..., K] fp32, rounded once; -1 is left out.
+
+        Columns are int64 and no row names one twice.
         """
 
 
@@ -113,10 +122,36 @@ def weigh_tokens(
     )
 
 
-class TokenLoss(torch.autograd.Function):
-    """loss, weight, log_prob, entropy and invalid_labels; only the loss carries gradient.
+def reference_term(
+    logits: Tensor,
+    labels: Tensor,
+    results: TokenResults,
+    objective: Objective,
+    shard: VocabShard,
+    vocab_size: int,
+    reference: Reference,
+) -> TopTerm:
+    """The KL term of an objective that has one. Collectives: see `gather_logits`."""
+    assert reference.top_ids is not None
+    trained = (labels >= 0) & (labels < vocab_size)
+    statistics = TokenStatistics(
+        results.log_prob,
+        results.entropy,
+        torch.where(trained, labels, -1),
+        vocab_size,
+        reference_log_prob=torch.where(trained, reference.log_prob.float(), 0.0),
+        reference_entropy=None if reference.entropy is None else torch.where(trained, reference.entropy.float(), 0.0),
+    )
+    coefficient = objective.reference_kl_coefficient(statistics)
+    found = gather_logits(logits, reference.top_ids, shard)
+    return top_term(found, results.max, results.sum_exp, results.weight, coefficient, reference, trained)
 
-    Collectives: one all-gather in forward (`VocabShard.gather_states`), none in backward.
+
+class TokenLoss(torch.autograd.Function):
+    """The tensors of `LossOutput`; only the loss carries gradient.
+
+    Collectives: in forward one all-gather (`VocabShard.gather_states`), and one all-reduce (`gather_logits`) where the
+    objective has a KL term; none in backward.
     """
 
     @staticmethod
@@ -132,18 +167,31 @@ class TokenLoss(torch.autograd.Function):
         cross_entropy_values: bool,
         reference_log_prob: Tensor | None,  # each of its own: a tuple's tensors would be no inputs to autograd
         reference_entropy: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        reference = None if reference_log_prob is None else Reference(reference_log_prob, reference_entropy)
+        top_ids: Tensor | None,
+        top_log_prob: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        reference = None
+        if reference_log_prob is not None:
+            reference = Reference(reference_log_prob, reference_entropy, top_ids, top_log_prob)
         state = backend.shard_state(logits, labels, shard, vocab_size, objective.extra_statistics)
         states = shard.gather_states(state)
         results = backend.token_results(states, labels, objective, vocab_size, cross_entropy_values, reference)
+        of_term: tuple[Tensor, ...] = ()
+        kl: tuple[Tensor, ...] = ()
+        if objective.kl_coefficient is not None and reference is not None:
+            term = reference_term(logits, labels, results, objective, shard, vocab_size, reference)
+            loss = results.loss if cross_entropy_values else results.loss + term.coefficient * term.kl
+            results = results._replace(loss=loss, row_coefficient=term.row_coefficient)
+            assert top_ids is not None
+            kl, of_term = (term.kl,), (top_ids, term.coefficient, term.probs, term.reference_probs)
         ctx.shard, ctx.vocab_size, ctx.backend = shard, vocab_size, backend
         ctx.overwrite_logits = overwrite_logits
         ctx.overwritten = False
         _, *saved = results
-        ctx.save_for_backward(logits, labels, *saved)
-        ctx.mark_non_differentiable(results.weight, results.log_prob, results.entropy, results.invalid_labels)
-        return results.loss, results.weight, results.log_prob, results.entropy, results.invalid_labels
+        ctx.save_for_backward(logits, labels, *saved, *of_term)
+        others = (results.weight, results.log_prob, results.entropy, results.invalid_labels, *kl)
+        ctx.mark_non_differentiable(*others)
+        return results.loss, *others
 
     @staticmethod
     @once_differentiable
@@ -157,6 +205,15 @@ class TokenLoss(torch.autograd.Function):
         # A detached alias shares the version counter: writing to it tells autograd that the logits have changed.
         gradient = logits.detach() if ctx.overwrite_logits else torch.empty_like(logits)
         ctx.overwritten = ctx.overwrite_logits
-        results = TokenResults(grad_loss, *saved)  # the loss itself is not needed again
+        # The loss itself is not needed again. Behind its other results stands what the KL term needs.
+        size = len(TokenResults._fields) - 1
+        results, of_term = TokenResults(grad_loss, *saved[:size]), saved[size:]
         ctx.backend.write_gradient(logits, gradient, labels, grad_loss, results, ctx.shard, ctx.vocab_size)
-        return gradient, *[None] * 9
+        if of_term:
+            top_ids, coefficient, probs, reference_probs = of_term
+            values = top_gradient(
+                top_ids, coefficient, probs, reference_probs, labels, results.weight, results.log_prob, grad_loss
+            )
+            columns = local_columns(top_ids, labels, ctx.shard, ctx.vocab_size)
+            ctx.backend.store_columns(gradient, columns, values)
+        return gradient, *[None] * 11

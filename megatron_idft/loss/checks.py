@@ -30,34 +30,46 @@ def check_tensors(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels must be on the logits' device {logits.device}, got {labels.device}")
 
 
-def checked_reference(
-    reference: Reference | None, objective: Objective, labels: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """log_prob and entropy [...] of the reference, each None where the objective does not read it.
+def checked_reference(reference: Reference | None, objective: Objective, labels: Tensor) -> tuple[Tensor | None, ...]:
+    """log_prob and entropy [...], top_ids and top_log_prob [..., K], each None where the objective does not read it.
 
     Raises:
         TypeError, ValueError: the objective reads what is not given, or it does not go with the labels.
     """
+    has_kl = objective.kl_coefficient is not None
+    if not (objective.reference_statistics or has_kl):
+        return None, None, None, None
+    reads = {
+        "log_prob": True,
+        "entropy": "reference_entropy" in objective.reference_statistics,
+        "top_ids": has_kl,
+        "top_log_prob": has_kl,
+    }
+    values = {} if reference is None else reference._asdict()
+    given = [_checked(name, values.get(name), objective, labels) if reads[name] else None for name in Reference._fields]
+    log_prob, entropy, top_ids, top_log_prob = given
+    if top_ids is not None and top_log_prob is not None and top_ids.shape != top_log_prob.shape:
+        raise ValueError(f"top_ids {tuple(top_ids.shape)} and top_log_prob {tuple(top_log_prob.shape)} must be alike")
+    return log_prob, entropy, top_ids, top_log_prob
 
-    def checked(name: str, value: Tensor | None) -> Tensor | None:
-        if name not in objective.reference_statistics:
-            return None
-        if value is None:
-            raise ValueError(
-                f"objective {objective.name!r} reads {name}: pass reference=Reference(log_prob=..., entropy=...), the"
-                " reference model's values of the same labels"
-            )
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be of a floating dtype, got {value.dtype}")
-        if value.shape != labels.shape or value.device != labels.device:
-            raise ValueError(
-                f"{name} must have the labels' shape {tuple(labels.shape)} on {labels.device}, got"
-                f" {tuple(value.shape)} on {value.device}"
-            )
-        return value.detach()
 
-    log_prob, entropy, *_ = reference or (None, None)
-    return checked("reference_log_prob", log_prob), checked("reference_entropy", entropy)
+def _checked(name: str, value: Tensor | None, objective: Objective, labels: Tensor) -> Tensor:
+    """One of the reference's tensors."""
+    if value is None:
+        raise ValueError(
+            f"objective {objective.name!r} reads {name} of the reference model: pass it in reference=Reference(...),"
+            " its values of the same labels"
+        )
+    whole = name == "top_ids"
+    if value.is_floating_point() == whole:
+        raise TypeError(f"{name} must be of {'an integer' if whole else 'a floating'} dtype, got {value.dtype}")
+    shape = value.shape[:-1] if name.startswith("top") else value.shape
+    if shape != labels.shape or value.device != labels.device:
+        raise ValueError(
+            f"{name} must have the labels' shape {tuple(labels.shape)}{' and K' * name.startswith('top')} on"
+            f" {labels.device}, got {tuple(value.shape)} on {value.device}"
+        )
+    return value.detach()
 
 
 def check_overwritable(logits: Tensor) -> None:

@@ -106,6 +106,7 @@ class Operators(NamedTuple):
             labels,
             upstream,
             weight=results.weight,
+            row_coefficient=results.row_coefficient,
             log_prob=results.log_prob,
             maximum=results.max,
             sum_exp=results.sum_exp,
@@ -114,6 +115,10 @@ class Operators(NamedTuple):
             valid_columns=shard.valid_columns,
             vocab_size=vocab_size,
         )
+
+    def store_columns(self, gradient: Tensor, columns: Tensor, values: Tensor) -> None:
+        """See `autograd.Backend`."""
+        store_columns(gradient, columns, values, backend=self.backend)
 
 
 @library.custom_op("megatron_idft::shard_state", mutates_args=())
@@ -186,7 +191,7 @@ def token_results(
     results = load_backend(backend).token_results(
         states, labels, objective, vocab_size, cross_entropy_values, reference
     )
-    loss, weight, log_prob, entropy, maximum, sum_exp, invalid_labels = results
+    loss, weight, log_prob, entropy, maximum, sum_exp, invalid_labels, _ = results
     return loss, weight, log_prob, entropy, maximum, sum_exp, invalid_labels
 
 
@@ -207,6 +212,7 @@ def write_gradient(
     labels: Tensor,
     upstream: Tensor,
     weight: Tensor,
+    row_coefficient: Tensor | None,
     log_prob: Tensor,
     maximum: Tensor,
     sum_exp: Tensor,
@@ -225,10 +231,22 @@ def write_gradient(
         max=maximum,
         sum_exp=sum_exp,
         invalid_labels=labels,
+        row_coefficient=row_coefficient,
     )
     load_backend(backend).write_gradient(logits, gradient, labels, upstream, results, shard, vocab_size)
 
 
 @write_gradient.register_fake
+def _(*_: object, **__: object) -> None:
+    return None
+
+
+@library.custom_op("megatron_idft::store_columns", mutates_args=("gradient",))
+def store_columns(gradient: Tensor, columns: Tensor, values: Tensor, backend: str) -> None:
+    """`Operators.store_columns` when the graph runs."""
+    load_backend(backend).store_columns(gradient, columns, values)
+
+
+@store_columns.register_fake
 def _(*_: object, **__: object) -> None:
     return None

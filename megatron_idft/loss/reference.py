@@ -57,10 +57,19 @@ def write_gradient(
     """See `autograd.Backend`. Memory: one fp32 block of a few rows."""
     labels = torch.where(labels >= vocab_size, -1, labels)
     valid = slice(0, shard.valid_columns)
-    scale = results.weight * upstream
+    scale, value = results.weight * upstream, results.weight * upstream * results.log_prob.expm1()
+    if results.row_coefficient is not None:
+        value = value + (results.row_coefficient - results.weight) * upstream * results.log_prob.exp()
+        scale = results.row_coefficient * upstream
     gradient[..., valid.stop :].zero_()
     _write_softmax(logits[..., valid], gradient[..., valid], scale / results.sum_exp, results.max, labels)
-    _write_target(gradient[..., valid], scale * results.log_prob.expm1(), labels - shard.start)
+    _write_target(gradient[..., valid], value, labels - shard.start)
+
+
+def store_columns(gradient: Tensor, columns: Tensor, values: Tensor) -> None:
+    """See `autograd.Backend`. One column after the other: a masked one must not race with another for its place."""
+    for index in range(columns.shape[-1]):
+        _write_target(gradient, values[..., index], columns[..., index])
 
 
 def _shard_state(columns: Tensor, target: Tensor, extra_columns: Mapping[str, int], start: int) -> Tensor:

@@ -38,8 +38,12 @@ if INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
 
 _LARGEST_EXACT_INDEX = 2**24  # in the fp32 column of the state that holds an argmax
 # Of the formulas that are not asked for.
-_PARAMETERS = dict.fromkeys(
-    ("beta", "gamma_min", "gamma_max", "gamma_lambda", "q", "coefficient", "log_cap", "ratio_min", "ratio_max"), 1.0
+_PARAMETERS: dict[str, Any] = dict.fromkeys(
+    (
+        *("beta", "gamma_min", "gamma_max", "gamma_lambda", "q"),
+        *("coefficient", "log_cap", "ratio_min", "ratio_max", "tilt"),
+    ),
+    1.0,
 )
 _MERGE_TOKENS = 128  # per program: 64 programs for 8192 tokens, whose few bytes half of the device reads at once
 
@@ -119,7 +123,7 @@ def token_results(
 ) -> TokenResults:
     """See `autograd.Backend`. One launch and one sum for built-in objectives; others see the merged statistics."""
     formula = objective.token_weight if isinstance(objective.token_weight, KernelFormula) else None
-    parameters = dict(_PARAMETERS) | dict(formula.parameters if formula is not None else {})
+    parameters = _PARAMETERS | dict(formula.parameters if formula is not None else {})
     extra_columns = extra_state_columns(objective.extra_statistics)
     loss, weight, log_prob, entropy, maximum, sum_exp = (
         torch.empty(labels.shape, dtype=torch.float32, device=labels.device) for _ in range(6)
@@ -187,17 +191,23 @@ def write_gradient(
     """See `autograd.Backend`. One launch; ignored rows and rows of weight 0 are written without being read."""
     launch = launch_parameters(logits.shape[-1] * logits.element_size())
     vector = min(_vector(logits), _vector(gradient))
-    per_token = (results.weight, results.log_prob, results.max, results.sum_exp)
+    row_coefficient = results.weight if results.row_coefficient is None else results.row_coefficient
+    # What torch computed, such as the weights of a user's function, lies in memory as the labels do.
+    per_token = tuple(
+        value.contiguous()
+        for value in (results.weight, row_coefficient, results.log_prob, results.max, results.sum_exp)
+    )
     with torch.cuda.device_of(logits):
         for grid in _grids((logits, gradient, labels, upstream), per_token):
             part, part_gradient, part_labels, part_upstream = grid.strided
-            weight, log_prob, maximum, sum_exp = grid.dense
+            weight, row_coefficient, log_prob, maximum, sum_exp = grid.dense
             kernels.gradient_kernel[(grid.tokens,)](
                 logits=part,
                 gradient=part_gradient,
                 labels=part_labels,
                 upstream=part_upstream,
                 weight=weight,
+                row_coefficient=row_coefficient,
                 log_prob=log_prob,
                 maximum=maximum,
                 sum_exp=sum_exp,
@@ -213,10 +223,33 @@ def write_gradient(
                 valid_columns=shard.valid_columns,
                 row_vectors=logits.shape[-1] // vector,
                 vocab_size=vocab_size,
+                ROW_COEFFICIENT=results.row_coefficient is not None,
                 CONTIGUOUS=logits.stride(-1) == 1 and gradient.stride(-1) == 1,
                 BLOCK=32 * launch.warps * launch.lane_bytes // logits.element_size(),
                 VECTOR=vector,
                 **_options(launch.warps),
+            )
+    torch.autograd.graph.increment_version(gradient)
+
+
+def store_columns(gradient: Tensor, columns: Tensor, values: Tensor) -> None:
+    """See `autograd.Backend`. One launch."""
+    columns, values = columns.contiguous(), values.contiguous()
+    k = columns.shape[-1]
+    with torch.cuda.device_of(gradient):
+        for grid in _grids((gradient, values[..., 0]), (columns, values)):
+            part, _ = grid.strided
+            part_columns, part_values = grid.dense
+            kernels.store_columns_kernel[(grid.tokens,)](
+                gradient=part,
+                columns=part_columns,
+                values=part_values,
+                inner_size=grid.inner_size,
+                **grid.strides_of("gradient", 0),
+                column_stride=gradient.stride(-1),
+                K=k,
+                LANES=triton.next_power_of_2(k),
+                **_options(1),
             )
     torch.autograd.graph.increment_version(gradient)
 

@@ -206,6 +206,7 @@ def token_results_kernel(
     log_cap,
     ratio_min,
     ratio_max,
+    tilt,
     weight_floor,
     STATE_SIZE: tl.constexpr,
     SUM_SQUARES: tl.constexpr,
@@ -272,6 +273,8 @@ def token_results_kernel(
     if WEIGHT != "":
         if WEIGHT == "ce":
             row_weight = tl.full([TOKENS], 1.0, tl.float32)
+        elif WEIGHT == "zero":
+            row_weight = tl.full([TOKENS], 0.0, tl.float32)
         elif WEIGHT == "dft":
             row_weight = tl.exp(row_log_prob)
         elif WEIGHT == "entropy":
@@ -303,6 +306,8 @@ def token_results_kernel(
                 row_weight = 1.0 + coefficient * _expm1(tl.minimum(0.0 - log_ratio, log_cap))
             elif WEIGHT == "minor_sft":
                 row_weight = 2.0 / (1.0 + tl.exp(beta * log_ratio))
+            elif WEIGHT == "gift":
+                row_weight = 1.0 / (1.0 + tl.exp(0.0 - other_log_prob - tilt))
             elif WEIGHT == "iw":
                 row_weight = tl.minimum(tl.maximum(tl.exp(log_ratio), ratio_min), ratio_max)
             else:
@@ -325,6 +330,7 @@ def gradient_kernel(
     labels,
     upstream,
     weight,
+    row_coefficient,
     log_prob,
     maximum,
     sum_exp,
@@ -344,11 +350,12 @@ def gradient_kernel(
     valid_columns,
     row_vectors,
     vocab_size,
+    ROW_COEFFICIENT: tl.constexpr,  # whether the softmax has another factor than the weight
     CONTIGUOUS: tl.constexpr,  # both column strides are 1
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One program per token: gradient = weight upstream (softmax - onehot), rounded once, by the store.
+    """One program per token: gradient = upstream (row_coefficient softmax - weight onehot), rounded once, by the store.
 
     `gradient` may be `logits`: each element is read and written by one lane, in this order.
     """
@@ -360,15 +367,21 @@ def gradient_kernel(
     logits += (outer * logits_outer_stride + inner * logits_inner_stride) * VECTOR
     gradient += (outer * gradient_outer_stride + inner * gradient_inner_stride) * VECTOR
     # All before the first branch: a row waits for its few numbers once.
-    scale = tl.load(weight + token) * tl.load(upstream + outer * upstream_outer_stride + inner * upstream_inner_stride)
+    row_upstream = tl.load(upstream + outer * upstream_outer_stride + inner * upstream_inner_stride)
+    scale = tl.load(weight + token) * row_upstream
     row_max = tl.load(maximum + token)
+    row_log_prob = tl.load(log_prob + token)
+    target_value = scale * _expm1(row_log_prob)
+    if ROW_COEFFICIENT:
+        row_scale = tl.load(row_coefficient + token) * row_upstream
+        target_value += (row_scale - scale) * tl.exp(row_log_prob)
+        scale = row_scale
     softmax_scale = scale / tl.load(sum_exp + token)
-    target_value = scale * _expm1(tl.load(log_prob + token))
     target = (label - start).to(tl.int32)
     tile = tl.arange(0, BLOCK)
     num_columns = row_vectors * VECTOR
 
-    has_gradient = (label >= 0) & (label < vocab_size) & (scale != 0)
+    has_gradient = (label >= 0) & (label < vocab_size) & ((scale != 0) | (target_value != 0))
     # Before the branch: Triton 3.4 and 3.5 do not compile a loop whose bound a branch yields.
     first_zero = tl.where(has_gradient, tl.cdiv(valid_columns, BLOCK) * BLOCK, 0)
     if has_gradient:
@@ -393,6 +406,28 @@ def gradient_kernel(
         columns = first + tile
         pointers = gradient + _offsets(columns, gradient_column_stride, CONTIGUOUS)
         tl.store(pointers, tl.zeros([BLOCK], gradient.dtype.element_ty), mask=columns < num_columns)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def store_columns_kernel(
+    gradient,
+    columns,
+    values,
+    inner_size,
+    gradient_outer_stride,
+    gradient_inner_stride,
+    column_stride,
+    K: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """One program per token: gradient[columns[k]] = values[k], rounded once; a column of -1 is left out."""
+    token = tl.program_id(0).to(tl.int64)
+    gradient += (token // inner_size) * gradient_outer_stride + (token % inner_size) * gradient_inner_stride
+    lane = tl.arange(0, LANES)
+    column = tl.load(columns + token * K + lane, mask=lane < K, other=-1)
+    value = tl.load(values + token * K + lane, mask=lane < K, other=0.0)
+    pointers = gradient + column * column_stride
+    tl.store(pointers, _rounded(value, gradient.dtype.element_ty), mask=column >= 0)
 
 
 @triton.jit

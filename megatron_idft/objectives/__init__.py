@@ -7,7 +7,18 @@ from megatron_idft.objectives.objective import KernelFormula, Objective, TokenFu
 from megatron_idft.objectives.online import DEFT_EPSILON, ce, chord, cll, deft, dft, entropy, idft, power
 from megatron_idft.objectives.registry import objective_names, register, resolve_objective
 from megatron_idft.objectives.schedule import LambdaSchedule
-from megatron_idft.objectives.with_reference import asft, iw, minor_sft, prift, psft, sft_k3
+from megatron_idft.objectives.with_reference import (
+    asft,
+    asft_topk,
+    distill,
+    gift,
+    iw,
+    minor_sft,
+    prift,
+    psft,
+    sft_k3,
+    sft_topk,
+)
 
 __all__ = [
     "DEFT_EPSILON",
@@ -16,12 +27,15 @@ __all__ = [
     "Objective",
     "TokenFunction",
     "asft",
+    "asft_topk",
     "ce",
     "chord",
     "cll",
     "deft",
     "dft",
+    "distill",
     "entropy",
+    "gift",
     "idft",
     "iw",
     "minor_sft",
@@ -32,4 +46,5 @@ __all__ = [
     "register",
     "resolve_objective",
     "sft_k3",
+    "sft_topk",
 ]

@@ -52,6 +52,9 @@ class Objective:
         extra_statistics: which of max_prob, sum_squared_prob and argmax `token_weight` reads beside log_prob and
             entropy. They travel in the same collective.
         reference_statistics: which of reference_log_prob and reference_entropy `token_weight` reads.
+        kl_coefficient: statistics -> coefficient c >= 0 [...] of a further term c KL(reference || model), over the
+            reference's most probable tokens (loss/top_k.py); None: there is no such term. Detached, as the weight is;
+            reads log_prob, entropy and the reference statistics.
         negative_weights: whether weights may be negative, which moves a token away from its label; a weight floor
             would contradict it.
     """
@@ -65,6 +68,7 @@ class Objective:
     exempt_token_ids: tuple[int, ...] = ()
     extra_statistics: frozenset[str] = frozenset()
     reference_statistics: frozenset[str] = frozenset()
+    kl_coefficient: TokenFunction | None = None
     negative_weights: bool = False
 
     def __post_init__(self) -> None:
@@ -116,6 +120,14 @@ class Objective:
     def raw_gamma(self, statistics: TokenStatistics) -> Tensor | None:
         """[...] fp32 exponent within its clamp, before gamma_lambda, or None; meaningful at trained positions only."""
         return None if self.token_raw_gamma is None else self.token_raw_gamma(statistics)
+
+    @torch.no_grad()
+    def reference_kl_coefficient(self, statistics: TokenStatistics) -> Tensor:
+        """[...] fp32 coefficient of the KL to the reference, 0 without such a term and at ignored positions."""
+        if self.kl_coefficient is None:
+            return torch.zeros_like(statistics.log_prob)
+        coefficient = self._checked(self.kl_coefficient(statistics), statistics.labels)
+        return torch.where(statistics.labels < 0, 0.0, coefficient)
 
     def _checked(self, weight: Tensor, labels: Tensor) -> Tensor:
         if not isinstance(weight, Tensor):

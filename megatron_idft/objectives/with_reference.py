@@ -14,6 +14,7 @@ from megatron_idft.objectives.registry import register
 from megatron_idft.statistics import TokenStatistics
 
 _LOG_PROB = frozenset({"reference_log_prob"})
+MAX_TILT = 80.0  # e^80 is a finite fp32 number
 
 
 @register
@@ -129,6 +130,85 @@ def psft(epsilon: float = 0.2) -> Objective:
 
     formula = KernelFormula("psft", weight, {"ratio_max": 1 + epsilon})
     return Objective("psft", formula, hyperparameters={"epsilon": epsilon}, reference_statistics=_LOG_PROB)
+
+
+@register
+def asft_topk(coefficient: float = 0.1) -> Objective:
+    """Anchored SFT: w = p, and coefficient KL(q || p) over the reference's top K (arXiv 2509.23753).
+
+    The paper's anchor with the reference's K most probable tokens and one bucket for all others in the place of the
+    whole vocabulary; the authors' code and LLaMA-Factory, whose coefficient is the default, hold a second model and
+    fp32 distributions of both.
+
+    Args:
+        coefficient: of the KL, >= 0; 0 is exactly DFT.
+    """
+    return _with_kl("asft_topk", KernelFormula("dft", lambda statistics: statistics.log_prob.exp()), coefficient)
+
+
+@register
+def sft_topk(coefficient: float = 0.1) -> Objective:
+    """Cross-entropy with the anchor of `asft_topk`: w = 1.
+
+    Args:
+        coefficient: of the KL, >= 0; 0 is exactly cross-entropy.
+    """
+    formula = KernelFormula("ce", lambda statistics: torch.ones_like(statistics.log_prob))
+    return _with_kl("sft_topk", formula, coefficient)
+
+
+@register
+def distill() -> Objective:
+    """Offline distillation: w = 0 and KL(q || p) over the reference's top K; labels only say which tokens are trained.
+
+    With a reference that is the same model under another prompt, such as one that shows the answer, this is
+    self-distillation (arXiv 2601.19897) with its teacher's distributions computed once.
+    """
+    return _with_kl("distill", KernelFormula("zero", lambda statistics: torch.zeros_like(statistics.log_prob)), 1.0)
+
+
+@register
+def gift(beta: float = 20.0) -> Objective:
+    """GIFT: cross-entropy to the reference tilted towards the label, softmax(log q + beta [v = y]).
+
+    That target T has T_y = 1 - c with c = (1 - T_y) / (1 - q) = 1 / (1 + q (e^beta - 1)), and c q_v elsewhere. So its
+    gradient s - T is exactly (1 - c) (s - onehot) + c (s - q): w = 1 - c, and c KL(q || p) over the top K. As
+    zzy1127/GIFT, which holds a second model and the whole of T.
+
+    Args:
+        beta: > 0; from 0, the reference alone, to the label alone. The default is that of the authors' code: there a
+            label needs q < e^-20 before half of its weight goes to the reference.
+    """
+    if not 0 < beta < MAX_TILT:
+        raise ValueError(f"beta must lie between 0 and {MAX_TILT:g} (default 20), got {beta}")
+    tilt = math.log(math.expm1(beta))  # log(e^beta - 1)
+
+    def weight(statistics: TokenStatistics) -> Tensor:
+        return torch.sigmoid(statistics.require("reference_log_prob") + tilt)
+
+    def kl_coefficient(statistics: TokenStatistics) -> Tensor:
+        return torch.sigmoid(-(statistics.require("reference_log_prob") + tilt))
+
+    formula = KernelFormula("gift", weight, {"tilt": tilt})
+    return Objective(
+        "gift",
+        formula,
+        hyperparameters={"beta": beta},
+        reference_statistics=_LOG_PROB,
+        kl_coefficient=kl_coefficient,
+    )
+
+
+def _with_kl(name: str, formula: KernelFormula, coefficient: float) -> Objective:
+    """An objective with coefficient KL(q || p) added to its loss."""
+    if not 0 <= coefficient < math.inf:
+        raise ValueError(f"coefficient must be a finite number >= 0 (default 0.1), got {coefficient}")
+    return Objective(
+        name,
+        formula,
+        hyperparameters={} if name == "distill" else {"coefficient": coefficient},
+        kl_coefficient=lambda statistics: torch.full_like(statistics.log_prob, coefficient),
+    )
 
 
 def _log_ratio(statistics: TokenStatistics) -> Tensor:

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from megatron_idft import Reference, asft, idft, vocab_parallel_loss
+from megatron_idft import Reference, asft, idft, sft_topk, vocab_parallel_loss
 from megatron_idft.integration.loss.alarms import PhiAlarm, ReferenceAlarm, stopping_warning
 from megatron_idft.integration.loss.metrics import (
     GAMMA_EDGES,
@@ -314,6 +314,21 @@ def test_a_reference_adds_its_keys_and_negative_weights_theirs():
     assert all(0 < report.scalars[key] < 1 for key in want if "below" in key or "above" in key or "negative" in key)
     histogram = report.histograms["sft weight"]
     assert histogram[0] == (weight < 0).sum() > 0 and sum(histogram) == trained.sum()
+
+
+def test_a_kl_term_counts_in_the_loss_and_has_a_key():
+    metrics = LossMetrics(CPU, vocab_size=VOCAB, reference=True, reference_kl=True)
+    logits, labels = micro_batch(1)
+    top_log_prob, top_ids = (logits + torch.randn(logits.shape)).log_softmax(-1).topk(4)
+    reference = Reference(torch.full(labels.shape, -2.0), None, top_ids, top_log_prob)
+    objective = sft_topk(coefficient=0.7)
+    out = vocab_parallel_loss(logits, labels, objective, reference=reference)
+    metrics.add(objective, labels, out, mask_of(labels), reference=reference)
+    metrics.commit_step()
+    scalars = metrics.report(None, 1.0).scalars
+    kl = out.reference_kl[labels >= 0].double().mean()
+    assert 0.1 < kl == pytest.approx(scalars["reference/kl"], rel=1e-6)
+    assert scalars["sft loss"] == pytest.approx(out.loss[labels >= 0].double().mean().item(), rel=1e-6)
 
 
 def test_one_lost_token_does_not_outweigh_its_interval_in_k3():

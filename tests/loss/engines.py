@@ -66,7 +66,8 @@ class Engine(NamedTuple):
     ) -> dict[str, Tensor]:
         out = self.loss(logits, labels, objective, vocab_size=vocab_size, overwrite_logits=overwrite_logits)
         (grad,) = torch.autograd.grad(out.loss, logits, upstream)
-        return {**{name: value.detach() for name, value in out._asdict().items()}, "grad": grad}
+        values = {name: value.detach() for name, value in out._asdict().items() if value is not None}
+        return {**values, "grad": grad}
 
 
 REFERENCE = Engine("reference", "cpu")

@@ -69,7 +69,7 @@ def results(model: Callable[..., Any], hidden: Tensor, weight: Tensor, labels: T
     """What the loss returns, and the gradients of the output layer."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     loss, out = model(hidden, weight, labels, **settings)
-    return [*(value.detach() for value in out), *torch.autograd.grad(loss, (hidden, weight))]
+    return [*(value.detach() for value in out if value is not None), *torch.autograd.grad(loss, (hidden, weight))]
 
 
 def layer_inputs(rows: int, columns: int, dtype: torch.dtype = torch.float32, vocab: int = 37) -> tuple[Tensor, ...]:
@@ -176,11 +176,16 @@ def test_the_operators_declare_what_they_do(engine: Engine) -> None:
     weight, log_prob, maximum, sum_exp = (torch.rand_like(labels, dtype=torch.float32) for _ in range(4))
     per_token = {"weight": weight, "log_prob": -log_prob, "maximum": maximum, "sum_exp": 1 + sum_exp}
     arguments = (logits, torch.empty_like(logits), labels, torch.ones_like(weight))
-    library.opcheck(operators.write_gradient, arguments, {**per_token, **shard})
-    schemas = [getattr(torch.ops.megatron_idft, name).default._schema for name in ("shard_state", "token_results")]
-    schemas.append(torch.ops.megatron_idft.write_gradient.default._schema)
+    for row_coefficient in (None, 2 * weight):
+        settings = {**per_token, "row_coefficient": row_coefficient, **shard}
+        library.opcheck(operators.write_gradient, arguments, settings)
+    columns = torch.tensor([3, -1, 7], device=labels.device).expand(3, 2, 3)
+    arguments = (torch.zeros_like(logits), columns, torch.rand_like(columns, dtype=torch.float32))
+    library.opcheck(operators.store_columns, arguments, {"backend": engine.backend})
+    names = ("shard_state", "token_results", "write_gradient", "store_columns")
+    schemas = [getattr(torch.ops.megatron_idft, name).default._schema for name in names]
     written = [argument.name for schema in schemas for argument in schema.arguments if argument.is_write]
-    assert written == ["gradient"]
+    assert written == ["gradient", "gradient"]
 
 
 def compare_on_a_rank(backends: list[str]) -> dict[str, tuple[list[Tensor], list[Tensor], list[list[str]]]]:

@@ -162,7 +162,7 @@ class LossHook:
         objective = self.objective if training else ce()
         if reference is not None:
             reference = reference.transposed()
-        elif objective.reference_statistics:
+        elif objective.reference_statistics or objective.kl_coefficient is not None:
             raise _no_reference(objective)
         # The output layer's backward reads its input and weight, never its output; but a hook may have kept that.
         overwrite = training and not logits.is_leaf and not self.model.output_layer._forward_hooks
@@ -269,7 +269,7 @@ def language_models(models: Any) -> Iterator[Any]:
 
 def _no_reference(objective: Objective) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"--sft-loss {objective.name} reads the reference model's log-probabilities, and this micro-batch came without"
+        f"--sft-loss {objective.name} reads what a reference model said of the labels, and this micro-batch came without"
         " them. Train with `megatron-idft train` on data with a reference (prepare --reference); in a program of your"
         " own set `reference` of each of installed_hooks(model) before the model is called"
     )

@@ -55,6 +55,7 @@ _TOKEN_SUMS = (
     "log_ratio_above_1",
     "log_ratio_above_3",
     "k3",
+    "reference_kl",
 )
 _HISTOGRAMS = {"ddt/phi": PHI_EDGES, "idft/gamma": GAMMA_EDGES, "sft weight": WEIGHT_EDGES}
 
@@ -96,6 +97,7 @@ class LossMetrics:
         vocab_size: the true vocabulary size; `install` fills it in.
         sources: names of the sources that `add` is given by number; empty keeps none apart.
         reference: whether `add` is given what a reference model said.
+        reference_kl: whether the objective has a KL term.
         negative_weights: whether the objective's weights may be negative.
     """
 
@@ -105,6 +107,7 @@ class LossMetrics:
     vocab_size: int = 0
     sources: tuple[str, ...] = ()
     reference: bool = False
+    reference_kl: bool = False
     negative_weights: bool = False
     _step: Tensor = field(init=False, repr=False)
     _interval: Tensor = field(init=False, repr=False)
@@ -184,6 +187,9 @@ class LossMetrics:
         }
         if self.reference and reference is not None:
             columns |= _against_reference(out.log_prob - reference.log_prob.float())
+        if out.reference_kl is not None:
+            columns["reference_kl"] = out.reference_kl
+            columns["loss"] = columns["loss"] + objective.reference_kl_coefficient(statistics) * out.reference_kl
         histograms = {"ddt/phi": phi, "sft weight": out.weight}
         gamma, raw_gamma = objective.gamma(statistics), objective.raw_gamma(statistics)
         if gamma is not None:
@@ -280,6 +286,8 @@ class LossMetrics:
                 "reference/log ratio above 3": mean("log_ratio_above_3"),
                 "reference/k3": mean("k3"),
             }
+        if self.reference_kl:
+            scalars["reference/kl"] = mean("reference_kl")
         scalars["sft weight mean"] = mean("weight")
         if self.negative_weights:
             scalars["sft weight negative"] = mean("negative_weights")

@@ -172,7 +172,8 @@ class TrainerIntegration:
             end_of_turn_ids=end_of_turn_ids,
             gamma_limits=(args.idft_gamma_min, args.idft_gamma_max) if args.sft_loss == "idft" else None,
             sources=self._sources(),
-            reference=bool(objective.reference_statistics),
+            reference=bool(objective.reference_statistics) or objective.kl_coefficient is not None,
+            reference_kl=objective.kl_coefficient is not None,
             negative_weights=objective.negative_weights,
         )
         self._evaluation_metrics = LossMetrics(device=device, sources=self._sources())
@@ -348,6 +349,8 @@ def _describe(
         settings.append(_describe_lambda(schedule))
     if objective.reference_statistics:
         settings.append("reads the reference's " + " and ".join(sorted(objective.reference_statistics)))
+    if objective.kl_coefficient is not None:
+        settings.append("reads the reference's top K")
     settings += [
         f"weight floor {args.sft_loss_weight_floor:g}",
         f"exempt tokens {args.sft_loss_exempt_tokens or 'none'}",
