@@ -113,7 +113,7 @@ OBJECTIVES = {
         "2601.19897",
     ),
     "gift": NamedObjective(
-        "1 - c, and c KL(q, p) over the reference's top K, c = 1 / (1 + q (exp(beta) - 1))",
+        "1 - t, and t KL(q, p) over the reference's top K, t = 1 / (1 + q (exp(beta) - 1))",
         "the label where the reference allows it, else the reference",
         None,
     ),

@@ -269,9 +269,9 @@ def language_models(models: Any) -> Iterator[Any]:
 
 def _no_reference(objective: Objective) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"--sft-loss {objective.name} reads what a reference model said of the labels, and this micro-batch came without"
-        " them. Train with `megatron-idft train` on data with a reference (prepare --reference); in a program of your"
-        " own set `reference` of each of installed_hooks(model) before the model is called"
+        f"--sft-loss {objective.name} reads what a reference model said of the labels, and this micro-batch came"
+        " without. Train with `megatron-idft train` on data with a reference (prepare --reference); in a program of"
+        " your own set `reference` of each of installed_hooks(model) before the model is called"
     )
 
 

@@ -289,11 +289,10 @@ def _limits(args: argparse.Namespace, stores: Sequence[PackedStore]) -> PackLimi
 def needed_reference(args: argparse.Namespace) -> ReferenceColumns | None:
     """The columns of a reference model that the objective of `args` needs; a top_k of 1 stands for any."""
     objective = None if getattr(args, "sft_loss", None) is None else build_objective(args)
-    statistics: frozenset[str] = getattr(objective, "reference_statistics", frozenset())
-    divergence = getattr(objective, "kl_coefficient", 0) > 0
-    if not statistics and not divergence:
+    if objective is None or not (objective.reference_statistics or objective.kl_coefficient):
         return None
-    return ReferenceColumns("reference_entropy" in statistics, top_k=int(divergence))
+    entropy = "reference_entropy" in objective.reference_statistics
+    return ReferenceColumns(entropy, top_k=int(objective.kl_coefficient is not None))
 
 
 def _reference(args: argparse.Namespace, stores: Mapping[str, PackedStore]) -> ReferenceColumns | None:
