@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool 
         help="Objective of fine-tuning: each token's cross-entropy is weighted by a detached weight, with p the token's"
         " probability, H the entropy, phi = log p + H, V the vocabulary, q the probability under the reference of the"
         f" data (`prepare --reference`), r = q / p, c --anchor-coefficient, k --anchor-kl-coefficient. {_weights()}"
-        " MODULE:FUNCTION: a function of yours from TokenStatistics to weights. Without this flag Megatron's own loss is"
-        " left alone.",
+        " MODULE:FUNCTION: a function of yours from TokenStatistics to weights. Without this flag Megatron's own loss"
+        " is left alone.",
     )
     for name, flag in OBJECTIVE_FLAGS.items():
         group.add_argument(
