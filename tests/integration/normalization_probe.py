@@ -29,13 +29,13 @@ LENGTHS = [(20, 9, 3), (50,), (17, 21), (2, 2, 30, 7), (33, 12)]  # tokens; the 
 def document(length):
     """(id, weight) of each token: a prompt, then trained tokens with others in between; of one every 4th, its last."""
     prompt = RNG.randrange(length - 1) if RNG.randrange(4) else length - 2
-    weights = [0] * (prompt + 1) + [RNG.choice((1, 1, 0.5, 2, 0)) for _ in range(length - prompt - 2)] + [1]
+    weights = [0] * (prompt + 1) + [RNG.choice((1, 1, 0.5, 2, 0, -1)) for _ in range(length - prompt - 2)] + [1]
     return [(RNG.randrange(VOCAB), weight) for weight in weights]
 
 
 def packed(documents):
     weights = [weight for each in documents for _, weight in each]
-    return pack(*([(id, int(weight > 0)) for id, weight in each] for each in documents), weights=weights)
+    return pack(*([(id, int(weight != 0)) for id, weight in each] for each in documents), weights=weights)
 
 
 PACKS = [[document(length) for length in lengths] for lengths in LENGTHS]
@@ -49,7 +49,7 @@ def expected(mode, samples):
         gradient = torch.zeros(VOCAB, dtype=torch.float64)
         for position, (id, weight) in enumerate(each[1:]):
             gradient[id] += weight * (1 + position / 7)
-        totals.append((gradient, sum(weight > 0 for _, weight in each[1:])))
+        totals.append((gradient, sum(weight != 0 for _, weight in each[1:])))
     if mode == "sample":
         gradient = sum(gradient / trained for gradient, trained in totals) / len(totals)
     else:
@@ -98,7 +98,7 @@ def step(dataset, micro_batch_size, normalization):
         loss, divisor, logged = loss_func(
             mask, output, normalization=normalization, conversation_tokens=batch["conversation_tokens"]
         )
-        assert divisor.dtype == torch.int32 and logged["lm loss"][1] == (mask > 0).sum()
+        assert divisor.dtype == torch.int32 and logged["lm loss"][1] == (mask != 0).sum()
         loss.backward()
         total, count = total + loss.detach(), count + divisor
     for tensor in (total, count, theta.grad):

@@ -90,7 +90,7 @@ def test_start_shows_the_data_and_the_resolved_loss(corpus, tmp_path):
         f">   data: {corpus / 'train.jsonl'}",
         ">   batch: 4 records of 48 tokens a step: 2 micro-batches of 2 on each of 1 data-parallel ranks",
         ">   steps: 1; learning rate 0.001, constant",
-        ">   loss: entropy",
+        ">   loss: entropy, per trained token",
         ">   evaluation: none (--sft-valid-data adds one)",
         ">   checkpoints: none, for want of --save",
     ]
