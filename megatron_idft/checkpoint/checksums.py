@@ -10,6 +10,7 @@ Nothing here knows Megatron or torch; integration/training/checkpoints.py spread
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zlib
@@ -195,6 +196,19 @@ def read_record(folder: Path) -> Record | None:
         if isinstance(error, DamagedCheckpointError):
             raise
         raise DamagedCheckpointError(f"{folder.name}/{RECORD}: cannot be read ({error})") from error
+
+
+def content_digest(folder: Path) -> str | None:
+    """What tells the checkpoint of an iteration from all others, by its record; None where it has none.
+
+    Raises:
+        DamagedCheckpointError: the record cannot be read.
+    """
+    record = read_record(folder)
+    if record is None:
+        return None
+    files = {name: [entry.size, entry.crc32] for name, entry in record.files.items()}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def begin_writing(folder: Path) -> None:

@@ -4,12 +4,16 @@ import os
 import signal
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_idft import console
 from megatron_idft.data import flags
+from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.platform import signals
 from megatron_idft.parsing import Parser
+
+if TYPE_CHECKING:
+    from megatron_idft.data.reference.settings import ReferenceSettings
 
 
 def _parser() -> Parser:
@@ -32,6 +36,19 @@ def _parser() -> Parser:
     flags.add_last_turn_only(parser)
     flags.add_prompt_weight(parser)
     flags.add_template_date(parser)
+    flags.add_reference(parser)
+    add(
+        "--sft-reference-entropy",
+        "--reference-entropy",
+        action="store_true",
+        help="keep the entropy of the"
+        " reference's distribution at each trained token, too, for objectives that use it; `train` sees to that itself",
+    )
+    flags.add_reference_top_k(
+        parser,
+        "Keep the K most probable tokens of the reference at each trained token, with"
+        " their log q, for objectives with a divergence from it: 8 K bytes a token. 20 is usual. Default none.",
+    )
     add("--trust-remote-code", action="store_true", help="run Python code that a tokenizer brings")
     add("--workers", type=int, metavar="N", help="processes; default: one for each processor")
     add("--seed", type=int, default=1234, help="of the order of the packs; default 1234")
@@ -70,6 +87,7 @@ def _prepare(args: Namespace) -> int:
         args.seed,
         args.chunk_bytes,
         prompt_weight=args.sft_prompt_weight,
+        reference=_reference(args),
     )
     tokenizer = load_tokenizer(args.tokenizer_model, args.chat_template, args.trust_remote_code, args.sft_template_date)
     if args.dry_run:
@@ -90,6 +108,18 @@ def _prepare(args: Namespace) -> int:
     for sample in show_packs(prepared.store, tokenizer, args.show or 0):
         console.say(f"\n{sample}")
     return 0
+
+
+def _reference(args: Namespace) -> "ReferenceSettings | None":
+    from megatron_idft.data.reference.columns import ReferenceColumns
+    from megatron_idft.data.reference.settings import ReferenceSettings
+
+    columns = ReferenceColumns(args.sft_reference_entropy, args.sft_reference_top_k or 0, args.sft_reference_dtype)
+    if args.sft_reference is not None:
+        return ReferenceSettings(args.sft_reference, columns)
+    if columns != ReferenceColumns():
+        raise ArgumentError("--sft-reference-… says what is kept of --sft-reference: name its SCORES, or drop the flag")
+    return None
 
 
 def _stop(number: int, _: object) -> NoReturn:

@@ -16,6 +16,9 @@ _BEFORE = {
     "--sft-last-turn-only": "--last-turn-only",
     "--sft-template-date": "--template-date",
     "--sft-cache": "--token-cache",
+    "--sft-reference": "--reference",
+    "--sft-reference-top-k": "--reference-top-k",
+    "--sft-reference-dtype": "--reference-dtype",
 }
 DATA_HELP = (
     "JSONL (also .gz, .zst) or Parquet: `messages`, `prompt` and `response`, ShareGPT, Alpaca or prompt-completion."
@@ -98,3 +101,28 @@ def add_cache(group: Any) -> None:
         help="Where the tokenized records are kept, under a fingerprint of data, tokenizer, template and length."
         " Default: the folder `.megatron-idft-cache` beside the first file.",
     )
+
+
+def add_reference(group: Any) -> None:
+    _add(
+        group,
+        "--sft-reference",
+        metavar="SCORES",
+        default=None,
+        help="What a reference model said of the trained tokens, kept beside them for objectives that compare with it:"
+        " an --output folder of `score`, a file of another engine, or `records`, where the records hold it themselves."
+        " Any model with the same tokenizer may be the reference. A trained token without its number is an error.",
+    )
+    _add(
+        group,
+        "--sft-reference-dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="How log q, and what else is kept of the reference, is stored: in 4 bytes a token, or in 2 with a relative"
+        " error of at most 2^-11 (log q of -10 is off by 0.004 at most, and q by 0.4 %%) and nothing below -65504."
+        " Default float32.",
+    )
+
+
+def add_reference_top_k(group: Any, help: str) -> None:
+    _add(group, "--sft-reference-top-k", type=int, metavar="K", default=None, help=help)

@@ -18,6 +18,7 @@ SPELLED_BEFORE = {
 }
 VALUES = {"--sft-data": ["a.jsonl", "b.jsonl"], "--sft-truncation": ["drop"], "--sft-bad-records": ["skip"]}
 VALUES |= {"--sft-last-turn-only": [], "--sft-template-date": ["2026-01-02"], "--sft-cache": ["folder"]}
+VALUES |= {"--sft-reference": ["scores"], "--sft-reference-dtype": ["float16"], "--sft-reference-top-k": ["8"]}
 
 
 def parser_of(verb: str) -> argparse.ArgumentParser:

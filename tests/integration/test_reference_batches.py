@@ -10,8 +10,7 @@ import torch
 from megatron_idft.data.packed.dataset import PackLimits
 from megatron_idft.data.reference.columns import ReferenceColumns
 from megatron_idft.errors import ArgumentError
-from megatron_idft.integration.training import batches
-from megatron_idft.integration.training import data as training_data
+from megatron_idft.integration.training import batches, reference
 from tests.ranks import run_ranks
 
 SEQ, COLUMNS = 16, ReferenceColumns(entropy=True, top_k=3)
@@ -86,8 +85,8 @@ def test_a_stage_without_labels_gets_none():
 
 
 def needing(monkeypatch, statistics, kl_coefficient=0.0):
-    objective = SimpleNamespace(reference_statistics=frozenset(statistics), kl_coefficient=kl_coefficient)
-    monkeypatch.setattr(training_data, "build_objective", lambda args: objective)
+    objective = SimpleNamespace(reference_statistics=frozenset(statistics), kl_coefficient=kl_coefficient or None)
+    monkeypatch.setattr(reference, "build_objective", lambda args: objective)
     return Namespace(sft_loss="asft")
 
 
@@ -103,8 +102,8 @@ def test_samples_hold_what_the_objective_needs_and_no_more(monkeypatch):
         ((), 0.1, ReferenceColumns(top_k=8)),
     ):
         args = needing(monkeypatch, statistics, divergence)
-        assert training_data._reference(args, rich) == expected
-    assert training_data._reference(Namespace(sft_loss=None), {}) is None
+        assert reference.sample_columns(args, rich) == expected
+    assert reference.sample_columns(Namespace(sft_loss=None), {}) is None
 
 
 @pytest.mark.parametrize(
@@ -123,4 +122,4 @@ def test_data_without_what_the_objective_needs_is_refused_by_name(monkeypatch, t
         "packs/poor": SimpleNamespace(reference=there),
     }
     with pytest.raises(ArgumentError, match=rf"--sft-loss asft .* packs/poor does not hold .*{flags}"):
-        training_data._reference(args, stores)
+        reference.sample_columns(args, stores)

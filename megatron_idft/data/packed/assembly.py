@@ -22,6 +22,7 @@ from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.packing import Packs, best_fit_decreasing, one_each
 from megatron_idft.data.packed.record_index import join_index_parts
 from megatron_idft.data.packed.store import companion, write_index
+from megatron_idft.data.reference.columns import FILES
 from megatron_idft.files import sync
 from megatron_idft.processes import Task
 
@@ -48,6 +49,7 @@ class Assembly:
         self.folder.mkdir()
         self.lengths = np.concatenate([read_lengths(folder, info) for info in infos])
         self._packing = settings.packing
+        self._columns = settings.reference.columns if settings.reference else None
         self.packs: Packs = (
             best_fit_decreasing(positions(self.lengths, settings.pad_multiple), settings.seq_length, settings.seed)
             if settings.packing
@@ -94,9 +96,10 @@ class Assembly:
         self._write(".records.bin", records[self.packs.order])
 
     def place_tasks(self) -> Iterator[Task]:
-        """Ids and losses, chunk by chunk, for the processes to write."""
-        loss = ".weight.bin" if self.weighted else ".mask.bin"
-        for suffix, size in ((_TOKENS, 4), (loss, 4 if self.weighted else 1)):
+        """What each token has, chunk by chunk, for the processes to write."""
+        sizes = {_TOKENS: 4} | ({".weight.bin": 4} if self.weighted else {".mask.bin": 1})
+        sizes |= {FILES[name]: size for name, size in self._columns.token_bytes.items()} if self._columns else {}
+        for suffix, size in sizes.items():
             with self._create(suffix) as file:
                 file.truncate(size * self.tokens)
         first = 0
@@ -124,7 +127,12 @@ class Assembly:
         written = sorted(path.name for path in self.folder.iterdir())
         for name in written:
             sync(self.folder / name)
-        for stale in (".mask.bin", ".weight.bin", ".errors.jsonl"):  # of a run that was killed right here
+        for stale in (
+            ".mask.bin",
+            ".weight.bin",
+            ".errors.jsonl",
+            *FILES.values(),
+        ):  # of a run that was killed right here
             if stale not in written:
                 companion(prefix, stale).unlink(missing_ok=True)
         for name in [name for name in written if name != ".json"]:
@@ -149,19 +157,17 @@ def place_documents(building: Path, folder: Path, header: dict[str, Any]) -> int
     loss, suffix = chunk.loss, ".mask.bin"
     if header["weighted"]:
         loss, suffix = loss.astype("<f4", copy=False), ".weight.bin"
-    ends = np.cumsum(chunk.lengths, dtype=np.int64).tolist()
-    ids_bytes, loss_bytes, size = memoryview(chunk.ids).cast("B"), memoryview(loss).cast("B"), loss.itemsize
-    ids_file = os.open(building / _TOKENS, os.O_WRONLY)
-    loss_file = os.open(building / suffix, os.O_WRONLY)
-    try:
-        begin = 0
-        for end, place in zip(ends, places.tolist(), strict=True):
-            _write_at(ids_file, ids_bytes[4 * begin : 4 * end], 4 * place)
-            _write_at(loss_file, loss_bytes[size * begin : size * end], size * place)
-            begin = end
-    finally:
-        os.close(ids_file)
-        os.close(loss_file)
+    columns = {_TOKENS: chunk.ids, suffix: loss} | {FILES[name]: column for name, [column] in chunk.reference.items()}
+    ends = np.cumsum(chunk.lengths, dtype=np.int64)
+    documents = list(zip((ends - chunk.lengths).tolist(), ends.tolist(), places.tolist(), strict=True))
+    for suffix, column in columns.items():
+        data, size = memoryview(np.ascontiguousarray(column)).cast("B"), column.nbytes // chunk.info.tokens
+        file = os.open(building / suffix, os.O_WRONLY)
+        try:
+            for begin, end, place in documents:
+                _write_at(file, data[size * begin : size * end], size * place)
+        finally:
+            os.close(file)
     return chunk.info.tokens
 
 

@@ -1,7 +1,8 @@
 """One block's documents as arrays in a pair of files: `chunk-000042.bin` and, once that is complete, `….json`.
 
 The .bin file holds one array after the other: lines int64 [documents], ids int32 [tokens], lengths int32 [documents],
-sources int32 [documents], and what each token counts for in the loss, uint8 (the mask) or float32 (weights) [tokens].
+sources int32 [documents], what each token counts for in the loss, uint8 (the mask) or float32 (weights) [tokens], and
+the columns of a reference model, [tokens] or [tokens, K] each.
 Without packing, `….parquet` holds a row for each document, see record_index.py.
 """
 
@@ -17,6 +18,7 @@ from megatron_idft.corpus.ledger.files import part_name
 from megatron_idft.corpus.scores.rows import RecordOrigin
 from megatron_idft.data.packed.counts import Counts
 from megatron_idft.data.packed.record_index import write_index_part
+from megatron_idft.data.reference.columns import ReferenceColumns
 from megatron_idft.files import complete_file, write_atomically
 
 
@@ -35,6 +37,7 @@ class ChunkInfo:
         forms: how many records were read in each form, by its name.
         weights: of the records that weigh their tokens: how many tokens are `trained`, the `sum` of their weights, how
             many weights are `negative`, and how many records have such ones (`negative_records`). Empty without any.
+        reference: which columns of a reference model there are, and `log_prob_sum`, of all trained tokens.
     """
 
     index: int
@@ -52,6 +55,7 @@ class ChunkInfo:
     errors: list[dict[str, Any]] = field(default_factory=list)
     forms: dict[str, int] = field(default_factory=dict)  # chunks of earlier versions do not say
     weights: dict[str, float] = field(default_factory=dict)  # nor do these
+    reference: dict[str, Any] | None = None
 
     def weigh(self, labels: NDArray[np.float32]) -> None:
         """Count the weights of a record's labels."""
@@ -59,6 +63,11 @@ class ChunkInfo:
         figures = {"trained": int(np.count_nonzero(labels)), "sum": float(labels.sum(dtype=np.float64))}
         figures |= {"negative": negative, "negative_records": int(negative > 0)}
         self.weights = {name: self.weights.get(name, 0) + figure for name, figure in figures.items()}
+
+    @property
+    def columns(self) -> ReferenceColumns | None:
+        """Of the reference model."""
+        return None if self.reference is None else ReferenceColumns.recorded(self.reference)
 
 
 @dataclass(slots=True)
@@ -71,6 +80,8 @@ class Chunk:
         lengths: [documents].
         loss: [tokens], uint8 or float32.
         sources: [documents].
+        reference: the columns of a reference model by their names: of each document, or, where the chunk was read from
+            its files, of all tokens at once, mapped.
         records: a row for each document, only where they are not packed and the chunk was not read from its files.
     """
 
@@ -81,6 +92,7 @@ class Chunk:
     sources: NDArray[np.int32]
     loss: NDArray[Any]
     records: list[RecordOrigin] | None = None
+    reference: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
 
 
 def is_finished(folder: Path, index: int) -> bool:
@@ -97,7 +109,7 @@ def write_chunk(folder: Path, chunk: Chunk) -> None:
         chunk.loss.astype("<f4" if chunk.info.weighted else "u1", copy=False),
     )
     with complete_file(folder / part_name(chunk.info.index, ".bin")) as path, open(path, "wb") as file:
-        for array in arrays:
+        for array in (*arrays, *(part for parts in chunk.reference.values() for part in parts)):
             file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
     if chunk.records is not None:
         with complete_file(index_part(folder, chunk.info.index)) as path:
@@ -127,21 +139,21 @@ def read_origins(folder: Path, info: ChunkInfo) -> tuple[NDArray[np.int64], NDAr
 
 
 def read_chunk(folder: Path, info: ChunkInfo) -> Chunk:
-    """The whole chunk, in memory.
+    """The whole chunk, mapped.
 
     Raises:
         ValueError: the file is not of the size that the JSON says.
     """
-    path, n, tokens = folder / part_name(info.index, ".bin"), info.documents, info.tokens
-    data = path.read_bytes()
-    loss_type = np.dtype("<f4" if info.weighted else "u1")
-    parts = (("<i8", n), ("<i4", tokens), ("<i4", n), ("<i4", n), (loss_type, tokens))
-    size = sum(np.dtype(kind).itemsize * count for kind, count in parts)
-    if len(data) != size:
-        raise ValueError(f"{path} should hold {size} bytes, found {len(data)}")
-    arrays, at = [], 0
-    for kind, count in parts:
-        arrays.append(np.frombuffer(data, kind, count, offset=at))
-        at += arrays[-1].nbytes
-    lines, ids, lengths, sources, loss = arrays
-    return Chunk(info, lines, ids, lengths, sources, loss)
+    path, n, tokens, columns = folder / part_name(info.index, ".bin"), info.documents, info.tokens, info.columns
+    kinds = [np.dtype(kind) for kind in ("<i8", "<i4", "<i4", "<i4", "<f4" if info.weighted else "u1")]
+    sizes = [kind.itemsize * count for kind, count in zip(kinds, (n, tokens, n, n, tokens), strict=True)]
+    sizes += [each * tokens for each in columns.token_bytes.values()] if columns else []
+    found = path.stat().st_size
+    if found != sum(sizes):
+        raise ValueError(f"{path} should hold {sum(sizes)} bytes, found {found}")
+    data = np.memmap(path, np.uint8, "r") if found else np.empty(0, np.uint8)
+    arrays = np.split(data, np.cumsum(sizes)[:-1])
+    lines, ids, lengths, sources, loss = (array.view(kind) for array, kind in zip(arrays, kinds, strict=False))
+    names = columns.shapes if columns else ()
+    reference = {name: [array] for name, array in zip(names, arrays[len(kinds) :], strict=True)}
+    return Chunk(info, lines, ids, lengths, sources, loss, reference=reference)

@@ -3,8 +3,10 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_idft.corpus.records import Record
 from megatron_idft.corpus.scores.rows import RecordOrigin
@@ -20,6 +22,8 @@ from megatron_idft.data.packed.chunks import Chunk, ChunkInfo
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.record_index import indexed
 from megatron_idft.data.packed.rendering import Renderer
+from megatron_idft.data.reference.own import Kept
+from megatron_idft.data.reference.reader import Columns, ReferenceReader
 from megatron_idft.errors import ConversationError, RecordError, TemplateError
 
 _OWN_COLUMNS = ("token_ids", "loss_mask")
@@ -29,24 +33,51 @@ SOURCE_FIGURES = ("records", "documents", "tokens", "trained_tokens", "truncated
 
 
 class BlockEncoder:
-    """Encodes blocks by one tokenizer and one set of settings; the result depends only on the block."""
+    """Encodes blocks by one tokenizer and one set of settings; the result depends only on the block.
 
-    def __init__(self, tokenizer: ChatTokenizer, settings: PrepareSettings):
-        self._tokenizer, self._settings = tokenizer, settings
+    Args:
+        reference: finds the numbers of the reference model; None: there are none, whatever the settings say.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, settings: PrepareSettings, reference: ReferenceReader | None = None):
+        self._tokenizer, self._settings, self._reference = tokenizer, settings, reference
         self._pretokenized = PretokenizedReader(tokenizer, settings.last_turn_only)
 
     def encode(self, block: Block) -> Chunk:
         """The block's documents in the order of its records.
 
         Raises:
-            RecordError: the first bad record under bad_records="stop", or a too long one under truncation="error".
+            RecordError: the first bad record under bad_records="stop", or a too long one under truncation="error". One
+                without its numbers of the reference model comes after those that are bad in themselves.
             TemplateError: the chat template does not prove the mask, whatever bad_records says.
         """
         info = ChunkInfo(block.index, block.file_number, block.first)
         builder = _Builder(info, self._settings)
-        for record, encoded in self._records(block, builder):
-            builder.add(record, encoded)
+        records = self._records(block, builder)
+        if self._reference is None:
+            for record, encoded in records:
+                builder.add(record, encoded)
+        else:
+            self._add_with_reference(self._reference, list(records), builder)
         return builder.chunk()
+
+    def _add_with_reference(
+        self, reference: ReferenceReader, records: list[tuple[Record, EncodedConversation]], builder: "_Builder"
+    ) -> None:
+        """All at once: so each part of the scores is read once for a block."""
+        found = reference.read([self._kept(record, encoded) for record, encoded in records])
+        for (record, encoded), columns in zip(records, found, strict=True):
+            if isinstance(columns, RecordError):
+                builder.bad(columns)
+            else:
+                builder.add(record, encoded, columns)
+        builder.info.errors.sort(key=lambda error: error["line"])
+
+    def _kept(self, record: Record, encoded: EncodedConversation) -> Kept:
+        limit, trained = self._settings.seq_length + 1, np.flatnonzero(encoded.mask[1:]) + 1
+        left_out = len(encoded.ids) > limit and self._settings.truncation != "truncate"
+        kept = trained[: 0 if left_out else np.searchsorted(trained, limit)]
+        return Kept(record, encoded.ids[:limit], kept, len(encoded.ids), len(trained))
 
     def _records(self, block: Block, builder: "_Builder") -> Iterator[tuple[Record, EncodedConversation]]:
         batch: list[tuple[Record, RenderedConversation | EncodedConversation]] = []
@@ -103,6 +134,10 @@ class _Builder:
     def __init__(self, info: ChunkInfo, settings: PrepareSettings):
         self.info, self.counts, self._settings = info, info.counts, settings
         self._documents: list[EncodedConversation] = []
+        self._columns: list[Columns] = []
+        if settings.reference is not None:
+            columns = settings.reference.columns
+            info.reference = {"entropy": columns.entropy, "top_k": columns.top_k, "dtype": columns.dtype}
         self._lines: list[int] = []
         self._records: list[RecordOrigin] = []
         self._sources: list[int] = []
@@ -118,7 +153,7 @@ class _Builder:
         self.counts.records += 1
         self.counts.bad += 1
 
-    def add(self, record: Record, encoded: EncodedConversation) -> None:
+    def add(self, record: Record, encoded: EncodedConversation, columns: Columns | None = None) -> None:
         source = self._number_of.get(record.source)
         if source is None:
             source = self._number_of[record.source] = self._source(record.source_name)
@@ -144,6 +179,8 @@ class _Builder:
             self.info.weigh(encoded.weights[1:])
         self._end_ids |= encoded.end_ids
         self._documents.append(encoded)
+        if columns is not None:
+            self._columns.append(columns)
         self._lines.append(record.line)
         self._sources.append(source)
         if not self._settings.packing:
@@ -202,4 +239,12 @@ class _Builder:
             np.array(self._sources, dtype=np.int32),
             np.concatenate(losses or [np.empty(0, np.uint8)]),
             None if self._settings.packing else self._records,
+            self._reference(),
         )
+
+    def _reference(self) -> dict[str, list[NDArray[Any]]]:
+        if self.info.reference is None or self.info.columns is None:
+            return {}
+        sums = (float(columns["log_prob"].sum(dtype=np.float64)) for columns in self._columns)
+        self.info.reference["log_prob_sum"] = sum(sums)
+        return {name: [columns[name] for columns in self._columns] for name in self.info.columns.shapes}

@@ -16,9 +16,11 @@ from megatron_idft.data.packed.chunks import write_chunk
 from megatron_idft.data.packed.encoding import BlockEncoder
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.worker_tokenizer import rebuild_tokenizer
+from megatron_idft.data.reference.reader import ReferenceReader
 from megatron_idft.errors import RecordError, TemplateError
 from megatron_idft.processes import serve
 
+REFERENCE_FOLDER = "reference"  # in that of the chunks
 Answer = Callable[[dict[str, Any], bytes], dict[str, Any]]
 
 
@@ -29,12 +31,24 @@ def load(path: str) -> Answer:
         path: of the file that `tasks.encoding_processes` has written.
     """
     setup = json.loads(Path(path).read_text(encoding="utf-8"))
-    settings = PrepareSettings(**setup["settings"] | {"paths": tuple(setup["settings"]["paths"])})
-    folder = Path(setup["folder"])
-    encoder = BlockEncoder(rebuild_tokenizer(setup["tokenizer"], Path(path).parent), settings)
+    settings, folder = PrepareSettings.from_json(setup["settings"]), Path(setup["folder"])
+    tokenizer = rebuild_tokenizer(setup["tokenizer"], Path(path).parent)
+    encoder = BlockEncoder(tokenizer, settings, reference_reader(settings, folder))
     gc.freeze()  # the tokenizer lives as long as the process: no collection need look at it
     gc.set_threshold(10_000)  # nor at every few records: they are many small objects, none of which refers to itself
     return answers(encoder, folder)
+
+
+def reference_reader(settings: PrepareSettings, folder: Path) -> ReferenceReader | None:
+    """Of the numbers of the reference model; None where the settings name none.
+
+    Args:
+        settings: of the output.
+        folder: of the chunks.
+    """
+    if settings.reference is None:
+        return None
+    return ReferenceReader(settings.reference, settings.paths, folder / REFERENCE_FOLDER)
 
 
 def answers(encoder: BlockEncoder, folder: Path) -> Answer:

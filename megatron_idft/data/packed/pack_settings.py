@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from megatron_idft.corpus.messages import LEAST_WEIGHT, is_weight
+from megatron_idft.data.reference.columns import ReferenceColumns
+from megatron_idft.data.reference.settings import ReferenceSettings
 from megatron_idft.errors import InputError
 from megatron_idft.files import describe_source
 
@@ -30,6 +32,7 @@ class PrepareSettings:
         seed: of the order of the packs, and of the choice among documents of one length.
         chunk_bytes: records are cut into chunks of about so many bytes of text, each the work of one process.
         packing: False puts one document in each pack, in the order of the input, and writes an index of the records.
+        reference: where the numbers of a reference model come from; None keeps none.
 
     Raises:
         InputError: values that cannot be used.
@@ -46,6 +49,7 @@ class PrepareSettings:
     chunk_bytes: int = 8 << 20
     packing: bool = True
     prompt_weight: float = 0.0
+    reference: ReferenceSettings | None = None
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -68,6 +72,14 @@ class PrepareSettings:
                 "documents would fit into no pack"
             )
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The settings whose `asdict` was written as JSON."""
+        reference = values["reference"]
+        if reference is not None:
+            reference = ReferenceSettings(reference["scores"], ReferenceColumns(**reference["columns"]))
+        return cls(**values | {"paths": tuple(values["paths"]), "reference": reference})
+
     def of_chunks(self, tokenizer_fingerprint: str) -> dict[str, Any]:
         """All that the chunks depend on. Not bad_records: a chunk that is finished has the same bytes either way."""
         return {"chunk_bytes": self.chunk_bytes} | self._of_documents(tokenizer_fingerprint)
@@ -88,4 +100,5 @@ class PrepareSettings:
             # What packs of earlier versions do not say is left out.
             **({} if self.packing else {"packing": False}),
             **({"prompt_weight": self.prompt_weight} if self.prompt_weight else {}),
+            **({} if self.reference is None else {"reference": self.reference.described()}),
         }

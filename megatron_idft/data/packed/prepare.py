@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,12 @@ from megatron_idft.data.packed import summary
 from megatron_idft.data.packed.assembly import Assembly, positions
 from megatron_idft.data.packed.blocks import Block, read_blocks
 from megatron_idft.data.packed.chunks import ChunkInfo, is_finished, read_info
+from megatron_idft.data.packed.encoding_process import REFERENCE_FOLDER
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.store import FORMAT, PackedStore, companion
 from megatron_idft.data.packed.tasks import Workers, encoding_workers, run_tasks
+from megatron_idft.data.reference.reader import prepare_scores
+from megatron_idft.data.reference.settings import Scores, open_scores
 from megatron_idft.errors import InputError, PrepareError, RecordError, SettingsMismatch, UserError
 from megatron_idft.processes import Task
 from megatron_idft.progress import byte_bar
@@ -91,6 +94,10 @@ def prepare(
     prefix, folder = Path(output), companion(output, ".chunks")
     read_blocks(settings.paths, settings.chunk_bytes)  # for its checks of the files
     fingerprint = tokenizer.fingerprint()
+    scores = None
+    if settings.reference is not None:
+        scores = open_scores(settings.reference.scores)
+        scores.require(fingerprint, settings.reference.columns)
     described = settings.of_packs(fingerprint)
     if companion(prefix, ".json").exists():
         store = _open_finished(prefix, settings.of_packs(fingerprint))
@@ -107,16 +114,16 @@ def prepare(
         with _locked(folder):
             job = {"settings": settings.of_chunks(fingerprint), "num_chunks": None, "part_suffix": ".json"}
             agree(folder, folder, f"{os.getpid()}", job)
-            with (
-                _removed_unless_begun(folder),
-                closing(encoding_workers(workers, tokenizer, settings, folder)) as pool,
-            ):
-                run = _Run(settings, prefix, folder, pool, progress)
+            with _removed_unless_begun(folder), ExitStack() as stack:
+                if settings.reference is not None:
+                    prepare_scores(settings.reference, settings.paths, folder / REFERENCE_FOLDER)
+                pool = stack.enter_context(closing(encoding_workers(workers, tokenizer, settings, folder)))
+                run = _Run(settings, prefix, folder, pool, progress, scores)
                 infos = run.tokenize()
                 if settings.of_packs(fingerprint) != described:
                     raise PrepareError(
-                        f"{', '.join(settings.paths)}: a file changed while it was read. Remove {folder}, if it is"
-                        " there, and start again"
+                        f"{', '.join(_read_from(settings))}: a file changed while it was read. Remove {folder}, if it"
+                        " is there, and start again"
                     )
                 prepared = run.pack(infos, tokenizer, described)
         if not keep_chunks:
@@ -125,8 +132,16 @@ def prepare(
 
 
 class _Run:
-    def __init__(self, settings: PrepareSettings, prefix: Path, folder: Path, workers: Workers, progress: bool):
-        self._settings, self._prefix, self._folder = settings, prefix, folder
+    def __init__(
+        self,
+        settings: PrepareSettings,
+        prefix: Path,
+        folder: Path,
+        workers: Workers,
+        progress: bool,
+        scores: Scores | None,
+    ):
+        self._settings, self._prefix, self._folder, self._scores = settings, prefix, folder, scores
         self._workers, self._progress = workers, progress
         self._figures: dict[str, Any] = {"chunks": 0, "resumed_chunks": 0, "tokens": 0, "cpu_seconds": 0.0}
         self._figures["peak_worker_bytes"] = 0
@@ -173,6 +188,8 @@ class _Run:
             raise InputError(_nothing_left(infos, self._settings))
         assembly = Assembly(self._folder, infos, self._settings)
         numbers = summary.numbers(infos, self._settings)
+        if self._scores is not None:
+            numbers["reference"] = summary.reference_numbers(infos, self._scores.model)
         if self._settings.packing:
             sizes = positions(assembly.lengths, self._settings.pad_multiple)
             numbers |= summary.packing_numbers(sizes, len(assembly.packs), self._settings.seq_length)
@@ -203,6 +220,10 @@ class _Run:
             "sources": assembly.sources,
             "files": list(self._settings.paths),
         }
+        if self._scores is not None:
+            description["reference"] = (
+                described["reference"] | numbers["reference"] | {"recorded": dict(self._scores.recorded)}
+            )
         others = {".report.json": _json(numbers)}
         others[".report.txt"] = (summary.text(numbers, self._prefix.name) + "\n").encode()
         if counts.bad:
@@ -214,6 +235,10 @@ class _Run:
     def _note(self, reply: dict[str, Any]) -> None:
         self._figures["cpu_seconds"] += reply["cpu_seconds"]
         self._figures["peak_worker_bytes"] = max(self._figures["peak_worker_bytes"], reply["peak_bytes"])
+
+
+def _read_from(settings: PrepareSettings) -> list[str]:
+    return [*settings.paths, *([settings.reference.scores] if settings.reference else [])]
 
 
 def _nothing_left(infos: list[ChunkInfo], settings: PrepareSettings) -> str:

@@ -77,6 +77,18 @@ def negative_mean(values: dict[str, Any]) -> str | None:
     )
 
 
+def reference_numbers(infos: list[ChunkInfo], model: str) -> dict[str, Any]:
+    """The part of a report on the reference model.
+
+    Args:
+        infos: of all chunks.
+        model: its name.
+    """
+    trained = max(total(infos).trained_tokens, 1)
+    sums = sum(info.reference["log_prob_sum"] for info in infos if info.reference)
+    return {"model": model, "log_prob_mean": sums / trained}
+
+
 def packing_numbers(sizes: NDArray[np.int32], packs: int, seq_length: int) -> dict[str, Any]:
     """The part of a report on the packing.
 
@@ -124,6 +136,9 @@ def text(values: dict[str, Any], prefix: str, *, written: bool = True) -> str:
         "spells_special": ("records spelling special tokens", "read as these tokens"),
         "unwritten": ("records not fully written", "the template leaves out or rewrites a message"),
     }
+    if "reference" in values:
+        mean = round(values["reference"]["log_prob_mean"], 4)
+        rows.append(("reference model's mean log q", mean, f"of a trained token; {values['reference']['model']}"))
     rows += [(name, counts[key], note) for key, (name, note) in notes.items() if counts.get(key)]
     weights = values.get("weights", {})  # reports of earlier versions do not say
     if weights.get("negative_tokens"):

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from megatron_idft.data.chat.tokenizer import ChatTokenizer
 from megatron_idft.data.packed.encoding import BlockEncoder
-from megatron_idft.data.packed.encoding_process import answers
+from megatron_idft.data.packed.encoding_process import answers, reference_reader
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.worker_tokenizer import describe_tokenizer
 from megatron_idft.errors import PrepareError, RecordError, TemplateError
@@ -27,7 +27,7 @@ class ThisProcess:
     """The work of the processes done in this one: before a process has started, a small input is tokenized."""
 
     def __init__(self, tokenizer: ChatTokenizer, settings: PrepareSettings, folder: Path):
-        self._answer = answers(BlockEncoder(tokenizer, settings), folder)
+        self._answer = answers(BlockEncoder(tokenizer, settings, reference_reader(settings, folder)), folder)
 
     def run(self, tasks: Iterable[Task], /) -> Iterator[tuple[Task, Any]]:
         for task in tasks:

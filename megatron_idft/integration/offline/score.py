@@ -34,10 +34,12 @@ from megatron_idft.integration.offline import program
 from megatron_idft.integration.offline.score_arguments import add_score_arguments
 from megatron_idft.integration.offline.scorer import ModelScorer
 from megatron_idft.integration.platform.ranks import gather, print_on_rank_0
+from megatron_idft.integration.training.checkpoints import loaded_digest
 from megatron_idft.integration.training.data import shared_records
 from megatron_idft.progress import Done, Progress
 
 _CALIBRATION_ROWS = 64  # own answers decoded at once
+_IDENTITY = ("tokenizer", "seq_length", "last_turn_only", "checkpoint")  # of the reference model that scores are of
 
 
 def score() -> None:
@@ -202,8 +204,7 @@ def _score_chunks(
     with ExitStack() as stack:
         ledger = None
         if _leads():
-            settings = _settings(args, records, total)
-            ledger = stack.enter_context(Ledger(args.output, settings, work.chunks, lease_seconds=args.lease_seconds))
+            ledger = stack.enter_context(_ledger(args, Path(args.output), _settings(args, records, total), work.chunks))
             work.set_finished(ledger.finished())
         progress = Progress("scoring", total, work.tokens, work.look, shown=ledger is not None)
         with progress:
@@ -221,12 +222,32 @@ def _score_chunks(
 
 def _settings(args: argparse.Namespace, records: TokenizedRecords, total: int) -> dict[str, Any]:
     """Settings that must agree between launches on one output folder."""
-    return program.model_settings(args) | {
-        "data": [Path(path).name for path in args.sft_data],
-        "tokens": records.path.name,  # the fingerprint of records, tokenizer, template and length
-        "records": total,
-        "chunk_records": args.chunk_records,
-    }
+    return (
+        program.model_settings(args)
+        | {
+            "data": [Path(path).name for path in args.sft_data],
+            "tokens": records.path.name,  # the fingerprint of records, tokenizer, template and length
+            "records": total,
+            "chunk_records": args.chunk_records,
+        }
+        | _identity(args, records)
+    )
+
+
+def _identity(args: argparse.Namespace, records: TokenizedRecords) -> dict[str, Any]:
+    """What `prepare --sft-reference` compares, and whose scores they are."""
+    made = records.meta["settings"]
+    return {key: made[key] for key in _IDENTITY[:-1]} | {"checkpoint": loaded_digest(args)}
+
+
+def _ledger(args: argparse.Namespace, folder: Path, settings: dict[str, Any], count: int) -> Ledger:
+    """Of a folder that an earlier version has begun, too: that did not record the identity, of which `tokens` says all
+    but the checkpoint's."""
+
+    def current(there: dict[str, Any]) -> dict[str, Any]:
+        return {key: settings[key] for key in _IDENTITY} | there
+
+    return Ledger(folder, settings, count, lease_seconds=args.lease_seconds, current=current)
 
 
 class _Answers:
@@ -270,7 +291,7 @@ def _calibrate(
                 "temperatures": list(OWN_SAMPLE_TEMPERATURES),
             }
             folder, count = Path(args.output) / OWN_SAMPLES, len(OWN_SAMPLE_TEMPERATURES)
-            ledger = stack.enter_context(Ledger(folder, settings, count, lease_seconds=args.lease_seconds))
+            ledger = stack.enter_context(_ledger(args, folder, settings, count))
         work = _Answers(engine, len(samples))
         if ledger is not None:
             work.set_finished(ledger.finished())

@@ -27,6 +27,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     flags.add_last_turn_only(group)
     flags.add_prompt_weight(group)
     flags.add_template_date(group)
+    flags.add_reference(group)
+    flags.add_reference_top_k(
+        group,
+        "How many of the reference's most probable tokens objectives with a divergence from it use. Default 20, and of"
+        " packs all that they have.",
+    )
     group.add_argument(
         "--train-epochs",
         type=int,

@@ -244,6 +244,15 @@ class _Found(NamedTuple):
     problems: list[str]
 
 
+def loaded_digest(args: argparse.Namespace) -> str | None:
+    """What tells the weights that `args` load from all others; None where their checkpoint has no checksums."""
+    for place in filter(None, (args.load, args.pretrained_checkpoint)):
+        iteration = args.ckpt_step or checksums.read_tracker(Path(place))
+        if iteration is not None:
+            return checksums.content_digest(iteration_folder(Path(place), iteration))
+    return None
+
+
 def _begun_with(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that say which weights a training begins with."""
     own = args.load is not None and args.save is not None and _same_folder(args.load, args.save)

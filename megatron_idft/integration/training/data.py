@@ -20,12 +20,13 @@ from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.records import TokenizedRecords, open_tokenized_records, tokenize_records
 from megatron_idft.data.packed.store import PackedStore
 from megatron_idft.data.reference.columns import ReferenceColumns
+from megatron_idft.data.reference.settings import ReferenceSettings
 from megatron_idft.data.validation_sets import named_sets
 from megatron_idft.errors import ArgumentError
-from megatron_idft.integration.loss.arguments import build_objective
 from megatron_idft.integration.platform.ranks import build_once
 from megatron_idft.integration.training.normalization import normalization_schedule
 from megatron_idft.integration.training.packed_attention import stage_reads, validate_packed_arguments
+from megatron_idft.integration.training.reference import reference_lines, reference_settings, sample_columns
 
 # Settings that `prepare` has decided; the flag, and its value when nobody passed it.
 _DECIDED = {
@@ -35,6 +36,9 @@ _DECIDED = {
     "sft_last_turn_only": False,
     "sft_prompt_weight": 0.0,
     "sft_packing": False,
+    "sft_reference": None,
+    "sft_reference_top_k": None,
+    "sft_reference_dtype": "float32",
 }
 
 
@@ -109,7 +113,8 @@ class TrainingData:
         self.valid: dict[str, dict[str, PackedStore]]
         if named.prefixes is None:
             self.weights = [Fraction(1)]
-            self.train = {"--sft-data": shared_records(args, tokenizer, "--sft-data", args.sft_data)}
+            scores = reference_settings(args)
+            self.train = {"--sft-data": shared_records(args, tokenizer, "--sft-data", args.sft_data, scores)}
             self.valid = {
                 name: {name: shared_records(args, tokenizer, f"--sft-valid-data {name}".rstrip(), files)}
                 for name, files in named.valid.items()
@@ -122,7 +127,8 @@ class TrainingData:
                 for name, prefixes in named.valid.items()
             }
         self.limits = _limits(args, self.opened) if self.packed else None
-        self.reference = _reference(args, self.train)
+        self.reference = sample_columns(args, self.train)
+        self._reference_lines = reference_lines(args, self.train, self.reference is not None)
         self.normalizations = normalization_schedule(args, self._tokens_per_conversation())
         self.blend = Blend([len(store) for store in self.train.values()], self.weights, args.seed)
 
@@ -175,7 +181,7 @@ class TrainingData:
     def report(self) -> str:
         records = [store.report() for store in self.opened if isinstance(store, TokenizedRecords)]
         if records:
-            return "\n".join(records)
+            return "\n".join([*records, *self._reference_lines])
         lines = [
             f"  {prefix}: {len(store):,} packs, weight {float(weight):g}"
             for (prefix, store), weight in zip(self.train.items(), self.weights, strict=True)
@@ -185,7 +191,7 @@ class TrainingData:
             lines += [f"  {prefix}: {len(store):,} packs, for {use}" for prefix, store in stores.items()]
         warnings = {prefix: summary.negative_mean(store.meta) for prefix, store in self.train.items()}
         lines += [f"  WARNING: {prefix}: {warning}" for prefix, warning in warnings.items() if warning]
-        return "\n".join(["> training from packs", *lines])
+        return "\n".join(["> training from packs", *lines, *self._reference_lines])
 
     def first_document(self) -> tuple[np.ndarray, np.ndarray]:
         """Ids and weights in the loss of the first document of the first pack."""
@@ -232,7 +238,11 @@ class TrainingData:
 
 
 def shared_records(
-    args: argparse.Namespace, tokenizer: ChatTokenizer, flag: str, paths: Sequence[str]
+    args: argparse.Namespace,
+    tokenizer: ChatTokenizer,
+    flag: str,
+    paths: Sequence[str],
+    reference: ReferenceSettings | None = None,
 ) -> TokenizedRecords:
     """The records of `paths`, tokenized by one process per file system unless they are there, opened on every rank.
 
@@ -241,6 +251,7 @@ def shared_records(
         tokenizer: of the model.
         flag: what names the files; unique in the process's life.
         paths: the files.
+        reference: the scores of a reference model that are kept beside them.
 
     Raises:
         ArgumentError: the cache cannot be written.
@@ -255,6 +266,7 @@ def shared_records(
         prompt_weight=args.sft_prompt_weight,
         packing=packing,
         pad_multiple=_multiple_of(args) if packing else 1,
+        reference=reference,
     )
     cache = args.sft_cache or str(Path(paths[0]).resolve().parent / ".megatron-idft-cache")
 
@@ -284,43 +296,6 @@ def _limits(args: argparse.Namespace, stores: Sequence[PackedStore]) -> PackLimi
         max(store.most_documents() for store in stores),
         max(store.longest_document(_multiple_of(args)) for store in stores),
     )
-
-
-def needed_reference(args: argparse.Namespace) -> ReferenceColumns | None:
-    """The columns of a reference model that the objective of `args` needs; a top_k of 1 stands for any."""
-    objective = None if getattr(args, "sft_loss", None) is None else build_objective(args)
-    if objective is None or not (objective.reference_statistics or objective.kl_coefficient):
-        return None
-    entropy = "reference_entropy" in objective.reference_statistics
-    return ReferenceColumns(entropy, top_k=int(objective.kl_coefficient is not None))
-
-
-def _reference(args: argparse.Namespace, stores: Mapping[str, PackedStore]) -> ReferenceColumns | None:
-    """The columns that samples hold, of as many most probable tokens as all stores have.
-
-    Raises:
-        ArgumentError: a store lacks what the objective needs.
-    """
-    needed = needed_reference(args)
-    if needed is None:
-        return None
-    top_k = []
-    for name, store in stores.items():
-        there = store.reference
-        missing = {
-            "--sft-reference SCORES": there is None,
-            "--sft-reference-entropy": needed.entropy and not (there and there.entropy),
-            "--sft-reference-top-k 20": needed.top_k and not (there and there.top_k),
-        }
-        if any(missing.values()):
-            flags = " ".join(flag for flag, lacks in missing.items() if lacks)
-            verb = "train" if isinstance(store, TokenizedRecords) else "prepare"
-            raise ArgumentError(
-                f"--sft-loss {args.sft_loss} compares with a reference model, of which {name} does not hold what it"
-                f" needs: score the data with that model (`megatron-idft score`), and `{verb}` it with {flags}"
-            )
-        top_k.append(there.top_k if there else 0)
-    return ReferenceColumns(needed.entropy, min(top_k) if needed.top_k else 0)
 
 
 def _multiple_of(args: argparse.Namespace) -> int:
