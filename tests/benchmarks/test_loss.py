@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from megatron_idft import resolve_objective
+from megatron_idft.objective_table import OBJECTIVES
 from tests.launch import ROOT
 
+TOP_K = [name for name in OBJECTIVES if resolve_objective(name).kl_coefficient is not None]
 PROGRAM = ROOT / "tools" / "benchmarks" / "loss.py"
 STATUSES = {"measured", "wrong", "failed", "left out"}
 
@@ -68,10 +71,12 @@ def test_goals_are_judged_on_each_case_they_are_about(smoke):
     result, _ = smoke
     kinds = {(goal["goal"].split(",")[0], goal["case"]) for goal in result["goals"]}
     for case in result["cases"]:
-        if case["compared"] != "rivals":  # all of whom may be absent
+        if case["compared"] not in ("rivals", "objectives"):  # all of whom may be absent
             assert ("fastest", case["name"]) in kinds
         if case["compared"] != "statistics":
             assert ("objective", case["name"]) in kinds
+        if case["compared"] == "objectives":
+            assert ("top K", case["name"]) in kinds and len(case["implementations"]) == len(OBJECTIVES) + 1
         if case["full_time"]:
             assert ("ignored", case["name"]) in kinds
 
@@ -102,6 +107,8 @@ def test_every_case_compiles_without_spills(compiled):
         for one in case["implementations"]:
             used = [kernels[name]["kernel"] for name in one["kernels"]]
             whole = ["shard_state_kernel", "token_results_kernel", "gradient_kernel"]
+            if one["formula"] in TOP_K:
+                whole.append("store_columns_kernel")
             assert used == (whole[:2] if case["compared"] == "statistics" else whole)
     assert {kernel["spilled_bytes"] for kernel in kernels.values()} == {0}
 
@@ -112,7 +119,7 @@ def test_machine_code_moves_the_counted_bytes(compiled):
     loops = 0
     for kernel in compiled["kernels"].values():
         if "main_loop" not in kernel:
-            assert kernel["kernel"] == "token_results_kernel"
+            assert kernel["kernel"] in ("token_results_kernel", "store_columns_kernel")
             continue
         loops += 1
         loop, width = kernel["main_loop"], itemsize[kernel["dtype"]]
@@ -128,7 +135,13 @@ def test_machine_code_moves_the_counted_bytes(compiled):
 def test_six_bytes_per_element_and_one_collective(compiled):
     for case in compiled["cases"]:
         for one in case["implementations"]:
-            assert one["collectives"] == (["all_gather"] if case["tp"] > 1 else [])
-            assert one["bytes_sent"] == (case["tp"] - 1) * case["tokens"] * 16
+            calls, numbers = ["all_gather"], 5 if one["formula"] == "deft" else 4
+            sent = (case["tp"] - 1) * case["tokens"] * 4 * numbers
+            if one["formula"] in TOP_K:  # 20 numbers a token, to and from, in a ring
+                calls.append("all_reduce")
+                sent += round(2 * (case["tp"] - 1) / case["tp"] * case["tokens"] * 20 * 4)
+                assert 1 < one["token_bytes_over_idft"] <= 1.15
+            assert one["collectives"] == (calls if case["tp"] > 1 else [])
+            assert one["bytes_sent"] == sent
             if case["dtype"] == "bf16" and case["trained"] == 1 and case["compared"] != "statistics":
                 assert one["forward_bytes_per_element"] + one["backward_bytes_per_element"] == 6

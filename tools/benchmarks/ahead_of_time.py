@@ -10,6 +10,7 @@ writes in an iteration, over the elements that it covers there, is the bytes per
 import re
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import triton.backends.nvidia
 from emulated_group import emulated_groups
 from implementations import ours
 from measure import OutputLayer
+from objectives import every_objective, top_k_bytes
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -58,6 +60,8 @@ class Launch(NamedTuple):
 
 def compile_all(cases: list[Any], result: dict[str, Any]) -> bool:
     """Fill in result["cases"] and ["kernels"]. Whether a kernel spills."""
+    from loss import takes_part
+
     launches = record_launches()
     compile_for(TARGET)
     groups = emulated_groups()
@@ -68,20 +72,29 @@ def compile_all(cases: list[Any], result: dict[str, Any]) -> bool:
         group = groups[case.tp]
         record = {**case._asdict(), "implementations": []}
         result["cases"].append(record)
-        for one in ours():
-            if not one.name.startswith("triton") or (one.formula == "statistics") != (case.compared == "statistics"):
+        for one in ours() + every_objective():
+            if not one.name.startswith("triton") or not takes_part(one, case):
                 continue
             group.reset()
             group.set_empty_state(torch.tensor(one.empty_state))
             launches.clear()
-            call_loss(one, case, group)
+            shape = (case.tokens, case.columns, case.torch_dtype.itemsize)
+            beside = top_k_bytes(one.formula, partial(call_loss, one, case, group), *shape)
+            if not beside:
+                call_loss(one, case, group)
             for launch in launches:
                 name = launch.compiled.hash
                 if name not in kernels:
                     kernels[name] = read_kernel(launch, case.torch_dtype)
                 kernels[name]["columns"] = sorted({*kernels[name]["columns"], case.columns})
             width = case.torch_dtype.itemsize
-            entry = {"name": one.name, "collectives": list(group.calls), "bytes_sent": round(group.bytes_sent)}
+            entry = {
+                "name": one.name,
+                "formula": one.formula,
+                **beside,
+                "collectives": list(group.calls),
+                "bytes_sent": round(group.bytes_sent),
+            }
             entry["forward_bytes_per_element"] = one.forward_bytes(width, case.trained)
             if one.formula != "statistics":
                 entry["backward_bytes_per_element"] = one.backward_bytes(width, case.trained)
@@ -248,5 +261,9 @@ def print_counts(cases: list[dict[str, Any]]) -> None:
                 f"{', '.join(one['collectives']) or 'none':>12}{one['bytes_sent'] / 1024:8.0f}"
             )
             variants.setdefault(figures, []).append(one["name"])
+        for one in case["implementations"]:
+            if "token_bytes" in one:
+                beside, ratio = one["token_bytes"], one["token_bytes_over_idft"]
+                print(f"  {one['name']}: {beside:,.0f} bytes a token beside, {ratio:.3f} times IDFT's in all")
         for figures, names in variants.items():
             print(f"  {case['name']:38}{figures}   {'; '.join(names)}")

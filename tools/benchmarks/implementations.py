@@ -25,7 +25,7 @@ class Implementation:
     """One way to compute a loss.
 
     Attributes:
-        formula: "ce", "idft", or "statistics" (log_prob + entropy, forward only).
+        formula: the name of an objective (objectives.py), or "statistics" (log_prob + entropy, forward only).
         run: logits [s, b, V/tp], labels [s, b], group -> [s, b] of the formula's values, differentiable.
         forward_bytes, backward_bytes: counted bytes per element; None where nobody has counted.
         ours: belongs to this repository; goals and ratios are about one of these.
@@ -129,6 +129,10 @@ def expected(formula: str, logits: Tensor, labels: Tensor, upstream: Tensor) -> 
     log_prob = log_probs.gather(-1, target).squeeze(-1)
     if formula == "statistics":
         return torch.where(trained, log_prob + entropy, 0.0), None
+    if formula not in ("ce", "idft"):
+        from objectives import expected_objective
+
+        return expected_objective(formula, logits, labels, upstream)
     weight = torch.ones_like(log_prob)
     if formula == "idft":
         weight = torch.exp(torch.exp(-(log_prob + entropy)).clamp(0.1, 2.0) * log_prob)

@@ -170,6 +170,12 @@ class Bench:
         figures["right"] = right
         return figures
 
+    def call(self, implementation: Implementation) -> None:
+        """Forward and backward once, untimed, on what the buffer holds."""
+        logits = OutputLayer.apply(self.parameter, self.buffer.detach)
+        values = implementation.run(logits, self._labels(implementation), self._group(implementation))
+        torch.autograd.grad(values, logits, self.upstream)
+
     def time_call(self, implementation: Implementation, times: Times) -> None:
         self._call(implementation, times)
 
