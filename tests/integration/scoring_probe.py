@@ -26,6 +26,7 @@ def masks() -> list[np.ndarray]:
 
 
 def expected(model: torch.nn.Module, vocab_size: int) -> list[np.ndarray]:
+    """log_prob, entropy and the log-probabilities of the whole vocabulary [n - 1, V] of each sequence."""
     found = []
     for ids in sequences():
         tokens = torch.tensor(ids[:-1])[None]
@@ -34,6 +35,7 @@ def expected(model: torch.nn.Module, vocab_size: int) -> list[np.ndarray]:
         log_probs = logits.log_softmax(-1)
         found.append(log_probs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].numpy())
         found.append(-(log_probs.exp() * log_probs).sum(-1).numpy())
+        found.append(log_probs.numpy())
     return found
 
 
@@ -50,12 +52,14 @@ def main() -> None:
     arrays = {
         f"{name}{i}": array
         for name, pairs in (("found", found), ("masked", masked))
-        for i, array in enumerate(value for pair in pairs for value in pair)
+        for i, array in enumerate(value for pair in pairs for value in pair[:2])
     }
+    arrays |= {f"top{i}": array for i, array in enumerate(value for found in masked for value in found[2:])}
     arrays["one_row"] = np.array(scorer.documents.served)
     if torch.distributed.get_world_size() == 1:
         wanted = expected(scorer.model[0], args.sft_loss_vocab_size)
-        arrays |= {f"expected{i}": array for i, array in enumerate(wanted)}
+        arrays |= {f"expected{2 * (i // 3) + i % 3}": array for i, array in enumerate(wanted) if i % 3 < 2}
+        arrays |= {f"whole{i}": array for i, array in enumerate(wanted[2::3])}
     np.savez(out, **arrays)
 
 

@@ -1,6 +1,7 @@
 """`score`: a checkpoint that the trainer wrote, under any layout, in any number of launches; killed and resumed."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -65,7 +66,7 @@ def test_statistics_are_those_of_the_whole_logits_under_every_layout(folder, tmp
     found = {}
     for name, (nproc, more) in layouts.items():
         out = tmp_path / f"{name}.npz"
-        forked([PROBE, out, *flags(folder, tmp_path, more)], nproc=nproc)
+        forked([PROBE, out, *flags(folder, tmp_path, f"{more} --reference-top-k 5")], nproc=nproc)
         found[name] = np.load(out)
     keys = [key for key in found["one"].files if key.startswith("found")]
     assert len(keys) == 18
@@ -78,6 +79,14 @@ def test_statistics_are_those_of_the_whole_logits_under_every_layout(folder, tmp
             np.testing.assert_allclose(masked[read], expected[read], rtol=1e-5, atol=5e-6, err_msg=f"{name}, {key}")
             # Under sequence parallelism every place has its logits made.
             assert name == "tp" or np.isnan(masked[~read]).all(), f"{name}, {key}"
+        for i, read in enumerate(mask[1:] for mask in masks()):
+            whole, ids, top = (
+                found["one"][f"whole{i}"][read],
+                arrays[f"top{2 * i}"][read],
+                arrays[f"top{2 * i + 1}"][read],
+            )
+            np.testing.assert_allclose(top, -np.sort(-whole, -1)[:, :5], rtol=1e-5, atol=5e-6, err_msg=f"{name}, {i}")
+            np.testing.assert_allclose(top, np.take_along_axis(whole, ids, -1), rtol=1e-5, atol=5e-6)
         assert arrays["one_row"], f"{name}: local attention on the CPU needs no padding"
 
 
@@ -155,6 +164,19 @@ def test_sigterm_gives_the_chunk_back_and_the_command_goes_on(folder, scored, tm
 def test_other_settings_are_refused_on_the_same_folder(folder, scored):
     with pytest.raises(AssertionError, match="chunk_records"):
         score(folder, folder / "whole", "--chunk-records 3")
+
+
+def test_a_folder_that_an_earlier_version_began_goes_on(folder, scored, tmp_path):
+    """It did not record whose scores they are, nor of which length; `tokens` says that they are the same."""
+    output = Path(shutil.copytree(folder / "whole", tmp_path / "out"))
+    manifest = json.loads((output / "manifest.json").read_text())
+    for key in ("tokenizer", "seq_length", "last_turn_only", "checkpoint"):
+        assert manifest["settings"].pop(key) is not None
+    (output / "manifest.json").write_text(json.dumps(manifest))
+    (output / "parts" / "chunk-000000.parquet").unlink()
+    assert_same(score(folder, output), scored)
+    with pytest.raises(AssertionError, match="reference_top_k"):
+        score(folder, output, "--reference-top-k 3")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ assistant's turns and the tokens that end them.
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -54,7 +54,7 @@ class WorstToken(TypedDict):
 
 
 class TokenStatistics(TypedDict, total=False):
-    """Lists with an entry per response token, absent where they were not kept."""
+    """Lists with an entry per response token, those of the top K with K, absent where they were not kept."""
 
     positions: Integers
     token_ids: Integers
@@ -62,6 +62,8 @@ class TokenStatistics(TypedDict, total=False):
     log_prob: Floats
     entropy: Floats
     phi: Floats
+    top_token_ids: Integers
+    top_log_prob: Floats
 
 
 class ResponseStatistics(TokenStatistics):
@@ -140,6 +142,8 @@ TOKEN_FIELDS = [
 ]
 RECORD_SCHEMA = pa.schema(RECORD_FIELDS)
 TOKEN_SCHEMA = pa.schema(RECORD_FIELDS + TOKEN_FIELDS)
+TOP_FIELDS = [("top_token_ids", pa.list_(pa.int32())), ("top_log_prob", pa.list_(pa.float32()))]
+TOP_SCHEMA = pa.schema(RECORD_FIELDS + TOKEN_FIELDS + TOP_FIELDS)
 
 
 def scored_record(
@@ -210,6 +214,19 @@ def scored_record(
     if not (math.isfinite(row["log_prob_mean"]) and math.isfinite(row["entropy_mean"])):
         raise FloatingPointError("the model gives NaN or infinite logits for this record")
     return row
+
+
+def top_columns(mask: NDArray[np.uint8], *top: NDArray[Any]) -> TokenStatistics:
+    """The most probable tokens in the places of a response's, K for each of them, one place after the other.
+
+    Args:
+        mask: [n], 1 where the token is trained.
+        top: their ids and their log-probabilities [n - 1, K]; nothing gives no columns.
+    """
+    if not top:
+        return {}
+    ids, log_prob = (values[mask[1:] != 0].ravel() for values in top)
+    return {"top_token_ids": ids, "top_log_prob": log_prob}
 
 
 def _repeated_prompt(prompt: NDArray[np.int32], response: NDArray[np.int32]) -> int:

@@ -22,7 +22,13 @@ from numpy.typing import NDArray
 from megatron_idft.console import say
 from megatron_idft.corpus.ledger.ledger import Ledger
 from megatron_idft.corpus.scored_folder import OWN_SAMPLE_TEMPERATURES, OWN_SAMPLES, describe_own_samples, finish_scores
-from megatron_idft.corpus.scores.rows import TOKEN_SCHEMA, ScoredRow, scored_record
+from megatron_idft.corpus.scores.rows import (
+    TOKEN_SCHEMA,
+    TOP_SCHEMA,
+    ScoredRow,
+    scored_record,
+    top_columns,
+)
 from megatron_idft.data.chat.show import render_sample
 from megatron_idft.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_idft.data.model_rows import require_rows
@@ -98,7 +104,10 @@ def _load_scorer(args: argparse.Namespace) -> ModelScorer:
     model = program.load_model(args)
     on_gpu = next(model[0].parameters()).is_cuda and torch.cuda.is_available()
     tokens_per_batch = args.tokens_per_batch or (16384 if on_gpu else 1024)
-    return ModelScorer(model, args.sft_loss_vocab_size, tokens_per_batch, args.sft_loss_backend)
+    top_k = args.sft_reference_top_k or 0
+    if not 0 <= top_k <= args.sft_loss_vocab_size:
+        raise ArgumentError(f"--sft-reference-top-k {top_k}: the vocabulary has {args.sft_loss_vocab_size} tokens")
+    return ModelScorer(model, args.sft_loss_vocab_size, tokens_per_batch, args.sft_loss_backend, top_k)
 
 
 def _leads() -> bool:
@@ -150,7 +159,7 @@ def _score_sequences(
     if statistics is None or not _leads():
         return None
     rows: list[ScoredRow] = []
-    for index, (ids, mask), (log_prob, entropy), record in zip(
+    for index, (ids, mask), (log_prob, entropy, *top), record in zip(
         samples, sequences, statistics, records.records(samples), strict=True
     ):
         try:
@@ -165,7 +174,7 @@ def _score_sequences(
             )
         except FloatingPointError as error:
             raise ArgumentError(f"{record['file']}, line {record['line']}: {error}") from error
-        rows.append({"index": index, **record, **row})
+        rows.append({"index": index, **record, **row, **top_columns(mask, *top)})
     return rows
 
 
@@ -201,6 +210,7 @@ def _score_chunks(
     args: argparse.Namespace, scorer: ModelScorer, tokenizer: ChatTokenizer, records: TokenizedRecords, total: int
 ) -> None:
     work = _Work(records, total, args.chunk_records)
+    schema = TOP_SCHEMA if args.sft_reference_top_k else TOKEN_SCHEMA
     with ExitStack() as stack:
         ledger = None
         if _leads():
@@ -212,7 +222,7 @@ def _score_chunks(
                 samples = work.samples(chunk)
                 rows = _rows(scorer, tokenizer, records, samples, work.add)
                 if ledger is not None and rows is not None:
-                    ledger.finish(chunk, functools.partial(program.write_part, rows=rows, schema=TOKEN_SCHEMA))
+                    ledger.finish(chunk, functools.partial(program.write_part, rows=rows, schema=schema))
                     work.set_finished(ledger.finished())
             if ledger is not None:
                 work.set_finished(ledger.finished())
@@ -237,7 +247,8 @@ def _settings(args: argparse.Namespace, records: TokenizedRecords, total: int) -
 def _identity(args: argparse.Namespace, records: TokenizedRecords) -> dict[str, Any]:
     """What `prepare --sft-reference` compares, and whose scores they are."""
     made = records.meta["settings"]
-    return {key: made[key] for key in _IDENTITY[:-1]} | {"checkpoint": loaded_digest(args)}
+    top = {"reference_top_k": args.sft_reference_top_k} if args.sft_reference_top_k else {}
+    return {key: made[key] for key in _IDENTITY[:-1]} | {"checkpoint": loaded_digest(args)} | top
 
 
 def _ledger(args: argparse.Namespace, folder: Path, settings: dict[str, Any], count: int) -> Ledger:

@@ -45,6 +45,11 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument(
         "--calibrate-max-tokens", type=int, default=256, help="Longest of these answers, in tokens. Default 256."
     )
+    flags.add_reference_top_k(
+        group,
+        "Also keep the K most probable tokens of each trained place with their log-probabilities, for `prepare"
+        " --sft-reference-top-k`: 8 K bytes a token in the parts. 20 is usual. Default none.",
+    )
     flags.add_truncation(group)
     flags.add_last_turn_only(group)
     flags.add_prompt_weight(group)

@@ -18,14 +18,19 @@ from torch import Tensor
 from megatron_idft.errors import UnsupportedModelError
 from megatron_idft.integration.loss.hook import IGNORED_LABEL, LossHook, MicroBatch, language_models
 from megatron_idft.integration.offline.causal_attention import Documents
+from megatron_idft.integration.offline.top_tokens import top_tokens
 from megatron_idft.loss import vocab_parallel_loss
 from megatron_idft.objectives import ce
 
-Statistics = tuple[NDArray[np.float32], NDArray[np.float32]]
+Statistics = tuple[NDArray[Any], ...]  # log_prob, entropy, and where they are asked for, ids and log_prob of the top K
 
 
 class StatisticsHook(LossHook):
-    """Makes `model(…, labels=…)` return [b, s, 2] fp32, log_prob and entropy, instead of the loss.
+    """Makes `model(…, labels=…)` return [b, s, 2 + 2 K] fp32 instead of the loss: log_prob, entropy, and of the K most
+    probable tokens the ids, which fp32 holds exactly up to 2^24, and the log_prob.
+
+    Args:
+        top_k: K, 0 or more.
 
     Attributes:
         rows: int64 [k], the places in [s, b], flattened, whose logits the next pass makes: of a record's question none
@@ -35,8 +40,9 @@ class StatisticsHook(LossHook):
 
     rows: Tensor | None = None
 
-    def __init__(self, model: Any, vocab_size: int | None, backend: str) -> None:
+    def __init__(self, model: Any, vocab_size: int, backend: str, top_k: int = 0) -> None:
         super().__init__(model, ce(), vocab_size, backend, metrics=None)
+        self._top_k, self._true_size = top_k, vocab_size
         self._selects = not (model.config.sequence_parallel or model.config.mtp_num_layers)
 
     def attach(self) -> None:
@@ -62,11 +68,23 @@ class StatisticsHook(LossHook):
             backend=self.backend,
         )
         found = torch.stack([out.log_prob, out.entropy], -1)
+        if self._top_k:
+            found = torch.cat([found, *self._top(logits)], -1)
         if rows is not None:
-            everywhere = found.new_full((labels.numel(), 2), torch.nan)
+            everywhere = found.new_full((labels.numel(), found.shape[-1]), torch.nan)
             everywhere[rows] = found[:, 0]
-            found = everywhere.view(*labels.shape, 2)
+            found = everywhere.view(*labels.shape, found.shape[-1])
         return found.transpose(0, 1).contiguous()
+
+    def _top(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        ids, log_prob = top_tokens(
+            logits,
+            self._top_k,
+            tp_group=self.model.pg_collection.tp,
+            vocab_size=self._true_size,
+            backend=self.backend,
+        )
+        return ids.float(), log_prob
 
 
 class _Places(NamedTuple):
@@ -86,21 +104,29 @@ class ModelScorer:
         vocab_size: rows of the true vocabulary.
         tokens_per_batch: padded tokens in one micro-batch; at least one sequence.
         backend: as in `vocab_parallel_loss`.
+        top_k: how many of the most probable tokens of each place are given, too.
 
     Raises:
         UnsupportedModelError: the hook cannot reach the model's loss, or there is context parallelism.
     """
 
-    def __init__(self, model: Sequence[torch.nn.Module], vocab_size: int, tokens_per_batch: int, backend: str) -> None:
+    def __init__(
+        self,
+        model: Sequence[torch.nn.Module],
+        vocab_size: int,
+        tokens_per_batch: int,
+        backend: str,
+        top_k: int = 0,
+    ) -> None:
         from megatron.core import mpu
         from megatron.core.utils import get_model_config
 
         if mpu.get_context_parallel_world_size() > 1:
             raise UnsupportedModelError("context parallelism is not served in scoring: use --context-parallel-size 1")
-        self.model = list(model)
+        self.model, self._top_k = list(model), top_k
         self.tokens_per_batch = tokens_per_batch
         self.hooks = [
-            StatisticsHook(language_model, vocab_size, backend)
+            StatisticsHook(language_model, vocab_size, backend, top_k)
             for language_model in language_models(self.model)
             if getattr(language_model, "post_process", True)
         ]
@@ -121,6 +147,8 @@ class ModelScorer:
         on_done: Callable[[Sequence[int]], None] = lambda indices: None,
     ) -> list[Statistics] | None:
         """log_prob and entropy [n - 1] fp32 of each sequence of n >= 2 token ids: of token t + 1 given those up to t.
+
+        With `top_k` also the ids int32 and log_prob fp32 [n - 1, K] of the most probable tokens in its place.
 
         Called by all ranks with the same sequences. Data-parallel replicas share the work.
 
@@ -163,7 +191,7 @@ class ModelScorer:
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return None
         found = {
-            index: (row[: len(sequences[index]) - 1, 0], row[: len(sequences[index]) - 1, 1])
+            index: self._columns(row[: len(sequences[index]) - 1])
             for batch, output in zip(mine, outputs, strict=True)
             for index, row in zip(batch, self._split(output.cpu().numpy(), sequences, batch), strict=True)
         }
@@ -245,9 +273,16 @@ class ModelScorer:
     def _split(
         self, output: NDArray[np.float32], sequences: Sequence[NDArray[np.integer]], batch: Sequence[int]
     ) -> list[NDArray[np.float32]]:
-        """[b, s, 2] -> of each record [at least n - 1, 2]."""
+        """[b, s, C] -> of each record [at least n - 1, C]."""
         places = self._places([len(sequences[index]) - 1 for index in batch])
         return [output[row, begin:] for row, begin in places.starts]
+
+    def _columns(self, row: NDArray[np.float32]) -> Statistics:
+        """[n - 1, 2 + 2 K] -> its statistics."""
+        if not self._top_k:
+            return row[:, 0], row[:, 1]
+        ids, log_prob = np.split(row[:, 2:], 2, axis=-1)
+        return row[:, 0], row[:, 1], np.nan_to_num(ids, nan=-1).astype(np.int32), log_prob
 
 
 def _told(
