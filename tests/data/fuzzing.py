@@ -121,9 +121,12 @@ def good_row(rng, number):
     if form in (2, 3) and "messages" in row:
         for message, place in zip(written, range(len(written)), strict=True):
             if message["role"] == "assistant":
-                value = rng.choice([0, 1, True, False, 0.5, 2.0, 1.0, None])
+                value = rng.choice([0, 1, True, False, 0.5, 2.0, 1.0, -0.5, -3, None])
                 message[rng.choice(LOSS_NAMES)] = value
                 case.weights[place] = 1.0 if value is None else float(value)
+            elif rng.random() < 0.6:
+                message["loss"] = rng.choice([0, True, 0.25, -0.5, None])
+                case.weights[place] = float(message["loss"] or 0)
         if not any(case.weights):
             written[-1].pop(next(name for name in LOSS_NAMES if name in written[-1]))
             case.weights[-1] = 1.0
@@ -152,7 +155,7 @@ BAD_MESSAGES = [
     ("messages[0].tool_calls", {"role": "assistant", "content": "a", "tool_calls": 7}),
     ("messages[0].tool_calls[0].function", {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}),
     ("messages[0].loss", {"role": "assistant", "content": "a", "loss": "1"}),
-    ("messages[0].weight", {"role": "assistant", "content": "a", "weight": -1}),
+    ("messages[0].weight", {"role": "assistant", "content": "a", "weight": -1e300}),
     ("messages[0].train", {"role": "user", "content": "a", "train": True}),
     ("messages[0].weight", {"role": "assistant", "content": "a", "loss_mask": 1, "weight": 1}),
     ("messages[0].mask", {"role": "assistant", "content": "a", "mask": [0]}),
@@ -201,7 +204,7 @@ def json_case(rng, number):
         row, case = {"messages": talk(rng, False, system=False)} | columns, Case(fault=place)
     elif draw < 0.2:
         ids = [rng.randrange(16, 270) for _ in range(rng.randint(2, 30))]
-        mask = [0] + [rng.choice([0, 1, 1, 0.5]) for _ in ids[1:-1]] + [1]
+        mask = [0] + [rng.choice([0, 1, 1, 0.5, -0.5]) for _ in ids[1:-1]] + [1]
         row |= {"token_ids": ids, "loss_mask": mask}
         case.ids = (ids, mask)
     items = list(row.items())
@@ -254,10 +257,13 @@ def parquet_table(rng, count):
     if rng.random() < 0.5:
         said = []
         for _ in range(count):
-            messages, value = talk(rng, odd), rng.choice([None, 0.5, 1.0])
-            case = Case(messages=messages, weights=weights_of(messages))
-            case.weights = [weight * (1.0 if value is None else value) for weight in case.weights]
-            said.append([m | {"loss": value if m["role"] == "assistant" else None} for m in messages])
+            messages, value, others = talk(rng, odd), rng.choice([None, 0.5, 1.0, -1.0]), rng.choice([None, None, 0.25])
+            values = [value if m["role"] == "assistant" else others for m in messages]
+            weights = [
+                of_none if value is None else value for of_none, value in zip(weights_of(messages), values, strict=True)
+            ]
+            case = Case(messages=messages, weights=weights)
+            said.append([m | {"loss": value} for m, value in zip(messages, values, strict=True)])
             if rng.random() < 0.1:
                 said[-1][-1]["role"], case.fault = "human", f"messages[{len(messages) - 1}].role"
             cases.append(case)

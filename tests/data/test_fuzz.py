@@ -7,7 +7,6 @@ import gzip
 import json
 import os
 import random
-from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -56,26 +55,58 @@ class Corpus:
         self.files = sorted({file for file, _ in self.cases})
 
 
-def _shaped(shape, trims):
-    return lambda text, last: shape.format(text.strip() if trims else text)
+TEMPLATES = {name: template for name, (template, _, _) in FAMILIES.items()}
+TEMPLATES |= {"qwen3": QWEN3, "qwen3 marked": QWEN3_MARKED}
+
+
+def pieces(name, messages):
+    """What the template writes, by hand: texts, each with the number of the message whose weight trains it, or None."""
+    if name == "mistral":
+        yield "<s>", None
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
+        for i, message in enumerate(messages):
+            if message["role"] == "user":
+                yield "[INST] ", None
+                if i == 1 and system is not None:
+                    yield system, 0
+                    yield "\n\n", None
+                yield message["content"] + " [/INST]", i
+            elif message["role"] == "assistant":
+                yield f" {message['content']}</s>", i
+        return
+    if name == "qwen2.5" and messages[0]["role"] != "system":
+        yield "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", None
+    before, behind = {
+        "llama3": ("<|start_header_id|>{}<|end_header_id|>\n\n", ""),
+        "gemma": ("<start_of_turn>{}\n", "\n"),
+        "cohere": ("<|START_OF_TURN|>{}:", ""),
+        "opens the next turn": ("{}\n", "\n<|im_start|>"),
+    }.get(name, ("<|im_start|>{}\n", "\n"))
+    end = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "cohere": "<|END_OF_TURN|>"}.get(name, "<|im_end|>")
+    yield {"opens the next turn": "<|im_start|>"}.get(name, "<s>" if end != "<|im_end|>" else ""), None
+    for i, message in enumerate(messages):
+        role, text = message["role"], message["content"]
+        if name in ("llama3", "gemma"):
+            text = text.strip()
+        if name == "cohere" and role == "assistant":
+            text += "<|END_RESPONSE|>"
+        if name.startswith("qwen3") and role == "assistant":
+            text = _qwen3(text, message is messages[-1])
+        yield before.format("model" if name == "gemma" and role == "assistant" else role), None
+        yield text + end, i
+        yield behind, None
 
 
 def _qwen3(text, last):
     """Thoughts stand in the last turn alone, where empty ones are written, too."""
     answer = text.split("</think>")[-1].lstrip("\n")
     thought = text.split("</think>")[0].split("<think>")[-1].strip("\n") if "</think>" in text else ""
-    return (f"<think>\n{thought}\n</think>\n\n" if last else "") + answer + "<|im_end|>"
-
-
-# Name -> (template, (content, whether the turn is the last) -> the trained span).
-TEMPLATES = {name: (template, _shaped(shape, trims)) for name, (template, shape, trims) in FAMILIES.items()}
-TEMPLATES |= {"qwen3": (QWEN3, _qwen3), "qwen3 marked": (QWEN3_MARKED, _qwen3)}
+    return (f"<think>\n{thought}\n</think>\n\n" if last else "") + answer
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_record_is_trained_as_it_says_or_refused_by_name(name, huggingface_folder, tmp_path):
-    template, span = TEMPLATES[name]
-    tokenizer = load_tokenizer(huggingface_folder("byte-level", template))
+    tokenizer = load_tokenizer(huggingface_folder("byte-level", TEMPLATES[name]))
     rng = random.Random(f"{SEED} {name}")
     corpus = Corpus(tmp_path / "data", rng, RECORDS // len(TEMPLATES))
     cache = tokenized(tokenizer, tmp_path / "cache", *corpus.files, seq_length=LENGTH, bad_records="skip")
@@ -90,7 +121,7 @@ def test_every_record_is_trained_as_it_says_or_refused_by_name(name, huggingface
         case, (ids, mask) = corpus.cases[place], cache[index]
         assert case.fault is None and case.unreadable is None, (place, case)
         weights = cache.pack(index).weights
-        lost += check_tokens(case, ids, mask if weights is None else weights, tokenizer, span)
+        lost += check_tokens(case, ids, mask if weights is None else weights, tokenizer, name)
     assert lost == cache.counts.straddling_spans
     assert len(kept) > len(corpus.cases) / 10 and len(errors) > len(corpus.cases) / 20
 
@@ -123,31 +154,24 @@ def check_refusal(name, case, error):
         assert name == "gemma" and case.messages[0]["role"] == "system" and "System role" in error["message"]
 
 
-def check_tokens(case, ids, weights, tokenizer, span):
-    """The trained spans are what the assistant said and the end of its turn. How many lost their first blanks."""
+def check_tokens(case, ids, weights, tokenizer, name):
+    """A token weighs what the message does in whose piece of the text it begins. How many of these lost a beginning."""
     if case.ids is not None:
         assert ids.tolist() == case.ids[0] and weights.tolist() == np.array(case.ids[1], np.float32).tolist()
         return 0
-    assert tokenizer.decode(ids) == tokenizer.template.render(case.messages)
-    runs, at = [], 0
-    for weight, run in groupby(weights.tolist()):
-        length = len(list(run))
-        if weight:
-            runs.append((tokenizer.decode(ids[at : at + length]), weight))
-        at += length
-    wanted = [
-        (span(message["content"], message is case.messages[-1]), np.float32(weight))
-        for message, weight in zip(case.messages, case.weights, strict=True)
-        if weight
-    ]
-    assert [weight for _, weight in runs] == [weight for _, weight in wanted]
-    lost = 0
-    for (found, _), (text, _) in zip(runs, wanted, strict=True):
-        if found != text:
-            missing = text.removesuffix(found)
-            assert found and len(missing) < len(text) and missing.isspace(), (found, text)
-            lost += 1
-    return lost
+    written = list(pieces(name, case.messages))
+    text = "".join(piece for piece, _ in written)
+    assert text == tokenizer.template.render(case.messages)
+    of_letters = [0.0 if i is None else case.weights[i] for piece, i in written for _ in piece]
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    wanted = [of_letters[begin] for begin, _ in encoding.offsets]
+    starts, at = set(), 0
+    for piece, i in written:
+        starts |= {at} if i is not None and case.weights[i] else set()
+        at += len(piece)
+    lost = {start for start in starts for begin, end in encoding.offsets if begin < start < end}
+    assert ids.tolist() == encoding.ids and weights.tolist() == np.array(wanted, np.float32).tolist(), case
+    return len(lost)
 
 
 def check_blocks(corpus, tokenizer, cache, kept, errors):

@@ -47,6 +47,8 @@ def records(count, plain=False):
             messages.append({"role": role, "content": text})
         if not plain and line % 9 == 8:
             messages[-1]["loss"] = 0.5
+        if not plain and line % 4 == 3:
+            messages[0]["loss"] = rng.choice([0, -0.25])
         if not plain and line % 11 == 10:
             messages[-1]["reasoning_content"] = "because"
         made.append(Record(messages, str(line), "a.jsonl", line))
@@ -60,21 +62,25 @@ def outcome(render, *arguments, **options):
         return type(error), str(error)
 
 
-@pytest.mark.parametrize("last_turn_only", [False, True])
+@pytest.mark.parametrize(("last_turn_only", "prompt_weight"), [(False, 0.0), (True, 0.0), (False, -0.5), (True, 0.2)])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_it_renders_alike(name, last_turn_only, huggingface_folder):
+def test_it_renders_alike(name, last_turn_only, prompt_weight, huggingface_folder):
     tokenizer = load_tokenizer(huggingface_folder("byte-level", TEMPLATES[name]))
+    options = {"last_turn_only": last_turn_only, "prompt_weight": prompt_weight}
     for plain in (True, False):
-        renderer = Renderer(tokenizer, last_turn_only)
-        for record in records(150, plain):
-            whole = outcome(render_conversation, tokenizer, record.messages, last_turn_only=last_turn_only)
+        renderer = Renderer(tokenizer, **options)
+        for record in records(150 if not prompt_weight else 60, plain):
+            whole = outcome(render_conversation, tokenizer, record.messages, **options)
             assert outcome(renderer.render, record) == whole, record.messages
 
 
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "marked", "qwen3"])
-def test_most_take_few_renderings(name, huggingface_folder, monkeypatch):
+def test_most_take_few_renderings(name, prompt_weight, huggingface_folder, monkeypatch):
     tokenizer = load_tokenizer(huggingface_folder("byte-level", TEMPLATES[name]))
-    renderer, made = Renderer(tokenizer, False), records(400, plain=True)
+    renderer, made = Renderer(tokenizer, False, prompt_weight), records(400, plain=True)
+    for number, record in enumerate(made if prompt_weight else ()):
+        record.messages[-1]["loss"] = -number - 1  # a structure is not one of these numbers
     made = [record for record in made if record.messages[0]["role"] != "system"]
     for record in made[:30]:
         renderer.render(record)
