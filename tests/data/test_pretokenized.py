@@ -212,12 +212,12 @@ def test_columns_that_cannot_be_used_are_named(build, tmp_path, suffix, name):
 
 
 def test_a_mask_may_hold_weights(build, tmp_path):
-    rows = own(IDS, [0, 1, 1]), own([5, 6, 7, 8], [0, 0.5, 0, 2]), own(IDS, [0, 1.0, 0.0])
+    rows = own(IDS, [0, 1, 1]), own([5, 6, 7, 8], [0, 0.5, 0, -2]), own(IDS, [0, 1.0, -0.0])
     for suffix, writer in WRITERS.items():
         cache = build(writer(tmp_path / f"a.{suffix}", *rows))
         assert contents(cache) == [(IDS, [0, 1, 1]), ([5, 6, 7, 8], [0, 1, 0, 1]), (IDS, [0, 1, 0])]
         weights = [cache.pack(i).weights.tolist() for i in range(3)]
-        assert weights == [[0, 1, 1], [0, 0.5, 0, 2], [0, 1, 0]] and cache.counts.weighted == 1
+        assert weights == [[0, 1, 1], [0, 0.5, 0, -2], [0, 1, 0]] and cache.counts.weighted == 1
 
 
 def test_weights_that_json_alone_can_spell_are_refused(build, tmp_path):
@@ -227,7 +227,7 @@ def test_weights_that_json_alone_can_spell_are_refused(build, tmp_path):
 
 
 def test_the_last_turn_only_takes_one_trained_span(build, tmp_path):
-    one, two = own([5, 6, 7, 8], [0, 1, 1, 0]), own([5, 6, 7, 8], [0, 1, 0, 1])
+    one, two = own([5, 6, 7, 8], [0, 1, -1, 0]), own([5, 6, 7, 8], [0, -1, 0, 1])
     assert contents(build(write_jsonl(tmp_path / "a.jsonl", one), last_turn_only=True)) == [
         ([5, 6, 7, 8], [0, 1, 1, 0])
     ]

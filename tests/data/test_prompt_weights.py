@@ -242,7 +242,12 @@ def test_negative_weights_are_counted_and_a_negative_mean_is_said(tokenizers, tm
     file = write(tmp_path / "a.jsonl", [{"messages": messages} for messages in rows])
     records = tokenized(tokenizers(CHATML), tmp_path / "cache", file, seq_length=64)
     # Each turn is a letter and its end.
-    assert records.meta["weights"] == {"mean": -2 * 2.0 / 10, "negative_tokens": 4, "negative_records": 2}
+    assert records.meta["weights"] == {
+        "mean": -2 * 2.0 / 10,
+        "negative_tokens": 4,
+        "negative_records": 2,
+        "prompt_records": 0,
+    }
     assert records.counts.weighted == 3 and records.counts.trained_tokens == 10
     assert [records[i][1].sum() for i in range(4)] == [2, 2, 2, 4]
     report = records.report()
@@ -253,7 +258,11 @@ def test_negative_weights_are_counted_and_a_negative_mean_is_said(tokenizers, tm
     assert "in 1 records; 0.25 is the mean weight" in report and "WARNING" not in report
     file = write(tmp_path / "c.jsonl", [{"messages": rows[2]}])
     records = tokenized(tokenizers(CHATML), tmp_path / "cache", file, seq_length=64)
-    assert "weights" not in records.meta and "negative weight" not in records.report()
+    assert (
+        "weights" not in records.meta
+        and "that train messages" not in records.report()
+        and "negative weight" not in records.report()
+    )
 
 
 def test_a_cut_counts_only_the_weights_that_are_left(tokenizers, tmp_path):
@@ -262,7 +271,8 @@ def test_a_cut_counts_only_the_weights_that_are_left(tokenizers, tmp_path):
     assert whole.meta["weights"]["negative_tokens"] == 2
     [length] = whole.lengths().tolist()
     cut = tokenized(tokenizers(CHATML), tmp_path / "cache", file, seq_length=length - 5)
-    assert cut.meta["weights"] == {"mean": (0.5 + 4) / 4, "negative_tokens": 0, "negative_records": 0}
+    figures = {"mean": (0.5 + 4) / 4, "negative_tokens": 0, "negative_records": 0, "prompt_records": 1}
+    assert cut.meta["weights"] == figures
     assert np.array_equal(cut.pack(0).loss, whole.pack(0).loss[: length - 4])
     assert cut.counts.lost_trained_tokens == 2
 

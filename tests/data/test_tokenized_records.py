@@ -167,8 +167,9 @@ def test_tools_and_calls_reach_the_template_from_both_file_types(build, sentence
     assert len(set(responses[:3])) == 1 and responses[3] != responses[0]
 
 
-def test_weights_are_kept_where_some_record_has_them(build, tokenizer, tmp_path):
-    plain, weighted = record(), messages_of("hello", "first", "again", "second", loss=0.5)
+@pytest.mark.parametrize("weight", [0.5, -0.5])
+def test_weights_are_kept_where_some_record_has_them(build, tokenizer, tmp_path, weight):
+    plain, weighted = record(), messages_of("hello", "first", "again", "second", loss=weight)
     untrained = messages_of("hello", "first", "again", "second")
     untrained["messages"][1]["loss"] = 0
     file = write(tmp_path / "a.jsonl", plain, weighted, untrained, plain, weighted, plain)
@@ -179,13 +180,13 @@ def test_weights_are_kept_where_some_record_has_them(build, tokenizer, tmp_path)
     ids, mask = cache[1]
     for store, index in ((cache, 1), (cache, 4), (pickle.loads(pickle.dumps(cache)), 1)):
         weights = store.pack(index).weights
-        assert weights.dtype == np.float32 and ((weights > 0) == mask).all()
+        assert weights.dtype == np.float32 and ((weights != 0) == mask).all()
         assert tokenizer.decode(ids[weights == 1]) == "first<|im_end|>"
-        assert tokenizer.decode(ids[weights == 0.5]) == "second<|im_end|>"
+        assert tokenizer.decode(ids[weights == weight]) == "second<|im_end|>"
     assert tokenizer.decode(cache[2][0][cache[2][1] == 1]) == "second<|im_end|>"
     sample = PackedDataset({"": cache}, 64, tokenizer.pad_id, bounds=False)[1]
     assert sample["loss_mask"][: len(ids) - 1].tolist() == cache.pack(1).weights[1:].tolist()
-    assert ((sample["labels"] >= 0) == (sample["loss_mask"] > 0)).all() and not sample["loss_mask"][len(ids) :].any()
+    assert ((sample["labels"] >= 0) == (sample["loss_mask"] != 0)).all() and not sample["loss_mask"][len(ids) :].any()
     assert cache.counts.trained_tokens == sum(int(cache[i][1].sum()) for i in range(6))  # never the sum of weights
     ones = build(write(tmp_path / "b.jsonl", plain, messages_of("a", "b", loss=1), messages_of("a", "b", loss=True)))
     assert (

@@ -34,6 +34,7 @@ CONVERSATIONS = {
     "plain": (PLAIN, None, "", []),
     "untrained": ([PLAIN[0], assistant("It is 7.", loss=0), *PLAIN[2:]], None, "", [0]),
     "weighted": ([PLAIN[0], assistant("It is 7.", loss=0.5), *PLAIN[2:]], None, "", []),
+    "moved away from": ([PLAIN[0], assistant("It is 7.", loss=-0.5), *PLAIN[2:]], None, "", [0]),
     "reasoning at the end": ([user("3 + 4?"), assistant("It is 7.", **thought("3, then 4"))], None, "reasoning", []),
     "reasoning before": (
         [PLAIN[0], assistant("It is 7.", **thought("3, 4")), PLAIN[2], assistant("8.", **thought("1"))],
@@ -104,7 +105,7 @@ def retold(tokenizer, messages, tools) -> tuple[RunningConversation, list[bool]]
 
 
 NEMOTRON = set(CONVERSATIONS) - {"calls with reasoning", "reasoning at the end"}
-THINKING = {"plain", "untrained", "weighted", "reasoning before"}
+THINKING = {"plain", "untrained", "weighted", "moved away from", "reasoning before"}
 # Their own templates edit what stands before the last turn, or ask for the turn by another text than they write then.
 REFUSED = {
     "glm4moe": {"a text beside a call"},
@@ -144,6 +145,13 @@ def test_texts_of_the_record_give_the_ids_and_the_mask_of_training(tokenizers, n
         n = len(conversation.ids)
         assert conversation.ids.tolist() == encoded.ids[:n].tolist()
         assert conversation.mask.tolist() == weights[:n].tolist() and not weights[n:].any()
+
+
+def test_weights_of_others_are_refused_before_they_are_lost(tokenizers):
+    for other in (PLAIN[0] | {"loss": 0.2}, {"role": "system", "content": "Be brief.", "loss": -1}):
+        with pytest.raises(ConversationError, match=r"messages\[0\]\.loss: .* drop token_ids and loss_mask"):
+            RunningConversation(tokenizers("llama3"), [other, *PLAIN[1:]])
+    assert RunningConversation(tokenizers("llama3"), [PLAIN[0] | {"loss": 0}, *PLAIN[1:]]).turns == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,11 @@ def test_dry_run_and_estimate_write_nothing(folder, tmp_path):
     assert "⟦3.<|im_end|>⟧" in text and text.count("two.jsonl: 1 record in the ShareGPT form (conversations)") == 1
     text = forked(["-m", "megatron_idft", "score", *words, "--sft-last-turn-only"])
     assert "⟦3." not in text and "⟦7.<|im_end|>⟧" in text and "scored spans" in text
+    words += ["--sft-prompt-weight", "0.2"]
+    text = forked(["-m", "megatron_idft", "score", *words])
+    assert "⟦3 + 4?<|im_end|>⟧" in text and "⟦7.<|im_end|>⟧" in text and "records that train messages" in text
+    with pytest.raises(AssertionError, match="--calibrate: own samples are answers, and 1 records also train"):
+        forked(["-m", "megatron_idft", "score", *words, "--calibrate", "2"])
     text = forked(["-m", "megatron_idft", "score", *flags(folder, output, "--estimate")])
     assert "tokens/s" in text and "standard error" in text
     assert not output.exists()

@@ -74,6 +74,7 @@ class EncodedConversation:
         straddles: the number of spans whose first character lies inside a token that begins before the span.
         pretokenized: ids and mask came with the record, see pretokenized.py.
         weights: float32 [n], of the tokens in the loss, not 0 where the mask is 1 and else 0; None: the mask itself.
+        prompts: messages of others than the assistant are trained; not known of a conversation that came with its ids.
     """
 
     ids: NDArray[np.int32]
@@ -82,6 +83,7 @@ class EncodedConversation:
     straddles: int
     pretokenized: bool = False
     weights: NDArray[np.float32] | None = None
+    prompts: bool = False
 
 
 def encode_conversation(
@@ -188,7 +190,8 @@ def tokenize(tokenizer: ChatTokenizer, conversations: Sequence[RenderedConversat
                 weights[first:last] = item.weights[k]
             if k not in item.others:
                 end_ids.add(int(encoding.ids[last - 1]))
-        encoded.append(EncodedConversation(encoding.ids, mask, end_ids, sum(encoding.straddled[::2]), weights=weights))
+        straddles, prompts = sum(encoding.straddled[::2]), bool(item.others)
+        encoded.append(EncodedConversation(encoding.ids, mask, end_ids, straddles, weights=weights, prompts=prompts))
     return encoded
 
 

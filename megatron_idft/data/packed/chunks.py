@@ -35,8 +35,9 @@ class ChunkInfo:
         lengths: how many documents had 2^(k-1) to 2^k - 1 tokens, by k, before any was cut.
         errors: the bad records that were skipped.
         forms: how many records were read in each form, by its name.
-        weights: of the records that weigh their tokens: how many tokens are `trained`, the `sum` of their weights, how
-            many weights are `negative`, and how many records have such ones (`negative_records`). Empty without any.
+        weights: of the records that weigh their tokens, or train others than the assistant: how many tokens are
+            `trained`, the `sum` of their weights, how many are negative (`negative_tokens`), how many records have such
+            ones (`negative_records`), and how many train others (`prompt_records`). Empty without any.
         reference: which columns of a reference model there are, and `log_prob_sum`, of all trained tokens.
     """
 
@@ -57,11 +58,11 @@ class ChunkInfo:
     weights: dict[str, float] = field(default_factory=dict)  # nor do these
     reference: dict[str, Any] | None = None
 
-    def weigh(self, labels: NDArray[np.float32]) -> None:
-        """Count the weights of a record's labels."""
+    def weigh(self, labels: NDArray[Any], prompts: bool) -> None:
+        """Count the weights of a record's labels; whether others than the assistant are trained."""
         negative = int(np.count_nonzero(labels < 0))
         figures = {"trained": int(np.count_nonzero(labels)), "sum": float(labels.sum(dtype=np.float64))}
-        figures |= {"negative": negative, "negative_records": int(negative > 0)}
+        figures |= {"negative_tokens": negative, "negative_records": int(negative > 0), "prompt_records": int(prompts)}
         self.weights = {name: self.weights.get(name, 0) + figure for name, figure in figures.items()}
 
     @property

@@ -175,8 +175,8 @@ class _Builder:
         self.counts.straddling_spans += encoded.straddles
         self.counts.pretokenized += encoded.pretokenized
         self.counts.weighted += encoded.weights is not None
-        if encoded.weights is not None:
-            self.info.weigh(encoded.weights[1:])
+        if encoded.weights is not None or encoded.prompts:
+            self.info.weigh((encoded.mask if encoded.weights is None else encoded.weights)[1:], encoded.prompts)
         self._end_ids |= encoded.end_ids
         self._documents.append(encoded)
         if columns is not None:

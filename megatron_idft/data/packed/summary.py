@@ -54,11 +54,9 @@ def _weights(infos: list[ChunkInfo], trained: int) -> dict[str, Any]:
     found = [info.weights for info in infos if info.weights]
     if not found:
         return {}
-    total, own, negative, records = (
-        sum(weights[key] for weights in found) for key in ("sum", "trained", "negative", "negative_records")
-    )
-    mean = (total + trained - own) / max(trained, 1)  # in the other records each token weighs 1
-    return {"weights": {"mean": mean, "negative_tokens": negative, "negative_records": records}}
+    sums = {key: sum(weights[key] for weights in found) for key in found[0]}
+    mean = (sums["sum"] + trained - sums["trained"]) / max(trained, 1)  # in the other records each token weighs 1
+    return {"weights": {"mean": mean, **{key: sums[key] for key in sums if key not in ("sum", "trained")}}}
 
 
 def negative_mean(values: dict[str, Any]) -> str | None:
@@ -141,6 +139,9 @@ def text(values: dict[str, Any], prefix: str, *, written: bool = True) -> str:
         rows.append(("reference model's mean log q", mean, f"of a trained token; {values['reference']['model']}"))
     rows += [(name, counts[key], note) for key, (name, note) in notes.items() if counts.get(key)]
     weights = values.get("weights", {})  # reports of earlier versions do not say
+    if weights.get("prompt_records"):
+        note = f"of users, the system or tools; {weights['mean']:.3g} is the mean weight of a token"
+        rows.append(("records that train messages", weights["prompt_records"], note))
     if weights.get("negative_tokens"):
         note = f"moved away from, in {weights['negative_records']:,} records; {weights['mean']:.3g} is the mean weight"
         rows.append(("tokens of negative weight", weights["negative_tokens"], note))

@@ -56,6 +56,13 @@ def score() -> None:
         with _calibration_refused_with_its_remedy():
             require_served_layout(args.sequence_parallel)
     tokenizer, records = _open_data(args)
+    others = records.meta.get("weights", {}).get("prompt_records", 0)
+    if args.calibrate is not None and others:
+        raise ArgumentError(
+            f"--calibrate: own samples are answers, and {others:,} records also train messages of users, the system or"
+            " tools, whose distance they cannot calibrate. Leave --calibrate out, or score to another --output without"
+            " --sft-prompt-weight and the `loss` of such messages"
+        )
     if args.dry_run:
         print_on_rank_0("> first record, scored spans in brackets:\n" + render_sample(*records[0], tokenizer))
         return
