@@ -218,6 +218,7 @@ def test_a_mask_may_hold_weights(build, tmp_path):
         assert contents(cache) == [(IDS, [0, 1, 1]), ([5, 6, 7, 8], [0, 1, 0, 1]), (IDS, [0, 1, 0])]
         weights = [cache.pack(i).weights.tolist() for i in range(3)]
         assert weights == [[0, 1, 1], [0, 0.5, 0, -2], [0, 1, 0]] and cache.counts.weighted == 1
+        assert cache.counts.trained_tokens == 5 and cache.meta["weights"]["negative_tokens"] == 1
 
 
 def test_weights_that_json_alone_can_spell_are_refused(build, tmp_path):

@@ -23,7 +23,7 @@ def fades(objective: Objective) -> bool:
 
 def is_anchored(objective: Objective) -> bool:
     """Whether the objective pulls tokens that the model has lost back to a reference."""
-    if getattr(objective, "kl_coefficient", 0) > 0:
+    if objective.kl_coefficient is not None:
         return True
     risen = _weight(objective, torch.tensor(_GONE)) - _weight(objective, None)
     return bool(objective.reference_statistics and (risen > _FADED).any())
