@@ -70,8 +70,9 @@ if [ "${1:-}" = --checkout ]; then
     export PYTHONPATH="$PYTHONPATH:$PWD/.cache/checkout"
 fi
 print_versions "$environment"
-# Tests that need a GPU are left out by name here. Two at a time; a file's tests share fixtures that take long.
-all=(-m "not gpu" -n 2 --dist loadfile)
+# Tests that need a GPU are left out by name here. Two at a time; a file's tests share fixtures that take long. In the
+# order of conftest.py, where pytest-xdist would begin with the files of most tests and end with those of one long test.
+all=(-m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder)
 if [ "$environment" != .venv ]; then
     compiled="tests/benchmarks/test_loss.py::test_every_case_compiles_without_spills"
     [ $# -gt 0 ] || set -- "${all[@]}" tests/loss tests/data tests/checkpoint "$compiled"

@@ -109,12 +109,13 @@ def compile_here() -> Iterator[dict[str, Any]]:
     from ahead_of_time import call_loss, call_paged_attention, compile_for, read_kernel, record_launches
     from emulated_group import emulated_groups
     from implementations import ours
+    from objectives import every_objective
 
     launches = record_launches()
     groups = emulated_groups()
-    implementation = next(one for one in ours() if one.name == "triton idft, overwriting")
+    idft = next(one for one in ours() if one.name == "triton idft, overwriting")
 
-    def loss_of(case: Any) -> Callable[[], None]:
+    def loss_of(case: Any, implementation: Any = idft) -> Callable[[], None]:
         group = groups[case.tp]
         group.reset()
         group.set_empty_state(torch.tensor(implementation.empty_state))
@@ -124,6 +125,8 @@ def compile_here() -> Iterator[dict[str, Any]]:
     for case in loss.CASES:
         if case.name in LOSSES:
             calls.append((LOSSES[case.name], str(case.torch_dtype), loss_of(case)))
+    whole = next(case for case in loss.CASES if case.name == next(iter(LOSSES)))
+    calls += [(one.formula, str(whole.torch_dtype), loss_of(whole, one)) for one in every_objective()]
     for heads, kv_heads, d, dtype in ATTENTIONS:
         shape = (heads, kv_heads, d, getattr(torch, dtype))
         calls.append(
@@ -190,9 +193,9 @@ Made by `python tools/benchmarks/triton_versions.py` on {date}; do not edit. No 
 
 Every kernel of ours, compiled without a GPU under the releases of Triton that `setup.py` admits: the registers of a
 lane, the widest load and store of global memory in bytes (16 is the most), shared memory above 2 KiB, and what is
-spilled. `shard_state`, `token_results` and `gradient` are of the loss, `attend` and `merge` of decoding without
-flash-attn. Where 8 bytes are the widest load, that is a label: rows at odd addresses are read by elements. Of kernels
-that several shapes share, the first is named.
+spilled. `shard_state`, `token_results`, `gradient` and `store_columns` are of the loss, those named after an objective
+in bf16 over 152064 columns; `attend` and `merge` are of decoding without flash-attn. Where 8 bytes are the widest load,
+that is a label: rows at odd addresses are read by elements. Of kernels that several shapes share, the first is named.
 """
 
 
