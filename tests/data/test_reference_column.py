@@ -335,6 +335,15 @@ def test_scores_of_another_tokenizer_length_mask_or_program_are_refused(run, sco
     for name, reason in (("nowhere", "no such file or folder"), ("", "holds no manifest.json")):
         with pytest.raises(InputError, match=reason):
             run(file, tmp_path / name)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RecordError, match=r"broken\.parquet, row 1: damaged Parquet file"):
+        run(file, tmp_path / "broken.parquet")
+    realigned = write_scores(tmp_path / "realigned", tokenizer, file, recorded={"tokens": None})
+    manifest = json.loads((realigned / "manifest.json").read_text())
+    del manifest["settings"]["tokens"]
+    (realigned / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="belongs to another program than `score`"):
+        run(file, realigned)
     with pytest.raises(InputError, match="must be one of"):
         ReferenceSettings("x", ReferenceColumns(dtype="bfloat16"))
 

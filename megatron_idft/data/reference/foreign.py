@@ -73,10 +73,10 @@ def _text_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    row = 0
     try:
         with pq.ParquetFile(path) as table:
             names = [name for name in ("file", "line", "id", *LISTS) if name in table.schema_arrow.names]
-            row = 0
             for batch in table.iter_batches(batch_size=_PART_ROWS, columns=names):
                 for value in parquet_batch_rows(batch, path, row):
                     row += 1

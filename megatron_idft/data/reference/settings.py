@@ -116,7 +116,7 @@ def _folder(path: Path) -> Scores:
     if not (path / "manifest.json").is_file():
         raise InputError(f"--sft-reference {path}: it is no --output folder of `score`, it holds no manifest.json")
     manifest = read_manifest(path)
-    if manifest["settings"].keys() < {"model", "iteration", "hf_model"}:
+    if not manifest["settings"].keys() >= {"model", "iteration", "hf_model", "tokens"}:
         raise InputError(f"--sft-reference {path}: it belongs to another program than `score`")
     parts = finished_parts(path / "parts", manifest["part_suffix"])
     if len(parts) < manifest["num_chunks"]:

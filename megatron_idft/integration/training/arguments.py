@@ -30,8 +30,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     flags.add_reference(group)
     flags.add_reference_top_k(
         group,
-        "How many of the reference's most probable tokens objectives with a divergence from it use. Default 20, and of"
-        " packs all that they have.",
+        "How many of the reference's most probable tokens objectives with a divergence from it use. Default: as"
+        " many as `score` has kept, of other engines 20; of packs always all that they have.",
     )
     group.add_argument(
         "--train-epochs",

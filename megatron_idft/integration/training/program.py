@@ -281,9 +281,9 @@ class ChatTraining(TrainerIntegration):
             print_rank_0(
                 f"WARNING: this run continues a checkpoint that was trained on {then}, now on"
                 f" {args.sft_data_fingerprint}: the records (or only their files' times), the tokenizer, its template,"
-                " --seq-length, --sft-truncation, --sft-last-turn-only, --sft-prompt-weight or --sft-packing have"
-                " changed, so samples may be repeated or left out. If the data is another on purpose, --finetune starts"
-                " its epochs at the beginning"
+                " --seq-length, --sft-truncation, --sft-last-turn-only, --sft-prompt-weight, --sft-packing or the"
+                " scores of --sft-reference have changed, so samples may be repeated or left out. If the data is new"
+                " on purpose, --finetune starts its epochs at the beginning"
             )
 
     def _token_ids(self) -> Mapping[str, int]:

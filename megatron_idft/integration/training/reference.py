@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from megatron_idft.data.packed.records import TokenizedRecords
 from megatron_idft.data.packed.store import PackedStore
 from megatron_idft.data.reference.columns import ReferenceColumns
-from megatron_idft.data.reference.settings import ReferenceSettings
+from megatron_idft.data.reference.settings import ReferenceSettings, open_scores
 from megatron_idft.errors import ArgumentError
 from megatron_idft.integration.loss.arguments import build_objective
 
-_TOP_K = 20  # of the reference's most probable tokens, unless a flag says otherwise
+_TOP_K = 20  # of the reference's most probable tokens, unless a flag or the scores say otherwise
 
 
 def needed_reference(args: argparse.Namespace) -> ReferenceColumns | None:
@@ -29,7 +29,10 @@ def reference_settings(args: argparse.Namespace) -> ReferenceSettings | None:
     needed = needed_reference(args)
     if needed is None or args.sft_reference is None:
         return None
-    top_k = (args.sft_reference_top_k or _TOP_K) if needed.top_k else 0
+    top_k = 0
+    if needed.top_k:
+        recorded = open_scores(args.sft_reference).recorded
+        top_k = args.sft_reference_top_k or recorded.get("reference_top_k") or _TOP_K
     columns = ReferenceColumns(needed.entropy, top_k, args.sft_reference_dtype)
     return ReferenceSettings(args.sft_reference, columns)
 
@@ -56,11 +59,14 @@ def sample_columns(args: argparse.Namespace, stores: Mapping[str, PackedStore]) 
             "--sft-reference-top-k 20": needed.top_k and not (there and there.top_k),
         }
         if any(missing.values()):
-            flags = " ".join(flag for flag, lacks in missing.items() if lacks)
-            verb = "train" if isinstance(store, TokenizedRecords) else "prepare"
+            flags = [flag for flag, lacks in missing.items() if lacks]
+            verb = "prepare"
+            if isinstance(store, TokenizedRecords):  # what is kept beside these follows from the objective
+                verb, flags = "train", flags[:1]
             raise ArgumentError(
                 f"--sft-loss {args.sft_loss} compares with a reference model, of which {name} does not hold what it"
-                f" needs: score the data with that model (`megatron-idft score`), and `{verb}` it with {flags}"
+                f" needs: score the data with that model (`megatron-idft score`), and `{verb}` it with"
+                f" {' '.join(flags)}"
             )
         top_k.append(there.top_k if there else 0)
     return ReferenceColumns(needed.entropy, min(top_k) if needed.top_k else 0)
