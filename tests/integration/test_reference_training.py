@@ -78,9 +78,10 @@ def test_the_packs_hold_the_scorers_numbers_to_the_bit(corpus):
 
 
 PACKS, RECORDS = "{corpus}/packs", "{corpus}/train.jsonl"
+VIRTUAL = "--hybrid-layer-pattern=-|-|-|- --pipeline-model-parallel-size 2"  # two virtual stages on each rank
 RUNS = [
     ("asft_topk", PACKS, 2, "--micro-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
-    ("prift", PACKS, 2, "--micro-batch-size 1 --pipeline-model-parallel-size 2 --sft-valid-data {corpus}/plain"),
+    ("prift", PACKS, 2, f"{VIRTUAL} --micro-batch-size 1 --sft-valid-data {{corpus}}/plain"),
     ("idft --idft-weights reference", RECORDS, 2, "--micro-batch-size 2 --context-parallel-size 2"),
     ("asft", RECORDS, 1, "--micro-batch-size 2 --sft-packing --sft-reference-dtype float16"),
 ]
