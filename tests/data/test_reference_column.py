@@ -307,6 +307,10 @@ def test_a_record_whose_text_has_changed_since_has_no_score(run, scored, tokeniz
     rows[5]["messages"][0]["content"] = rows[5]["messages"][0]["content"][::-1]  # as long, and of no trained token
     with pytest.raises(RecordError, match=r"b\.jsonl, line 6, log_prob of .*no conversation with this text was scored"):
         run(write(tmp_path / "b.jsonl", rows), scores)
+    rows[2] = rows[9] = b"{broken"
+    skipped = run(write(tmp_path / "b.jsonl", rows), scores, bad_records="skip", chunk_bytes=1 << 20)
+    errors = [json.loads(line) for line in (tmp_path / "packs.errors.jsonl").read_text().splitlines()]
+    assert [error["line"] for error in errors] == [3, 6, 10] and skipped.store.meta["counts"]["bad"] == 3
 
 
 def test_scores_of_another_tokenizer_length_mask_or_program_are_refused(run, scored, tokenizer, tmp_path):
