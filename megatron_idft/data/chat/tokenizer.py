@@ -211,7 +211,10 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
         if (np.diff(starts) < 0).any():
             raise TemplateError("the tokenizer's offsets go backwards, so characters cannot be mapped to tokens")
         first = np.searchsorted(starts, cuts)
-        straddled = ~np.isin(cuts, starts)
+        ends = np.fromiter((end for _, end in encoding.offsets), dtype=np.int64, count=len(ids))
+        # A token may hold a blank and the first byte of a letter, whose other bytes' tokens begin at the cut.
+        reached = np.append(0, ends)[first] > np.asarray(cuts, dtype=np.int64)
+        straddled = ~np.isin(cuts, starts) | reached
         return Encoding(ids, first.tolist(), straddled.tolist())
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:

@@ -140,7 +140,7 @@ def text(values: dict[str, Any], prefix: str, *, written: bool = True) -> str:
     rows += [(name, counts[key], note) for key, (name, note) in notes.items() if counts.get(key)]
     weights = values.get("weights", {})  # reports of earlier versions do not say
     if weights.get("prompt_records"):
-        note = f"of users, the system or tools; {weights['mean']:.3g} is the mean weight of a token"
+        note = "of users, the system or tools"
         rows.append(("records that train messages", weights["prompt_records"], note))
     if weights.get("negative_tokens"):
         note = f"moved away from, in {weights['negative_records']:,} records; {weights['mean']:.3g} is the mean weight"
