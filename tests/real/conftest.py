@@ -102,3 +102,15 @@ def tokenizer(huggingface):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(huggingface)
+
+
+@pytest.fixture(scope="session")
+def shallow(huggingface, tokenizer, once) -> Path:
+    """The first two of the thirty layers, for transformers."""
+    from transformers import AutoModelForCausalLM
+
+    def save(folder: Path) -> None:
+        AutoModelForCausalLM.from_pretrained(huggingface, num_hidden_layers=2).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return once("SmolLM2-two-layers", save)

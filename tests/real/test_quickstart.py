@@ -5,23 +5,10 @@ import os
 import re
 import subprocess
 
-import pytest
-
 from tests.launch import ROOT, forking_python
 
 SCRIPT = ROOT / "examples" / "real_model" / "run.sh"
 SIZES = {"SCORED": "4", "REALIGNED": "1", "OWN_SAMPLES": "2", "STEPS": "2", "MAX_NEW_TOKENS": "8"}
-
-
-@pytest.fixture(scope="module")
-def shallow(huggingface, tokenizer, tmp_path_factory):
-    """The first two of the thirty layers, for transformers."""
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("shallow") / "SmolLM2-two-layers"
-    AutoModelForCausalLM.from_pretrained(huggingface, num_hidden_layers=2).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_run_sh_ends_in_a_table_and_goes_on_where_it_was(shallow, tmp_path):
