@@ -31,6 +31,7 @@ def test_every_variant_is_measured(tmp_path):
     for corpus, figures in result["corpora"].items():
         rates = figures["tokens_per_cpu_second"]
         assert rates.keys() >= {"raw", "raw, fast", "prepare"}
+        assert figures["log_q_bytes_per_token"] == 4 and rates["prepare, log q"] > 0
         assert rates["prepare"] == figures["tokens"] / figures["cpu_seconds"]["prepare"][0]
         assert figures["share_of_raw"] == rates["prepare"] / rates["raw"]
         assert (f"hit: {corpus}" in done.stdout) == figures["goal_hit"] == (figures["share_of_raw"] >= 0.9)

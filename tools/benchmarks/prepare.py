@@ -7,6 +7,7 @@ or with `--tokenizer` a real model's (its template included):
     raw             the tokenizer's `encode_batch` on the rendered texts, in batches of 128, and nothing else
     raw, fast       the same with `encode_batch_fast`, which computes no offsets
     prepare         JSON in, templates rendered, masks proven, tokens and masks out, packed
+    prepare, log q  the same with log q of a reference model for each trained token, from a file of another engine
     preprocess_data Megatron-LM's tools/preprocess_data.py on the rendered texts, where MEGATRON_LM is a checkout: it
                     knows neither templates nor masks
 
@@ -20,6 +21,10 @@ Expected before the first run, of the long records: JSON, rendering and masks co
 and not computing offsets gives 15 % back, so `prepare` reaches about 0.9 to 1.0 of `raw`, and 0.8 of `raw, fast`;
 preprocess_data, which encodes one text at a time through Python, about 0.6 of `raw`. Of the short ones: what a record
 costs beside its tokens counts seven times as much, 0.8 to 0.9 of `raw`, and less than half for preprocess_data.
+
+log q is read as lists, matched by record, id and position, and written beside the tokens: expected to cost a quarter of
+`prepare` more (a try had shown that) and 4 bytes a token, and nothing to speak of where training opens the packs and
+takes a sample. No goal; the figures are printed.
 
 Packing is compared on lengths drawn from a long-tailed mix: best-fit decreasing, first-fit in the order of the input,
 and one record to a pack as stock `--sft` has it. Expected: 0.99, 0.98 and 0.2, at less than a second for a million
@@ -49,13 +54,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout needs no installation
 
+from megatron_idft.data.packed.dataset import PackedDataset
 from megatron_idft.data.packed.pack_settings import PrepareSettings
 from megatron_idft.data.packed.packing import best_fit_decreasing, efficiency, first_fit
 from megatron_idft.data.packed.prepare import prepare
+from megatron_idft.data.packed.store import PackedStore
+from megatron_idft.data.reference.columns import ReferenceColumns
+from megatron_idft.data.reference.settings import ReferenceSettings
 
+SEQ_LENGTH = 32_768
 MIN_SHARE_OF_RAW, MIN_EFFICIENCY = 0.9, 0.97
 ROLES = ("user", "assistant")
 # Of the logarithms of a question's and an answer's characters, the mean; and the most characters.
@@ -149,11 +161,38 @@ def raw(folder: Path, workers: int, fast: bool) -> tuple[int, float]:
     return sum(tokens for tokens, _ in done), sum(seconds for _, seconds in done)
 
 
-def prepared(folder: Path, workers: int, tokenizer: Any, number: int) -> tuple[int, float]:
-    settings = PrepareSettings((str(folder / "records.jsonl"),), 32_768, chunk_bytes=4 << 20)
+def prepared(
+    folder: Path, workers: int, tokenizer: Any, output: Path, reference: ReferenceSettings | None = None
+) -> tuple[int, float]:
+    settings = PrepareSettings((str(folder / "records.jsonl"),), SEQ_LENGTH, chunk_bytes=4 << 20, reference=reference)
     begin = time.process_time()
-    done = prepare(settings, tokenizer, folder / f"packs-{number}", workers=workers, progress=False)
+    done = prepare(settings, tokenizer, output, workers=workers, progress=False)
     return done.tokens, done.cpu_seconds + time.process_time() - begin
+
+
+def write_scores(folder: Path, tokenizer: Any) -> Path:
+    """log q of each trained token of the records, as another engine would write them: random numbers."""
+    settings = PrepareSettings((str(folder / "records.jsonl"),), SEQ_LENGTH, packing=False)
+    store = prepare(settings, tokenizer, folder / "plain", workers=0, progress=False).store
+    rng = np.random.default_rng(0)
+    rows: dict[str, list[Any]] = {"file": [], "line": [], "token_ids": [], "log_prob": []}
+    for index in range(len(store)):
+        pack = store.pack(index)
+        trained = pack.ids[1:][pack.mask[1:] == 1]
+        [(_, line)] = store.origins(index)
+        values = ("records.jsonl", line, trained, -rng.exponential(size=len(trained)).astype(np.float32))
+        for column, value in zip(rows.values(), values, strict=True):
+            column.append(value)
+    pq.write_table(pa.table(rows), folder / "scores.parquet")
+    return folder / "scores.parquet"
+
+
+def opening(prefix: Path, reference: ReferenceColumns | None) -> float:
+    """Seconds until training has opened the packs and taken its first sample."""
+    begin = time.perf_counter()
+    dataset = PackedDataset({"packs": PackedStore(prefix)}, SEQ_LENGTH, 0, reference=reference)
+    dataset[0]
+    return time.perf_counter() - begin
 
 
 def preprocess_data(folder: Path, workers: int, checkout: Path, records: str, output: Path) -> float:
@@ -199,15 +238,17 @@ def measure(
         (folder / f"{i}.json").write_text(json.dumps(rendered[i :: options.workers]), encoding="utf-8")
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rendered))
     (folder / "one.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
+    reference = ReferenceSettings(str(write_scores(folder, tokenizer)))
     seconds: dict[str, list[float]] = {}
     tokens = 0
     for number in range(options.rounds):
         for name, fast in (("raw", False), ("raw, fast", True)):
             tokens, spent = raw(folder, options.workers, fast)
             seconds.setdefault(name, []).append(spent)
-        same, spent = prepared(folder, options.workers, tokenizer, number)
-        assert same == tokens, (same, tokens)
-        seconds.setdefault("prepare", []).append(spent)
+        for name, of in (("prepare", None), ("prepare, log q", reference)):
+            same, spent = prepared(folder, options.workers, tokenizer, folder / f"{name}-{number}", of)
+            assert same == tokens, (same, tokens)
+            seconds.setdefault(name, []).append(spent)
         if checkout is not None:
             start = preprocess_data(folder, options.workers, checkout, "one.jsonl", folder / f"one-{number}")
             spent = preprocess_data(folder, options.workers, checkout, "texts.jsonl", folder / f"theirs-{number}")
@@ -220,6 +261,12 @@ def measure(
         "cpu_seconds": seconds,
         "tokens_per_cpu_second": rates,
         "share_of_raw": share,
+        "log_q_over_prepare": rates["prepare"] / rates["prepare, log q"],
+        "log_q_bytes_per_token": (folder / "prepare, log q-0.reference.bin").stat().st_size / tokens,
+        "opening_seconds": {
+            "prepare": opening(folder / "prepare-0", None),
+            "prepare, log q": opening(folder / "prepare, log q-0", ReferenceColumns()),
+        },
         "goal_hit": share >= MIN_SHARE_OF_RAW,
     }
 
@@ -285,6 +332,12 @@ def main() -> None:
         for name, rate in rates.items():
             print(f"{name:18}{rate:14,.0f} tokens/s of processor time{rate / rates['raw']:8.3f} of raw")
         hit = "hit" if figures["goal_hit"] else "MISS"
+        before, behind = figures["opening_seconds"].values()
+        print(
+            f"log q of a reference: {figures['log_q_over_prepare']:.2f} times the processor time of prepare,"
+            f" {figures['log_q_bytes_per_token']:g} bytes a token; opened in {1e3 * behind:.1f} ms, {1e3 * before:.1f}"
+            " without"
+        )
         print(f"{hit}: {corpus}: prepare at {share:.3f} of raw (goal {MIN_SHARE_OF_RAW})", flush=True)
     result["packing"] = packs = packing(options.documents)
     for capacity, figures in packs.items():
