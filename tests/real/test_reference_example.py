@@ -23,11 +23,14 @@ def example(shallow, tmp_path_factory):
     keep = out.with_name("keep.jsonl")  # in the place of answers: a model of two layers ends none
     write_records(keep, [{"prompt": "Where is the sea?", "response": "Behind the hills."}])
     environment = os.environ | SIZES | {"MODEL": str(shallow), "KEEP": str(keep), "PYTHON": forking_python()}
-    done = subprocess.run(
-        ["bash", SCRIPT, "--out", out], env=environment, capture_output=True, text=True, timeout=300, check=False
+    command = ["bash", SCRIPT, "--out", out]
+    first, again = (
+        subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        for _ in range(2)
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out, done.stdout
+    assert first.returncode == again.returncode == 0, first.stdout + first.stderr + again.stdout + again.stderr
+    assert "step 3 of 3: " in first.stdout and "step 3 of 3: " not in again.stdout  # nothing is done twice
+    return out, again.stdout
 
 
 def test_every_training_begins_at_the_reference_and_leaves_it(example):
