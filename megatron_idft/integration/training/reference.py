@@ -56,16 +56,16 @@ def sample_columns(args: argparse.Namespace, stores: Mapping[str, PackedStore]) 
         missing = {
             "--sft-reference SCORES": there is None,
             "--sft-reference-entropy": needed.entropy and not (there and there.entropy),
-            "--sft-reference-top-k 20": needed.top_k and not (there and there.top_k),
+            f"--sft-reference-top-k {_TOP_K}": needed.top_k and not (there and there.top_k),
         }
         if any(missing.values()):
             flags = [flag for flag, lacks in missing.items() if lacks]
-            verb = "prepare"
+            verb, tops = "prepare", f" --sft-reference-top-k {_TOP_K}" if needed.top_k else ""
             if isinstance(store, TokenizedRecords):  # what is kept beside these follows from the objective
                 verb, flags = "train", flags[:1]
             raise ArgumentError(
                 f"--sft-loss {args.sft_loss} compares with a reference model, of which {name} does not hold what it"
-                f" needs: score the data with that model (`megatron-idft score`), and `{verb}` it with"
+                f" needs: score the data with that model (`megatron-idft score{tops}`), and `{verb}` it with"
                 f" {' '.join(flags)}"
             )
         top_k.append(there.top_k if there else 0)
