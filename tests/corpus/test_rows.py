@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 import pyarrow as pa
 import pytest
 
-from megatron_idft.corpus.scores.rows import RECORD_SCHEMA, TOKEN_SCHEMA, ScoredRow, TokenStatistics, WorstToken
+from megatron_idft.corpus.scores.rows import RECORD_SCHEMA, TOP_SCHEMA, ScoredRow, TokenStatistics, WorstToken
 
 _PYTHON = {pa.types.is_string: str, pa.types.is_boolean: bool, pa.types.is_integer: int, pa.types.is_floating: float}
 
@@ -16,7 +16,7 @@ def python_type(column):
 
 
 @pytest.mark.parametrize(
-    ("row", "columns"), [(ScoredRow, TOKEN_SCHEMA), (WorstToken, RECORD_SCHEMA.field("worst_tokens").type.value_type)]
+    ("row", "columns"), [(ScoredRow, TOP_SCHEMA), (WorstToken, RECORD_SCHEMA.field("worst_tokens").type.value_type)]
 )
 def test_a_row_has_the_columns_of_its_file(row, columns):
     types = get_type_hints(row)
@@ -28,4 +28,4 @@ def test_a_row_has_the_columns_of_its_file(row, columns):
 
 def test_lists_per_token_are_what_score_may_leave_out():
     assert ScoredRow.__optional_keys__ == set(get_type_hints(TokenStatistics))
-    assert ScoredRow.__optional_keys__ == set(TOKEN_SCHEMA.names) - set(RECORD_SCHEMA.names)
+    assert ScoredRow.__optional_keys__ == set(TOP_SCHEMA.names) - set(RECORD_SCHEMA.names)
