@@ -95,9 +95,6 @@ def weigh_tokens(
     def kept(value: Tensor, ignored: float = 0.0) -> Tensor:
         return torch.where(trained, value, ignored)
 
-    def given(value: Tensor | None) -> Tensor | None:
-        return None if value is None else kept(value.float())
-
     statistics = TokenStatistics(
         log_prob=kept(merged.log_prob),
         entropy=kept(merged.entropy),
@@ -106,8 +103,8 @@ def weigh_tokens(
         max_prob=kept(1.0 / merged.sum_exp) if "max_prob" in objective.extra_statistics else None,
         sum_squared_prob=None if merged.sum_squared_prob is None else kept(merged.sum_squared_prob),
         argmax=None if merged.argmax is None else kept(merged.argmax, -1).to(torch.int64),
-        reference_log_prob=None if reference is None else given(reference.log_prob),
-        reference_entropy=None if reference is None else given(reference.entropy),
+        reference_log_prob=None if reference is None else kept(reference.log_prob.float()),
+        reference_entropy=None if reference is None or reference.entropy is None else kept(reference.entropy.float()),
     )
     weight = objective.weight(statistics)
     value = statistics.log_prob if cross_entropy_values else weight * statistics.log_prob
@@ -181,7 +178,16 @@ class TokenLoss(torch.autograd.Function):
         if objective.kl_coefficient is not None and reference is not None:
             term = reference_term(logits, labels, results, objective, shard, vocab_size, reference)
             loss = results.loss if cross_entropy_values else results.loss + term.coefficient * term.kl
-            results = results._replace(loss=loss, row_coefficient=term.row_coefficient)
+            results = TokenResults(  # not _replace: the compiler of torch 2.8 does not trace it
+                loss=loss,
+                weight=results.weight,
+                log_prob=results.log_prob,
+                entropy=results.entropy,
+                max=results.max,
+                sum_exp=results.sum_exp,
+                invalid_labels=results.invalid_labels,
+                row_coefficient=term.row_coefficient,
+            )
             assert top_ids is not None
             kl, of_term = (term.kl,), (top_ids, term.coefficient, term.probs, term.reference_probs)
         ctx.shard, ctx.vocab_size, ctx.backend = shard, vocab_size, backend
@@ -189,9 +195,9 @@ class TokenLoss(torch.autograd.Function):
         ctx.overwritten = False
         _, *saved = results
         ctx.save_for_backward(logits, labels, *saved, *of_term)
-        others = (results.weight, results.log_prob, results.entropy, results.invalid_labels, *kl)
-        ctx.mark_non_differentiable(*others)
-        return results.loss, *others
+        found = (results.weight, results.log_prob, results.entropy, results.invalid_labels, *kl)
+        ctx.mark_non_differentiable(*found)
+        return results.loss, *found
 
     @staticmethod
     @once_differentiable

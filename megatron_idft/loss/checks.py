@@ -45,8 +45,10 @@ def checked_reference(reference: Reference | None, objective: Objective, labels:
         "top_ids": has_kl,
         "top_log_prob": has_kl,
     }
-    values = {} if reference is None else reference._asdict()
-    given = [_checked(name, values.get(name), objective, labels) if reads[name] else None for name in Reference._fields]
+    given = [
+        _checked(name, None if reference is None else getattr(reference, name), objective, labels) if read else None
+        for name, read in reads.items()
+    ]
     log_prob, entropy, top_ids, top_log_prob = given
     if top_ids is not None and top_log_prob is not None and top_ids.shape != top_log_prob.shape:
         raise ValueError(f"top_ids {tuple(top_ids.shape)} and top_log_prob {tuple(top_log_prob.shape)} must be alike")
