@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_idft import Objective, Reference, idft, resolve_objective
+from megatron_idft import Objective, Reference, asft, idft, resolve_objective
 from megatron_idft.objectives import objective_names
 
 
@@ -19,7 +19,10 @@ class Expected(NamedTuple):
 
 
 # Beside the names: settings that make another formula of an objective.
-VARIANTS = {"idft of the reference": idft(weights="reference")}
+VARIANTS = {
+    "idft of the reference": idft(weights="reference"),
+    "asft, strong": asft(coefficient=2.0),  # most of its weights are negative
+}
 
 
 def objective_of(name: str | Objective) -> Objective:
@@ -124,6 +127,7 @@ def _naive_reference_weight(objective: str, log_prob: Tensor, labels: Tensor) ->
     return {
         "prift": q,
         "asft": p + 0.03 * anchor,
+        "asft, strong": p + 2 * anchor,
         "sft_k3": 1 + 0.03 * anchor,
         "minor_sft": 2 / (1 + (p / q) ** 0.1),
         "iw": (p / q).clamp(0.2, 1.8),

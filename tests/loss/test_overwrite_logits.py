@@ -8,6 +8,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_idft import resolve_objective, vocab_parallel_loss
+from megatron_idft import Reference, resolve_objective, vocab_parallel_loss
+from megatron_idft.errors import UnsupportedModelError
 from megatron_idft.integration.loss.hook import LossHook
 from tests.loss.engines import Engine
 from tests.loss.intermediate import as_intermediate
@@ -290,6 +292,24 @@ def hooked_loss(backend: str, training: bool, watched: bool, is_leaf: bool) -> t
         loss.backward()
         assert leaf.grad is not None and leaf.grad.any()
     return logits.detach(), before
+
+
+def test_the_hook_uses_a_reference_once() -> None:
+    """A program that forgets one must not train on that of the micro-batch before."""
+    model = types.SimpleNamespace(
+        compute_language_model_loss=None,
+        forward=lambda labels, loss_mask: None,
+        output_layer=types.SimpleNamespace(output_size_per_partition=9, _forward_hooks={}),
+        pg_collection=types.SimpleNamespace(tp=None),
+        training=True,
+    )
+    hook = LossHook(model, resolve_objective("prift"), None, "reference", None)
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    hook.reference = Reference(torch.full((2, 3), -0.5))
+    for given in (True, False):
+        hook._capture(inspect.signature(model.forward), (labels, None), {})
+        with nullcontext() if given else pytest.raises(UnsupportedModelError, match="came without"):
+            hook(labels, torch.zeros(3, 2, 9))
 
 
 @pytest.mark.parametrize(

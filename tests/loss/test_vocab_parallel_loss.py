@@ -20,7 +20,7 @@ from tests.loss.oracle import VARIANTS, Expected, assert_matches, expected_loss,
 OBJECTIVES = [name for name in (*objective_names(), *VARIANTS) if objective_of(name).kl_coefficient is None]
 NEVER_NEGATIVE = [name for name in OBJECTIVES if not objective_of(name).negative_weights]
 # Whose weight does not follow p: a token of probability 0 keeps one.
-NOT_GATED = {"ce", "entropy", "prift", "asft", "sft_k3", "minor_sft", "iw", "idft of the reference"}
+NOT_GATED = {"ce", "entropy", "prift", "asft", "sft_k3", "minor_sft", "iw", *VARIANTS}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

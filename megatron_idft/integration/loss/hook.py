@@ -54,7 +54,8 @@ class LossHook:
         token_sources: the next micro-batch's sources, for metrics that keep them apart: the number of each token's,
             int64, of a shape that broadcasts to the labels' [b, s]. Whoever calls the model may set it before.
         reference: what the reference model said of the next micro-batch's labels, tensors [b, s] (and [b, s, K]) in the
-            labels' layout, so of this rank's part under context parallelism. Whoever calls the model sets it before.
+            labels' layout, so of this rank's part under context parallelism. Whoever calls the model sets it before
+            each forward pass, which takes it.
     """
 
     def __init__(
@@ -113,7 +114,9 @@ class LossHook:
             )
         labels = given.get("labels")
         if labels is not None:
-            self._pending.append(MicroBatch(labels, given.get("loss_mask"), self.token_sources, self.reference))
+            # The reference is taken once: the next micro-batch's labels would get a wrong one without a word.
+            reference, self.reference = self.reference, None
+            self._pending.append(MicroBatch(labels, given.get("loss_mask"), self.token_sources, reference))
 
     def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A pass that died half-way (out of memory, a rerun) must not leave its labels behind.

@@ -49,6 +49,9 @@ _TOKEN_SUMS = (
     "end_of_turn_tokens",
     "end_of_turn_weight",
     "end_of_turn_log_prob",
+)
+# And these with a reference.
+_REFERENCE_SUMS = (
     "log_ratio",
     "log_ratio_below_3",
     "log_ratio_below_1",
@@ -97,7 +100,7 @@ class LossMetrics:
         vocab_size: the true vocabulary size; `install` fills it in.
         sources: names of the sources that `add` is given by number; empty keeps none apart.
         reference: whether `add` is given what a reference model said.
-        reference_kl: whether the objective has a KL term.
+        reference_kl: whether the objective has a KL term, which needs a reference.
         negative_weights: whether the objective's weights may be negative.
     """
 
@@ -114,7 +117,8 @@ class LossMetrics:
 
     def __post_init__(self) -> None:
         bins = [len(edges) + 1 for edges in _HISTOGRAMS.values()]
-        self._parts = [len(_COUNTERS), (1 + len(self.sources)) * len(_TOKEN_SUMS), *bins]
+        self._names = _TOKEN_SUMS + (_REFERENCE_SUMS if self.reference else ())
+        self._parts = [len(_COUNTERS), (1 + len(self.sources)) * len(self._names), *bins]
         self._step = torch.zeros(sum(self._parts), dtype=torch.float64, device=self.device)
         self._interval = torch.zeros_like(self._step)
         self._edges = {
@@ -206,9 +210,9 @@ class LossMetrics:
     def _token_sums(self, columns: dict[str, Tensor], trained: Tensor, sources: Tensor | None) -> Tensor:
         """[1 + sources, token sums] float64: over all trained tokens, then over each source's."""
         zero = torch.zeros_like(trained)
-        values = torch.stack([columns.get(name, zero).reshape(-1).double() for name in _TOKEN_SUMS], dim=1)
+        values = torch.stack([columns.get(name, zero).reshape(-1).double() for name in self._names], dim=1)
         values = torch.where(trained.reshape(-1, 1), values, 0)
-        sums = values.new_zeros(1 + len(self.sources), len(_TOKEN_SUMS))
+        sums = values.new_zeros(1 + len(self.sources), len(self._names))
         sums[0] = values.sum(dim=0)
         if sources is not None and self.sources:
             # A product rather than index_add_, whose order of float additions is not fixed on a GPU.
@@ -235,7 +239,7 @@ class LossMetrics:
         if group is not None and torch.distributed.get_world_size(group) > 1:
             torch.distributed.all_reduce(totals, group=group)
         counters, sums, *bins = (part.tolist() for part in totals.split(self._parts))
-        groups = [dict(zip(_TOKEN_SUMS, row, strict=True)) for row in batched(sums, len(_TOKEN_SUMS))]
+        groups = [dict(zip(self._names, row, strict=True)) for row in batched(sums, len(self._names))]
         with_gamma = self.gamma_limits is not None
         return MetricsReport(
             lm_loss=_lm_loss(groups[0]) if groups[0]["tokens"] else None,
