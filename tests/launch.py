@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import functools
 import itertools
+import math
 import os
 import select
 import signal
@@ -106,7 +107,8 @@ def forked_codes(
 ) -> tuple[list[int], str]:
     """(exit codes of the ranks, their output), whatever they are. alone: one process, without torchrun's variables.
 
-    All ranks are killed when one fails, but for one that was told to stop: they do so together.
+    When one fails, the others have a second to say why by themselves, as under torchrun, and are then killed; but for
+    one that was told to stop: they do so together.
     """
     server = servers()["megatron"]
     argv, port = [str(arg) for arg in args], free_port()
@@ -118,9 +120,15 @@ def forked_codes(
             own = {} if alone else _variables(rank, nproc, port)
             ranks[forking_client.ask(server, argv, common | own, str(ROOT), streams, sys.executable)] = rank
         codes, running, deadline = [0] * nproc, list(ranks), time.monotonic() + timeout
+        killed_at = math.inf
         while running:
-            ended, _, _ = select.select(running, [], [], max(deadline - time.monotonic(), 0))
-            if not ended:
+            ended, _, _ = select.select(running, [], [], max(min(deadline, killed_at) - time.monotonic(), 0))
+            if not ended and killed_at < deadline:
+                killed_at = math.inf
+                for connection in running:
+                    with contextlib.suppress(OSError):
+                        connection.send(bytes([signal.SIGKILL]))
+            elif not ended:
                 for connection in running:
                     connection.close()  # kills the rank
                 raise AssertionError(f"not done after {timeout} s: {argv}\n{output.read()[-TAIL:]}")
@@ -129,9 +137,7 @@ def forked_codes(
                 running.remove(connection)
                 connection.close()
                 if code not in (0, STOPPED, INTERRUPTED):
-                    for other in running:
-                        with contextlib.suppress(OSError):
-                            other.send(bytes([signal.SIGKILL]))
+                    killed_at = min(killed_at, time.monotonic() + 1)
         return codes, output.read()
 
 
