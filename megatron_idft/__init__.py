@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from megatron_idft.integration.loss.hook import install, uninstall
     from megatron_idft.loss import LossOutput, vocab_parallel_loss
+    from megatron_idft.loss.linear import UpstreamWatch, vocab_parallel_linear_loss
     from megatron_idft.objectives import (
         Objective,
         asft,
@@ -41,6 +42,7 @@ _HOME = {
     "Objective": "megatron_idft.objectives",
     "Reference": "megatron_idft.statistics",
     "TokenStatistics": "megatron_idft.statistics",
+    "UpstreamWatch": "megatron_idft.loss.linear",
     "asft": "megatron_idft.objectives",
     "asft_topk": "megatron_idft.objectives",
     "ce": "megatron_idft.objectives",
@@ -63,6 +65,7 @@ _HOME = {
     "sft_k3": "megatron_idft.objectives",
     "sft_topk": "megatron_idft.objectives",
     "uninstall": "megatron_idft.integration.loss.hook",
+    "vocab_parallel_linear_loss": "megatron_idft.loss.linear",
     "vocab_parallel_loss": "megatron_idft.loss",
 }
 
@@ -71,6 +74,7 @@ __all__ = [
     "Objective",
     "Reference",
     "TokenStatistics",
+    "UpstreamWatch",
     "__version__",
     "asft",
     "asft_topk",
@@ -94,6 +98,7 @@ __all__ = [
     "sft_k3",
     "sft_topk",
     "uninstall",
+    "vocab_parallel_linear_loss",
     "vocab_parallel_loss",
 ]
 

@@ -1,5 +1,6 @@
 """The differentiable token loss over any backend: what is saved, what is overwritten, what is refused."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -144,6 +145,63 @@ def reference_term(
     return top_term(found, results.max, results.sum_exp, results.weight, coefficient, reference, trained)
 
 
+def results_and_term(
+    logits: Tensor,
+    labels: Tensor,
+    states: Tensor,
+    objective: Objective,
+    shard: VocabShard,
+    vocab_size: int,
+    backend: Backend,
+    cross_entropy_values: bool,
+    reference: Reference | None,
+) -> tuple[TokenResults, TopTerm | None]:
+    """Results of the gathered states, and the KL term of an objective that has one. Collectives: `gather_logits`."""
+    results = backend.token_results(states, labels, objective, vocab_size, cross_entropy_values, reference)
+    if objective.kl_coefficient is None or reference is None:
+        return results, None
+    term = reference_term(logits, labels, results, objective, shard, vocab_size, reference)
+    loss = results.loss if cross_entropy_values else results.loss + term.coefficient * term.kl
+    results = TokenResults(  # not _replace: the compiler of torch 2.8 does not trace it
+        loss=loss,
+        weight=results.weight,
+        log_prob=results.log_prob,
+        entropy=results.entropy,
+        max=results.max,
+        sum_exp=results.sum_exp,
+        invalid_labels=results.invalid_labels,
+        row_coefficient=term.row_coefficient,
+    )
+    return results, term
+
+
+def write_whole_gradient(
+    logits: Tensor,
+    gradient: Tensor,
+    labels: Tensor,
+    upstream: Tensor,
+    results: TokenResults,
+    of_term: Sequence[Tensor],
+    shard: VocabShard,
+    vocab_size: int,
+    backend: Backend,
+) -> None:
+    """`Backend.write_gradient`, and what a KL term corrects of it.
+
+    Args:
+        logits, gradient, labels, upstream, results, shard, vocab_size: as there.
+        of_term: top_ids and the term's coefficient, probs and reference_probs; empty without a KL term.
+        backend: which one.
+    """
+    backend.write_gradient(logits, gradient, labels, upstream, results, shard, vocab_size)
+    if of_term:
+        top_ids, coefficient, probs, reference_probs = of_term
+        values = top_gradient(
+            top_ids, coefficient, probs, reference_probs, labels, results.weight, results.log_prob, upstream
+        )
+        backend.store_columns(gradient, local_columns(top_ids, labels, shard, vocab_size), values)
+
+
 class TokenLoss(torch.autograd.Function):
     """The tensors of `LossOutput`; only the loss carries gradient.
 
@@ -172,22 +230,12 @@ class TokenLoss(torch.autograd.Function):
             reference = Reference(reference_log_prob, reference_entropy, top_ids, top_log_prob)
         state = backend.shard_state(logits, labels, shard, vocab_size, objective.extra_statistics)
         states = shard.gather_states(state)
-        results = backend.token_results(states, labels, objective, vocab_size, cross_entropy_values, reference)
+        results, term = results_and_term(
+            logits, labels, states, objective, shard, vocab_size, backend, cross_entropy_values, reference
+        )
         of_term: tuple[Tensor, ...] = ()
         kl: tuple[Tensor, ...] = ()
-        if objective.kl_coefficient is not None and reference is not None:
-            term = reference_term(logits, labels, results, objective, shard, vocab_size, reference)
-            loss = results.loss if cross_entropy_values else results.loss + term.coefficient * term.kl
-            results = TokenResults(  # not _replace: the compiler of torch 2.8 does not trace it
-                loss=loss,
-                weight=results.weight,
-                log_prob=results.log_prob,
-                entropy=results.entropy,
-                max=results.max,
-                sum_exp=results.sum_exp,
-                invalid_labels=results.invalid_labels,
-                row_coefficient=term.row_coefficient,
-            )
+        if term is not None:
             assert top_ids is not None
             kl, of_term = (term.kl,), (top_ids, term.coefficient, term.probs, term.reference_probs)
         ctx.shard, ctx.vocab_size, ctx.backend = shard, vocab_size, backend
@@ -214,12 +262,7 @@ class TokenLoss(torch.autograd.Function):
         # The loss itself is not needed again. Behind its other results stands what the KL term needs.
         size = len(TokenResults._fields) - 1
         results, of_term = TokenResults(grad_loss, *saved[:size]), saved[size:]
-        ctx.backend.write_gradient(logits, gradient, labels, grad_loss, results, ctx.shard, ctx.vocab_size)
-        if of_term:
-            top_ids, coefficient, probs, reference_probs = of_term
-            values = top_gradient(
-                top_ids, coefficient, probs, reference_probs, labels, results.weight, results.log_prob, grad_loss
-            )
-            columns = local_columns(top_ids, labels, ctx.shard, ctx.vocab_size)
-            ctx.backend.store_columns(gradient, columns, values)
+        write_whole_gradient(
+            logits, gradient, labels, grad_loss, results, of_term, ctx.shard, ctx.vocab_size, ctx.backend
+        )
         return gradient, *[None] * 11

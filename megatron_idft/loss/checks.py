@@ -6,7 +6,7 @@ from torch import Tensor
 from megatron_idft.objectives import Objective
 from megatron_idft.statistics import Reference
 
-_LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_tensors(logits: Tensor, labels: Tensor) -> None:
@@ -17,7 +17,7 @@ def check_tensors(logits: Tensor, labels: Tensor) -> None:
     """
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., V/tp] with at least one column, got shape {tuple(logits.shape)}")
-    if logits.dtype not in _LOGITS_DTYPES:
+    if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"logits must be bfloat16, float16 or float32, got {logits.dtype}; cast them first")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}; call labels.long()")

@@ -113,11 +113,12 @@ def _write_softmax(columns: Tensor, grad: Tensor, softmax_scale: Tensor, maximum
     scratch = _scratch(columns)
     for index in _row_blocks(columns):
         block = _as_fp32(columns[index], scratch)
-        out = grad[index] if grad.dtype == torch.float32 else block
+        in_place = grad.dtype == torch.float32
+        out = grad[index] if in_place else scratch(block)  # not fp32 logits, which the caller may keep
         torch.sub(block, maximum[index], out=out).exp_().mul_(softmax_scale[index])
         out.view(torch.int32).bitwise_and_(keep_bits[index])
-        if out is block:
-            grad[index].copy_(block)
+        if not in_place:
+            grad[index].copy_(out)
 
 
 def _write_target(grad: Tensor, value: Tensor, target: Tensor) -> None:

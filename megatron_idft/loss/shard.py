@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 
 
 class VocabShard(NamedTuple):
@@ -25,18 +25,31 @@ class VocabShard(NamedTuple):
 
         Collectives: one all-gather over `tp_group`; none without tensor parallelism or without tokens.
         """
-        if self.tp_group is None or self.tp_group.size() == 1 or state.numel() == 0:
-            return state.unsqueeze(0)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and self.is_split and state.numel():
             # It imports the compiler.
             from torch.distributed._functional_collectives import all_gather_tensor  # noqa: PLC0415
 
+            assert self.tp_group is not None
             gathered = all_gather_tensor(state, gather_dim=0, group=self.tp_group)
             return gathered.view(self.tp_group.size(), *state.shape)
+        states, work = self.begin_gather(state)
+        if work is not None:
+            work.wait()
+        return states
+
+    def begin_gather(self, state: Tensor) -> tuple[Tensor, Work | None]:
+        """The same, not waited for: the states may be read after `wait()` of the work; None: they are there."""
+        if self.tp_group is None or not self.is_split or state.numel() == 0:
+            return state.unsqueeze(0), None
         states = state.new_empty(self.tp_group.size(), *state.shape)
         # Concatenated along the first dimension: the one form that gloo and NCCL both take.
-        torch.distributed.all_gather_into_tensor(states.flatten(0, 1), state, group=self.tp_group)
-        return states
+        into = states.flatten(0, 1)
+        return states, torch.distributed.all_gather_into_tensor(into, state, group=self.tp_group, async_op=True)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether other ranks hold other shards."""
+        return self.tp_group is not None and self.tp_group.size() > 1
 
 
 def vocab_shard(num_columns: int, vocab_size: int | None, tp_group: ProcessGroup | None) -> tuple[VocabShard, int]:
