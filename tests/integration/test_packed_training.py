@@ -27,6 +27,7 @@ from tests.run_outputs import differences, load_checkpoint, load_scalars
 from tests.tiny_tokenizers import train_tokenizer
 
 HERE = Path(__file__).parent
+PROGRAM = ("-m", "megatron_idft", "train")
 SEQ_LENGTH = 32
 COMMON = f"""
     --hidden-size 32 --num-attention-heads 4 --seq-length {SEQ_LENGTH}
@@ -66,11 +67,12 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def train(corpus: Path, folder: Path, data: str, flags: str, nproc: int = 1, script: Path | None = None) -> str:
+def train(
+    corpus: Path, folder: Path, data: str, flags: str, nproc: int = 1, script: Sequence[str | Path] = PROGRAM
+) -> str:
     words = f"{COMMON} --sft-data {data} --tokenizer-model {corpus / 'tokenizer.model'} {flags}"
     words += f" --save {folder} --tensorboard-dir {folder / 'tensorboard'}"
-    program = [script] if script else ["-m", "megatron_idft", "train"]
-    return forked([*program, *words.split()], nproc=nproc)
+    return forked([*script, *words.split()], nproc=nproc)
 
 
 MODELS = {
@@ -108,7 +110,7 @@ def continue_packed(
     model: str,
     layout: str,
     nproc: int,
-    script: Path | None = None,
+    script: Sequence[str | Path] = PROGRAM,
     data: str = "packs",
 ) -> str:
     """Steps 3 to 5 of an unpacked run, over packs. What its steps counted in samples is twice as much."""
@@ -217,7 +219,7 @@ def test_records_that_the_run_packs_train_like_their_documents(corpus, unpacked,
 
 def test_a_middle_stage_without_the_mask_is_noticed(corpus, unpacked, tmp_path):
     compared = unpacked("gpt")
-    continue_packed(corpus, compared, tmp_path, "gpt", VIRTUAL, 2, script=HERE / "unmasked_train.py")
+    continue_packed(corpus, compared, tmp_path, "gpt", VIRTUAL, 2, script=[HERE / "unmasked_train.py"])
     with pytest.raises(AssertionError, match="grad-norm"):
         assert_same_training(compared, tmp_path)
 

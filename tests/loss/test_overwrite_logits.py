@@ -294,8 +294,8 @@ def hooked_loss(backend: str, training: bool, watched: bool, is_leaf: bool) -> t
     return logits.detach(), before
 
 
-def test_the_hook_uses_a_reference_once() -> None:
-    """A program that forgets one must not train on that of the micro-batch before."""
+def test_the_hook_uses_what_it_was_told_of_a_micro_batch_once() -> None:
+    """A program that forgets a reference must not train on that of the micro-batch before."""
     model = types.SimpleNamespace(
         compute_language_model_loss=None,
         forward=lambda labels, loss_mask: None,
@@ -305,9 +305,12 @@ def test_the_hook_uses_a_reference_once() -> None:
     )
     hook = LossHook(model, resolve_objective("prift"), None, "reference", None)
     labels = torch.zeros(2, 3, dtype=torch.long)
-    hook.reference = Reference(torch.full((2, 3), -0.5))
+    told = Reference(torch.full((2, 3), -0.5)), 4, torch.ones(2, 3)
+    hook.reference, hook.num_trained, hook.token_factors = told
     for given in (True, False):
         hook._capture(inspect.signature(model.forward), (labels, None), {})
+        pairs = zip(hook._pending[0][3:], told if given else (None,) * 3, strict=True)
+        assert all(each is wanted for each, wanted in pairs)
         with nullcontext() if given else pytest.raises(UnsupportedModelError, match="came without"):
             hook(labels, torch.zeros(3, 2, 9))
 

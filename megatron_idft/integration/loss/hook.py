@@ -26,12 +26,14 @@ IGNORED_LABEL = -100
 
 
 class MicroBatch(NamedTuple):
-    """What came with a forward pass: each [b, s], or None where it was not given."""
+    """What came with a forward pass: tensors [b, s], and None where it was not given. See `LossHook`."""
 
     labels: Tensor
     loss_mask: Tensor | None
     sources: Tensor | None
     reference: Reference | None
+    num_trained: int | None
+    token_factors: Tensor | None
 
 
 class LossHook:
@@ -56,6 +58,10 @@ class LossHook:
         reference: what the reference model said of the next micro-batch's labels, tensors [b, s] (and [b, s, K]) in the
             labels' layout, so of this rank's part under context parallelism. Whoever calls the model sets it before
             each forward pass, which takes it.
+        num_trained: how many of the next micro-batch's labels are trained, counted on the host: the fused output head
+            computes no others. Set and taken like `reference`; None, and it computes all.
+        token_factors: [b, s] fp32 in the labels' layout, what the caller's loss function multiplies the next
+            micro-batch's losses with beside `loss_mask`. Set and taken like `reference`; None: nothing.
     """
 
     def __init__(
@@ -76,6 +82,8 @@ class LossHook:
         self.calls = 0
         self.token_sources: Tensor | None = None
         self.reference: Reference | None = None
+        self.num_trained: int | None = None
+        self.token_factors: Tensor | None = None
         self._original: Callable[[Tensor, Tensor], Tensor] = model.compute_language_model_loss
         self._signature = inspect.signature(model.forward)
         # Forward passes whose loss has not been asked for yet. More than one only under schedule plans, which start the
@@ -114,9 +122,10 @@ class LossHook:
             )
         labels = given.get("labels")
         if labels is not None:
-            # The reference is taken once: the next micro-batch's labels would get a wrong one without a word.
-            reference, self.reference = self.reference, None
-            self._pending.append(MicroBatch(labels, given.get("loss_mask"), self.token_sources, reference))
+            # These are taken once: the next micro-batch's labels would get wrong ones without a word.
+            taken = self.reference, self.num_trained, self.token_factors
+            self.reference = self.num_trained = self.token_factors = None
+            self._pending.append(MicroBatch(labels, given.get("loss_mask"), self.token_sources, *taken))
 
     def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A pass that died half-way (out of memory, a rerun) must not leave its labels behind.
@@ -156,7 +165,7 @@ class LossHook:
 
     def _main_head_loss(self, micro_batch: MicroBatch, logits: Tensor) -> Tensor:
         self._require_shard(logits)
-        labels, loss_mask, sources, reference = micro_batch
+        labels, loss_mask, sources, reference, *_ = micro_batch
         if loss_mask is not None:
             loss_mask = loss_mask.reshape(labels.shape)
             labels = torch.where(loss_mask != 0, labels, IGNORED_LABEL)

@@ -18,6 +18,7 @@ from megatron_idft.integration.training.packed_attention import (
     stage_reads,
     takes_mask,
 )
+from megatron_idft.integration.training.trained_tokens import TrainedTokenCounter
 
 _DTYPES = {
     "bounds": torch.int32,
@@ -41,6 +42,7 @@ def get_batch(
     sources: bool = False,
     reference: ReferenceColumns | None = None,
     conversations: bool = False,
+    count_trained: TrainedTokenCounter | None = None,
 ) -> dict[str, Any]:
     """This rank's share of the next micro-batch.
 
@@ -55,15 +57,16 @@ def get_batch(
         sources: whether samples hold `sources`.
         reference: the columns of a reference model that samples hold.
         conversations: whether samples hold `conversation_tokens`.
+        count_trained: counts the trained tokens of the share where labels are read; None: nobody needs the number.
 
     Returns:
         tokens, labels, position_ids, sources [b, s/cp] int64, conversation_tokens [b, s/cp] int32, loss_mask [b, s/cp]
         fp32 and the columns of `reference` [b, s/cp] or [b, s/cp, K], each None on stages that do not read it, and
         where samples hold none. With packs every stage has either attention_mask [b, 1, s, s] bool or
         packed_seq_params, the other is None; without, both are: attention is causal, and padding on the right is seen
-        by nobody.
-        Collectives: one broadcast per tensor over the tensor-parallel group. Nothing synchronises with the host, but
-        see `packed_sequence_parameters`.
+        by nobody. num_trained int, or None where it was not counted.
+        Collectives: one broadcast per tensor over the tensor-parallel group, and that of `count_trained`. Nothing
+        synchronises with the host, but see `packed_sequence_parameters`.
     """
     from megatron.core import mpu
     from megatron.core.utils import get_batch_on_this_cp_rank
@@ -87,12 +90,12 @@ def get_batch(
         if mpu.get_tensor_model_parallel_world_size() > 1:
             source, group = mpu.get_tensor_model_parallel_src_rank(), mpu.get_tensor_model_parallel_group()
             torch.distributed.broadcast(batch[key], source, group=group)
+    num_trained = count_trained(sample) if labels and count_trained is not None else None
     bounds = batch.pop("bounds")
     lengths: dict[str, Any] = {}
     if bounds is not None and takes_mask(args):
         batch["attention_mask"] = document_mask(bounds, args.seq_length)
-        return batch
-    if bounds is not None and limits is not None:
+    elif bounds is not None and limits is not None:
         parameters = packed_sequence_parameters(bounds[0], args, limits.longest_document)
         batch["packed_seq_params"] = parameters
         lengths = {"cu_seqlens": parameters.cu_seqlens_q[None], "cu_seqlens_padded": None}
@@ -102,7 +105,7 @@ def get_batch(
         # It shares out some keys by name, or all: ours go one by one, by a name that it knows.
         shares = {key: share({"tokens": batch.pop(key), **lengths})["tokens"] for key in ours}
         batch = share(batch | lengths) | shares
-    return batch
+    return batch | {"num_trained": num_trained}
 
 
 def loss_func(
@@ -126,12 +129,14 @@ def loss_func(
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.training import get_args
 
-    mask = loss_mask.reshape(-1)
-    losses = output.reshape(-1).float() * mask
-    num_tokens = (mask != 0).sum().to(torch.int)
-    counts = None if conversation_tokens is None else conversation_tokens.reshape(-1)
+    losses = output.float()
+    weighted = (losses * loss_mask).sum()
+    factors = normalization.token_factors(conversation_tokens)
+    # The gradient of a token's loss is then that of the sum times one product, as the fused output head takes it.
+    loss = weighted if factors is None else (losses * (loss_mask * factors)).sum()
+    num_tokens = (loss_mask != 0).sum().to(torch.int)
     samples = len(loss_mask) if mpu.get_context_parallel_rank() == 0 else 0
-    loss, divisor = normalization(losses, num_tokens, counts, samples)
+    divisor = normalization.divisor(num_tokens, conversation_tokens, samples)
     if get_args().check_for_nan_in_loss_and_grad:
         for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
             get_rerun_state_machine().validate_result(
@@ -142,7 +147,7 @@ def loss_func(
                 fatal=True,
             )
     # Not `loss`: Megatron divides that in place.
-    return loss, divisor, {"lm loss": torch.stack([losses.detach().sum(), num_tokens.to(loss.dtype)])}
+    return loss, divisor, {"lm loss": torch.stack([weighted.detach(), num_tokens.to(loss.dtype)])}
 
 
 def forward_step(
@@ -154,14 +159,15 @@ def forward_step(
     reference: ReferenceColumns | None = None,
     on_batch: Callable[[dict[str, Any]], None] = lambda batch: None,
     normalization: Normalization = PER_TOKEN,
+    count_trained: TrainedTokenCounter | None = None,
 ) -> tuple[Tensor, Any]:
     """One micro-batch through `model`; returns its output and the bound loss function. See `get_batch`.
 
     Args:
-        data_iterator, limits, sources: see `get_batch`.
+        data_iterator, limits, sources, count_trained: see `get_batch`.
         model: this rank's part.
         reference: as there, of samples of training; those of evaluation hold none.
-        on_batch: called with the micro-batch before the model is.
+        on_batch: called with the micro-batch, and its `token_factors` (see `Normalization`), before the model is.
         normalization: of the step in training; evaluations are per trained token.
     """
     from megatron.core.utils import get_attr_wrapped_model
@@ -179,9 +185,11 @@ def forward_step(
         sources=sources,
         reference=reference if model.training else None,
         conversations=normalization.mode == "sample",
+        count_trained=count_trained,
     )
     get_timers()("batch-generator").stop()
-    on_batch(batch)
+    counts = batch["conversation_tokens"]
+    on_batch(batch | {"token_factors": normalization.token_factors(counts)})
     output = model(
         batch["tokens"],
         batch["position_ids"],
@@ -190,5 +198,4 @@ def forward_step(
         loss_mask=batch["loss_mask"],
         **({"packed_seq_params": batch["packed_seq_params"]} if limits else {}),
     )
-    counts = batch["conversation_tokens"]
     return output, partial(loss_func, batch["loss_mask"], normalization=normalization, conversation_tokens=counts)

@@ -42,24 +42,36 @@ class Normalization:
     mode: str = "token"
     tokens: int = 1
 
-    def __call__(
-        self, losses: Tensor, num_tokens: Tensor, conversation_tokens: Tensor | None, samples: int
-    ) -> tuple[Tensor, Tensor]:
-        """What a rank returns of a micro-batch: its part of the sum of losses, and of what that is divided by.
+    def token_factors(self, conversation_tokens: Tensor | None) -> Tensor | None:
+        """What the loss of each token is multiplied with beside its weight; None: nothing.
 
         Args:
-            losses: [tokens] fp32, weighted, 0 where untrained.
-            num_tokens: int32, the trained tokens among them.
-            conversation_tokens: [tokens] int32, as in `PackedDataset`; read by `sample` alone.
+            conversation_tokens: [...] int32, as in `PackedDataset`; None where nothing reads the labels.
+
+        Returns:
+            [...] fp32.
+        """
+        if self.mode != "sample" or conversation_tokens is None:
+            return None
+        return self.tokens / conversation_tokens.abs().clamp(min=1).float()
+
+    def divisor(self, num_tokens: Tensor, conversation_tokens: Tensor | None, samples: int) -> Tensor:
+        """A micro-batch's part, on this rank, of what the sum of losses is divided by.
+
+        Args:
+            num_tokens: int32, its trained tokens.
+            conversation_tokens: as in `token_factors`; read by `sample` alone.
             samples: of the micro-batch; 0 on all but one of the context-parallel ranks that share them.
+
+        Returns:
+            int32 of no dimension.
         """
         if self.mode == "constant":
-            return losses.sum(), num_tokens.new_full((), samples * self.tokens)
+            return num_tokens.new_full((), samples * self.tokens)
         if self.mode == "token":
-            return losses.sum(), num_tokens
+            return num_tokens
         assert conversation_tokens is not None
-        shares = self.tokens / conversation_tokens.abs().clamp(min=1).to(losses.dtype)
-        return (losses * shares).sum(), (conversation_tokens < 0).sum().int() * self.tokens
+        return (conversation_tokens < 0).sum().int() * self.tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ from megatron_idft.integration.training.evaluation import (
     validation_sets,
 )
 from megatron_idft.integration.training.packed_attention import check_attention
+from megatron_idft.integration.training.trained_tokens import TrainedTokenCounter, trained_token_counter
 from megatron_idft.statistics import Reference
 
 
@@ -49,6 +50,7 @@ class ChatTraining(TrainerIntegration):
         self.tokenizer: ChatTokenizer | None = None
         self.data: TrainingData | None = None
         self._normalization = batches.PER_TOKEN  # of this step
+        self._count_trained: TrainedTokenCounter | None = None
         self._named: NamedData | None = None  # until the flags are parsed
         self._validation_sets: list[ValidationSet] = []
         self._source_names: tuple[str, ...] = ()
@@ -103,6 +105,7 @@ class ChatTraining(TrainerIntegration):
         result = super()._setup_model_and_optimizer(original, call)
         if self.trains_packs:
             check_attention(args, result[0])
+        self._count_trained = trained_token_counter(args)
         return result
 
     def _save_checkpoint(self, original: Callable[..., Any], call: inspect.BoundArguments) -> None:
@@ -205,6 +208,7 @@ class ChatTraining(TrainerIntegration):
             reference=self.data.reference,
             on_batch=self._note_batch,
             normalization=self._normalization,
+            count_trained=self._count_trained,
         )
 
     def _note_batch(self, batch: Mapping[str, Any]) -> None:
@@ -213,6 +217,7 @@ class ChatTraining(TrainerIntegration):
         for hook in self._hooks:
             hook.token_sources = batch["sources"]
             hook.reference = None if columns["log_prob"] is None else Reference(**columns)
+            hook.num_trained, hook.token_factors = batch["num_trained"], batch["token_factors"]
 
     def _train(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         """Megatron's training loop, after an evaluation of the model that it begins with."""
