@@ -11,7 +11,7 @@ from megatron_idft.loss import LossOutput
 from megatron_idft.loss.backends import load_backend, resolve_backend
 from megatron_idft.loss.checks import checked_reference, reject_invalid_labels
 from megatron_idft.loss.linear.autograd import LinearLoss, Settings
-from megatron_idft.loss.linear.checks import check_inputs, check_mask, reject_low_count
+from megatron_idft.loss.linear.checks import check_inputs, check_mask, check_numbers, reject_low_count
 from megatron_idft.loss.linear.passes import Head
 from megatron_idft.loss.linear.tokens import default_chunk_tokens, even_chunk
 from megatron_idft.loss.linear.upstream import UpstreamWatch
@@ -93,6 +93,7 @@ def vocab_parallel_linear_loss(
     if torch.compiler.is_compiling():
         raise RuntimeError("vocab_parallel_linear_loss cannot be traced by torch.compile: call it outside")
     check_inputs(hidden, weight, bias, labels, tp_group if sequence_parallel else None, fuse_wgrad_accumulation)
+    check_numbers(chunk_tokens, logit_scale)
     objective = resolve_objective(objective)
     given = checked_reference(reference, objective, labels)
     implementation = load_backend(resolve_backend(backend, hidden.device))

@@ -1,5 +1,7 @@
 """The refusals of `vocab_parallel_linear_loss`, each with its remedy."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -54,6 +56,18 @@ def check_inputs(
             "fuse_wgrad_accumulation needs weight.main_grad in fp32, as Megatron's DistributedDataParallel makes it,"
             f" got {None if main_grad is None else main_grad.dtype}: pass fuse_wgrad_accumulation=False"
         )
+
+
+def check_numbers(chunk_tokens: int | None, logit_scale: float) -> None:
+    """Whether these are within their ranges.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, or None for the default, got {chunk_tokens}")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale must be a finite number, got {logit_scale}")
 
 
 def check_mask(loss_mask: Tensor | None, labels: Tensor) -> Tensor:

@@ -79,9 +79,9 @@ def _in_fp32(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
 
 
 def _is_right(function: AddProduct, device_type: str, dtype: torch.dtype) -> bool:
-    """Whether it multiplies small whole numbers exactly, and adds."""
+    """Whether it multiplies small whole numbers exactly, to sums that 16 bits do not hold, and adds them."""
     generator = torch.Generator().manual_seed(0)
-    gradient, hidden = (torch.randint(-4, 5, (64, 128), generator=generator).float() for _ in range(2))
+    gradient, hidden = (torch.randint(-20, 21, (64, 128), generator=generator).float() for _ in range(2))
     total = torch.ones(128, 128, device=device_type)
     function(total, gradient.to(device_type, dtype), hidden.to(device_type, dtype))
     return torch.equal(total.cpu(), 1 + gradient.t() @ hidden)

@@ -34,9 +34,9 @@ def even_chunk(tokens: int, most: int) -> int:
 
 
 def block_tokens(chunk_tokens: int, columns: int) -> int:
-    """Tokens whose fp32 logits [block, V/tp] are kept at a time: at most 256 MiB and a quarter of a chunk, from 256."""
+    """Tokens whose fp32 logits [block, V/tp] are kept at a time: a quarter of a chunk, and at most 256 MiB or 256."""
     most = max(_BLOCK_BYTES // (4 * columns) // 128 * 128, 256)
-    return min(chunk_tokens, most, max(-(-chunk_tokens // 4 // 128) * 128, 256))
+    return min(chunk_tokens, most, -(-chunk_tokens // 256) * 64)
 
 
 def spans(tokens: int, size: int) -> list[slice]:

@@ -51,8 +51,9 @@ def fit_upstream(upstream: Tensor, expected: Tensor, any_factor: bool) -> Upstre
     """Compare [n] fp32 gradients; `any_factor`: the expected one may be off by a common factor. No host sync."""
     factor = expected.new_ones(())
     if any_factor and expected.numel():
-        largest = expected.abs().argmax()
-        factor = torch.where(expected[largest] != 0, upstream[largest] / expected[largest], 1.0)
+        largest = expected.abs().argmax(keepdim=True)
+        ours, given = (value.gather(0, largest)[0] for value in (expected, upstream))  # a tensor in [] would be read
+        factor = torch.where(ours != 0, given / ours, 1.0)
     scaled = factor * expected
     residual = upstream - scaled
     # In this form NaN is a misfit.
