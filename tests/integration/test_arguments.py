@@ -39,7 +39,9 @@ LOSS_FLAGS = [
     "--psft-epsilon",
     "--sft-loss",
     "--sft-loss-backend",
+    "--sft-loss-chunk-tokens",
     "--sft-loss-exempt-tokens",
+    "--sft-loss-head",
     "--sft-loss-vocab-size",
     "--sft-loss-weight-floor",
 ]
@@ -151,6 +153,9 @@ def test_a_scripts_own_provider_is_composed_with_ours():
         ("--idft-beta 2", "Add --sft-loss idft"),
         ("--power-q 2", "Add --sft-loss power"),
         ("--sft-loss-backend reference", "Add --sft-loss idft"),
+        ("--sft-loss-head fused", "Add --sft-loss idft"),
+        ("--sft-loss idft --sft-loss-chunk-tokens 64", "or use --sft-loss-head fused"),
+        ("--sft-loss idft --sft-loss-head fused --sft-loss-chunk-tokens 0", "a whole number of tokens from 1"),
         ("--sft-loss dft --idft-beta 2", "use --sft-loss idft"),
         ("--sft-loss ce --idft-lambda-ramp 0.1", "use --sft-loss idft"),
         ("--sft-loss idft --power-q 1", "use --sft-loss power"),
@@ -181,6 +186,27 @@ def test_a_scripts_own_provider_is_composed_with_ours():
 def test_refusals_name_the_remedy(line, remedy):
     with pytest.raises(ValueError, match=remedy.replace("(", r"\(")):
         validated(line)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--defer-embedding-wgrad-compute",
+        "--use-megatron-fsdp",
+        "--use-torch-fsdp2",
+        "--tensor-parallel-num-weight-shards 2",
+        "--fp8-output-proj",
+        "--config-logger-dir x",
+        "--save-activations-interval 2",
+        "--save-dgrads-interval 2",
+        "--reuse-grad-buf-for-mxfp8-param-ag",
+        "--cuda-graph-warmup-steps 0 --cuda-graph-impl full_iteration",
+    ],
+)
+def test_what_the_fused_head_cannot_serve_is_refused_by_name(flag):
+    with pytest.raises(ArgumentError, match=f"^{flag.split()[0]}.*--sft-loss-head materialized"):
+        validated(f"--sft-loss idft --sft-loss-head fused {flag}")
+    assert validated(f"--sft-loss idft {flag}").sft_loss_head == "materialized"
 
 
 @pytest.mark.parametrize("device", ["", "--cpu "])
@@ -275,8 +301,13 @@ def test_differences_from_a_checkpoint_are_named():
     then, now = validated("--sft-loss idft --idft-beta 2"), validated("--sft-loss idft")
     assert arguments.differences_from_checkpoint(now, then) == ["--idft-beta: 2.0 in the checkpoint, 1.0 now"]
     older = argparse.Namespace(**vars(now))
-    del older.power_q  # before there was the flag
+    del older.power_q, older.sft_loss_head, older.sft_loss_chunk_tokens  # before there were these flags
     assert arguments.differences_from_checkpoint(now, older) == []
+    fused = validated("--sft-loss idft --sft-loss-head fused --sft-loss-chunk-tokens 64")
+    assert arguments.differences_from_checkpoint(fused, now) == [
+        "--sft-loss-head: materialized in the checkpoint, fused now",
+        "--sft-loss-chunk-tokens: None in the checkpoint, 64 now",
+    ]
     other = validated("--sft-loss ce")
     assert arguments.differences_from_checkpoint(now, other) == ["--sft-loss: ce in the checkpoint, idft now"]
     assert arguments.differences_from_checkpoint(now, argparse.Namespace())[0].startswith("--sft-loss: None")

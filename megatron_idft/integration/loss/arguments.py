@@ -31,9 +31,11 @@ OBJECTIVE_ARGUMENTS = (
     "sft_loss_exempt_tokens",
     "sft_loss_vocab_size",
 )
+# They change rounding only, whatever the objective is.
+HEAD_ARGUMENTS = ("sft_loss_head", "sft_loss_chunk_tokens")
 # The same of `train` alone, which hold whatever the objective is.
 NORMALIZATION_ARGUMENTS = ("sft_normalization", "sft_normalization_constant")
-_BEFORE_THE_FLAG = DEFAULTS | {"sft_normalization": ["token"]}
+_BEFORE_THE_FLAG = DEFAULTS | {"sft_normalization": ["token"], "sft_loss_head": "materialized"}
 
 
 def validate_arguments(args: argparse.Namespace) -> None:
@@ -44,12 +46,12 @@ def validate_arguments(args: argparse.Namespace) -> None:
     """
     given = [
         name
-        for name in (*_OBJECTIVES_OF, "sft_loss_weight_floor", "sft_loss_exempt_tokens", "sft_loss_vocab_size")
+        for name in (*OBJECTIVE_ARGUMENTS[1:], "sft_loss_backend", *HEAD_ARGUMENTS)
         if getattr(args, name) is not None
     ]
     if args.sft_loss is None:
-        if given or args.sft_loss_backend is not None:
-            name = given[0] if given else "sft_loss_backend"
+        if given:
+            name = given[0]
             named, (objective, *_) = _flag(name), _OBJECTIVES_OF.get(name, ("idft",))
             raise ArgumentError(f"{named} was given without --sft-loss. Add --sft-loss {objective}, or drop {named}")
         return
@@ -73,7 +75,10 @@ def validate_arguments(args: argparse.Namespace) -> None:
         args.sft_loss_exempt_tokens = []
     if args.sft_loss_backend is None:
         args.sft_loss_backend = "auto"
+    if args.sft_loss_head is None:
+        args.sft_loss_head = "materialized"
     _refuse_incompatible(args)
+    _validate_head(args)
     try:  # building the objective checks every hyper-parameter, before anything expensive starts
         build_objective(args)
         resolve_backend(args.sft_loss_backend, "cpu" if args.cpu or not torch.cuda.is_available() else "cuda")
@@ -129,6 +134,45 @@ def _refuse_incompatible(args: argparse.Namespace) -> None:
             "--ddp-average-in-collective averages gradients over ranks, --calculate-per-token-loss (on with --sft-loss)"
             " over tokens. Drop --ddp-average-in-collective, or add --no-calculate-per-token-loss"
         )
+
+
+def _validate_head(args: argparse.Namespace) -> None:
+    chunk = args.sft_loss_chunk_tokens
+    if args.sft_loss_head != "fused":
+        if chunk is not None:
+            raise ArgumentError(
+                "--sft-loss-chunk-tokens has no meaning for --sft-loss-head materialized. Drop it, or use"
+                " --sft-loss-head fused"
+            )
+        return
+    if chunk is not None and chunk < 1:
+        raise ArgumentError(f"--sft-loss-chunk-tokens {chunk}: pass a whole number of tokens from 1, such as 4096")
+    shards = args.tensor_parallel_num_weight_shards
+    graphs = (args.cuda_graph_impl, *(args.cuda_graph_modules or ()), *(args.cuda_graph_scope_deprecated or ()))
+    refusals = {
+        "--defer-embedding-wgrad-compute": (args.defer_embedding_wgrad_compute, "its product would be computed twice"),
+        "--use-megatron-fsdp": (args.use_megatron_fsdp, "it needs the weight's rows whole"),
+        "--use-torch-fsdp2": (args.use_torch_fsdp2, "it needs the weight's rows whole"),
+        f"--tensor-parallel-num-weight-shards {shards}": ((shards or 1) > 1, "it needs the weight's rows whole"),
+        "--fp8-output-proj": (getattr(args, "fp8_output_proj", False), "its products are in the weight's own type"),
+        "--config-logger-dir": (args.config_logger_dir, "there are no logits to log"),
+        "--save-activations-interval": (args.save_activations_interval, "there are no logits to save"),
+        "--save-dgrads-interval": (args.save_dgrads_interval, "there is no gradient of logits to save"),
+        "--reuse-grad-buf-for-mxfp8-param-ag": (
+            args.reuse_grad_buf_for_mxfp8_param_ag,
+            "it adds to gradients in forward, while these hold parameters",
+        ),
+        "--cuda-graph-warmup-steps 0": (
+            "full_iteration" in graphs and args.cuda_graph_warmup_steps == 0,
+            "the host looks at the gradients of the first step, which a graph cannot capture",
+        ),
+    }
+    for flag, (given, why) in refusals.items():
+        if given:
+            raise ArgumentError(
+                f"{flag} cannot be combined with --sft-loss-head fused: {why}. Drop the flag, or use --sft-loss-head"
+                " materialized"
+            )
 
 
 def resolve_exempt_tokens(
@@ -193,7 +237,7 @@ def differences_from_checkpoint(args: argparse.Namespace, checkpoint_args: argpa
     """One line per loss setting that differs between a checkpoint and the run that continues it."""
     lines = {}
     of_train = NORMALIZATION_ARGUMENTS if hasattr(args, "sft_normalization") else ()
-    for name in (*OBJECTIVE_ARGUMENTS, *of_train):
+    for name in (*OBJECTIVE_ARGUMENTS, *HEAD_ARGUMENTS, *of_train):
         # A checkpoint may be older than a flag; its objective then had no use for it.
         then, now = getattr(checkpoint_args, name, _BEFORE_THE_FLAG.get(name)), getattr(args, name, None)
         if then != now:

@@ -74,6 +74,22 @@ def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool 
         " triton on a GPU where it is installed, else reference; the choice is printed. Default auto.",
     )
     group.add_argument(
+        "--sft-loss-head",
+        choices=("materialized", "fused"),
+        default=None,
+        help="materialized: the output layer computes all logits, then the loss reads them. fused: both at once, a few"
+        " tokens at a time, so that the logits, the largest tensor of a step, are never in memory. Default"
+        " materialized.",
+    )
+    group.add_argument(
+        "--sft-loss-chunk-tokens",
+        type=int,
+        default=None,
+        metavar="N",
+        help="fused: tokens whose gradient is in memory, and multiplied with weight and hidden states, at once. More of"
+        " them cost memory and save traffic. Default: an eighth of the micro-batch's, from 1024 to 4096.",
+    )
+    group.add_argument(
         "--sft-loss-vocab-size",
         type=int,
         default=None,

@@ -1,9 +1,9 @@
 """Replace the language-model loss of a Megatron model, explicitly and reversibly.
 
-The one place that is touched is the model instance's `compute_language_model_loss(labels, logits)`
+What is touched is the model instance's `compute_language_model_loss(labels, logits)`
 (megatron/core/models/common/language_module/language_module.py), whose signature is the same in megatron-core 0.17 to
-0.19 and which GPTModel and HybridModel call under every parallel layout. Nothing is patched at import and no class or
-module is changed.
+0.19 and which GPTModel and HybridModel call under every parallel layout; with the fused output head also the forward of
+its output layer (fused_head.py). Nothing is patched at import and no class or module is changed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from megatron_idft.errors import UnsupportedModelError
+from megatron_idft.integration.loss.deferred_logits import computed
+from megatron_idft.integration.loss.fused_head import HEADS, FusedHead
 from megatron_idft.integration.loss.metrics import LossMetrics
-from megatron_idft.loss import vocab_parallel_loss
+from megatron_idft.loss import LossOutput, vocab_parallel_loss
 from megatron_idft.objectives import Objective, ce, resolve_objective
 from megatron_idft.statistics import Reference
 
@@ -50,6 +52,7 @@ class LossHook:
         backend: `auto`, `reference` or `triton`, as in `vocab_parallel_loss`.
         metrics: where per-token statistics are summed in training; None keeps none.
         evaluation_metrics: the same for evaluation.
+        fused_head: computes the loss without logits; None: from the output layer's.
 
     Attributes:
         calls: training micro-batches so far.
@@ -72,6 +75,7 @@ class LossHook:
         backend: str,
         metrics: LossMetrics | None,
         evaluation_metrics: LossMetrics | None = None,
+        fused_head: FusedHead | None = None,
     ) -> None:
         self.model = model  # Any: megatron-core's models declare no types for what is used here
         self.objective = objective
@@ -79,6 +83,7 @@ class LossHook:
         self.backend = backend
         self.metrics = metrics
         self.evaluation_metrics = evaluation_metrics
+        self.fused_head = fused_head
         self.calls = 0
         self.token_sources: Tensor | None = None
         self.reference: Reference | None = None
@@ -107,6 +112,8 @@ class LossHook:
 
             model.build_schedule_plan = build_schedule_plan
             self._undo.append(lambda: model.__dict__.pop("build_schedule_plan"))
+        if self.fused_head is not None:
+            self._undo.append(self.fused_head.attach(lambda: bool(self._pending)))
 
     def detach(self) -> None:
         for undo in self._undo:
@@ -141,15 +148,17 @@ class LossHook:
                 " HybridModel) or train without --sft-loss"
             )
 
-    def __call__(self, labels: Tensor, logits: Tensor) -> Tensor:
+    def __call__(self, labels: Tensor, logits: Any) -> Tensor:
         """The loss of one micro-batch.
 
         Args:
             labels: [b, s] int64, the tensor that `forward` received; a copy of it marks an auxiliary head.
-            logits: [s, b, V/tp], this rank's shard of the padded vocabulary; bf16, fp16 or fp32.
+            logits: [s, b, V/tp], this rank's shard of the padded vocabulary; bf16, fp16 or fp32. Deferred ones under a
+                fused head.
 
         Returns:
-            [b, s] fp32. Collectives: one all-gather over the tensor-parallel group, none in the backward pass.
+            [b, s] fp32. Collectives: one all-gather over the tensor-parallel group, none in the backward pass; those of
+            `vocab_parallel_linear_loss` under a fused head.
         """
         for index, micro_batch in enumerate(self._pending):
             if labels is micro_batch.labels:
@@ -161,11 +170,10 @@ class LossHook:
                 " there. Uninstall the megatron-idft loss before calling it directly"
             )
         # Multi-token prediction passes rolled copies of the labels: its heads stay plain cross-entropy.
-        return self._original(labels, logits)
+        return self._original(labels, computed(logits))
 
-    def _main_head_loss(self, micro_batch: MicroBatch, logits: Tensor) -> Tensor:
-        self._require_shard(logits)
-        labels, loss_mask, sources, reference, *_ = micro_batch
+    def _main_head_loss(self, micro_batch: MicroBatch, logits: Any) -> Tensor:
+        labels, loss_mask, sources, reference, num_trained, factors = micro_batch
         if loss_mask is not None:
             loss_mask = loss_mask.reshape(labels.shape)
             labels = torch.where(loss_mask != 0, labels, IGNORED_LABEL)
@@ -176,28 +184,39 @@ class LossHook:
             reference = reference.transposed()
         elif objective.reference_statistics or objective.kl_coefficient is not None:
             raise _no_reference(objective)
-        # The output layer's backward reads its input and weight, never its output; but a hook may have kept that.
-        overwrite = training and not logits.is_leaf and not self.model.output_layer._forward_hooks
-        out = vocab_parallel_loss(
+        mask, sources, factors = (
+            None if tensor is None else tensor.expand(labels.T.shape).transpose(0, 1)
+            for tensor in (loss_mask, sources, factors)
+        )
+        if self.fused_head is None:
+            out = self._loss_of_logits(logits, labels, objective, reference)
+        else:
+            weights = mask if factors is None else factors if mask is None else mask * factors
+            settings = (self.vocab_size, self.backend, reference)
+            out = self.fused_head.loss(logits, labels, objective, *settings, weights, num_trained)
+        self.calls += training
+        metrics = self.metrics if training else self.evaluation_metrics
+        if metrics is not None:
+            metrics.add(objective, labels, out, mask, sources, reference)
+        return out.loss.transpose(0, 1).contiguous()
+
+    def _loss_of_logits(
+        self, logits: Tensor, labels: Tensor, objective: Objective, reference: Reference | None
+    ) -> LossOutput:
+        self._require_shard(logits)
+        training = self.model.training
+        return vocab_parallel_loss(
             logits,
             labels,
             objective=objective,
             tp_group=self.model.pg_collection.tp,
             vocab_size=self.vocab_size,
             backend=self.backend,
-            overwrite_logits=overwrite,
+            # The output layer's backward reads its input and weight, never its output; but a hook may have kept that.
+            overwrite_logits=training and not logits.is_leaf and not self.model.output_layer._forward_hooks,
             cross_entropy_values=True,
             reference=reference,
         )
-        self.calls += training
-        metrics = self.metrics if training else self.evaluation_metrics
-        if metrics is not None:
-            mask, sources = (
-                None if tensor is None else tensor.expand(labels.T.shape).transpose(0, 1)
-                for tensor in (loss_mask, sources)
-            )
-            metrics.add(objective, labels, out, mask, sources, reference)
-        return out.loss.transpose(0, 1).contiguous()
 
     def _require_shard(self, logits: Tensor) -> None:
         shard_width = self.model.output_layer.output_size_per_partition
@@ -217,6 +236,8 @@ def install[Models](
     backend: str = "auto",
     metrics: LossMetrics | None = None,
     evaluation_metrics: LossMetrics | None = None,
+    head: str = "materialized",
+    chunk_tokens: int | None = None,
 ) -> Models:
     """Train `models` with `objective` instead of plain cross-entropy.
 
@@ -232,10 +253,16 @@ def install[Models](
         backend: `auto`, `reference` or `triton`.
         metrics: a `LossMetrics` to sum per-token statistics of training into.
         evaluation_metrics: another for evaluation, where the loss is plain cross-entropy.
+        head: `materialized`, or `fused`: the loss takes the place of the output layer's product, and the logits are
+            never in memory.
+        chunk_tokens: how many tokens the fused head computes at a time; None: by their number.
 
     Raises:
         UnsupportedModelError: the model's loss cannot be reached, or something else already owns it.
+        ValueError: an unknown head.
     """
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
     resolved = resolve_objective(objective)
     found = False
     for model in language_models(models):
@@ -245,7 +272,8 @@ def install[Models](
             _refuse_unsupported(model)
             for each in filter(None, (metrics, evaluation_metrics)):
                 each.vocab_size = vocab_size or model.vocab_size
-            hook = LossHook(model, resolved, vocab_size, backend, metrics, evaluation_metrics)
+            fused_head = FusedHead(model, chunk_tokens) if head == "fused" else None
+            hook = LossHook(model, resolved, vocab_size, backend, metrics, evaluation_metrics, fused_head)
             hook.attach()
             setattr(model, _ATTRIBUTE, hook)
     if not found:

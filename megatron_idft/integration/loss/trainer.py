@@ -22,14 +22,14 @@ from megatron_idft.errors import ArgumentError, UnsupportedModelError
 from megatron_idft.inference.captured_collectives import leave_graphs_unregistered
 from megatron_idft.integration.loss import arguments, flags
 from megatron_idft.integration.loss.alarms import PhiAlarm, ReferenceAlarm, stopping_warning
+from megatron_idft.integration.loss.description import loss_line
 from megatron_idft.integration.loss.hook import LossHook, install, installed_hooks
 from megatron_idft.integration.loss.metrics import LossMetrics, MetricsReport
 from megatron_idft.integration.loss.publishing import print_rank_last, publish_evaluation, publish_training
 from megatron_idft.integration.platform import compatibility, flag_checks, hf_model, upstream
 from megatron_idft.integration.platform.continued_schedule import check_schedule, take_new_rates
 from megatron_idft.integration.platform.script_data import check_script_data
-from megatron_idft.loss.backends import resolve_backend
-from megatron_idft.objectives import LambdaSchedule, Objective
+from megatron_idft.objectives import LambdaSchedule
 
 
 class TrainerIntegration:
@@ -184,12 +184,14 @@ class TrainerIntegration:
             backend=args.sft_loss_backend,
             metrics=self._metrics,
             evaluation_metrics=self._evaluation_metrics,
+            head=args.sft_loss_head,
+            chunk_tokens=args.sft_loss_chunk_tokens,
         )
         self._hooks = installed_hooks(model)
         groups = get_attr_wrapped_model(model[0], "pg_collection") or ProcessGroupCollection.use_mpu_process_groups()
         # Ranks that share a token split its vocabulary; every other rank of the last stage holds other tokens.
         self._group = getattr(groups, "dp_cp_gtp_remat", None) or groups.dp_cp
-        print_rank_0(_describe(args, objective, device, self._schedule, end_of_turn_ids))
+        print_rank_0(loss_line(args, objective, device, self._schedule, end_of_turn_ids))
 
     def _sources(self) -> tuple[str, ...]:
         """Names of the sources that metrics are kept for, once Megatron is initialised."""
@@ -234,11 +236,17 @@ class TrainerIntegration:
         self._gamma_lambda.fill_(self._lambda_value)
         forward_backward = call.arguments["forward_backward_func"]
         metrics = self._metrics
+        heads = [hook.fused_head for hook in self._hooks if hook.fused_head is not None]
+        for head in heads:
+            head.grad_scale_func = call.arguments["config"].grad_scale_func
 
         @functools.wraps(forward_backward)
         def fresh_forward_backward(*args: Any, **kwargs: Any) -> Any:
             metrics.begin_step()  # the rerun machine may come here more than once per step
-            return forward_backward(*args, **kwargs)
+            found = forward_backward(*args, **kwargs)
+            for head in heads:
+                head.end_step()
+            return found
 
         call.arguments["forward_backward_func"] = fresh_forward_backward
         call.arguments["forward_step_func"] = _require_token_count(call.arguments["forward_step_func"])
@@ -325,41 +333,6 @@ class TrainerIntegration:
             if report is not None and report.lm_loss is not None:
                 measured |= publish_evaluation(call.arguments["iteration"], suffix, report)
             self._measured |= measured
-
-
-def _describe_lambda(schedule: LambdaSchedule) -> str:
-    warmup, ramp = schedule.warmup_iterations, schedule.ramp_iterations
-    return f"lambda 0 for {warmup} iterations, then rising for {ramp}" if warmup or ramp else "lambda 1"
-
-
-def _describe(
-    args: argparse.Namespace,
-    objective: Objective,
-    device: torch.device,
-    schedule: LambdaSchedule,
-    end_of_turn_ids: Sequence[int],
-) -> str:
-    settings = [f"objective {objective.name}"]
-    settings += [
-        f"{name} {value if isinstance(value, str) else f'{value:g}'}"
-        for name, value in objective.hyperparameters.items()
-        if name != "gamma_lambda"
-    ]
-    if args.sft_loss == "idft":
-        settings.append(_describe_lambda(schedule))
-    if objective.reference_statistics:
-        settings.append("reads the reference's " + " and ".join(sorted(objective.reference_statistics)))
-    if objective.kl_coefficient is not None:
-        settings.append("reads the reference's top K")
-    settings += [
-        f"weight floor {args.sft_loss_weight_floor:g}",
-        f"exempt tokens {args.sft_loss_exempt_tokens or 'none'}",
-        f"end of turn {list(end_of_turn_ids) or 'unknown'}",
-        f"vocabulary {args.sft_loss_vocab_size} of {args.padded_vocab_size} padded rows",
-        f"backend {resolve_backend(args.sft_loss_backend, device)}",
-        f"calculate-per-token-loss {'on' if args.calculate_per_token_loss else 'off'}",
-    ]
-    return "> sft loss: " + ", ".join(settings)
 
 
 def true_vocab_size(args: argparse.Namespace) -> int:
