@@ -143,6 +143,20 @@ def call_loss(one: Any, case: Any, group: Any) -> None:
     torch.autograd.grad(values, intermediate, torch.ones(shape))
 
 
+def call_fused_head(tokens: int, columns: int, dtype: torch.dtype) -> None:
+    """A block of the fused output head: logits in fp32, their gradient in the dtype of the hidden states."""
+    from megatron_idft import idft
+    from megatron_idft.loss import triton_backend
+    from megatron_idft.loss.shard import vocab_shard
+
+    shard, vocab_size = vocab_shard(columns, None, None)
+    logits, labels = torch.empty(tokens, columns), torch.zeros(tokens, dtype=torch.int64)
+    states = triton_backend.shard_state(logits, labels, shard, vocab_size, frozenset()).unsqueeze(0)
+    results = triton_backend.token_results(states, labels, idft(), vocab_size, True)
+    gradient = torch.empty(tokens, columns, dtype=dtype)
+    triton_backend.write_gradient(logits, gradient, labels, torch.ones(tokens), results, shard, vocab_size)
+
+
 def call_paged_attention(heads: int, kv_heads: int, d: int, dtype: torch.dtype) -> None:
     """A step of decoding, in the blocks that the engine has on a GPU without flash-attn."""
     from megatron_idft.inference.cache import _POSITIONS_GPU

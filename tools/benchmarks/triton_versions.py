@@ -31,6 +31,8 @@ LOSSES = {
     "8192 x 131072, tp 2, fp32": "fp32, 65536 columns",
     "8192 x 50257": "bf16, 50257 columns (odd rows)",
 }
+# Columns of the fused output head, whose gradient is in bf16.
+HEADS = (152064, 19008, 50257)
 # (heads, heads of keys, head size, dtype)
 ATTENTIONS = [
     (28, 4, 128, "bfloat16"),
@@ -106,7 +108,14 @@ def compile_here() -> Iterator[dict[str, Any]]:
     """Compile everything under this process's Triton."""
     import loss
     import torch
-    from ahead_of_time import call_loss, call_paged_attention, compile_for, read_kernel, record_launches
+    from ahead_of_time import (
+        call_fused_head,
+        call_loss,
+        call_paged_attention,
+        compile_for,
+        read_kernel,
+        record_launches,
+    )
     from emulated_group import emulated_groups
     from implementations import ours
     from objectives import every_objective
@@ -127,6 +136,10 @@ def compile_here() -> Iterator[dict[str, Any]]:
             calls.append((LOSSES[case.name], str(case.torch_dtype), loss_of(case)))
     whole = next(case for case in loss.CASES if case.name == next(iter(LOSSES)))
     calls += [(one.formula, str(whole.torch_dtype), loss_of(whole, one)) for one in every_objective()]
+    calls += [
+        (f"fused head, {columns} columns", "torch.bfloat16", partial(call_fused_head, 256, columns, torch.bfloat16))
+        for columns in HEADS
+    ]
     for heads, kv_heads, d, dtype in ATTENTIONS:
         shape = (heads, kv_heads, d, getattr(torch, dtype))
         calls.append(
