@@ -49,10 +49,11 @@ if [ "${1:-}" = --oldest ]; then
     .venv/bin/python tests/oldest.py >.cache/oldest.txt
     install "$environment" train,examples,dev --constraint .cache/oldest.txt
 fi
-# Other people's cross-entropy kernels, oracles for ours: beside the environment, never in it. Transformer Engine's are
-# plain files of its Python package, which cannot be imported without its compiled one.
-if [ ! -d .cache/peers/transformer_engine ]; then
-    .venv/bin/pip install --quiet --no-compile --no-deps --target .cache/peers 'liger-kernel>=0.8' 'transformer-engine>=2.20'
+# Other people's cross-entropy kernels, oracles for ours: beside the environment, never in it. Most of them cannot be
+# imported whole without packages that are not here: plain files of theirs are read.
+if [ ! -d .cache/peers/trl ]; then
+    .venv/bin/pip install --quiet --no-compile --no-deps --target .cache/peers --upgrade \
+        'liger-kernel>=0.8' 'transformer-engine>=2.20' 'trl>=1.16' 'cut-cross-entropy>=25.1'
 fi
 # Triton kernels run interpreted here, also where there is a GPU; `pytest -m gpu` runs them compiled.
 export TRITON_INTERPRET=1

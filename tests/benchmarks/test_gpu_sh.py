@@ -97,7 +97,7 @@ def test_stages_come_in_the_order_of_their_value():
     text = SCRIPT.read_text()
     stages = {name: words.split() for name, words in re.findall(r"^(first|second)=\((.*)\)", text, re.MULTILINE)}
     assert stages["first"] == ["environment", "values", "benchmark", "overhead", "decoding"]
-    assert stages["second"] == ["steps", "sanitizer", "sweep"]
+    assert stages["second"] == ["output_head", "steps", "sanitizer", "sweep"]
     values = text[text.index("\nvalues() {") : text.index("\ntests() {")]
     for tested in ("tests/loss", "tests/inference/test_paged_attention.py", "tests/inference/test_engine_gpu.py"):
         assert (ROOT / tested).exists() and tested in values
@@ -115,7 +115,7 @@ def test_stages_come_in_the_order_of_their_value():
     assert "11/18 tests collected" in found.stdout, found.stdout
 
 
-def test_the_limits_fit_into_twelve_minutes():
+def test_the_limits_fit_into_thirteen_minutes():
     text = SCRIPT.read_text()
     limits = re.search(r"seconds_at_most=\((.*?)\)", text, re.DOTALL)
     assert limits is not None
@@ -125,7 +125,7 @@ def test_the_limits_fit_into_twelve_minutes():
         stages = re.search(rf"^{group}=\((.*)\)", text, re.MULTILINE)
         assert stages is not None
         assert sum(seconds[stage] for stage in stages[1].split()) <= int(total) <= 600, group
-    assert set(totals) == {"first", "second"} and sum(map(int, totals.values())) <= 720
+    assert set(totals) == {"first", "second"} and sum(map(int, totals.values())) <= 780
 
 
 def test_refusals_name_the_remedy(tmp_path):

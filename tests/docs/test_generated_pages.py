@@ -1,4 +1,4 @@
-"""docs/flags.md, docs/triton.md and the tables of docs/architecture.md and docs/loss.md are what their sources say."""
+"""Pages and tables that programs of docs/ write are what their sources say."""
 
 import json
 import re
@@ -24,6 +24,12 @@ def test_the_table_of_objectives_is_what_its_script_gives():
     there = (DOCS / "loss.md").read_text(encoding="utf-8")
     assert there == runpy.run_path(str(DOCS / "objectives.py"))["page"](there), "python docs/objectives.py"
     assert "\n| `idft` |" in there and "## The loss kernels" in there
+
+
+def test_the_tables_of_the_output_head_are_what_their_results_give():
+    there = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    assert there == runpy.run_path(str(DOCS / "head.py"))["page"](there), "python docs/head.py"
+    assert "| between trainings | materialised |" in there
 
 
 def test_the_page_of_kernels_is_what_its_results_give():

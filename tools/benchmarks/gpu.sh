@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in two commands of 12 minutes together, each with a folder of at most 8 files of results.
+# Everything that needs a GPU, in two commands of 13 minutes together, each with a folder of at most 8 files of results.
 #   bash tools/benchmarks/gpu.sh [RESULTS_FOLDER [STAGE…]]      default: .cache/gpu-results, first
-# Stages, most valuable first. first: environment values benchmark overhead decoding; second: steps sanitizer sweep.
+# Stages, most valuable first. first: environment values benchmark overhead decoding; second: output_head steps
+# sanitizer sweep.
 # Needs Python 3.12 with torch, Triton and setup.py's light libraries, and no network: Megatron and the libraries that
 # ours is compared with are taken from .cache/wheels (or WHEELS), which tools/benchmarks/wheels.sh fills elsewhere.
 # Used where they are there: .cache/triton-sm90 (kernels that tools/benchmarks/triton_cache.py has compiled) and
@@ -9,7 +10,7 @@
 # A stage that fails or runs out of time does not stop the next one; the exit code tells. Results are written as they
 # come, logs.tar.gz anew every minute: whatever ends this, what was measured stays.
 # PYTHON names the interpreter; without it, .venv's or python3, whichever has torch.
-# GPU_SH_SECONDS is the time for everything (first 475, second 240). GPU_SH_DRY_RUN=cpu tries the script without a GPU,
+# GPU_SH_SECONDS is the time for everything (first 475, second 300). GPU_SH_DRY_RUN=cpu tries the script without a GPU,
 # small, and fails where what must travel to such a machine, or comes back from it, is larger than its limits.
 # shellcheck disable=SC2329 # the stages are called by their names
 set -uo pipefail
@@ -23,10 +24,10 @@ dry=${GPU_SH_DRY_RUN:-}
 # In each: $python, $results (few files, for keeping), $logs (the rest; packed), $engine (Transformer Engine), $dry.
 
 first=(environment values benchmark overhead decoding)
-second=(steps sanitizer sweep)
+second=(output_head steps sanitizer sweep)
 declare -A seconds_at_most=(
     [environment]=25 [values]=85 [benchmark]=155 [overhead]=25 [decoding]=165
-    [steps]=70 [sanitizer]=90 [sweep]=80
+    [output_head]=90 [steps]=70 [sanitizer]=70 [sweep]=70
 )
 
 environment() {
@@ -92,6 +93,12 @@ decoding() {
     if [ -n "$dry" ]; then form=(--shape smoke); fi
     "$python" -m torch.distributed.run --standalone --nproc-per-node 1 \
         tools/benchmarks/decoding.py --out "$results" "${form[@]}"
+}
+
+output_head() {
+    local form=(--time-limit 70) # after which no further case starts
+    if [ -n "$dry" ]; then form=(--smoke --quick); fi
+    "$python" tools/benchmarks/head.py --out "$results" "${form[@]}"
 }
 
 steps() {
@@ -192,7 +199,7 @@ if [ "${1:-}" = --stage ]; then # one stage, in a process that `timeout` can sto
     exit
 fi
 case ${1:-} in
-    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
 esac
 
 for python in "${PYTHON:-}" .venv/bin/python python3; do
@@ -208,7 +215,7 @@ stages=() seconds=0
 for stage in "${named[@]}"; do
     case $stage in
         first) stages+=("${first[@]}") seconds=$((seconds + 475)) ;; # with 20 s for unpacking
-        second) stages+=("${second[@]}") seconds=$((seconds + 240)) ;;
+        second) stages+=("${second[@]}") seconds=$((seconds + 300)) ;;
         *)
             if [ -z "${seconds_at_most[$stage]:-}" ]; then
                 echo "gpu.sh: unknown stage $stage; there are first (${first[*]}) and second (${second[*]})" >&2

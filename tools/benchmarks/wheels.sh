@@ -13,9 +13,11 @@ limit_mib=50
 # einops is for Transformer Engine, where gpu.sh is given one.
 # shellcheck disable=SC2034 # by name below
 train=("megatron-core==0.19.*" einops)
-# Only the Python part of transformer-engine: its cross-entropy is Triton. One version each, so that results compare.
+# Only the Python part of transformer-engine: its cross-entropy is Triton; of verl and trl single files are read. One
+# version each, so that results compare.
 # shellcheck disable=SC2034
-peers=("liger-kernel==0.8.5" "transformer-engine==2.20.2" "verl==0.9.1")
+peers=("liger-kernel==0.8.5" "transformer-engine==2.20.2" "verl==0.9.1" "trl==1.16.0"
+    "cut-cross-entropy==25.1.1")
 
 python=$checkout/.venv/bin/python
 [ -x "$python" ] || python=$(find_python)
