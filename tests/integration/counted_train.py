@@ -17,7 +17,7 @@ from megatron_idft.cli.train import main
 
 def watch(rows: list[dict]) -> None:
     from megatron_idft.integration.loss.hook import LossHook
-    from megatron_idft.integration.training import batches, program, trained_tokens
+    from megatron_idft.integration.training import batches
 
     capture, loss_func, told = LossHook._capture, batches.loss_func, []
 
@@ -36,11 +36,7 @@ def watch(rows: list[dict]) -> None:
             output.register_hook(lambda gradient: row.update(exact=torch.equal(gradient, expected)))
         return loss_func(loss_mask, output, **settings)
 
-    def counter(args):
-        args.sft_loss_head = "fused"
-        return trained_tokens.trained_token_counter(args)
-
-    LossHook._capture, batches.loss_func, program.trained_token_counter = watched_capture, watched_loss_func, counter
+    LossHook._capture, batches.loss_func = watched_capture, watched_loss_func
 
 
 if __name__ == "__main__":

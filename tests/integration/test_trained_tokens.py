@@ -63,7 +63,7 @@ def test_every_rank_is_told_of_its_micro_batches_what_the_loss_function_then_fin
     """TP 2 x CP 2, in training and in evaluation, with the shares of conversations from the third step on."""
     words = f"--micro-batch-size 2 --global-batch-size 8 --train-iters 4 --eval-interval 2 {MODELS['mlp']}"
     words += f" --tensor-model-parallel-size 2 --context-parallel-size 2 --sft-valid-data {corpus / 'others.jsonl'}"
-    words += " --sft-normalization token sample@2"
+    words += " --sft-normalization token sample@2 --sft-loss-head fused"
     script = [HERE / "counted_train.py", tmp_path]
     train(corpus, tmp_path / "run", corpus / "packs.jsonl", words, nproc=4, script=script)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(4)]
