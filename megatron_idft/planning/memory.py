@@ -191,7 +191,8 @@ def _work_buffers(training: Training, last: bool) -> int:
     size = Sizes.of(training)
     gathered = size.t * training.model.hidden if training.layout.sequence_parallel else 0
     if training.implementation.transformer_engine:
-        wanted = gathered * last
+        # Its own layers need none; the fused head's is not of this buffer.
+        wanted = gathered * (last and training.implementation.head == "materialized")
     else:
         has_attention = any("attention" in layer for layer in training.model.layers)
         wanted = max(gathered, size.scores * has_attention)

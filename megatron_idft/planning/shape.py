@@ -197,6 +197,8 @@ class Implementation:
         fused_rope: keeps no cosines and sines of its own for each layer.
         softmax_fp32: local attention's softmax in fp32.
         loss: megatron (its cross-entropy), reference or triton (ours).
+        head: fused: --sft-loss-head, the output layer with the loss and without logits.
+        chunk_tokens: of the fused head (--sft-loss-chunk-tokens); 0: its own choice.
         loss_block_bytes: of the reference loss, one of its two fp32 blocks (loss/reference.py, `_max_rows`).
         optimizer_scratch: torch's optimizers make temporaries of each weight; fused ones none.
     """
@@ -208,6 +210,8 @@ class Implementation:
     fused_rope: bool = True
     softmax_fp32: bool = False
     loss: Literal["megatron", "reference", "triton"] = "triton"
+    head: Literal["materialized", "fused"] = "materialized"
+    chunk_tokens: int = 0
     loss_block_bytes: int = 2**26
     optimizer_scratch: bool = False
 

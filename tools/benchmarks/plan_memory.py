@@ -43,6 +43,7 @@ EXPERTS = (
     f"{LLAMA} {UNTIED} --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 256"
     " --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none --moe-router-force-load-balancing"
 )
+FUSED = "--sft-loss idft --sft-loss-head fused"
 HYBRID = LLAMA.replace("--num-layers 4", "--hybrid-layer-pattern=*-*-")
 # name -> (processes, flags). The plan is made for "gloo": the same rank program as on one GPU each.
 CASES: dict[str, tuple[int, str]] = {
@@ -128,6 +129,15 @@ CASES: dict[str, tuple[int, str]] = {
     "loss idft, reference, bf16, TP 2": (
         2,
         f"{LLAMA} --sft-loss idft --bf16 --tensor-model-parallel-size 2 --make-vocab-size-divisible-by 8192",
+    ),
+    "fused head, fp32, tied": (
+        1,
+        f"{LLAMA} {FUSED} --make-vocab-size-divisible-by 16384 --sft-loss-vocab-size 16300",
+    ),
+    "fused head, TP 2 with sequence parallelism, bf16": (
+        2,
+        f"{LLAMA} {UNTIED} {FUSED} --sft-loss-chunk-tokens 64 --bf16 --tensor-model-parallel-size 2"
+        " --sequence-parallel --make-vocab-size-divisible-by 16384",
     ),
 }
 

@@ -139,6 +139,8 @@ def _implementation(args: argparse.Namespace) -> Implementation:
         fused_rope=args.apply_rope_fusion,
         softmax_fp32=args.attention_softmax_in_fp32 and not args.masked_softmax_fusion,
         loss=loss,
+        head=args.sft_loss_head or "materialized",
+        chunk_tokens=args.sft_loss_chunk_tokens or 0,
         loss_block_bytes=max(2**23, 2**20 * torch.get_num_threads()) if args.cpu else 2**26,
         optimizer_scratch=args.cpu,
     )
