@@ -105,7 +105,7 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max(((a[k] - b[k]).abs().max() / (b[k].abs().max() + 1e-12)).item() for k in a)
 
 
-def measure(mtp: bool, backend: str = "auto") -> dict[str, float | int | bool]:
+def measure(mtp: bool, backend: str = "auto", head: str = "materialized") -> dict[str, float | int | bool]:
     torch.manual_seed(3)
     model = build_gpt(mtp).train()
     data, mask = batch(), batch()["loss_mask"]
@@ -116,7 +116,8 @@ def measure(mtp: bool, backend: str = "auto") -> dict[str, float | int | bool]:
 
     metrics = LossMetrics(torch.device("cpu"), end_of_turn_ids=(5,), gamma_limits=(0.1, 2.0))
     assert install([model], "idft", vocab_size=VOCAB, metrics=metrics) == [model]
-    install([model], "idft", vocab_size=VOCAB, metrics=metrics, backend=backend)  # again: replaces, never stacks
+    settings = {"vocab_size": VOCAB, "backend": backend, "head": head}
+    install([model], "idft", metrics=metrics, **settings)  # again: replaces, never stacks
     metrics.begin_step()
     got = call(model, data)
     got_gradients = gradients(model, got, mask)
@@ -127,7 +128,7 @@ def measure(mtp: bool, backend: str = "auto") -> dict[str, float | int | bool]:
     model.zero_grad()
     uninstall(model)
     graph = expected_with_graph(model, data, mask)
-    install(model, "idft", vocab_size=VOCAB, backend=backend)
+    install(model, "idft", **settings)
     model.eval()
     evaluated = call(model, data)
     uninstall([model])
@@ -148,7 +149,7 @@ def measure(mtp: bool, backend: str = "auto") -> dict[str, float | int | bool]:
         "sft loss": report.scalars["sft loss"] - want["loss"][trained].mean().item(),
         "weight mean": report.scalars["sft weight mean"] - want["weight"][trained].mean().item(),
         "restored": bool((again == stock).all()) and model.compute_language_model_loss == original_method,
-        "attributes left": int(any("idft" in key for key in model.__dict__)),
+        "attributes left": sum("idft" in key for key in model.__dict__) + ("forward" in model.output_layer.__dict__),
     }
 
 
@@ -292,7 +293,7 @@ def fp32_logits() -> dict[str, object] | None:
     }
 
 
-def schedule_plan() -> dict[str, float]:
+def schedule_plan(head: str) -> dict[str, float]:
     """`--overlap-moe-expert-parallel-comm` builds schedule plans, which bypass `forward`.
 
     They need CUDA streams, so here only their bookkeeping runs, on dense layers: enough to show that the hook gets each
@@ -310,9 +311,9 @@ def schedule_plan() -> dict[str, float]:
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.Tensor.record_stream = lambda tensor, stream: None
     set_streams()
-    model = install(build_gpt(mtp=False).train(), "idft", vocab_size=VOCAB)
+    model = install(build_gpt(mtp=False).train(), "idft", vocab_size=VOCAB, head=head)
     caught = []
-    model.output_layer.register_forward_hook(lambda module, inputs, output: caught.append(output[0].detach().clone()))
+    model.output_layer.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0].detach().clone()))
     batches = [batch(), batch()]
     batches[1]["labels"] = batches[1]["labels"].flip(1)
     batches[1]["loss_mask"] = batches[1]["loss_mask"].flip(1)
@@ -329,7 +330,7 @@ def schedule_plan() -> dict[str, float]:
     worst = 0.0
     for data, plan in zip(batches, plans, strict=True):
         loss = TransformerModelChunkSchedulePlan.run(plan, None)
-        log_probs = caught[-1][..., :VOCAB].transpose(0, 1).log_softmax(-1)
+        log_probs = (caught[-1] @ model.output_layer.weight[:VOCAB].T).transpose(0, 1).log_softmax(-1)
         cross_entropy = -log_probs.gather(-1, data["labels"].unsqueeze(-1)).squeeze(-1) * (data["loss_mask"] != 0)
         worst = max(worst, (loss - cross_entropy).abs().max().item())
     return {"difference": worst, "plans": len(caught)}
@@ -344,13 +345,16 @@ def main() -> None:
         "gpt": measure(mtp=False),
         "gpt with mtp": measure(mtp=True),
         "gpt on the triton backend": measure(mtp=False, backend="triton"),
+        "gpt with the fused head": measure(mtp=False, head="fused"),
+        "gpt with mtp and the fused head": measure(mtp=True, head="fused"),
         "refusals": refusals(),
         "without mask": without_mask(),
         "wrapped": wrapped(),
     }
     found["fp32 logits"] = fp32_logits()
     if not __version__.startswith(("0.17", "0.18")):
-        found["schedule plan"] = schedule_plan()  # last: it stubs streams for good
+        # Last: they stub streams for good.
+        found["schedule plans"] = [schedule_plan(head) for head in ("materialized", "fused")]
     print(json.dumps(found))
 
 

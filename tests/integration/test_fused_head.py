@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.integration.head_checks import CHECKS, run_checks
 from tests.integration.head_training import CASES, STEPS, train_cases
 from tests.ranks import run_ranks
 
@@ -43,3 +44,13 @@ def test_gradients_are_computed_in_forward_where_losses_are_summed(trained, name
             assert (in_forward, on_host, forwards) == (
                 (True, False, STEPS * case.micro_batches) if summed else (False, True, 0)
             ), "after the first step nothing waits for the host"
+
+
+@pytest.fixture(scope="module")
+def checked():
+    return run_ranks(run_checks, 1)[0]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_check(checked, name):
+    assert not checked[name], checked[name]

@@ -13,6 +13,13 @@ from megatron_idft.integration.platform.compatibility import check_megatron_orig
 ROOT = Path(__file__).resolve().parents[2]
 # fp32 through two layers and a softmax, against a float64 oracle.
 CLOSE = 5e-6
+MODELS = (
+    "gpt",
+    "gpt with mtp",
+    "gpt on the triton backend",
+    "gpt with the fused head",
+    "gpt with mtp and the fused head",
+)
 CURRENT = ".".join(check_megatron_origin().version.split(".")[:2])  # the environment's, or that of a checkout
 
 
@@ -37,7 +44,7 @@ def found(request):
     return result
 
 
-@pytest.mark.parametrize("model", ["gpt", "gpt with mtp", "gpt on the triton backend"])
+@pytest.mark.parametrize("model", MODELS)
 def test_values_are_cross_entropy_and_gradients_the_objectives(found, model):
     got = found[model]
     for key in (
@@ -57,7 +64,7 @@ def test_values_are_cross_entropy_and_gradients_the_objectives(found, model):
     assert got["micro-batches"] == 1, "installing twice must not count twice"
 
 
-@pytest.mark.parametrize("model", ["gpt", "gpt with mtp"])
+@pytest.mark.parametrize("model", MODELS)
 def test_uninstall_restores_the_model(found, model):
     assert found[model]["restored"] and not found[model]["attributes left"]
 
@@ -89,10 +96,10 @@ def test_wrapped_models_are_reached(found):
 
 def test_schedule_plans_keep_each_micro_batchs_labels_and_mask(found):
     if found["version"].startswith(CURRENT):
-        plans = found["schedule plan"]
-        assert plans["plans"] == 2 and plans["difference"] < CLOSE, plans
+        for plans in found["schedule plans"]:
+            assert plans["plans"] == 2 and plans["difference"] < CLOSE, plans
     else:
-        assert "schedule plan" not in found, "older versions build plans otherwise; the trainer is not served on them"
+        assert "schedule plans" not in found, "older versions build plans otherwise; the trainer is not served on them"
 
 
 def test_logits_of_another_type_than_the_models(found):

@@ -158,23 +158,28 @@ def test_what_is_frozen_costs_no_product(frozen: str, in_forward: bool, monkeypa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fused", [True, False], ids=["main_grad", "autograd"])
-@pytest.mark.parametrize("count", [None, "trained"])
-def test_an_unexpected_upstream_gradient_is_made_good(dtype: torch.dtype, fused: bool, count: str | None) -> None:
+@pytest.mark.parametrize(("count", "size"), [(None, 1.0), ("trained", 1e-3)])
+def test_an_unexpected_upstream_gradient_is_made_good(
+    dtype: torch.dtype, fused: bool, count: str | None, size: float
+) -> None:
+    """Also one that is far smaller: nothing of the roundings of what forward has computed may stay."""
     case = make_linear_case(dtype=dtype)
     leaves, watch = case.leaves(), UpstreamWatch()
     leaves[1].main_grad = torch.zeros(case.weight.shape)  # type: ignore[attr-defined]
-    upstream = torch.randn(case.labels.shape, generator=torch.Generator().manual_seed(3))
+    upstream = size * torch.randn(case.labels.shape, generator=torch.Generator().manual_seed(3))
     num = case.num_trained if count else None
     out = loss_of(case, leaves, watch=watch, fuse_wgrad_accumulation=fused, num_trained=num)
     (out.loss * upstream).sum().backward()
     assert watch.fitted is False and (watch.forwards, watch.backwards) == (1, 1)
-    if fused:
-        leaves[1].grad = leaves[1].main_grad.to(dtype)  # type: ignore[attr-defined]
     expected = expected_linear(case, "idft", upstream)
-    # Two gradients that were rounded are added here.
-    for name, leaf in zip(("hidden", "weight"), leaves, strict=True):
-        error = (leaf.grad.double() - getattr(expected, name)).norm() / getattr(expected, name).norm()
-        assert error <= (3e-6 if dtype == torch.float32 else 1e-2), (name, error)
+    assert leaves[0].grad is not None
+    assert_close("hidden", leaves[0].grad, expected.hidden, dtype)
+    of_weight = leaves[1].main_grad if fused else leaves[1].grad  # type: ignore[attr-defined]
+    if not fused:
+        assert_close("weight", of_weight, expected.weight, dtype)
+        return
+    error = (of_weight.double() - expected.weight).norm() / expected.weight.norm()
+    assert error <= (8e-3 if dtype == torch.bfloat16 else 2e-6 / size), "fp32 sums were added and taken back"
 
 
 @pytest.mark.parametrize("wrong", ["one token", "a common factor, where main_grad has the sum already"])

@@ -114,26 +114,26 @@ def _computed_again(ctx: Any, upstream: Tensor) -> Found:
 
 
 def _fitted(ctx: Any, upstream: Tensor, expected: Tensor) -> Found:
-    """Gradients of forward, made good for an upstream gradient [n] that is another than the expected one."""
+    """Gradients of forward, or those of an upstream gradient [n] that is another than the expected one."""
     settings: Settings = ctx.settings
     watch, main_grad = settings.watch, settings.main_grad(ctx.saved_tensors[1])
-    fit = fit_upstream(upstream, expected, any_factor=main_grad is None)
-    factor = fit.factor
-    if not watch.on_host:
+    factor, misfit = fit_upstream(upstream, expected, any_factor=main_grad is None)
+    if watch.on_host:
+        missed = bool(misfit.item())
+        watch.fitted = watch.fitted is not False and not missed
+        if missed:
+            if main_grad is not None:
+                _computed_again(ctx, -expected)  # takes back what forward has added, up to the rounding of fp32
+            return _computed_again(ctx, upstream)
+    else:
         assert watch.misfits is not None
-        watch.misfits += fit.misfit
-        factor = torch.where(fit.misfit, torch.nan, factor)
+        watch.misfits += misfit
+        factor = torch.where(misfit, torch.nan, factor)
         if main_grad is not None:
             main_grad[:1] *= factor
     for value in ctx.gradients:
         if value is not None and value is not main_grad:
             value *= factor
-    if watch.on_host:
-        watch.fitted = not fit.misfit.item()
-        if not watch.fitted:
-            for value, more in zip(ctx.gradients, _computed_again(ctx, fit.residual), strict=True):
-                if more is not None and more is not main_grad:
-                    value += more
     found: Found = ctx.gradients
     return found
 

@@ -1,7 +1,5 @@
 """Whether backward starts from the gradient that forward has counted on."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -13,13 +11,13 @@ class UpstreamWatch:
     """How backward compares the upstream gradient with the expected one, and what came of it.
 
     Args:
-        on_host: the host looks at the result, which waits for the device, and a misfit is made good by computing the
-            difference. False: nothing waits; a misfit raises `misfits` and turns the gradients into NaN, so that
+        on_host: the host looks at the result, which waits for the device, and after a misfit the gradients are
+            computed again. False: nothing waits; a misfit raises `misfits` and turns the gradients into NaN, so that
             nobody can train on them.
         misfits: 0-dim int32 on the device of the loss, where `on_host` is False.
 
     Attributes:
-        fitted: what the host saw last; None: it has not looked.
+        fitted: whether all that the host has seen was as expected; None: it has not looked.
         forwards, backwards: passes that computed their gradients in forward, and how many of them came back.
     """
 
@@ -33,28 +31,17 @@ class UpstreamWatch:
         self.backwards = 0
 
 
-class UpstreamFit(NamedTuple):
-    """upstream = factor expected + residual.
+def fit_upstream(upstream: Tensor, expected: Tensor, any_factor: bool) -> tuple[Tensor, Tensor]:
+    """Compare upstream with a factor of the expected gradient, each [n] fp32: 1, or with `any_factor` any.
 
-    Attributes:
-        factor: 0-dim fp32.
-        residual: [n] fp32.
-        misfit: 0-dim bool, whether the residual is more than rounding.
+    Returns:
+        the factor, 0-dim fp32, and whether they differ by more than rounding, 0-dim bool. No host sync.
     """
-
-    factor: Tensor
-    residual: Tensor
-    misfit: Tensor
-
-
-def fit_upstream(upstream: Tensor, expected: Tensor, any_factor: bool) -> UpstreamFit:
-    """Compare [n] fp32 gradients; `any_factor`: the expected one may be off by a common factor. No host sync."""
     factor = expected.new_ones(())
     if any_factor and expected.numel():
         largest = expected.abs().argmax(keepdim=True)
         ours, given = (value.gather(0, largest)[0] for value in (expected, upstream))  # a tensor in [] would be read
         factor = torch.where(ours != 0, given / ours, 1.0)
     scaled = factor * expected
-    residual = upstream - scaled
     # In this form NaN is a misfit.
-    return UpstreamFit(factor, residual, ~(residual.abs() <= TOLERANCE * scaled.abs()).all())
+    return factor, ~((upstream - scaled).abs() <= TOLERANCE * scaled.abs()).all()
