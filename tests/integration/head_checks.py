@@ -195,8 +195,8 @@ def logits_are_never_made():
     largest = {}
     for head in ("materialized", "fused"):
         for training in (True, False):
-            model = install(model_of(head=None).train(training), vocab_size=VOCAB, head=head)
-            head_of(model) and setattr(head_of(model), "chunk_tokens", 4)
+            model = model_of(Case(config={"ffn_hidden_size": 96}), head=None).train(training)
+            install(model, vocab_size=VOCAB, head=head, chunk_tokens=4)
             with Sizes() as sizes, torch.set_grad_enabled(training):
                 loss = call(model)
                 if training:

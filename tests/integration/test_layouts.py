@@ -54,6 +54,8 @@ LAYOUTS = [
     ("hybrid", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     ("hybrid", 2, "--pipeline-model-parallel-size 2"),
     ("hybrid mlp", 2, "--context-parallel-size 2"),
+    ("hybrid mlp", 2, "--context-parallel-size 2 --sft-loss-head fused"),
+    ("gpt", 4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sft-loss-head fused"),
 ]
 
 

@@ -67,6 +67,17 @@ def test_values_stay_cross_entropy_and_the_flag_changes_the_gradient_only(tmp_pa
     assert idft["sft loss"][1] < idft["lm loss"][1]
 
 
+def test_a_loss_function_that_weighs_tokens_itself_is_served_by_the_fused_head(tmp_path):
+    found, outputs = [], []
+    for head in ("materialized", "fused"):
+        flags = f"--sft-loss idft --sft-loss-head {head}"
+        outputs.append(run(HERE / "variants.py", flags, tmp_path / head, "own weights"))
+        found.append(load_scalars(tmp_path / head / "tensorboard"))
+    assert [output.count("so backward computes the logits again") for output in outputs] == [0, 1]
+    for key in ("lm loss", "sft loss", "grad-norm", "lm loss validation"):
+        assert found[1][key] == pytest.approx(found[0][key], rel=1e-5) and found[1][key], key
+
+
 def test_a_repeated_forward_backward_is_counted_once(tmp_path):
     run(HERE / "stock_pretrain.py", "--sft-loss idft", tmp_path / "once")
     (tmp_path / "trace").mkdir()

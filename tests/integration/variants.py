@@ -14,6 +14,12 @@ def loss_func_of_old(loss_mask, output_tensor, model=None):
     return loss / num_tokens, report
 
 
+def loss_func_with_weights(loss_mask, output_tensor, model=None):
+    """Weighs tokens by their position, of which the model is told nothing."""
+    weights = torch.linspace(0.5, 1.5, loss_mask.numel()).view_as(loss_mask)
+    return stock_loss_func(loss_mask * weights, output_tensor, model)
+
+
 def forward_step_with_its_own_loss(data_iterator, model):
     """Asks the model for logits, so the model's loss is never called."""
     batch = stock_pretrain.get_batch(data_iterator)
@@ -64,6 +70,8 @@ stock_datasets_provider = stock_pretrain.datasets_provider
 if __name__ == "__main__":
     if NAME == "old loss_func":
         stock_pretrain.loss_func = loss_func_of_old
+    elif NAME == "own weights":
+        stock_pretrain.loss_func = loss_func_with_weights
     elif NAME == "own loss":
         stock_pretrain.forward_step = forward_step_with_its_own_loss
     elif NAME == "no mask":

@@ -66,7 +66,7 @@ def _describe_head(args: argparse.Namespace, device: torch.device) -> list[str]:
     once = args.calculate_per_token_loss
     product = "torch" if args.params_dtype == torch.float32 else mixed_product(device.type, args.params_dtype)[0]
     return [
-        f"head fused, chunks of {min(chunk, tokens)} tokens",
+        f"head fused, chunks of at most {min(chunk, tokens)} tokens",
         "gradients in forward" if once else "logits again in backward (calculate-per-token-loss is off)",
         f"weight gradient in fp32 by {product}",
     ]

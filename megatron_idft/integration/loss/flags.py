@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser, per_token_loss_default: bool 
         default=None,
         metavar="N",
         help="fused: tokens whose gradient is in memory, and multiplied with weight and hidden states, at once. More of"
-        " them cost memory and save traffic. Default: an eighth of the micro-batch's, from 1024 to 4096.",
+        " them cost memory and save traffic. Default: an eighth of those computed, from 1024 to 4096; fewer on a CPU.",
     )
     group.add_argument(
         "--sft-loss-vocab-size",
