@@ -81,7 +81,7 @@ def test_collectives_of_one_rank(smoke):
     assert fused["collectives"] == ["all_gather", "all_reduce"] and kept["collectives"] == ["all_gather"]
     states, gradient = 7 * case["tokens"] * 16, 2 * 7 / 8 * case["tokens"] * case["width"] * 2
     assert fused["bytes_sent"] == states + gradient and kept["bytes_sent"] == states
-    assert heads(case)["fused, chunks of 4"]["collectives"] == ["all_gather"] * 3 + ["all_reduce"]
+    assert heads(case)["fused, chunks of 2"]["collectives"] == ["all_gather"] * 3 + ["all_reduce"]
     assert len(heads(case)["Megatron unfused, materialised"]["collectives"]) == 3
 
 
@@ -101,18 +101,18 @@ def test_goals_are_judged_where_they_are_about(smoke, monkeypatch):
 
     case = smoke[0]["cases"][0] | {"tokens": 8192, "width": 4096, "columns": 131072}
     case["heads"] = [dict(one) for one in case["heads"]]
-    chunked = heads(case)["fused, chunks of 4"]
+    chunked = heads(case)["fused, chunks of 2"]
     chunked |= {"chunk": 4096, "over_products": 1.09, "total_ms": 1e-3, "extra_over_logits": 0.2}
 
     def found(device: str, on_cpu: bool = False) -> dict[str, bool]:
         return {goal["goal"]: goal["hit"] for goal in judge([case], device, on_cpu)}
 
     on_h200 = found("NVIDIA H200")
-    assert on_h200["products, fused, chunks of 4 / three"] and on_h200["time, fused, chunks of 4, ms x tp"]
+    assert on_h200["products, fused, chunks of 2 / three"] and on_h200["time, fused, chunks of 2, ms x tp"]
     assert not on_h200["memory of 1/8: of no chunk"], "on tiny shapes it cannot be"
     chunked |= {"over_products": 1.2, "extra_over_logits": 0.1, "total_ms": 40.0}
     on_h200 = found("NVIDIA H200")
-    assert not on_h200["products, fused, chunks of 4 / three"] and not on_h200["time, fused, chunks of 4, ms x tp"]
-    assert on_h200["memory of 1/8, fused, chunks of 4 / three"]
+    assert not on_h200["products, fused, chunks of 2 / three"] and not on_h200["time, fused, chunks of 2, ms x tp"]
+    assert on_h200["memory of 1/8, fused, chunks of 2 / three"]
     assert not any(goal.startswith("time") for goal in found("NVIDIA H100"))
     assert set(found("no GPU", on_cpu=True)) == {f"{what}, of the materialised head's" for what in ("memory", "time")}

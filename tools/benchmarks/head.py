@@ -140,7 +140,7 @@ RIVALS = ("fused", "fused, chunks of 4096", "materialised, overwriting")
 
 def tiny(case: Case) -> Case:
     """The case for an interpreter: few tokens, short rows."""
-    return case._replace(tokens=12, width=128, columns=max(case.columns // 1024, 8) // 8 * 8)
+    return case._replace(tokens=6, width=128, columns=max(case.columns // 1024, 8) // 8 * 8)
 
 
 def main() -> int:
@@ -193,7 +193,7 @@ def measure_all(cases: list[Case], args: argparse.Namespace, result: dict[str, A
     result["machine"] |= versions
     for library, reason in result["absent"].items():
         print(f"absent: {library} ({reason})")
-    chunks = (4,) if args.smoke else CHUNKS if on_gpu else (128, 512)
+    chunks = (2,) if args.smoke else CHUNKS if on_gpu else (128, 512)
     heads = ours(chunks, "triton" if args.smoke else "auto") + others + torch_heads()
     result["cases"] = []
     for case in cases:
