@@ -74,8 +74,8 @@ def _fused(training: Training) -> Head:
     """The head that multiplies and loses in one (loss/linear), where every token is trained: fewer need less.
 
     Its forward pass makes the gradients too: of the hidden states, with a second copy when untrained tokens get their
-    zeros, and of the weight, in fp32 sums unless the buffer of gradients is in fp32 and gets them at once; autograd
-    makes a tensor of its size in either case. Of the logits there are fp32 blocks, two where one waits for the other
+    zeros, and of the weight, in fp32 sums unless the buffer of gradients is in fp32 and gets them at once, for autograd
+    then also in the weight's type. Of the logits there are fp32 blocks, two where one waits for the other
     ranks, and the gradient of a chunk.
     """
     layout, implementation = training.layout, training.implementation
@@ -85,7 +85,7 @@ def _fused(training: Training) -> Head:
     split = layout.tensor > 1
     blocks = 0 if e == _FP32 and not split else (1 + split) * block * columns * _FP32
     states, weight = size.t * hidden * e, columns * hidden
-    summed = 0 if training.precision.gradient == _FP32 else weight * _FP32
+    summed, handed_over = (0, 0) if training.precision.gradient == _FP32 else (weight * _FP32, weight * e)
     scratch = _loss_blocks(training, block)
     if implementation.cpu and e < _FP32:
         product = (block + min(columns, 2 * _CPU_ROWS)) * hidden
@@ -95,7 +95,7 @@ def _fused(training: Training) -> Head:
     return Head(
         kept=stream(training) + norm(training, size.t_sp, hidden, e),
         logits=gathered + states + summed + max(chunk * columns * e + blocks + scratch, states) + per_token,
-        after=size.t_sp * hidden * e + summed + weight * e + per_token,
+        after=size.t_sp * hidden * e + summed + handed_over + per_token,
         tied=weight * e if training.model.tied and layout.pipeline == 1 else 0,
     )
 

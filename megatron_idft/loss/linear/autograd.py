@@ -152,14 +152,15 @@ def _handed_over(settings: Settings, weight: Tensor, gradient: Tensor) -> Tensor
 
     A gradient that is in main_grad already is said to be there, as by Megatron's output layer (tensor_parallel/
     layers.py). The data-parallel hooks want to be called with some gradient: zeros, since the embedding's is added to
-    it where the two share their weight.
+    it where the two share their weight. Sparse, so that there is no tensor of the weight's size.
     """
     if settings.main_grad(weight) is None:
         return gradient.to(weight.dtype)
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True
-    return weight.new_zeros(()).expand(weight.shape)
+    nowhere, nothing = weight.new_empty(2, 0, dtype=torch.int64), weight.new_empty(0)
+    return torch.sparse_coo_tensor(nowhere, nothing, weight.shape, check_invariants=False)
 
 
 def _whole(hidden: Tensor, settings: Settings) -> Tensor:
