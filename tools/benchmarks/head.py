@@ -149,8 +149,8 @@ def main() -> int:
     os.environ["TRITON_INTERPRET"] = "1" if args.smoke else "0"
     if args.smoke:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if args.smoke or args.threads:
+        torch.set_num_threads(args.threads or 1)
     on_gpu = torch.cuda.is_available() and not args.smoke
     cases = [case for case in (CASES if on_gpu or args.smoke else CPU_CASES) if case.quick or not args.quick]
     args.out.mkdir(parents=True, exist_ok=True)
