@@ -32,10 +32,12 @@ arguments() {
     export OMP_NUM_THREADS=1 PYTHONPATH="$checkout:$checkout/examples${PYTHONPATH:+:$PYTHONPATH}"
 }
 
-# enter_folder SIZES: into `out`, which must be new or hold what this version of the example began with these sizes.
+# enter_folder SIZES [FILE…]: into `out`, which must be new or hold what this version of the example began with these
+# sizes. FILE: what the results in it depend on; by default every program of the example.
 enter_folder() {
-    local version
-    version="$(cat "$here"/run.sh "$here"/../common.sh "$here"/*.py "$here"/../*.py | cksum) $1"
+    local version files=("${@:2}")
+    if [ ${#files[@]} -eq 0 ]; then files=("$here"/run.sh "$here"/../common.sh "$here"/*.py "$here"/../*.py); fi
+    version="$(cat "${files[@]}" | cksum) $1"
     if [ -d "$out" ] && [ ! -e "$out/version" ] && [ -n "$(ls -A "$out")" ]; then
         echo "run.sh: $out holds something else; choose another folder with --out" >&2
         exit 1
