@@ -1,0 +1,129 @@
+"""The page of a study, in Markdown, from its report.json alone."""
+
+from typing import Any
+
+NOTHING = "**A smoke run: sizes are tiny and the numbers mean nothing.**"
+SIGN = {1: "more", -1: "less", 0: "equal"}
+
+
+def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
+    return "" if value is None else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def interval(found: list[float | None], sign: bool = False) -> str:
+    """Value and 95 % interval."""
+    value, low, high = found
+    if low is None:
+        return number(value, sign=sign)
+    return f"{number(value, sign=sign)} [{number(low, sign=sign)}, {number(high, sign=sign)}]"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def claims_table(report: dict[str, Any]) -> str:
+    """Paper, prediction and result side by side."""
+    rows = []
+    for claim in report["claims"]:
+        low, high = claim["expected"]
+        rows.append(
+            [
+                f"{claim['id']} {claim['text']}",
+                f"{claim['measure']}, {claim['difference']}, {claim['at']}",
+                SIGN[claim["paper"]],
+                f"{number(low, sign=True)} to {number(high, sign=True)}",
+                claim["missing"] or interval(claim["found"], sign=True),
+                claim["beside_paper"],
+                claim["beside_prediction"],
+            ]
+        )
+    head = ["claim", "measured as", "paper", "we predicted", "found", "beside the paper", "beside our prediction"]
+    return table(head, rows)
+
+
+def arms_table(report: dict[str, Any]) -> str:
+    """Each arm at the end of its training."""
+    head = [
+        "arm",
+        "lr",
+        "seeds",
+        "target",
+        "at temperature 1",
+        "harder",
+        "retention",
+        "KL chat",
+        "KL target",
+        "ends",
+        "tokens",
+    ]
+    head += ["phi before", "during", "after", "s"]
+    base = report["base"]
+    shared = ("target", "target at temperature 1", "harder", "retention")
+    rows = [
+        [
+            "base",
+            "",
+            "",
+            *(number(base[key]) for key in shared),
+            "0",
+            "0",
+            number(base["ended"]),
+            number(base["tokens"], 0),
+        ]
+    ]
+    rows[0] += [""] * 4
+    for arm in report["arms"]:
+        last = arm["points"][-1]
+        cells = [arm["arm"] + ("" if arm["chosen"] else " (not chosen)"), arm["rate"], str(len(arm["seeds"]))]
+        cells += [interval(arm["target"]), *(number(last[key]) for key in shared[1:])]
+        cells += [number(last["kl"]), number(last["kl_target"]), number(last["ended"]), number(last["tokens"], 0)]
+        cells += [spread(arm["phi"][when]) for when in ("before", "during", "after")] + [number(sum(arm["seconds"]), 0)]
+        rows.append(cells)
+    return table(head, rows)
+
+
+def spread(phi: list[float | None]) -> str:
+    mean, std = phi
+    return "" if mean is None else f"{number(mean, 2, sign=True)} ± {number(std, 2)}"
+
+
+def equal_kl_table(report: dict[str, Any]) -> str:
+    """Target and retention where each arm first is as far from the base model."""
+    levels = report["equal_kl"]["levels"]
+    head = ["arm", *(f"KL {number(level)}" for level in levels)]
+    rows = [
+        [arm, *(" / ".join(number(value) for value in values) if values else "not reached" for values in found)]
+        for arm, found in report["equal_kl"]["arms"].items()
+    ]
+    return table(head, rows)
+
+
+def page(report: dict[str, Any]) -> str:
+    warning = f"{NOTHING}\n\n" if report["means_nothing"] else ""
+    return f"""# Does it help? The study at size {report["size"]}
+
+{warning}{claims_table(report)}
+
+Differences of shares of right answers (of nats per token for KL), with 95 % intervals by bootstrap over
+{len(report["seeds"])} seeds and the problems, which are the same for all arms. *agrees* beside the paper: the interval
+lies on its side of 0. *agrees* beside our prediction: the value lies in the range, and the interval is at most twice as
+wide. *differs*: the interval lies on the other side, or has nothing in common with the range.
+
+![the target's accuracy against what was kept, and against the distance from the base model](study.svg)
+
+## At the end of each training
+
+{arms_table(report)}
+
+*target*, *harder*, *retention*: greedy answers that are right and end by themselves. *phi*: mean ± spread of the
+trained tokens under the base model, in the training's last quarter, and under the trained model. *s*: seconds of
+training and evaluation per run.
+
+## At the same distance from the base model
+
+Target / retention where the KL of chat samples first reaches the value, straight between checkpoints.
+
+{equal_kl_table(report)}
+"""

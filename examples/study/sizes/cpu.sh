@@ -1,0 +1,20 @@
+# shellcheck shell=bash disable=SC2034
+# Two CPU cores. What it costs, and what was left out and why, is in README.md.
+problems=(--train 160 --test 96 --selection 48 --harder 48 --retention 40 --wrong-share 0.3)
+seeds=(1 2 3)
+arms=(sft idft dft sft-realigned idft-realigned sft-own)
+followers=(sft-noisy idft-noisy) # at the rates of sft and idft
+rates=(3e-5 1e-4)
+extensions=1
+steps=(5 10 20)
+batch=1         # packs in a step
+pack_length=512 # tokens in a pack
+answer_tokens=64
+samples=1 # of each test problem, at the last checkpoint, at temperature 1
+chat_samples=2 # of the base model to each chat prompt
+corpus_records=16 # whose phi is measured under each trained model
+sampled=(test)
+hint_flags=(--prompt-trial-records 8)
+own_flags=(--rollout-samples 4 --rollout-temperature 0.7) # at 1 hardly any is right
+fewest=16 # records; a corpus of fewer is not trained on
+at_once=2 # trainings and evaluations side by side, one thread each

@@ -1,0 +1,20 @@
+# shellcheck shell=bash disable=SC2034
+# Does everything work? Minutes with the real model, less with MODEL=FOLDER of a shallow one. The numbers mean nothing.
+problems=(--train 12 --test 4 --selection 4 --harder 2 --retention 1 --wrong-share 0.3)
+seeds=(1)
+arms=(sft idft)
+followers=(idft-noisy)
+rates=(1e-4)
+extensions=0
+steps=(1 2)
+batch=1
+pack_length=256
+answer_tokens=8
+samples=2
+chat_samples=1
+corpus_records=2
+sampled=(test)
+hint_flags=(--hint-prompt solve-again)
+own_flags=()
+fewest=2
+at_once=2
