@@ -25,11 +25,12 @@ class VocabShard(NamedTuple):
 
         Collectives: one all-gather over `tp_group`; none without tensor parallelism or without tokens.
         """
-        if torch.compiler.is_compiling() and self.is_split and state.numel():
+        if self.tp_group is None or self.tp_group.size() == 1 or state.numel() == 0:
+            return state.unsqueeze(0)
+        if torch.compiler.is_compiling():
             # It imports the compiler.
             from torch.distributed._functional_collectives import all_gather_tensor  # noqa: PLC0415
 
-            assert self.tp_group is not None
             gathered = all_gather_tensor(state, gather_dim=0, group=self.tp_group)
             return gathered.view(self.tp_group.size(), *state.shape)
         states, work = self.begin_gather(state)
@@ -39,7 +40,7 @@ class VocabShard(NamedTuple):
 
     def begin_gather(self, state: Tensor) -> tuple[Tensor, Work | None]:
         """The same, not waited for: the states may be read after `wait()` of the work; None: they are there."""
-        if self.tp_group is None or not self.is_split or state.numel() == 0:
+        if self.tp_group is None or self.tp_group.size() == 1 or state.numel() == 0:
             return state.unsqueeze(0), None
         states = state.new_empty(self.tp_group.size(), *state.shape)
         # Concatenated along the first dimension: the one form that gloo and NCCL both take.
