@@ -4,7 +4,6 @@ Where they lie and how one that cannot be loaded is reported: peers.py.
 """
 
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 import types
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from heads import IGNORED, Head, Inputs
-from peers import importable
+from peers import load_each
 from torch import Tensor
 
 
@@ -23,25 +22,15 @@ def load(folder: Path, with_kernels: bool) -> tuple[list[Head], dict[str, str], 
 
     with_kernels: also those that are kernels for a GPU. TRL's torch code for a CPU stands in for them, slowly.
     """
-    found: list[Head] = []
-    absent: dict[str, str] = {}
-    versions: dict[str, str] = {}
-    for library, distribution, adapter, place in (
+    libraries = (
         ("Megatron", "megatron-core", megatron, None),
         ("Liger", "liger-kernel", liger, folder),
         ("Liger CuTe", "liger-kernel", liger_cute, folder),
         ("cut-cross-entropy", "cut-cross-entropy", cut_cross_entropy, folder),
         ("verl", "verl", verl, folder),
         ("TRL", "trl", trl, folder),
-    )[: None if with_kernels else 1]:
-        with importable(place):
-            try:
-                found += adapter()
-                versions[library] = importlib.metadata.version(distribution)
-            except Exception as error:
-                # Anything can go wrong in someone else's import; all of it is a reason.
-                absent[library] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return found, absent, versions
+    )
+    return load_each(*libraries[: None if with_kernels else 1])
 
 
 def megatron() -> list[Head]:

@@ -25,15 +25,22 @@ IGNORED = -100
 
 def load(folder: Path) -> tuple[list[Implementation], dict[str, str], dict[str, str]]:
     """Implementations, library -> reason of its absence, and library -> version."""
-    found: list[Implementation] = []
-    absent: dict[str, str] = {}
-    versions: dict[str, str] = {}
-    for library, distribution, adapter, place in (
+    return load_each(
         ("Megatron", "megatron-core", megatron, None),
         ("Liger", "liger-kernel", liger, folder),
         ("Transformer Engine", "transformer-engine", transformer_engine, folder),
         ("verl", "verl", verl, folder),
-    ):
+    )
+
+
+def load_each[Found](
+    *libraries: tuple[str, str, Callable[[], list[Found]], Path | None],
+) -> tuple[list[Found], dict[str, str], dict[str, str]]:
+    """What the adapters of these (library, distribution, adapter, folder to import it from) return, as `load`."""
+    found: list[Found] = []
+    absent: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    for library, distribution, adapter, place in libraries:
         with importable(place):
             try:
                 found += adapter()

@@ -122,6 +122,7 @@ def _fitted(ctx: Any, upstream: Tensor, expected: Tensor) -> Found:
         missed = bool(misfit.item())
         watch.fitted = watch.fitted is not False and not missed
         if missed:
+            ctx.gradients = None  # of no use, and as large as those that follow
             if main_grad is not None:
                 _computed_again(ctx, -expected)  # takes back what forward has added, up to the rounding of fp32
             return _computed_again(ctx, upstream)
