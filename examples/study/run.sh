@@ -17,6 +17,7 @@ option() {
     fi
 }
 arguments "" "$@"
+device=(--cpu)
 # shellcheck source=examples/study/sizes/cpu.sh
 source "$here/sizes/$size.sh"
 out=${out:-$checkout/.cache/study-$size}
@@ -24,7 +25,6 @@ model=${MODEL:-$checkout/.cache/real_model/SmolLM2-135M-Instruct}
 # More arms, learning rates and seeds may join a folder that was begun; its problems and lengths stay.
 enter_folder "${problems[*]} ${steps[*]} $pack_length $answer_tokens $samples $chat_samples $model" \
     "$here"/{world,evaluate}.py "$here"/chat_prompts.txt
-device=${device---cpu}
 
 # queue FUNCTION: calls it with the words of each line, some side by side. After a failure no further one is begun.
 queue() {
@@ -54,9 +54,9 @@ if [ ! -e world/origin.json ] || [ ! -e "world/seed-${seeds[-1]}/noisy.jsonl" ];
 fi
 
 evaluate() { # FOLDER FLAG…
-    logged "$1.log" 's/^step /        &/p' "$python" "$here/evaluate.py" $device --hf-model "$model" --output "$1" \
-        --sft-data world/problems/*.jsonl --seq-length 512 --answer-tokens "$answer_tokens" --samples "$samples" \
-        --chat-samples "$chat_samples" --corpus-records "$corpus_records" --sampled "${sampled[@]}" --seed 1 "${@:2}"
+    logged "$1.log" 's/^step /        &/p' "$python" "$here/evaluate.py" "${device[@]}" --hf-model "$model" \
+        --output "$1" --sft-data world/problems/*.jsonl --seq-length 512 --answer-tokens "$answer_tokens" \
+        --samples "$samples" --chat-samples "$chat_samples" --corpus-records "$corpus_records" --sampled "${sampled[@]}" --seed 1 "${@:2}"
 }
 base() { if [ ! -e base/0.json ]; then evaluate base; fi; }
 
@@ -74,9 +74,9 @@ wanted=$(for arm in "${arms[@]}" "${followers[@]}"; do corpus_of "$arm"; done | 
 realign() { # SEED NAME FLAG…
     local folder=world/seed-$1/$2
     if [ -e "$folder.jsonl" ]; then return; fi
-    logged "$folder.log" 's/^> (records: .*)/        \1/p' "$python" -m megatron_idft realign $device --hf-model "$model" \
-        --sft-data "world/seed-$1/original.jsonl" --output "$folder" --seq-length 1024 --seed "$1" \
-        --max-new-tokens "$answer_tokens" --more-room 0 "${@:3}"
+    logged "$folder.log" 's/^> (records: .*)/        \1/p' "$python" -m megatron_idft realign \
+        "${device[@]}" --hf-model "$model" --sft-data "world/seed-$1/original.jsonl" --output "$folder" \
+        --seq-length 1024 --seed "$1" --max-new-tokens "$answer_tokens" --more-room 0 "${@:3}"
     logged "$folder-merge.log" d idft realign merge "$folder" --output "$folder.jsonl"
 }
 corpora() { # SEED
@@ -96,8 +96,9 @@ printf '%s\n' base "${seeds[@]}" | queue corpora
 pack() { # SEED CORPUS
     local name=seed-$1-$2 data=world/seed-$1/$2.jsonl reference=()
     if [ -e "packs/$name.json" ] || [ "$(wc -l <"$data")" -lt "$fewest" ]; then return; fi
-    logged "packs/$name-score.log" d "$python" -m megatron_idft score $device --hf-model "$model" --sft-data "$data" \
-        --seq-length "$pack_length" --sft-truncation drop --output "packs/$name-scores" --chunk-records 64
+    logged "packs/$name-score.log" d "$python" -m megatron_idft score "${device[@]}" --hf-model "$model" \
+        --sft-data "$data" --seq-length "$pack_length" --sft-truncation drop --output "packs/$name-scores" \
+        --chunk-records 64
     reference=(--sft-reference "packs/$name-scores" --sft-reference-entropy)
     logged "packs/$name.log" d idft prepare --tokenizer-model "$model" --sft-data "$data" --seq-length "$pack_length" \
         --sft-truncation drop --output "packs/$name" "${reference[@]}"
@@ -118,7 +119,7 @@ one() {
     fi
     read -ra flags <<<"$(loss_flags "${1%%-*}")"
     mkdir -p "work/$name"
-    logged "logs/$name.log" d "$python" -m megatron_idft train $device --hf-model "$model" "${flags[@]}" \
+    logged "logs/$name.log" d "$python" -m megatron_idft train "${device[@]}" --hf-model "$model" "${flags[@]}" \
         --sft-data "packs/seed-$3-$corpus" --seq-length "$pack_length" --train-iters "${steps[-1]}" \
         --micro-batch-size 1 --global-batch-size "$batch" --lr "$2" --lr-decay-style constant --lr-warmup-iters 1 \
         --clip-grad 1.0 --weight-decay 0.0 --seed "$3" --save "work/$name/model" --save-interval "${steps[0]}" \

@@ -18,4 +18,4 @@ hint_flags=(--prompt-trial-records 16)
 own_flags=(--rollout-samples 4 --rollout-temperature 0.7)
 fewest=64
 at_once=4
-device=
+device=()
