@@ -28,13 +28,16 @@ def main() -> None:
     parser.add_argument("--scores", type=Path, required=True, help="of its corpus under the base model")
     parser.add_argument("--training-seconds", type=float, required=True)
     args = parser.parse_args()
-    events = EventAccumulator(str(args.run / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    keys = [key for key in events.Tags()["scalars"] if key.startswith(PREFIXES) and "vs samples" not in key]
+    training: dict[str, list[list[float]]] = {}  # of another trainer there is none
+    if (args.run / "tensorboard").is_dir():
+        events = EventAccumulator(str(args.run / "tensorboard"), size_guidance={"scalars": 0})
+        events.Reload()
+        keys = [key for key in events.Tags()["scalars"] if key.startswith(PREFIXES) and "vs samples" not in key]
+        training = {key: [[event.step, event.value] for event in events.Scalars(key)] for key in keys}
     numbers = [json.loads(path.read_text(encoding="utf-8")) for path in (args.run / "numbers").glob("*.json")]
     result = {
         "checkpoints": sorted(numbers, key=lambda one: one["step"]),
-        "training": {key: [[event.step, event.value] for event in events.Scalars(key)] for key in keys},
+        "training": training,
         "phi_before": phi(args.scores),
         "training_seconds": args.training_seconds,
     }

@@ -1,14 +1,15 @@
 """What a model answers and how far it has gone from the base model: one JSON for each checkpoint.
 
     torchrun … examples/study/evaluate.py --hf-model DIR --sft-data PROBLEMS.jsonl … --output FOLDER [--cpu]
-        [--trained FOLDER --steps 8 16 32 --base FOLDER/0.json]
+        [--trained FOLDER --steps 8 16 32 --last 32 --base FOLDER/0.json]
 
-Without --trained it is the base model, step 0, whose samples are kept: those of the chat prompts and, one each, of the
-problems with samples. Other models are measured on them: the mean of log p_base - log p over tokens that the base model
-has drawn is an unbiased estimate of KL(base, model) per token. Answers are decoded by the project's engine, greedily
-and, where --sampled names the split, at temperature 1; reasoning-gym's own verifier compares the final answer that an
-answer states, or its last number. An answer that does not end by itself is wrong. Before the last of the steps only the
-target and retention are asked, greedily: points of a curve.
+Without --base it is the base model, step 0, whose samples are kept: those of the chat prompts and, one each, of the
+problems with samples. Trained models, checkpoints of a training or --hf-model itself, are measured on them: the mean of
+log p_base - log p over tokens that the base model has drawn is an unbiased estimate of KL(base, model) per token.
+Answers are decoded by the project's engine, greedily and, where --sampled names the split, at temperature 1;
+reasoning-gym's own verifier compares the final answer that an answer states, or its last number. An answer that does
+not end by itself is wrong. Before the last of the steps only the target and retention are asked, greedily: points of a
+curve.
 """
 
 import argparse
@@ -38,11 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     from megatron_idft.integration.offline.score_arguments import add_score_arguments
 
     group = add_score_arguments(parser).add_argument_group("evaluation")
-    group.add_argument("--trained", metavar="DIR", help="the --save of a training; default: the base model")
-    group.add_argument("--steps", type=int, nargs="+", default=[0], help="checkpoints of --trained")
-    group.add_argument(
-        "--base", metavar="FILE", help="what this program wrote of the base model; needed with --trained"
-    )
+    group.add_argument("--trained", metavar="DIR", help="the --save of a training; default: --hf-model itself")
+    group.add_argument("--steps", type=int, nargs="+", default=[0], help="checkpoints; without --trained its name")
+    group.add_argument("--last", type=int, help="step with all questions; default: the last of --steps")
+    group.add_argument("--base", metavar="FILE", help="what this program wrote of the base model; of others only")
     group.add_argument("--corpus", metavar="FILE", help="training records, of which phi is measured")
     group.add_argument("--corpus-records", type=int, default=32, help="how many of them; default: %(default)s")
     group.add_argument("--sampled", nargs="*", default=[], metavar="SPLIT", help="splits that are also sampled")
@@ -166,12 +166,12 @@ def measure(args: argparse.Namespace, model: Sequence[Any], tokenizer: Any, prob
 
     began = time.monotonic()
     engine = DecodeEngine(model, args.sft_loss_vocab_size, max_positions=args.seq_length, max_rows=ROWS)
-    base = json.loads(Path(args.base).read_text(encoding="utf-8"))["answers"] if args.trained else []
-    last = step == args.steps[-1]
-    wanted = [problem for problem in problems if not args.trained or is_asked(problem, base, last)]
+    base = json.loads(Path(args.base).read_text(encoding="utf-8"))["answers"] if args.base else []
+    last = step == (args.last or args.steps[-1])
+    wanted = [problem for problem in problems if not args.base or is_asked(problem, base, last)]
     answers = decode(engine, tokenizer, wanted, args, args.sampled if last else [])
     kept = [row for row in answers if "ids" in row]
-    if args.trained:
+    if args.base:
         kept = [row for row in base if "ids" in row]
         for row in answers:
             row.pop("ids", None), row.pop("prompt_ids", None)

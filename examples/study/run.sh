@@ -17,7 +17,8 @@ option() {
     fi
 }
 arguments "" "$@"
-device=(--cpu)
+device=(--cpu) # flags of all programs
+precision=()   # and of trainings and of what measures their models
 # shellcheck source=examples/study/sizes/cpu.sh
 source "$here/sizes/$size.sh"
 out=${out:-$checkout/.cache/study-$size}
@@ -54,22 +55,26 @@ if [ ! -e world/origin.json ] || [ ! -e "world/seed-${seeds[-1]}/noisy.jsonl" ];
 fi
 
 evaluate() { # FOLDER FLAG…
-    logged "$1.log" 's/^step /        &/p' "$python" "$here/evaluate.py" "${device[@]}" --hf-model "$model" \
+    logged "$1.log" 's/^step /        &/p' "$python" "$here/evaluate.py" "${device[@]}" "${precision[@]}" \
         --output "$1" --sft-data world/problems/*.jsonl --seq-length 512 --answer-tokens "$answer_tokens" \
-        --samples "$samples" --chat-samples "$chat_samples" --corpus-records "$corpus_records" --sampled "${sampled[@]}" --seed 1 "${@:2}"
+        --samples "$samples" --chat-samples "$chat_samples" --corpus-records "$corpus_records" \
+        --sampled "${sampled[@]}" --seed 1 "${@:2}"
 }
-base() { if [ ! -e base/0.json ]; then evaluate base; fi; }
+base() { if [ ! -e base/0.json ]; then evaluate base --hf-model "$model"; fi; }
 
 # An arm is LOSS or LOSS-CORPUS. Corpora: original, noisy; realigned: by `realign`, in the model's own words; own: the
-# model's own right answers to the same problems; distilled: by the hinted stream alone, which sees the answer.
+# model's own right answers to the same problems; distilled: by the hinted stream alone, which sees the answer. The arms
+# dpo and simpo, by TRL, learn from pairs of a right and a wrong answer of the model's own.
 loss_flags() {
     case $1 in
         sft) echo --sft-loss ce ;;
+        idft_ends) echo --sft-loss idft --sft-loss-exempt-tokens end-of-turn ;;
+        idft_floor) echo --sft-loss idft --sft-loss-weight-floor 0.1 ;;
         idft_reference) echo --sft-loss idft --idft-weights reference ;;
         *) echo --sft-loss "$1" ;;
     esac
 }
-corpus_of() { case $1 in *-*) echo "${1#*-}" ;; *) echo original ;; esac; }
+corpus_of() { case $1 in *-*) echo "${1#*-}" ;; dpo | simpo) echo own ;; *) echo original ;; esac; }
 wanted=$(for arm in "${arms[@]}" "${followers[@]}"; do corpus_of "$arm"; done | sort -u)
 realign() { # SEED NAME FLAG…
     local folder=world/seed-$1/$2
@@ -108,25 +113,49 @@ for corpus in $wanted; do
     for seed in "${seeds[@]}"; do echo "$seed" "$corpus"; done
 done | queue pack
 
+# training FOLDER ARM LEARNING_RATE SEED: checkpoints in FOLDER/model.
+training() {
+    local corpus flags
+    corpus=$(corpus_of "$2")
+    read -ra flags <<<"$(loss_flags "${2%%-*}")"
+    logged "logs/$2@$3@$4.log" d "$python" -m megatron_idft train "${device[@]}" "${precision[@]}" \
+        --hf-model "$model" "${flags[@]}" --sft-data "packs/seed-$4-$corpus" --seq-length "$pack_length" \
+        --train-iters "${steps[-1]}" --micro-batch-size 1 --global-batch-size "$batch" --lr "$3" \
+        --lr-decay-style constant --lr-warmup-iters 1 --clip-grad 1.0 --weight-decay 0.0 --seed "$4" \
+        --save "$1/model" --save-interval "${steps[0]}" --no-save-optim --no-save-rng --log-interval 1 \
+        --tensorboard-dir "$1/tensorboard"
+}
+preference() { # the same for dpo and simpo: a Hugging Face folder FOLDER/model/STEP for each step
+    logged "logs/$2@$3@$4.log" d "$python" "$here/preference.py" "${device[@]}" "${precision[@]}" --loss "$2" \
+        --hf-model "$model" --sft-data "world/seed-$4/original.jsonl" --own "world/seed-$4/own" \
+        --output "$1/model" --steps "${steps[@]}" --lr "$3" --pairs "$pairs" --seed "$4"
+}
+
 # one ARM LEARNING_RATE SEED: trains and evaluates; the checkpoints go when their numbers are there.
 one() {
-    local name=$1@$2@$3 corpus flags began=$SECONDS trained
+    local name=$1@$2@$3 corpus began=$SECONDS trained step
     corpus=$(corpus_of "$1")
     if [ -e "results/$name.json" ]; then return; fi
     if [ ! -e "packs/seed-$3-$corpus.json" ]; then
         echo "        $name: left out, $corpus has $(wc -l <"world/seed-$3/$corpus.jsonl") records, fewer than $fewest"
         return
     fi
-    read -ra flags <<<"$(loss_flags "${1%%-*}")"
     mkdir -p "work/$name"
-    logged "logs/$name.log" d "$python" -m megatron_idft train "${device[@]}" --hf-model "$model" "${flags[@]}" \
-        --sft-data "packs/seed-$3-$corpus" --seq-length "$pack_length" --train-iters "${steps[-1]}" \
-        --micro-batch-size 1 --global-batch-size "$batch" --lr "$2" --lr-decay-style constant --lr-warmup-iters 1 \
-        --clip-grad 1.0 --weight-decay 0.0 --seed "$3" --save "work/$name/model" --save-interval "${steps[0]}" \
-        --no-save-optim --no-save-rng --log-interval 1 --tensorboard-dir "work/$name/tensorboard"
+    case $1 in dpo | simpo) preference "work/$name" "$@" ;; *) training "work/$name" "$@" ;; esac
     trained=$((SECONDS - began))
-    evaluate "work/$name/numbers" --trained "work/$name/model" --steps "${steps[@]}" --base base/0.json \
-        --corpus "world/seed-$3/$corpus.jsonl" >/dev/null
+    local after=(--base base/0.json --last "${steps[-1]}" --corpus "world/seed-$3/$corpus.jsonl")
+    case $1 in
+        dpo | simpo)
+            for step in "${steps[@]}"; do
+                evaluate "work/$name/numbers" --hf-model "work/$name/model/$step" --tokenizer-model "$model" \
+                    --steps "$step" "${after[@]}" >/dev/null
+            done
+            ;;
+        *)
+            evaluate "work/$name/numbers" --hf-model "$model" --trained "work/$name/model" --steps "${steps[@]}" \
+                "${after[@]}" >/dev/null
+            ;;
+    esac
     "$python" "$here/collect.py" "work/$name" "results/$name.json" --scores "packs/seed-$3-$corpus-scores" \
         --training-seconds $trained
     rm -rf "work/$name"
@@ -153,6 +182,31 @@ say "6. the other seeds"
 for seed in "${seeds[@]}"; do sed "s/$/ $seed/" choice.txt; done >runs.txt
 queue one <runs.txt
 
-say "7. the report"
+# Of the trained tokens, by kinds: what the base model says of each corpus, and a trained model of the one it has seen.
+explain() { # ARM LEARNING_RATE
+    local work=work/where-$1 scored
+    if [ -e "where/$1.json" ]; then return; fi
+    mkdir -p "$work"
+    training "$work" "$1" "$2" "$first"
+    scored=$work/scores
+    logged "logs/where-$1-score.log" d "$python" -m megatron_idft score "${device[@]}" "${precision[@]}" \
+        --hf-model "$model" --load "$work/model" --sft-data "world/seed-$first/original.jsonl" \
+        --seq-length "$pack_length" --sft-truncation drop --output "$scored"
+    logged "logs/where-$1-packs.log" d idft prepare --tokenizer-model "$model" --seq-length "$pack_length" \
+        --sft-data "world/seed-$first/original.jsonl" --sft-truncation drop --output "$work/packs" \
+        --sft-reference "$scored" --sft-reference-entropy
+    "$python" "$here/where.py" "where/$1.json" "original, after $1=$work/packs" --tokenizer-model "$model"
+    rm -rf "$work"
+}
+say "7. where the losses put their weight, before training and after"
+mkdir -p where
+for corpus in $wanted; do
+    if [ -e "packs/seed-$first-$corpus.json" ]; then echo "$corpus, before=packs/seed-$first-$corpus"; fi
+done >packs.txt
+mapfile -t packs <packs.txt
+"$python" "$here/where.py" where/base.json "${packs[@]}" --tokenizer-model "$model"
+grep -E '^(sft|idft) ' choice.txt | sort -u -k1,1 | queue explain
+
+say "8. the report"
 "$python" "$here/report/make.py" . --size "$size" | sed 's/^/        /'
 say "done, in $out; again from the beginning: --fresh"

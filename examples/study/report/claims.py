@@ -56,6 +56,9 @@ CLAIMS = (
     Claim("P14", "and of the model's own answers", -1, "kl", "sft-own", "sft"),
     Claim("P15", "IDFT suffers less from wrong steps", 1, "target", "idft-noisy", "sft-noisy", minus=("idft", "sft")),
     Claim("P16", "own verified answers teach as much as IDFT and keep more", 1, "retention", "sft-own", "idft"),
+    Claim("P17", "IDFT with a floor learns what IDFT leaves out", 1, "target", "idft_floor", "idft"),
+    Claim("P18", "and is better than SFT at equal KL", 1, "target", "idft_floor", "sft", "equal KL"),
+    Claim("P19", "IDFT that always learns to end is better", 1, "target", "idft_ends", "idft"),
 )  # fmt: skip
 
 

@@ -35,6 +35,11 @@ def report(folder: Path, size: str) -> dict[str, Any]:
         "claims": [judged(claim, chosen, expected[claim.id], size == "smoke") for claim in CLAIMS],
         "arms": [arm_at(key, seeds, choice["chosen"].get(key[0]) == key[1]) for key, seeds in sorted(found.items())],
         "equal_kl": equal_kl(chosen),
+        "where": {
+            text: numbers
+            for path in sorted((folder / "where").glob("*.json"), key=lambda path: (path.stem != "base", path.stem))
+            for text, numbers in read(path).items()
+        },
     }
     return without_nan(result)
 
@@ -96,9 +101,9 @@ def arm_at(key: Key, seeds: dict[int, Curve], chosen: bool) -> dict[str, Any]:
 
 
 def during(one: Curve, name: str) -> float:
-    """`mean` or `std` of phi over the last quarter of the training."""
-    values = [value for _, value in one.training[f"ddt/phi {name}"]]
-    return float(np.mean(values[-max(1, len(values) // 4) :]))
+    """`mean` or `std` of phi over the last quarter of the training; NaN of a trainer that does not measure it."""
+    values = [value for _, value in one.training.get(f"ddt/phi {name}", [])]
+    return float(np.mean(values[-max(1, len(values) // 4) :])) if values else math.nan
 
 
 def equal_kl(chosen: Runs) -> dict[str, Any]:

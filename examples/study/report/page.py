@@ -100,6 +100,22 @@ def equal_kl_table(report: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def where_table(report: dict[str, Any]) -> str:
+    """Each kind of token of a text, and the weight and share of the gradient that it has under each loss."""
+    texts = report["where"]
+    if not texts:
+        return "Not measured."
+    losses = list(next(iter(texts.values()))["losses"])
+    rows = []
+    for text, found in texts.items():
+        for kind, numbers in found["kinds"].items():
+            cells = [f"{text}: {kind}", number(numbers["share"], 2), number(numbers["cross_entropy"], 2)]
+            cells += [number(numbers["phi"], 2, sign=True)]
+            under = (found["losses"][loss][kind] for loss in losses)
+            rows.append(cells + [f"{number(one['weight'], 2)} / {number(one['share'], 2)}" for one in under])
+    return table(["tokens", "share", "cross-entropy", "phi", *losses], rows)
+
+
 def page(report: dict[str, Any]) -> str:
     warning = f"{NOTHING}\n\n" if report["means_nothing"] else ""
     return f"""# Does it help? The study at size {report["size"]}
@@ -126,4 +142,12 @@ training and evaluation per run.
 Target / retention where the KL of chat samples first reaches the value, straight between checkpoints.
 
 {equal_kl_table(report)}
+
+## Where each loss puts its weight
+
+By kinds of trained tokens (`where.py`): their share of all, cross-entropy and phi under the model named; and of each
+loss the mean weight w / the share of the sum of w (1 − p), half the L1 norm of the gradient on the logits. *before*:
+the base model; *after*: the first seed's model, on the corpus that it was trained on.
+
+{where_table(report)}
 """

@@ -2,12 +2,14 @@
 # Two CPU cores. What it costs, and what was left out and why, is in README.md.
 problems=(--train 160 --test 96 --selection 48 --harder 48 --retention 40 --wrong-share 0.3)
 seeds=(1 2 3)
-arms=(sft idft dft sft-realigned idft-realigned sft-own)
+arms=(sft idft dft idft_floor idft_ends sft-realigned idft-realigned sft-own)
 followers=(sft-noisy idft-noisy) # at the rates of sft and idft
 rates=(3e-5 1e-4)
 extensions=1
-steps=(5 10 20)
+precision=(--bf16) # corpora and their scores are fp32
+steps=(8 16 32)
 batch=1         # packs in a step
+pairs=4 # of answers in a step of dpo and simpo
 pack_length=512 # tokens in a pack
 answer_tokens=64
 samples=4 # of each test problem, at the last checkpoint, at temperature 1

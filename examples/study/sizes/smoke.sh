@@ -8,6 +8,7 @@ rates=(1e-4)
 extensions=0
 steps=(1 2)
 batch=1
+pairs=1 # of answers in a step of dpo and simpo
 pack_length=256
 answer_tokens=8
 samples=2
