@@ -24,7 +24,7 @@ source "$here/sizes/$size.sh"
 out=${out:-$checkout/.cache/study-$size}
 model=${MODEL:-$checkout/.cache/real_model/SmolLM2-135M-Instruct}
 # More arms, learning rates and seeds may join a folder that was begun; its problems and lengths stay.
-enter_folder "${problems[*]} ${steps[*]} $pack_length $answer_tokens $samples $chat_samples $model" \
+enter_folder "${problems[*]} ${steps[*]} $pack_length $answer_tokens $samples $chat_samples ${precision[*]} $model" \
     "$here"/{world,evaluate}.py "$here"/chat_prompts.txt
 
 # queue FUNCTION: calls it with the words of each line, some side by side. After a failure no further one is begun.
@@ -205,7 +205,7 @@ for corpus in $wanted; do
 done >packs.txt
 mapfile -t packs <packs.txt
 "$python" "$here/where.py" where/base.json "${packs[@]}" --tokenizer-model "$model"
-grep -E '^(sft|idft) ' choice.txt | sort -u -k1,1 | queue explain
+for arm in "${explained[@]}"; do grep -m 1 "^$arm " choice.txt; done | queue explain
 
 say "8. the report"
 "$python" "$here/report/make.py" . --size "$size" | sed 's/^/        /'

@@ -3,15 +3,18 @@
 import argparse
 import importlib.util
 import json
+import math
 import random
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_idft.corpus.verification.answers import final_answer
@@ -241,7 +244,7 @@ def test_differences_and_verdicts_of_a_study_whose_numbers_are_known(made):
 def test_the_page_and_the_picture_show_every_claim_and_arm(made):
     page, picture = (made / "study.md").read_text(), (made / "study.svg").read_text()
     assert "mean nothing" not in page + picture
-    for id in (f"P{i}" for i in range(1, 17)):
+    for id in (f"P{i}" for i in range(1, 25)):
         assert f"| {id} " in page
     assert "| sft (not chosen) | 3e-5 | 2 |" in page and "−0.20 ± 1.60" in page
     assert picture.startswith("<?xml") and ">idft<" in picture
@@ -266,3 +269,50 @@ def test_the_readme_has_the_numbers_of_the_committed_results(made, beside_each_o
     assert readme.written(text, FOLDER / "results" / "cpu.json") == text
     other = readme.written(text, made / "report.json")
     assert "+0.375 [" in other and other.endswith(text[text.index("<!-- end -->") :])
+
+
+def test_the_kind_of_each_token_of_an_answer():
+    """A number is calculated where neither the question nor the answer before has it."""
+    where = program("where")
+    pieces = ["My", " purse", " holds", " ", "3", ".", " In", " go", " ", "1", "5", ":", " now", " ", "1", "8", ".\n"]
+    found = where.kinds("What is 3 + 15?", [*pieces, "####", " ", "1", "8", "<|im_end|>"])
+    numbers = ["words", "copied", "words", "words", "words", "words", "copied", "copied"]
+    numbers += ["words", "words", "words", "calculated", "calculated", "words", "words", "words", "copied", "copied"]
+    assert found == ["first", "words", "words", *numbers, "end"]
+
+
+def test_where_weight_and_gradient_go_by_hand(monkeypatch):
+    """Two tokens of words, of p = 1/4 and 1/2, and an end of p = 1/2, at entropies that make phi 0."""
+    where = program("where")
+    rows = [("words", math.log(p), -math.log(p)) for p in (0.25, 0.5)] + [("end", math.log(0.5), math.log(2))]
+    monkeypatch.setattr(where, "tokens", lambda packs, tokenizer: iter(rows))
+    found = where.measured(Path("packs"), SimpleNamespace(vocab_size=8))
+    assert found["tokens"] == 3 and found["kinds"]["words"]["share"] == pytest.approx(2 / 3)
+    assert found["kinds"]["end"]["cross_entropy"] == pytest.approx(math.log(2))
+    assert found["losses"]["ce"]["words"] == {"weight": 1.0, "share": pytest.approx(1.25 / 1.75)}
+    words, end = 0.25 * 0.75 + 0.5 * 0.5, 0.5 * 0.5
+    for loss in ("dft", "idft"):  # with phi = 0 they are the same
+        assert found["losses"][loss]["words"]["weight"] == pytest.approx(0.375)
+        assert found["losses"][loss]["end"]["share"] == pytest.approx(end / (words + end))
+
+
+def test_pairs_are_right_and_wrong_answers_to_one_problem(tmp_path):
+    preference = program("preference")
+    answers = {
+        "a": ["right", "wrong", "wrong", "unknown"],
+        "b": ["wrong"] * 4,
+        "c": ["right", "right", "wrong", "wrong"],
+    }
+    rows = [
+        {"id": f"{name}#{i}", "turns": [{"candidates": [{"verdict": verdict, "text": f"{name}{i}"}]}]}
+        for name, verdicts in answers.items()
+        for i, verdict in enumerate(verdicts)
+    ]
+    (tmp_path / "parts").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "parts" / "chunk-000000.parquet")
+    made = preference.pairs(tmp_path, {name: f"question {name}" for name in answers}, seed=1)
+    found = {
+        (pair["prompt"][0]["content"], pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in made
+    }
+    assert found == {("question a", "a0", "a1"), ("question c", "c0", "c2"), ("question c", "c1", "c3")}
+    assert len(made) == 3

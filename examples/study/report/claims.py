@@ -59,6 +59,11 @@ CLAIMS = (
     Claim("P17", "IDFT with a floor learns what IDFT leaves out", 1, "target", "idft_floor", "idft"),
     Claim("P18", "and is better than SFT at equal KL", 1, "target", "idft_floor", "sft", "equal KL"),
     Claim("P19", "IDFT that always learns to end is better", 1, "target", "idft_ends", "idft"),
+    Claim("P20", "EAFT keeps more than SFT", 1, "retention", "entropy", "sft"),
+    Claim("P21", "IDFT surpasses DPO", 1, "target", "idft", "dpo"),
+    Claim("P22", "and SimPO", 1, "target", "idft", "simpo"),
+    Claim("P23", "answer-conditioned self-distillation keeps more", 1, "retention", "sft-distilled", "sft"),
+    Claim("P24", "weights of the base model are better for IDFT", 1, "target", "idft_reference", "idft"),
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ problems=(--train 160 --test 96 --selection 48 --harder 48 --retention 40 --wron
 seeds=(1 2 3)
 arms=(sft idft dft idft_floor idft_ends sft-realigned idft-realigned sft-own)
 followers=(sft-noisy idft-noisy) # at the rates of sft and idft
+explained=(sft idft idft_floor) # where they put their weight after training
 rates=(3e-5 1e-4)
 extensions=1
 precision=(--bf16) # corpora and their scores are fp32

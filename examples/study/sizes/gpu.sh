@@ -4,6 +4,7 @@ problems=(--train 1024 --test 512 --selection 256 --harder 256 --retention 64 --
 seeds=(1 2 3 4 5)
 arms=(sft idft dft idft_floor idft_ends entropy idft_reference prift asft sft-own sft-realigned idft-realigned sft-distilled)
 followers=(sft-noisy dft-noisy idft-noisy)
+explained=(sft idft idft_floor)
 rates=(1e-5 3e-5 1e-4)
 extensions=1
 steps=(16 32 64)

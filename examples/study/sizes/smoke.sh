@@ -4,6 +4,7 @@ problems=(--train 12 --test 4 --selection 4 --harder 2 --retention 1 --wrong-sha
 seeds=(1)
 arms=(sft idft)
 followers=(idft-noisy)
+explained=(idft)
 rates=(1e-4)
 extensions=0
 steps=(1 2)
