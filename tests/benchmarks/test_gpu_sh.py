@@ -135,3 +135,10 @@ def test_refusals_name_the_remedy(tmp_path):
     done = run(tmp_path, GPU_SH_DRY_RUN="", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert "sees no GPU" in done.stderr and "tests/run.sh" in done.stderr
+
+
+def test_the_study_says_that_its_model_must_be_brought(tmp_path):
+    done = run(tmp_path, "study", GPU_SH_DRY_RUN="cpu", MODEL=str(tmp_path / "nothing"))
+    assert done.returncode == 1
+    assert f"study: {tmp_path}/nothing is not here; examples/real_model/fetch.py writes it" in done.stdout
+    assert summary(tmp_path).splitlines()[1].split()[:2] == ["study", "failed"]

@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in two commands of 13 minutes together, each with a folder of at most 8 files of results.
 #   bash tools/benchmarks/gpu.sh [RESULTS_FOLDER [STAGE…]]      default: .cache/gpu-results, first
 # Stages, most valuable first. first: environment values benchmark overhead decoding; second: output_head steps
-# sanitizer sweep.
+# sanitizer sweep. Only by name: study, examples/study at size gpu, with .cache/real_model brought along.
 # Needs Python 3.12 with torch, Triton and setup.py's light libraries, and no network: Megatron and the libraries that
 # ours is compared with are taken from .cache/wheels (or WHEELS), which tools/benchmarks/wheels.sh fills elsewhere.
 # Used where they are there: .cache/triton-sm90 (kernels that tools/benchmarks/triton_cache.py has compiled) and
@@ -27,7 +27,7 @@ first=(environment values benchmark overhead decoding)
 second=(output_head steps sanitizer sweep)
 declare -A seconds_at_most=(
     [environment]=25 [values]=85 [benchmark]=155 [overhead]=25 [decoding]=165
-    [output_head]=90 [steps]=70 [sanitizer]=70 [sweep]=70
+    [output_head]=90 [steps]=70 [sanitizer]=70 [sweep]=70 [study]=640
 )
 
 environment() {
@@ -131,6 +131,23 @@ sweep() {
     "$python" tools/benchmarks/loss.py "${form[@]}" | tee "$results/sweep.txt"
 }
 
+study() {
+    local size=gpu out=$checkout/.cache/study-gpu model=${MODEL:-$checkout/.cache/real_model/SmolLM2-135M-Instruct} code
+    if [ -n "$dry" ]; then size=smoke out=$checkout/.cache/study-smoke; fi
+    if [ ! -e "$model" ]; then
+        echo "study: $model is not here; examples/real_model/fetch.py writes it where there is network. Bring it, or set MODEL" >&2
+        return 1
+    fi
+    # What is finished after ten minutes is reported, and the same command goes on from there.
+    PYTHON=$python MODEL=$model timeout 600 bash examples/study/run.sh --size "$size" --out "$out"
+    code=$?
+    if [ -e "$out/choice.json" ]; then
+        "$python" examples/study/report/make.py "$out" --size "$size"
+        cp "$out"/report.json "$out"/study.md "$out"/study.svg "$results" || code=1
+    fi
+    return "$code"
+}
+
 # ------------------------------------------------------------------------------------------------------------- running
 
 # Everything that training needs and this interpreter lacks, into folders of their own, which a second command finds.
@@ -218,7 +235,7 @@ for stage in "${named[@]}"; do
         second) stages+=("${second[@]}") seconds=$((seconds + 300)) ;;
         *)
             if [ -z "${seconds_at_most[$stage]:-}" ]; then
-                echo "gpu.sh: unknown stage $stage; there are first (${first[*]}) and second (${second[*]})" >&2
+                echo "gpu.sh: unknown stage $stage; there are first (${first[*]}), second (${second[*]}) and study" >&2
                 exit 2
             fi
             stages+=("$stage") seconds=$((seconds + seconds_at_most[$stage] + 20))
