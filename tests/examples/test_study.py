@@ -234,10 +234,10 @@ def test_differences_and_verdicts_of_a_study_whose_numbers_are_known(made):
     found = {claim["id"]: claim for claim in json.loads((made / "report.json").read_text())["claims"]}
     assert found["P1"]["found"][0] == 0 and found["P1"]["beside_paper"] == "cannot tell"
     assert found["P3"]["found"][0] == pytest.approx(3 / 8)
-    # At KL 0.18, nine tenths of the least distance: sft has 2 + 0.9 * 2 right of 8, idft 4 + 0.8 * 2.
-    assert found["P4"]["found"][0] == pytest.approx((5.6 - 3.8) / 8)
-    # At 5.6 of 8 right: sft lies at 0.2 + 0.8 * 0.2, idft at 0.1 + 0.8 * 0.1.
-    assert found["P5"]["found"][0] == pytest.approx(0.18 - 0.36)
+    # Beside sft at 3e-5, which ends as near as idft. At KL 0.18, nine tenths of the least distance: 3.6 and 5.6 of 8.
+    assert found["P4"]["found"][0] == pytest.approx((5.6 - 3.6) / 8)
+    # At 3.8 of 8 right: sft lies at 0.1 + 0.9 * 0.1, idft at 0.9 * 0.1.
+    assert found["P5"]["found"][0] == pytest.approx(0.09 - 0.19)
     assert found["P6"]["missing"] == "not run: dft"
 
 

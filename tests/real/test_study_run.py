@@ -6,6 +6,8 @@ import signal
 import subprocess
 import time
 
+import pytest
+
 from tests.launch import ROOT, forking_python
 
 SCRIPT = ROOT / "examples" / "study" / "run.sh"
@@ -40,5 +42,12 @@ def test_a_killed_study_goes_on_and_ends_in_its_report(shallow, tmp_path):
         distances = [point["kl"] for point in arm["points"]]
         assert distances[0] == 0 and 1e-6 < abs(distances[-1]) < 1, distances  # an estimate from 192 tokens
         assert all(0 < arm["phi"][when][1] < 30 for when in ("before", "during", "after"))
+    before, after = report["where"]["original, before"], report["where"]["original, after idft"]
+    assert before["tokens"] == after["tokens"] > 100 and "noisy, before" in report["where"]
+    for found in (before, after):
+        assert sum(kind["share"] for kind in found["kinds"].values()) == pytest.approx(1)
+        for loss in found["losses"].values():
+            assert sum(kind["share"] for kind in loss.values()) == pytest.approx(1)
+    assert before["kinds"]["words"]["cross_entropy"] != after["kinds"]["words"]["cross_entropy"]
     other = subprocess.run([*command, "--size", "cpu"], env=environment, capture_output=True, text=True, check=False)
     assert other.returncode == 1 and "another version or size" in other.stderr

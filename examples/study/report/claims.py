@@ -25,7 +25,8 @@ class Claim(NamedTuple):
         measure: of curves.MEASURES, or `kl`.
         arm, other: what is subtracted from what.
         at: each at the end of its training; both where they are as far from the base model (KL of chat samples); or
-            both where they have learned as much, for `kl` and `retention`.
+            both where they have learned as much, for `kl` and `retention`. In the latter two `sft` is the fair rival,
+            with the learning rate at which it ends as near to the base model as `idft`.
         minus: another pair whose difference is subtracted.
     """
 

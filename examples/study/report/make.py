@@ -21,6 +21,11 @@ def report(folder: Path, size: str) -> dict[str, Any]:
     """Everything that page and picture show; NaN is null."""
     found, choice, base = load(folder), read(folder / "choice.json"), read(folder / "base" / "0.json")
     chosen: Runs = {key[0]: found[key] for key in choice["chosen"].items() if key in found}
+    near = found.get(("sft", choice["sft as near as idft"]), {})
+    fair: Runs = chosen | ({"sft": near} if near else {})
+    compared = chosen | (
+        {f"sft at {choice['sft as near as idft']}": near} if near and near is not chosen.get("sft") else {}
+    )
     expected = predictions(PREDICTIONS)
     untrained = curve(
         base, {"checkpoints": [], "training_seconds": 0, "training": {}, "phi_before": (math.nan, math.nan)}
@@ -32,9 +37,12 @@ def report(folder: Path, size: str) -> dict[str, Any]:
         "problems": {measure: untrained.right[measure].shape[1] for measure in MEASURES},
         "base": point(untrained, 0),
         "choice": choice,
-        "claims": [judged(claim, chosen, expected[claim.id], size == "smoke") for claim in CLAIMS],
+        "claims": [
+            judged(claim, chosen if claim.at == "end" else fair, expected[claim.id], size == "smoke")
+            for claim in CLAIMS
+        ],
         "arms": [arm_at(key, seeds, choice["chosen"].get(key[0]) == key[1]) for key, seeds in sorted(found.items())],
-        "equal_kl": equal_kl(chosen),
+        "equal_kl": equal_kl(compared),
         "where": {
             text: numbers
             for path in sorted((folder / "where").glob("*.json"), key=lambda path: (path.stem != "base", path.stem))
