@@ -5,7 +5,8 @@
 
 The best is the rate with most right answers, of equals the smallest. Where it lies at an edge of what was run, --edges
 names the next rate there. A follower, LOSS-CORPUS, takes the rate of LOSS. `sft` also runs at the rate at which its KL
-from the base model is nearest that of `idft` at its own: the rival that moves as little.
+from the base model is nearest that of `idft` at its own: the rival that moves as little. --edges names a smaller rate
+of `sft` while all that were run move it further.
 """
 
 import argparse
@@ -77,9 +78,11 @@ def main() -> None:
     base = json.loads((args.results.parent / "base" / "0.json").read_text(encoding="utf-8"))
     found = {arm: known for arm in args.arms if (known := runs(args.results, arm, args.seed, base))}
     if args.edges:
-        for arm, known in found.items():
-            if rate := at_edges(known):
-                print(arm, rate, args.seed)
+        wanted = {(arm, rate) for arm, known in found.items() if (rate := at_edges(known))}
+        if "sft" in found and "idft" in found and found["sft"][0].kl > best(found["idft"]).kl:
+            wanted.add(("sft", beyond(found["sft"][0].rate, larger=False)))
+        for arm, rate in sorted(wanted):
+            print(arm, rate, args.seed)
         return
     chosen = {arm: best(known).rate for arm, known in found.items()}
     chosen |= {arm: chosen[arm.split("-")[0]] for arm in args.followers if arm.split("-")[0] in chosen}
