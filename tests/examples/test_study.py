@@ -263,12 +263,13 @@ def test_a_smoke_run_says_that_it_means_nothing(made, tmp_path):
     assert set(verdicts) == {"cannot tell"}
 
 
-def test_the_readme_has_the_numbers_of_the_committed_results(made, beside_each_other):
+def test_the_pages_have_the_numbers_of_the_committed_results(made, beside_each_other):
     readme = program("report/readme")
-    text = (FOLDER / "README.md").read_text()
-    assert readme.written(text, FOLDER / "results" / "cpu.json") == text
-    other = readme.written(text, made / "report.json")
-    assert "+0.375 [" in other and other.endswith(text[text.index("<!-- end -->") :])
+    for page in readme.PAGES:
+        text = page.read_text()
+        assert readme.written(page, FOLDER / "results" / "cpu.json") == text
+        other = readme.written(page, made / "report.json")
+        assert other != text and "+0.375 [" in other and other.endswith(text[text.rindex("<!-- end -->") :])
 
 
 def test_the_kind_of_each_token_of_an_answer():

@@ -39,6 +39,10 @@ class Claim(NamedTuple):
     at: At = "end"
     minus: tuple[str, str] | None = None
 
+    @property
+    def arms(self) -> list[str]:
+        return [self.arm, self.other, *(self.minus or ())]
+
 
 CLAIMS = (
     Claim("P1", "IDFT learns the task better than SFT", 1, "target", "idft", "sft"),
@@ -89,13 +93,18 @@ def predictions(path: Path) -> dict[str, Prediction]:
     return found
 
 
+def common_seeds(claim: Claim, runs: Runs) -> list[int]:
+    """The seeds that all arms of a claim have."""
+    return sorted(set.intersection(*(set(runs[name]) for name in claim.arms)))
+
+
 def measured(claim: Claim, runs: Runs) -> Estimate | str:
     """The difference over the seeds that all its arms have; or why there is none."""
-    names = [claim.arm, claim.other, *(claim.minus or ())]
+    names = claim.arms
     missing = [name for name in names if name not in runs]
     if missing:
         return f"not run: {', '.join(missing)}"
-    seeds = sorted(set.intersection(*(set(runs[name]) for name in names)))
+    seeds = common_seeds(claim, runs)
     if not seeds:
         return "no seed has both"
     if claim.measure != "kl" and not runs[claim.arm][seeds[0]].right[claim.measure].size:

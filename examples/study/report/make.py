@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from claims import CLAIMS, Claim, Prediction, Runs, beside_paper, beside_prediction, measured, predictions
+from claims import CLAIMS, Claim, Prediction, Runs, beside_paper, beside_prediction, common_seeds, measured, predictions
 from curves import MEASURES, Curve, Key, curve, load, read
 from estimates import Estimate, Values, paired_difference, place_of, value_at
 from page import page
@@ -60,14 +60,17 @@ def judged(claim: Claim, chosen: Runs, expected: Prediction, means_nothing: bool
     difference = f"{claim.arm} − {claim.other}"
     if claim.minus:
         difference = f"({difference}) − ({' − '.join(claim.minus)})"
+    seeds = 0 if missing else len(common_seeds(claim, chosen))
+    untold = means_nothing or seeds < 2  # the interval of one seed knows nothing of others
     return claim._asdict() | {
         "difference": difference,
         "expected": expected.expected,
         "why": expected.why,
         "missing": missing,
+        "seeds": seeds,
         "found": known,
-        "beside_paper": "cannot tell" if means_nothing else beside_paper(claim, known),
-        "beside_prediction": "cannot tell" if means_nothing else beside_prediction(expected.expected, known),
+        "beside_paper": "cannot tell" if untold else beside_paper(claim, known),
+        "beside_prediction": "cannot tell" if untold else beside_prediction(expected.expected, known),
     }
 
 

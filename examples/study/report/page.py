@@ -1,5 +1,6 @@
 """The page of a study, in Markdown, from its report.json alone."""
 
+from collections.abc import Sequence
 from typing import Any
 
 NOTHING = "**A smoke run: sizes are tiny and the numbers mean nothing.**"
@@ -35,11 +36,21 @@ def claims_table(report: dict[str, Any]) -> str:
                 SIGN[claim["paper"]],
                 f"{number(low, sign=True)} to {number(high, sign=True)}",
                 claim["missing"] or interval(claim["found"], sign=True),
+                str(claim["seeds"] or ""),
                 claim["beside_paper"],
                 claim["beside_prediction"],
             ]
         )
-    head = ["claim", "measured as", "paper", "we predicted", "found", "beside the paper", "beside our prediction"]
+    head = [
+        "claim",
+        "measured as",
+        "paper",
+        "we predicted",
+        "found",
+        "seeds",
+        "beside the paper",
+        "beside our prediction",
+    ]
     return table(head, rows)
 
 
@@ -100,12 +111,11 @@ def equal_kl_table(report: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def where_table(report: dict[str, Any]) -> str:
+def where_table(texts: dict[str, Any], losses: Sequence[str] = ()) -> str:
     """Each kind of token of a text, and the weight and share of the gradient that it has under each loss."""
-    texts = report["where"]
     if not texts:
         return "Not measured."
-    losses = list(next(iter(texts.values()))["losses"])
+    losses = losses or list(next(iter(texts.values()))["losses"])
     rows = []
     for text, found in texts.items():
         for kind, numbers in found["kinds"].items():
@@ -122,10 +132,10 @@ def page(report: dict[str, Any]) -> str:
 
 {warning}{claims_table(report)}
 
-Differences of shares of right answers (of nats per token for KL), with 95 % intervals by bootstrap over
-{len(report["seeds"])} seeds and the problems, which are the same for all arms. *agrees* beside the paper: the interval
-lies on its side of 0. *agrees* beside our prediction: the value lies in the range, and the interval is at most twice as
-wide. *differs*: the interval lies on the other side, or has nothing in common with the range. At equal KL and at equal
+Differences of shares of right answers (of nats per token for KL), with 95 % intervals by bootstrap over seeds and the
+problems, which are the same for all arms. *agrees* beside the paper: the interval lies on its side of 0. *agrees*
+beside our prediction: the value lies in the range, and the interval is at most twice as wide. *differs*: the interval
+lies on the other side, or has nothing in common with the range. A single seed is not judged. At equal KL and at equal
 accuracy `sft` is the fair rival: with the learning rate at which it ends as near to the base model as `idft`.
 
 ![the target's accuracy against what was kept, and against the distance from the base model](study.svg)
@@ -150,5 +160,5 @@ By kinds of trained tokens (`where.py`): their share of all, cross-entropy and p
 loss the mean weight w / the share of the sum of w (1 − p), half the L1 norm of the gradient on the logits. *before*:
 the base model; *after*: the first seed's model, on the corpus that it was trained on.
 
-{where_table(report)}
+{where_table(report["where"])}
 """

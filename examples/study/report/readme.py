@@ -1,4 +1,4 @@
-"""Write the results in the study's README from results/cpu.json: `python readme.py [--check]`.
+"""Write the results in the study's README and in docs/loss.md from results/cpu.json: `python readme.py [--check]`.
 
 The page and the picture beside it are made from the same file: `python readme.py --take FOLDER` copies report.json of a
 finished study there and draws both.
@@ -9,37 +9,51 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from page import claims_table, page
+from page import claims_table, page, where_table
 from picture import draw
 
 HERE = Path(__file__).resolve().parents[1]
-README, RESULTS = HERE / "README.md", HERE / "results"
-BLOCK = re.compile(r"(<!-- made by report/readme.py -->\n).*?(<!-- end -->)", re.DOTALL)
+RESULTS = HERE / "results"
+BLOCK = re.compile(r"(<!-- made by examples/study/report/readme.py -->\n).*?(<!-- end -->)", re.DOTALL)
+IN_DOCS = ("P1", "P3", "P4", "P6", "P9", "P12", "P14", "P16", "P17", "P18")
 
 
 def results(path: Path) -> str:
     """What stands between the two comments."""
-    if not path.exists():
-        return "Not run yet."
     report = json.loads(path.read_text(encoding="utf-8"))
-    seeds, problems = len(report["seeds"]), report["problems"]
     return (
-        f"Size {report['size']}, {seeds} seeds, {problems['target']} test problems; everything else is on"
+        f"Size {report['size']}, {report['problems']['target']} test problems; everything else is on"
         f" [the page](results/study.md).\n\n{claims_table(report)}\n\n"
         "![the target's accuracy against what was kept, and against the distance](results/study.svg)"
     )
 
 
-def written(readme: str, path: Path) -> str:
-    """The README with the results of `path`."""
-    return BLOCK.sub(lambda found: f"{found[1]}\n{results(path)}\n\n{found[2]}", readme)
+def in_docs(path: Path) -> str:
+    """The claims that a user of the loss asks for first, where they were judged, and where the gradient goes."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    known = [claim for claim in report["claims"] if claim["id"] in IN_DOCS and claim["seeds"] > 1]
+    before = {text: found for text, found in report["where"].items() if text == "original, before"}
+    where = where_table(before, ("ce", "dft", "idft"))
+    return (
+        f"{claims_table(report | {'claims': known})}\n\n"
+        f"Mean weight / share of the gradient of each kind of token under each loss, by the base model:\n\n{where}"
+    )
+
+
+PAGES: dict[Path, Callable[[Path], str]] = {HERE / "README.md": results, HERE.parents[1] / "docs" / "loss.md": in_docs}
+
+
+def written(page: Path, path: Path) -> str:
+    """The page with the results of `path`."""
+    return BLOCK.sub(lambda found: f"{found[1]}\n{PAGES[page](path)}\n\n{found[2]}", page.read_text(encoding="utf-8"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the README has these results")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages have these results")
     parser.add_argument("--take", type=Path, metavar="FOLDER", help="a study's folder, whose report is taken first")
     args = parser.parse_args()
     path = RESULTS / "cpu.json"
@@ -49,12 +63,13 @@ def main() -> int:
         report = json.loads(path.read_text(encoding="utf-8"))
         (RESULTS / "study.md").write_text(page(report), encoding="utf-8")
         draw(report, RESULTS / "study.svg")
-    before = README.read_text(encoding="utf-8")
-    after = written(before, path)
-    if args.check:
-        return int(before != after)
-    README.write_text(after, encoding="utf-8")
-    return 0
+    changed = False
+    for one in PAGES:
+        text = written(one, path)
+        changed |= text != one.read_text(encoding="utf-8")
+        if not args.check:
+            one.write_text(text, encoding="utf-8")
+    return int(args.check and changed)
 
 
 if __name__ == "__main__":
