@@ -13,17 +13,24 @@ KEPT = "retention: of other tasks' problems that the base has right"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Write the SVG. Each line is an arm at its chosen learning rate, from the base model along its checkpoints."""
+    """Write the SVG. Each line is an arm at its chosen learning rate, from the base model along its checkpoints.
+
+    `sft` is also shown at the rate at which it stays as near as `idft`.
+    """
+    fair = "sft", report["choice"]["sft as near as idft"]
+    arms = [one for one in report["arms"] if one["chosen"] or (one["arm"], one["rate"]) == fair]
     settings = {"svg.fonttype": "none", "svg.hashsalt": "study", "font.family": "sans-serif", "font.size": 9}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(10, 4.4), facecolor="white")
         kept, near = figure.add_axes((0.07, 0.12, 0.36, 0.76)), figure.add_axes((0.49, 0.12, 0.36, 0.76))
         colors = matplotlib.color_sequences["tab20"]
-        for i, arm in enumerate(one for one in report["arms"] if one["chosen"]):
+        for i, arm in enumerate(arms):
             color, dashes = colors[i % 20], (4, 2) if "-" in arm["arm"] else (1, 0)
             target, retention = ([known(point[key]) for point in arm["points"]] for key in ("target", "retention"))
             line = {"color": color, "dashes": dashes, "marker": "o", "markersize": 3, "linewidth": 1.2}
-            kept.plot(retention, target, label=arm["arm"], **line)
+            kept.plot(
+                retention, target, label=arm["arm"] if arm["chosen"] else f"{arm['arm']} at {arm['rate']}", **line
+            )
             near.plot([point["kl"] for point in arm["points"]], target, **line)
             near.errorbar(
                 arm["points"][-1]["kl"],
