@@ -20,6 +20,8 @@ RESULTS = HERE / "results"
 BLOCK = re.compile(r"(<!-- made by examples/study/report/readme.py -->\n).*?(<!-- end -->)", re.DOTALL)
 IN_DOCS = ("P1", "P3", "P4", "P6", "P9", "P12", "P14", "P16", "P17", "P18")
 
+IN_DOCS_WHERE = ("original, before", "original, after sft", "original, after idft")
+
 
 def results(path: Path) -> str:
     """What stands between the two comments."""
@@ -35,11 +37,11 @@ def in_docs(path: Path) -> str:
     """The claims that a user of the loss asks for first, where they were judged, and where the gradient goes."""
     report = json.loads(path.read_text(encoding="utf-8"))
     known = [claim for claim in report["claims"] if claim["id"] in IN_DOCS and claim["seeds"] > 1]
-    before = {text: found for text, found in report["where"].items() if text == "original, before"}
-    where = where_table(before, ("ce", "dft", "idft"))
+    where = where_table({text: report["where"][text] for text in IN_DOCS_WHERE}, ("ce", "dft", "idft"))
     return (
         f"{claims_table(report | {'claims': known})}\n\n"
-        f"Mean weight / share of the gradient of each kind of token under each loss, by the base model:\n\n{where}"
+        f"Mean weight / share of the gradient of each kind of token under each loss, by the base model and by trained\n"
+        f"ones:\n\n{where}"
     )
 
 
