@@ -66,6 +66,14 @@ def at_edges(found: list[Run]) -> str | None:
     return beyond(chosen.rate, larger=False) if chosen is found[0] else None
 
 
+def wanted(found: dict[str, list[Run]]) -> set[tuple[str, str]]:
+    """Arm and rate of the runs that the grid lacks."""
+    beside = {(arm, rate) for arm, known in found.items() if (rate := at_edges(known))}
+    if "sft" in found and "idft" in found and found["sft"][0].kl > best(found["idft"]).kl:
+        beside.add(("sft", beyond(found["sft"][0].rate, larger=False)))
+    return beside
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
@@ -78,10 +86,7 @@ def main() -> None:
     base = json.loads((args.results.parent / "base" / "0.json").read_text(encoding="utf-8"))
     found = {arm: known for arm in args.arms if (known := runs(args.results, arm, args.seed, base))}
     if args.edges:
-        wanted = {(arm, rate) for arm, known in found.items() if (rate := at_edges(known))}
-        if "sft" in found and "idft" in found and found["sft"][0].kl > best(found["idft"]).kl:
-            wanted.add(("sft", beyond(found["sft"][0].rate, larger=False)))
-        for arm, rate in sorted(wanted):
+        for arm, rate in sorted(wanted(found)):
             print(arm, rate, args.seed)
         return
     chosen = {arm: best(known).rate for arm, known in found.items()}

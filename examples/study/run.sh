@@ -27,6 +27,15 @@ model=${MODEL:-$checkout/.cache/real_model/SmolLM2-135M-Instruct}
 enter_folder "${problems[*]} ${steps[*]} $pack_length $answer_tokens $samples $chat_samples ${precision[*]} $model" \
     "$here"/{world,evaluate}.py "$here"/chat_prompts.txt
 
+case " ${arms[*]} " in
+    *" dpo "* | *" simpo "*)
+        if ! "$python" -c 'import trl, datasets' 2>/dev/null; then
+            echo "run.sh: the arms dpo and simpo need TRL: $python -m pip install 'trl>=1.16'" >&2
+            exit 1
+        fi
+        ;;
+esac
+
 # queue FUNCTION: calls it with the words of each line, some side by side. After a failure no further one is begun.
 queue() {
     local line failed='' running=0
@@ -205,7 +214,9 @@ for corpus in $wanted; do
 done >packs.txt
 mapfile -t packs <packs.txt
 "$python" "$here/where.py" where/base.json "${packs[@]}" --tokenizer-model "$model"
-for arm in "${explained[@]}"; do grep -m 1 "^$arm " choice.txt; done | queue explain
+for arm in "${explained[@]}"; do
+    grep -m 1 "^$arm " choice.txt || echo "        $arm: no learning rate was chosen, so it is not explained" >&2
+done | queue explain
 
 say "8. the report"
 "$python" "$here/report/make.py" . --size "$size" | sed 's/^/        /'

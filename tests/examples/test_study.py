@@ -149,6 +149,15 @@ def test_the_grid_is_extended_where_the_best_lies_at_an_edge(rights, next_rate):
     assert choose.at_edges([choose.Run(rate, right, 0.1) for rate, right in rights.items()]) == next_rate
 
 
+def test_a_smaller_rate_of_sft_is_looked_for_until_it_is_as_near_as_idft():
+    choose = program("choose")
+    inside = [choose.Run("1e-5", 1, 0.01), choose.Run("3e-5", 9, 0.05), choose.Run("1e-4", 2, 0.4)]
+    far = [choose.Run("3e-5", 5, 0.1), choose.Run("1e-4", 9, 0.4), choose.Run("3e-4", 5, 1.0)]
+    assert choose.wanted({"idft": inside, "sft": far}) == {("sft", "1e-5")}
+    near = [choose.Run("1e-5", 1, 0.02), *far]
+    assert choose.wanted({"idft": inside, "sft": near}) == set()
+
+
 def test_every_claim_has_a_prediction(beside_each_other):
     claims = program("report/claims")
     expected = claims.predictions(FOLDER / "PREDICTIONS.md")
@@ -261,6 +270,20 @@ def test_a_smoke_run_says_that_it_means_nothing(made, tmp_path):
     assert "mean nothing" in (smoke / "study.svg").read_text()
     verdicts = [claim["beside_paper"] for claim in json.loads((smoke / "report.json").read_text())["claims"]]
     assert set(verdicts) == {"cannot tell"}
+
+
+def test_a_single_seed_is_not_judged(made, tmp_path):
+    alone = shutil.copytree(made, tmp_path / "alone")
+    for path in (alone / "results").glob("*@2.json"):
+        path.unlink()
+    found, before = (
+        {claim["id"]: claim for claim in json.loads((report(folder, "cpu") / "report.json").read_text())["claims"]}[
+            "P3"
+        ]
+        for folder in (alone, made)
+    )
+    assert (found["seeds"], found["found"], found["beside_paper"]) == (1, before["found"], "cannot tell")
+    assert (before["seeds"], before["beside_paper"]) == (2, "agrees")
 
 
 def test_the_pages_have_the_numbers_of_the_committed_results(made, beside_each_other):

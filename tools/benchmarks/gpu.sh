@@ -138,7 +138,11 @@ study() {
         echo "study: $model is not here; examples/real_model/fetch.py writes it where there is network. Bring it, or set MODEL" >&2
         return 1
     fi
-    # What is finished after ten minutes is reported, and the same command goes on from there.
+    if ! "$python" -c 'import reasoning_gym' 2>/dev/null; then
+        echo "study: $python lacks reasoning_gym, which makes the problems: pip install 'reasoning-gym>=0.1.25'" >&2
+        return 1
+    fi
+    # After ten minutes what is finished is reported, if learning rates have been chosen; started again it goes on.
     PYTHON=$python MODEL=$model timeout 600 bash examples/study/run.sh --size "$size" --out "$out"
     code=$?
     if [ -e "$out/choice.json" ]; then

@@ -72,6 +72,14 @@ CLAIMS = (
 )  # fmt: skip
 
 
+# Looked for once the results were known, and predicted by nobody. `paper` is what on-policy data is said to do.
+SEEN_LATER = (
+    Claim("L1", "own verified answers teach more than IDFT", 1, "target", "sft-own", "idft", "equal KL"),
+    Claim("L2", "and than SFT at the fair rate", 1, "target", "sft-own", "sft", "equal KL"),
+    Claim("L3", "and than IDFT with a floor", 1, "target", "sft-own", "idft_floor", "equal KL"),
+)
+
+
 class Prediction(NamedTuple):
     """What was expected of a claim, in the unit of its measure, and why."""
 

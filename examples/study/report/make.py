@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from claims import CLAIMS, Claim, Prediction, Runs, beside_paper, beside_prediction, common_seeds, measured, predictions
+from claims import (
+    CLAIMS,
+    SEEN_LATER,
+    Claim,
+    Prediction,
+    Runs,
+    beside_paper,
+    beside_prediction,
+    common_seeds,
+    measured,
+    predictions,
+)
 from curves import MEASURES, Curve, Key, curve, load, read
 from estimates import Estimate, Values, paired_difference, place_of, value_at
 from page import page
@@ -41,6 +52,7 @@ def report(folder: Path, size: str) -> dict[str, Any]:
             judged(claim, chosen if claim.at == "end" else fair, expected[claim.id], size == "smoke")
             for claim in CLAIMS
         ],
+        "seen_later": [judged(claim, fair, None, size == "smoke") for claim in SEEN_LATER],
         "arms": [arm_at(key, seeds, choice["chosen"].get(key[0]) == key[1]) for key, seeds in sorted(found.items())],
         "equal_kl": equal_kl(compared),
         "where": {
@@ -52,7 +64,7 @@ def report(folder: Path, size: str) -> dict[str, Any]:
     return without_nan(result)
 
 
-def judged(claim: Claim, chosen: Runs, expected: Prediction, means_nothing: bool) -> dict[str, Any]:
+def judged(claim: Claim, chosen: Runs, expected: Prediction | None, means_nothing: bool) -> dict[str, Any]:
     """The claim, what was expected, what was found, and the verdicts, of which a smoke run has none."""
     found = measured(claim, chosen)
     missing = found if isinstance(found, str) else None
@@ -64,13 +76,13 @@ def judged(claim: Claim, chosen: Runs, expected: Prediction, means_nothing: bool
     untold = means_nothing or seeds < 2  # the interval of one seed knows nothing of others
     return claim._asdict() | {
         "difference": difference,
-        "expected": expected.expected,
-        "why": expected.why,
+        "expected": expected and expected.expected,
+        "why": expected and expected.why,
         "missing": missing,
         "seeds": seeds,
         "found": known,
         "beside_paper": "cannot tell" if untold else beside_paper(claim, known),
-        "beside_prediction": "cannot tell" if untold else beside_prediction(expected.expected, known),
+        "beside_prediction": expected and ("cannot tell" if untold else beside_prediction(expected.expected, known)),
     }
 
 

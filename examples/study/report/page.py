@@ -24,21 +24,21 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def claims_table(report: dict[str, Any]) -> str:
-    """Paper, prediction and result side by side."""
+def claims_table(claims: Sequence[dict[str, Any]]) -> str:
+    """Paper, prediction and result side by side; what was looked for later has no prediction."""
     rows = []
-    for claim in report["claims"]:
-        low, high = claim["expected"]
+    for claim in claims:
+        low, high = claim["expected"] or (None, None)
         rows.append(
             [
                 f"{claim['id']} {claim['text']}",
                 f"{claim['measure']}, {claim['difference']}, {claim['at']}",
                 SIGN[claim["paper"]],
-                f"{number(low, sign=True)} to {number(high, sign=True)}",
+                f"{number(low, sign=True)} to {number(high, sign=True)}" if claim["expected"] else "seen later",
                 claim["missing"] or interval(claim["found"], sign=True),
                 str(claim["seeds"] or ""),
                 claim["beside_paper"],
-                claim["beside_prediction"],
+                claim["beside_prediction"] or "",
             ]
         )
     head = [
@@ -130,7 +130,7 @@ def page(report: dict[str, Any]) -> str:
     warning = f"{NOTHING}\n\n" if report["means_nothing"] else ""
     return f"""# Does it help? The study at size {report["size"]}
 
-{warning}{claims_table(report)}
+{warning}{claims_table(report["claims"] + report["seen_later"])}
 
 Differences of shares of right answers (of nats per token for KL), with 95 % intervals by bootstrap over seeds and the
 problems, which are the same for all arms. *agrees* beside the paper: the interval lies on its side of 0. *agrees*

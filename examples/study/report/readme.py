@@ -28,7 +28,7 @@ def results(path: Path) -> str:
     report = json.loads(path.read_text(encoding="utf-8"))
     return (
         f"Size {report['size']}, {report['problems']['target']} test problems; everything else is on"
-        f" [the page](results/study.md).\n\n{claims_table(report)}\n\n"
+        f" [the page](results/study.md).\n\n{claims_table(report['claims'] + report['seen_later'])}\n\n"
         "![the target's accuracy against what was kept, and against the distance](results/study.svg)"
     )
 
@@ -36,10 +36,12 @@ def results(path: Path) -> str:
 def in_docs(path: Path) -> str:
     """The claims that a user of the loss asks for first, where they were judged, and where the gradient goes."""
     report = json.loads(path.read_text(encoding="utf-8"))
-    known = [claim for claim in report["claims"] if claim["id"] in IN_DOCS and claim["seeds"] > 1]
+    known = [claim for claim in report["claims"] if claim["id"] in IN_DOCS and claim["seeds"] > 1] + report[
+        "seen_later"
+    ]
     where = where_table({text: report["where"][text] for text in IN_DOCS_WHERE}, ("ce", "dft", "idft"))
     return (
-        f"{claims_table(report | {'claims': known})}\n\n"
+        f"{claims_table(known)}\n\n"
         f"Mean weight / share of the gradient of each kind of token under each loss, by the base model and by trained\n"
         f"ones:\n\n{where}"
     )
