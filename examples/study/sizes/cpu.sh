@@ -2,7 +2,8 @@
 # Two CPU cores. What it costs, and what was left out and why, is in README.md.
 problems=(--train 160 --test 96 --selection 48 --harder 48 --retention 40 --wrong-share 0.3)
 seeds=(1 2 3)
-arms=(sft idft dft idft_floor idft_ends sft-realigned idft-realigned sft-own)
+arms=(sft idft dft idft_floor idft_ends sft-realigned idft-realigned sft-own
+      entropy prift asft idft_reference sft-distilled)
 followers=(sft-noisy idft-noisy) # at the rates of sft and idft
 explained=(sft idft idft_floor) # where they put their weight after training
 rates=(3e-5 1e-4)
