@@ -69,6 +69,7 @@ CLAIMS = (
     Claim("P22", "and SimPO", 1, "target", "idft", "simpo"),
     Claim("P23", "answer-conditioned self-distillation keeps more", 1, "retention", "sft-distilled", "sft"),
     Claim("P24", "weights of the base model are better for IDFT", 1, "target", "idft_reference", "idft"),
+    Claim("P25", "mixed streams are better than the hinted one alone", 1, "target", "sft-realigned", "sft-distilled"),
 )  # fmt: skip
 
 
