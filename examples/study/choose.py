@@ -4,9 +4,9 @@
     python choose.py RESULTS --seed 1 --arms sft idft … --out FILE.json   # ARM RATE: what the other seeds run
 
 The best is the rate with most right answers, of equals the smallest. Where it lies at an edge of what was run, --edges
-names the next rate there. A follower, LOSS-CORPUS, takes the rate of LOSS. `sft` also runs at the rate at which its KL
-from the base model is nearest that of `idft` at its own: the rival that moves as little. --edges names a smaller rate
-of `sft` while all that were run move it further.
+names the next rate there. A follower, LOSS-CORPUS, takes the rate of LOSS. On every corpus that has both, `sft` also
+runs at the rate at which its KL from the base model is nearest that of `idft` at its own: the fair rival, which moves
+as little. --edges names a smaller rate of `sft` while all that were run move it further.
 """
 
 import argparse
@@ -66,11 +66,18 @@ def at_edges(found: list[Run]) -> str | None:
     return beyond(chosen.rate, larger=False) if chosen is found[0] else None
 
 
+def rivals(found: dict[str, list[Run]]) -> dict[str, str]:
+    """Of each corpus the arm of sft -> that of idft."""
+    pairs = {arm: arm.replace("sft", "idft", 1) for arm in found if arm.split("-")[0] == "sft"}
+    return {arm: other for arm, other in pairs.items() if other in found}
+
+
 def wanted(found: dict[str, list[Run]]) -> set[tuple[str, str]]:
     """Arm and rate of the runs that the grid lacks."""
     beside = {(arm, rate) for arm, known in found.items() if (rate := at_edges(known))}
-    if "sft" in found and "idft" in found and found["sft"][0].kl > best(found["idft"]).kl:
-        beside.add(("sft", beyond(found["sft"][0].rate, larger=False)))
+    for arm, other in rivals(found).items():
+        if found[arm][0].kl > best(found[other]).kl:
+            beside.add((arm, beyond(found[arm][0].rate, larger=False)))
     return beside
 
 
@@ -92,12 +99,13 @@ def main() -> None:
     chosen = {arm: best(known).rate for arm, known in found.items()}
     chosen |= {arm: chosen[arm.split("-")[0]] for arm in args.followers if arm.split("-")[0] in chosen}
     lines = [f"{arm} {rate}" for arm, rate in chosen.items()]
-    matched = None
-    if "sft" in found and "idft" in found:
-        matched = min(found["sft"], key=lambda run: abs(run.kl - best(found["idft"]).kl)).rate
-        lines += [f"sft {matched}"] * (matched != chosen["sft"])
+    fair = {
+        arm: min(found[arm], key=lambda run: abs(run.kl - best(found[other]).kl)).rate
+        for arm, other in rivals(found).items()
+    }
+    lines += [f"{arm} {rate}" for arm, rate in fair.items() if rate != chosen[arm]]
     tried = {arm: [run._asdict() for run in known] for arm, known in found.items()}
-    write_atomically(args.out, json.dumps({"chosen": chosen, "sft as near as idft": matched, "tried": tried}, indent=1))
+    write_atomically(args.out, json.dumps({"chosen": chosen, "fair": fair, "tried": tried}, indent=1))
     print("\n".join(lines))
 
 

@@ -185,7 +185,7 @@ for ((i = 0; i < extensions; i++)); do
     queue one <runs.txt
 done
 
-say "5. the learning rate of each arm by the selection problems, and the rate at which sft stays as near as idft"
+say "5. the learning rate of each arm by the selection problems, and that at which sft stays as near as idft"
 choose --out choice.json | tee choice.txt | sed 's/^/        /'
 say "6. the other seeds"
 for seed in "${seeds[@]}"; do sed "s/$/ $seed/" choice.txt; done >runs.txt

@@ -156,6 +156,7 @@ def test_a_smaller_rate_of_sft_is_looked_for_until_it_is_as_near_as_idft():
     assert choose.wanted({"idft": inside, "sft": far}) == {("sft", "1e-5")}
     near = [choose.Run("1e-5", 1, 0.02), *far]
     assert choose.wanted({"idft": inside, "sft": near}) == set()
+    assert choose.wanted({"idft-own": inside, "sft-own": far, "sft": near}) == {("sft-own", "1e-5")}
 
 
 def test_every_claim_has_a_prediction(beside_each_other):
@@ -253,7 +254,7 @@ def test_differences_and_verdicts_of_a_study_whose_numbers_are_known(made):
 def test_the_page_and_the_picture_show_every_claim_and_arm(made):
     page, picture = (made / "study.md").read_text(), (made / "study.svg").read_text()
     assert "mean nothing" not in page + picture
-    for id in (f"P{i}" for i in range(1, 25)):
+    for id in (f"P{i}" for i in range(1, 26)):
         assert f"| {id} " in page
     assert "| sft (not chosen) | 3e-5 | 2 |" in page and "−0.20 ± 1.60" in page
     assert picture.startswith("<?xml") and ">idft<" in picture

@@ -26,7 +26,7 @@ class Claim(NamedTuple):
         arm, other: what is subtracted from what.
         at: each at the end of its training; both where they are as far from the base model (KL of chat samples); or
             both where they have learned as much, for `kl` and `retention`. In the latter two `sft` is the fair rival,
-            with the learning rate at which it ends as near to the base model as `idft`.
+            with the learning rate at which it ends as near to the base model as `idft` on the same corpus.
         minus: another pair whose difference is subtracted.
     """
 
@@ -78,6 +78,11 @@ SEEN_LATER = (
     Claim("L1", "own verified answers teach more than IDFT", 1, "target", "sft-own", "idft", "equal KL"),
     Claim("L2", "and than SFT at the fair rate", 1, "target", "sft-own", "sft", "equal KL"),
     Claim("L3", "and than IDFT with a floor", 1, "target", "sft-own", "idft_floor", "equal KL"),
+    Claim("L4", "IDFT on the realigned corpus teaches more than SFT", 1, "target", "idft-realigned", "sft", "equal KL"),
+    Claim("L5", "and than SFT on that", 1, "target", "idft-realigned", "sft-realigned", "equal KL"),
+    Claim("L6", "and than IDFT on the original", 1, "target", "idft-realigned", "idft", "equal KL"),
+    Claim("L7", "and than own verified answers", 1, "target", "idft-realigned", "sft-own", "equal KL"),
+    Claim("L8", "the hinted stream alone teaches more than SFT", 1, "target", "sft-distilled", "sft", "equal KL"),
 )
 
 

@@ -32,11 +32,11 @@ def report(folder: Path, size: str) -> dict[str, Any]:
     """Everything that page and picture show; NaN is null."""
     found, choice, base = load(folder), read(folder / "choice.json"), read(folder / "base" / "0.json")
     chosen: Runs = {key[0]: found[key] for key in choice["chosen"].items() if key in found}
-    near = found.get(("sft", choice["sft as near as idft"]), {})
-    fair: Runs = chosen | ({"sft": near} if near else {})
-    compared = chosen | (
-        {f"sft at {choice['sft as near as idft']}": near} if near and near is not chosen.get("sft") else {}
-    )
+    near = {key: found[key] for key in choice["fair"].items() if key in found}
+    fair: Runs = chosen | {arm: seeds for (arm, _), seeds in near.items()}
+    compared = chosen | {
+        f"{arm} at {rate}": seeds for (arm, rate), seeds in near.items() if choice["chosen"][arm] != rate
+    }
     expected = predictions(PREDICTIONS)
     untrained = curve(
         base, {"checkpoints": [], "training_seconds": 0, "training": {}, "phi_before": (math.nan, math.nan)}

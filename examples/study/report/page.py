@@ -136,7 +136,8 @@ Differences of shares of right answers (of nats per token for KL), with 95 % int
 problems, which are the same for all arms. *agrees* beside the paper: the interval lies on its side of 0. *agrees*
 beside our prediction: the value lies in the range, and the interval is at most twice as wide. *differs*: the interval
 lies on the other side, or has nothing in common with the range. A single seed is not judged. At equal KL and at equal
-accuracy `sft` is the fair rival: with the learning rate at which it ends as near to the base model as `idft`.
+accuracy `sft` is the fair rival: with the learning rate at which it ends as near to the base model as `idft` on the
+same corpus.
 
 ![the target's accuracy against what was kept, and against the distance from the base model](study.svg)
 

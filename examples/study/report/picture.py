@@ -15,10 +15,10 @@ KEPT = "retention: of other tasks' problems that the base has right"
 def draw(report: dict[str, Any], path: Path) -> None:
     """Write the SVG. Each line is an arm at its chosen learning rate, from the base model along its checkpoints.
 
-    `sft` is also shown at the rate at which it stays as near as `idft`.
+    Fair rivals are also shown: `sft` at the rate at which it stays as near as `idft` on the same corpus.
     """
-    fair = "sft", report["choice"]["sft as near as idft"]
-    arms = [one for one in report["arms"] if one["chosen"] or (one["arm"], one["rate"]) == fair]
+    fair = report["choice"]["fair"]
+    arms = [one for one in report["arms"] if one["chosen"] or fair.get(one["arm"]) == one["rate"]]
     settings = {"svg.fonttype": "none", "svg.hashsalt": "study", "font.family": "sans-serif", "font.size": 9}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(10, 4.4), facecolor="white")
