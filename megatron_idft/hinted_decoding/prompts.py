@@ -4,7 +4,8 @@ A template file begins with lines `key: value`, then a line `---`, then Jinja te
 
     marker: # CoT            the line between the model's analysis and its reply, with nothing else on it if the
                              after-marker begins with a line break; none: a hint without analysis
-    after-marker: "\\n"       JSON text that follows the marker in the hinted prompt, whether the model wrote it or not
+    after-marker: "\\n\\n"     JSON text that follows the marker in the hinted prompt, whether the model wrote it or
+                             not; if it is line breaks only, those that the model wrote there stand for it
 
 The text sees `conversation` (the messages up to the reply, without the system message: role, and content with the tool
 calls behind it), `question` (the last of them that the user wrote), `solution` (the reference reply, as the record has

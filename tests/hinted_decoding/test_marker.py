@@ -27,12 +27,13 @@ def encoded(tokenizer, text: str) -> np.ndarray:
             "# Analysis\nThe marker is # CoT here.\n# CoT\nFirst, 3 + 4.",
             "# Analysis\nThe marker is # CoT here.\n# CoT\n",
         ),
-        ("short\n# CoT", "short\n# CoT\n"),
+        ("short\n# CoT", "short\n# CoT\n\n"),
         ("short\n## CoT\nThe # CoT line", "short\n## CoT\n"),
-        ("short\n**# CoT:**\n3 + 4", "short\n**# CoT\n"),
+        ("short\n**# CoT:**\n3 + 4", "short\n**# CoT\n\n"),
         ("short\n2. # CoT\n3 + 4", "short\n2. # CoT\n"),
-        ("short\n# CoT\n\n\nmore", "short\n# CoT\n\n"),  # two line breaks are one token
-        ("short\r\n# CoT\r\n3 + 4", "short\r\n# CoT\n"),
+        ("short\n# CoT\n\n\nmore", "short\n# CoT\n\n\n"),  # two line breaks are one token
+        ("short\n# CoT\n  \n  more", "short\n# CoT\n  \n "),  # the last blank belongs to the word
+        ("short\r\n# CoT\r\n3 + 4", "short\r\n# CoT\r\n"),
         ("# CoT\nshort\n# CoT\n3 + 4", "# CoT\nshort\n# CoT\n"),
         ("short\n# CoT\nthus\n# CoT\n3 + 4", "short\n# CoT\nthus\n# CoT\n"),
         ("It reads:\n```\n# CoT\n```\nshort\n# CoT\n3 + 4", "It reads:\n```\n# CoT\n```\nshort\n# CoT\n"),
@@ -81,7 +82,7 @@ def test_a_marker_is_appended_to_the_tokens_that_the_model_wrote(tokenizer, anal
     closed = append_marker(ids, packaged_prompt("analysis"), tokenizer)
     assert closed[: len(ids)].tolist() == ids.tolist() and closed.dtype == np.int32
     line_break = "" if not analysis or analysis.endswith("\n") else "\n"
-    assert tokenizer.decode(closed[len(ids) :]) == f"{line_break}# CoT\n"
+    assert tokenizer.decode(closed[len(ids) :]) == f"{line_break}# CoT\n\n"
 
 
 def test_a_marker_that_needs_no_line_of_its_own_may_come_first(tokenizer):

@@ -66,7 +66,7 @@ def test_history_and_system_message(template):
 
 
 def test_the_analysis_template_asks_for_its_marker_alone_on_a_line_and_the_hint_has_none():
-    assert packaged_prompt("analysis").marker == "# CoT" and packaged_prompt("analysis").after_marker == "\n"
+    assert packaged_prompt("analysis").marker == "# CoT" and packaged_prompt("analysis").after_marker == "\n\n"
     assert packaged_prompt("hint").marker is None
     assert LeakFilter().find("Now my reply.\n# CoT\n7") is not None  # a response that writes the marker again
 

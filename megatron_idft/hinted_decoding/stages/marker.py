@@ -34,6 +34,10 @@ def without_stop(ids: Ids, end_ids: Ids, stop_ids: Collection[int]) -> Ids:
 def cut_at_marker(ids: Ids, template: HintTemplate, tokenizer: ChatTokenizer) -> Ids | None:
     """The analysis up to its last marker, followed by the template's after-marker.
 
+    Where the after-marker is line breaks only, the blanks that the model wrote with a line break stay as they are: one
+    that was left to the response would be its first token, of which the hinted stream is sure and which the plain one
+    does not expect.
+
     Where the after-marker begins with a line break, a marker counts only if nothing else stands on its line but signs
     of headings, emphasis and lists, if a line that is no heading comes before it, and if it stands in no code fence
     (one that is opened in the analysis's first line, around all of it, does not matter): a model may repeat the prompt,
@@ -55,13 +59,15 @@ def cut_at_marker(ids: Ids, template: HintTemplate, tokenizer: ChatTokenizer) ->
     end = _shortest(ids, tokenizer, marker, text.count(marker, 0, start + len(marker)))
     tail = tokenizer.decode(ids[:end]).rpartition(marker)[2]
     wanted = template.after_marker
-    while end < len(ids) and len(tail) < len(wanted) and wanted.startswith(tail):
+    only_blank = wanted.isspace()
+    while end < len(ids) and (only_blank or (len(tail) < len(wanted) and wanted.startswith(tail))):
         longer = tokenizer.decode(ids[: end + 1]).rpartition(marker)[2]
-        if not longer.startswith(wanted) and not wanted.startswith(longer):
+        fits = longer.isspace() if only_blank else longer.startswith(wanted) or wanted.startswith(longer)
+        if not fits:
             break
         end, tail = end + 1, longer
     missing = wanted[len(tail) :] if wanted.startswith(tail) else ""
-    if not missing:
+    if not missing or (only_blank and "\n" in tail):
         return ids[:end]
     return np.concatenate([ids[:end], encode_after(tokenizer, marker + tail, missing)])
 
