@@ -18,7 +18,7 @@ from picture import draw
 HERE = Path(__file__).resolve().parents[1]
 RESULTS = HERE / "results"
 BLOCK = re.compile(r"(<!-- made by examples/study/report/readme.py -->\n).*?(<!-- end -->)", re.DOTALL)
-IN_DOCS = ("P1", "P3", "P4", "P6", "P9", "P12", "P14", "P16", "P17", "P18")
+IN_DOCS = ("P1", "P3", "P4", "P6", "P9", "P15", "P17", "P19", "P25", "L1", "L2", "L4", "L5", "L7")
 
 IN_DOCS_WHERE = ("original, before", "original, after sft", "original, after idft")
 
@@ -36,9 +36,8 @@ def results(path: Path) -> str:
 def in_docs(path: Path) -> str:
     """The claims that a user of the loss asks for first, where they were judged, and where the gradient goes."""
     report = json.loads(path.read_text(encoding="utf-8"))
-    known = [claim for claim in report["claims"] if claim["id"] in IN_DOCS and claim["seeds"] > 1] + report[
-        "seen_later"
-    ]
+    claims = report["claims"] + report["seen_later"]
+    known = [claim for claim in claims if claim["id"] in IN_DOCS and claim["seeds"] > 1]
     where = where_table({text: report["where"][text] for text in IN_DOCS_WHERE}, ("ce", "dft", "idft"))
     return (
         f"{claims_table(known)}\n\n"
