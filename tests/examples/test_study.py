@@ -219,6 +219,9 @@ def made(tmp_path_factory, beside_each_other):
         "sft@1e-4": [(4, 6, 0.2), (6, 4, 0.4)],
         "idft@1e-4": [(4, 8, 0.1), (6, 7, 0.2)],
         "sft@3e-5": [(2, 8, 0.1), (4, 6, 0.2)],
+        "sft-own@1e-4": [(4, 6, 0.2), (6, 4, 0.4)],
+        "idft-own@1e-4": [(4, 8, 0.05), (6, 7, 0.1)],
+        "sft-own@1e-5": [(2, 8, 0.05), (4, 6, 0.1)],
     }
     for name in ("base", "results"):
         (folder / name).mkdir()
@@ -229,9 +232,11 @@ def made(tmp_path_factory, beside_each_other):
         run |= {"training": training, "phi_before": [-0.2, 1.6], "training_seconds": 5.0}
         for seed in (1, 2):
             (folder / "results" / f"{name}@{seed}.json").write_text(json.dumps(run))
-    command = [sys.executable, FOLDER / "choose.py", folder / "results", "--seed", "1", "--arms", "sft", "idft"]
+    command = [sys.executable, FOLDER / "choose.py", folder / "results", "--seed", "1"]
+    command += ["--arms", "sft", "idft", "sft-own", "idft-own"]
     chosen = subprocess.run([*command, "--out", folder / "choice.json"], check=True, capture_output=True, text=True)
-    assert chosen.stdout.splitlines() == ["sft 1e-4", "idft 1e-4", "sft 3e-5"]  # the last is as near as idft
+    best = [f"{arm} 1e-4" for arm in ("sft", "idft", "sft-own", "idft-own")]
+    assert chosen.stdout.splitlines() == [*best, "sft 3e-5", "sft-own 1e-5"]  # as near as idft on the same corpus
     return report(folder, "cpu")
 
 
@@ -249,6 +254,10 @@ def test_differences_and_verdicts_of_a_study_whose_numbers_are_known(made):
     # At 3.8 of 8 right: sft lies at 0.1 + 0.9 * 0.1, idft at 0.9 * 0.1.
     assert found["P5"]["found"][0] == pytest.approx(0.09 - 0.19)
     assert found["P6"]["missing"] == "not run: dft"
+    # At the end sft-own has its chosen rate; at KL 0.09, nine tenths of what its fair one reaches, 3.6 of 8, idft 3.8.
+    assert found["P16"]["found"][0] == pytest.approx((4 - 7) / 8)
+    later = {claim["id"]: claim for claim in json.loads((made / "report.json").read_text())["seen_later"]}
+    assert later["L1"]["found"][0] == pytest.approx((3.6 - 3.8) / 8)
 
 
 def test_the_page_and_the_picture_show_every_claim_and_arm(made):

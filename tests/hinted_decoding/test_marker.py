@@ -28,6 +28,7 @@ def encoded(tokenizer, text: str) -> np.ndarray:
             "# Analysis\nThe marker is # CoT here.\n# CoT\n",
         ),
         ("short\n# CoT", "short\n# CoT\n\n"),
+        ("short\n# CoT  ", "short\n# CoT\n\n"),  # blanks without a line break are none
         ("short\n## CoT\nThe # CoT line", "short\n## CoT\n"),
         ("short\n**# CoT:**\n3 + 4", "short\n**# CoT\n\n"),
         ("short\n2. # CoT\n3 + 4", "short\n2. # CoT\n"),

@@ -20,7 +20,7 @@ RESULTS = HERE / "results"
 BLOCK = re.compile(r"(<!-- made by examples/study/report/readme.py -->\n).*?(<!-- end -->)", re.DOTALL)
 IN_DOCS = ("P1", "P3", "P4", "P6", "P9", "P15", "P17", "P19", "P25", "L1", "L2", "L4", "L5", "L7")
 
-IN_DOCS_WHERE = ("original, before", "original, after sft", "original, after idft")
+IN_DOCS_WHERE = ("original, before", "original, after sft", "original, after idft", "realigned, before")
 
 
 def results(path: Path) -> str:

@@ -57,17 +57,25 @@ def cut_at_marker(ids: Ids, template: HintTemplate, tokenizer: ChatTokenizer) ->
     if start is None:
         return None
     end = _shortest(ids, tokenizer, marker, text.count(marker, 0, start + len(marker)))
-    tail = tokenizer.decode(ids[:end]).rpartition(marker)[2]
     wanted = template.after_marker
-    only_blank = wanted.isspace()
-    while end < len(ids) and (only_blank or (len(tail) < len(wanted) and wanted.startswith(tail))):
-        longer = tokenizer.decode(ids[: end + 1]).rpartition(marker)[2]
-        fits = longer.isspace() if only_blank else longer.startswith(wanted) or wanted.startswith(longer)
-        if not fits:
+
+    def behind(n: int) -> str:
+        return tokenizer.decode(ids[:n]).rpartition(marker)[2]
+
+    if wanted.isspace():
+        blank = end
+        while blank < len(ids) and behind(blank + 1).isspace():
+            blank += 1
+        if "\n" in behind(blank):
+            return ids[:blank]
+    tail = behind(end)
+    while end < len(ids) and len(tail) < len(wanted) and wanted.startswith(tail):
+        longer = behind(end + 1)
+        if not longer.startswith(wanted) and not wanted.startswith(longer):
             break
         end, tail = end + 1, longer
     missing = wanted[len(tail) :] if wanted.startswith(tail) else ""
-    if not missing or (only_blank and "\n" in tail):
+    if not missing:
         return ids[:end]
     return np.concatenate([ids[:end], encode_after(tokenizer, marker + tail, missing)])
 
