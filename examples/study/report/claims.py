@@ -70,6 +70,11 @@ CLAIMS = (
     Claim("P23", "answer-conditioned self-distillation keeps more", 1, "retention", "sft-distilled", "sft"),
     Claim("P24", "weights of the base model are better for IDFT", 1, "target", "idft_reference", "idft"),
     Claim("P25", "mixed streams are better than the hinted one alone", 1, "target", "sft-realigned", "sft-distilled"),
+    Claim("P26", "IDFT on a realigned corpus beats the fair rival", 1, "target", "idft-realigned", "sft", "equal KL"),
+    Claim("P27", "and SFT on the same", 0, "target", "idft-realigned", "sft-realigned", "equal KL"),
+    Claim("P28", "and IDFT on the original", 1, "target", "idft-realigned", "idft", "equal KL"),
+    Claim("P29", "and so does SFT on it", 1, "target", "sft-realigned", "sft", "equal KL"),
+    Claim("P30", "self-distillation beats it too", 1, "target", "sft-distilled", "sft", "equal KL"),
 )  # fmt: skip
 
 
@@ -78,11 +83,7 @@ SEEN_LATER = (
     Claim("L1", "own verified answers teach more than IDFT", 1, "target", "sft-own", "idft", "equal KL"),
     Claim("L2", "and than SFT at the fair rate", 1, "target", "sft-own", "sft", "equal KL"),
     Claim("L3", "and than IDFT with a floor", 1, "target", "sft-own", "idft_floor", "equal KL"),
-    Claim("L4", "IDFT on the realigned corpus teaches more than SFT", 1, "target", "idft-realigned", "sft", "equal KL"),
-    Claim("L5", "and than SFT on that", 1, "target", "idft-realigned", "sft-realigned", "equal KL"),
-    Claim("L6", "and than IDFT on the original", 1, "target", "idft-realigned", "idft", "equal KL"),
-    Claim("L7", "and than own verified answers", 1, "target", "idft-realigned", "sft-own", "equal KL"),
-    Claim("L8", "the hinted stream alone teaches more than SFT", 1, "target", "sft-distilled", "sft", "equal KL"),
+    Claim("L4", "and than IDFT on the realigned corpus", 1, "target", "sft-own", "idft-realigned", "equal KL"),
 )
 
 
