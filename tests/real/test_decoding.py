@@ -14,15 +14,6 @@ from tests.launch import ROOT, forked, forking_python
 from tests.tiny_corpora import write_records
 
 TOKENS = 40
-# Any e ends the analysis: this model does not write the marker of the packaged prompt, and Hinted Decoding shall run.
-ANALYSIS = """marker: e
----
-{{ question }}
-
-A worked solution: {{ solution }}
-
-Which idea carries the solution? Answer in one short sentence.
-"""
 NEAR_TIE = 1e-3  # nats between the two likeliest tokens, which fp32 may order either way
 
 
@@ -80,9 +71,8 @@ def test_a_realignment_is_complete_and_its_programs_agree(verb, model, tokenizer
     """All stages run; the texts are cut after a few tokens, so that hardly one can be right, and the originals stay."""
     data, output, merged = tmp_path / "data.jsonl", tmp_path / "out", tmp_path / "merged.jsonl"
     write_records(data, records[:2])
-    (tmp_path / "analysis.txt").write_text(ANALYSIS)
-    flags = f"--analysis-prompt {tmp_path / 'analysis.txt'} --analysis-max-tokens 24 --max-new-tokens 8"
-    flags += " --seq-length 400 --kv-memory-gb 0.5 --fallback original"
+    flags = "--hint-prompt analysis --analysis-max-tokens 24 --max-new-tokens 8"
+    flags += " --seq-length 600 --kv-memory-gb 0.5 --fallback original"
     forked(verb("realign", "--sft-data", data, "--output", output, *flags.split()))
 
     state, rows = status_of(output), list(read_outcomes(output))
@@ -96,6 +86,8 @@ def test_a_realignment_is_complete_and_its_programs_agree(verb, model, tokenizer
         assert [candidate["stage"] for candidate in hinted] == ["hinted", "retry", "retry"][: len(hinted)]
         assert len(hinted) == 3 or turn["candidates"][-1]["accepted"], turn["failures"]
         assert all(0 < candidate["hint_share_mean"] <= 1 for candidate in hinted)
+        # This model writes no marker of its own; that which was appended leaves no line break to the response.
+        assert not any(candidate["text"][:1].isspace() for candidate in hinted)
         for candidate in turn["candidates"]:
             cut = candidate["finish_reason"] == "length"
             longest = 16 if candidate["more_room"] else 8
