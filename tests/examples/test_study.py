@@ -213,7 +213,7 @@ def checkpoint(step: int, target: int, retained: int, kl: float) -> dict:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, beside_each_other):
-    """A study of two arms and two seeds whose numbers are known: its folder after make.py."""
+    """A study of few arms and two seeds whose numbers are known: its folder after make.py."""
     folder = tmp_path_factory.mktemp("study")
     curves = {  # per checkpoint: target and retention right of 8, KL
         "sft@1e-4": [(4, 6, 0.2), (6, 4, 0.4)],
@@ -222,6 +222,7 @@ def made(tmp_path_factory, beside_each_other):
         "sft-own@1e-4": [(4, 6, 0.2), (6, 4, 0.4)],
         "idft-own@1e-4": [(4, 8, 0.05), (6, 7, 0.1)],
         "sft-own@1e-5": [(2, 8, 0.05), (4, 6, 0.1)],
+        "asft@1e-4": [(2, 8, 0.0), (2, 8, -0.01)],  # stays where it began
     }
     for name in ("base", "results"):
         (folder / name).mkdir()
@@ -233,9 +234,9 @@ def made(tmp_path_factory, beside_each_other):
         for seed in (1, 2):
             (folder / "results" / f"{name}@{seed}.json").write_text(json.dumps(run))
     command = [sys.executable, FOLDER / "choose.py", folder / "results", "--seed", "1"]
-    command += ["--arms", "sft", "idft", "sft-own", "idft-own"]
+    command += ["--arms", "sft", "idft", "sft-own", "idft-own", "asft"]
     chosen = subprocess.run([*command, "--out", folder / "choice.json"], check=True, capture_output=True, text=True)
-    best = [f"{arm} 1e-4" for arm in ("sft", "idft", "sft-own", "idft-own")]
+    best = [f"{arm} 1e-4" for arm in ("sft", "idft", "sft-own", "idft-own", "asft")]
     assert chosen.stdout.splitlines() == [*best, "sft 3e-5", "sft-own 1e-5"]  # as near as idft on the same corpus
     return report(folder, "cpu")
 
@@ -260,10 +261,18 @@ def test_differences_and_verdicts_of_a_study_whose_numbers_are_known(made):
     assert later["L1"]["found"][0] == pytest.approx((3.6 - 3.8) / 8)
 
 
+def test_arms_are_compared_at_distances_that_idft_reaches(made):
+    found = json.loads((made / "report.json").read_text())["equal_kl"]
+    assert found["levels"] == pytest.approx([0.02, 0.05, 0.1, 0.2])
+    assert found["arms"]["idft"][2] == pytest.approx([4 / 8, 1.0])
+    assert found["arms"]["sft at 3e-5"][2] == pytest.approx([2 / 8, 1.0])
+    assert found["arms"]["asft"] == [None] * 4
+
+
 def test_the_page_and_the_picture_show_every_claim_and_arm(made):
     page, picture = (made / "study.md").read_text(), (made / "study.svg").read_text()
     assert "mean nothing" not in page + picture
-    for id in (f"P{i}" for i in range(1, 26)):
+    for id in (f"P{i}" for i in range(1, 31)):
         assert f"| {id} " in page
     assert "| sft (not chosen) | 3e-5 | 2 |" in page and "−0.20 ± 1.60" in page
     assert picture.startswith("<?xml") and ">idft<" in picture

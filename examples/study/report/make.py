@@ -25,7 +25,7 @@ from page import page
 from picture import draw
 
 PREDICTIONS = Path(__file__).resolve().parents[1] / "PREDICTIONS.md"
-LEVELS = (0.1, 0.25, 0.5, 1.0)  # of the least distance that a chosen arm of the original corpus ends at
+LEVELS = (0.1, 0.25, 0.5, 1.0)  # of the least distance that a seed of `idft` ends at
 
 
 def report(folder: Path, size: str) -> dict[str, Any]:
@@ -131,8 +131,8 @@ def during(one: Curve, name: str) -> float:
 
 def equal_kl(chosen: Runs) -> dict[str, Any]:
     """[target, retention] of each chosen arm where it is as far from the base model, means over seeds."""
-    original = [one.kl["chat"][-1] for arm, seeds in chosen.items() if "-" not in arm for one in seeds.values()]
-    levels = [level * min(original) for level in LEVELS] if original else []
+    farthest = min((one.kl["chat"][-1] for one in chosen.get("idft", {}).values()), default=0.0)
+    levels = [level * farthest for level in LEVELS] if farthest > 0 else []
     found: dict[str, list[list[float] | None]] = {}
     for name, seeds in chosen.items():
         found[name] = []
