@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 KEPT = "retention: of other tasks' problems that the base has right"
+NEAR = 0.01  # nats; from there on the distance is drawn logarithmically
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -38,12 +39,15 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 [[target[-1] - arm["target"][1]], [arm["target"][2] - target[-1]]],
                 color=color,
                 linewidth=0.8,
+                alpha=0.6,
                 capsize=2,
             )
         begin(kept, report, known(report["base"]["retention"]))
         begin(near, report, 0)
         kept.set(title="Learned and kept: up and right is better", xlabel=KEPT, ylabel="target: greedy answers right")
         near.set(title="Learned at the same distance", xlabel="KL from the base model, chat, nats per token")
+        near.set_xscale("symlog", linthresh=NEAR)  # most arms end within a tenth of the way of the farthest ones
+        near.xaxis.set_major_formatter("{x:g}")
         figure.legend(loc="center right", fontsize=8, frameon=False)
         if report["means_nothing"]:
             figure.suptitle("SMOKE RUN: sizes are tiny, the numbers mean nothing", color="red", y=0.99)
