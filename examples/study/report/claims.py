@@ -73,7 +73,7 @@ CLAIMS = (
     Claim("P26", "IDFT on a realigned corpus beats the fair rival", 1, "target", "idft-realigned", "sft", "equal KL"),
     Claim("P27", "and SFT on the same", 0, "target", "idft-realigned", "sft-realigned", "equal KL"),
     Claim("P28", "and IDFT on the original", 1, "target", "idft-realigned", "idft", "equal KL"),
-    Claim("P29", "and so does SFT on it", 1, "target", "sft-realigned", "sft", "equal KL"),
+    Claim("P29", "SFT on a realigned corpus beats the fair rival", 1, "target", "sft-realigned", "sft", "equal KL"),
     Claim("P30", "self-distillation beats it too", 1, "target", "sft-distilled", "sft", "equal KL"),
 )  # fmt: skip
 
