@@ -52,7 +52,7 @@ def cached_checkpoint(
 def build_cached_checkpoint(
     source: Path, target: Path, model_class: ModelClass, progress: bool, ignore: Sequence[str] = ()
 ) -> None:
-    """Convert `source` into `target`, the answer of `cached_checkpoint`, unless it is there. Idempotent."""
+    """Convert `source` into `target`, the answer of `cached_checkpoint`, unless it is there. Launches may race."""
     from megatron_idft.checkpoint.convert import to_megatron  # noqa: PLC0415  imports torch
 
     if target.exists():
@@ -61,6 +61,6 @@ def build_cached_checkpoint(
         to_megatron(source, target, model_class, progress, ignore)
     except PermissionError as error:
         raise ConversionError(f"the converted model cannot be kept ({error}): pass --hf-cache DIR") from error
-    except OSError:  # another launch was faster, and a folder that is not empty cannot be renamed over
-        if not target.exists():
+    except (ConversionError, OSError):
+        if not target.exists():  # where it does, another launch was faster, before the new folder was begun or after
             raise

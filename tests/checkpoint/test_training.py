@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_idft.checkpoint.cache import cached_checkpoint
+from megatron_idft.checkpoint import convert as conversion
+from megatron_idft.checkpoint.cache import build_cached_checkpoint, cached_checkpoint
 from megatron_idft.checkpoint.convert import to_hf, to_megatron
 from megatron_idft.cli.convert import main as convert
 from megatron_idft.errors import ArgumentError, ConversionError
@@ -295,3 +296,21 @@ def test_the_cache_follows_the_files(corpus, tmp_path):
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
     assert cached_checkpoint(folder, tmp_path, "gpt") != first
+
+
+@pytest.mark.parametrize("step", ["check_tied", "copy_companions"], ids=["before the folder", "with the folder begun"])
+def test_of_two_launches_on_one_cache_the_slower_takes_the_folder_of_the_faster(corpus, tmp_path, monkeypatch, step):
+    source = corpus / "qwen2"
+    target = cached_checkpoint(source, tmp_path, "gpt")
+    slow = getattr(conversion, step)
+
+    def overtaken(*arguments):
+        monkeypatch.undo()
+        build_cached_checkpoint(source, target, "gpt", progress=False)
+        return slow(*arguments)
+
+    monkeypatch.setattr(conversion, step, overtaken)
+    build_cached_checkpoint(source, target, "gpt", progress=False)
+    assert list(tmp_path.iterdir()) == [target], "what the slower one built is gone"
+    to_hf(target, tmp_path / "back", companions=source)
+    assert_same(source, tmp_path / "back")
