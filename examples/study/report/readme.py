@@ -18,7 +18,7 @@ from picture import draw
 HERE = Path(__file__).resolve().parents[1]
 RESULTS = HERE / "results"
 BLOCK = re.compile(r"(<!-- made by examples/study/report/readme.py -->\n).*?(<!-- end -->)", re.DOTALL)
-IN_DOCS = ["P1", "P3", "P4", "P6", "P9", "P15", "P17", "P19", "P24", "P25", "P26", "P27", "P29", "P30"]
+IN_DOCS = ["P1", "P3", "P4", "P6", "P9", "P15", "P17", "P19", "P21", "P22", "P24", "P25", "P26", "P27", "P29", "P30"]
 IN_DOCS += ["L1", "L2", "L4"]
 IN_DOCS_WHERE = ["original, before", *(f"original, after {arm}" for arm in ("sft", "idft", "idft_floor"))]
 IN_DOCS_WHERE += ["realigned, before"]
