@@ -314,3 +314,13 @@ def test_of_two_launches_on_one_cache_the_slower_takes_the_folder_of_the_faster(
     assert list(tmp_path.iterdir()) == [target], "what the slower one built is gone"
     to_hf(target, tmp_path / "back", companions=source)
     assert_same(source, tmp_path / "back")
+
+
+def test_a_conversion_into_the_cache_that_fails_says_so_and_leaves_nothing(corpus, tmp_path):
+    source = tmp_path / "model"
+    shutil.copytree(corpus / "qwen2", source)
+    (source / "model.safetensors").write_bytes(b"no weights")
+    target = cached_checkpoint(source, tmp_path / "cache", "gpt")
+    with pytest.raises(ConversionError, match=r"model\.safetensors"):
+        build_cached_checkpoint(source, target, "gpt", progress=False)
+    assert not target.exists()
