@@ -56,10 +56,13 @@ class Progress:
     Args:
         title: what is done.
         records: of all the work.
-        tokens: of all the work; None where nobody knows.
+        tokens: of all the work; None where nobody knows, and only those of this process are counted.
         look: the state of the work now, from another thread.
         shown: False on the ranks that do not show it.
         unit: what `records` are.
+
+    Attributes:
+        waits: whether nothing can be done here until others finish their part.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Progress:
         unit: str = "records",
     ) -> None:
         self._records, self._tokens, self._look, self._unit = records, tokens, look, unit
+        self.waits = False
         manner = _Manner("{unit}")  # tqdm's word for any text of ours
         self._seconds = manner.seconds
         self._before = look()
@@ -113,11 +117,12 @@ class Progress:
         self._bar.refresh()
 
     def _numbers(self, done: Done, elapsed: float) -> str:
-        of_all = "" if self._tokens is None else f"/{self._tokens:,}"
-        parts = [f"{done.records:,}/{self._records:,} {self._unit}", f"{done.tokens:,}{of_all} tokens"]
+        tokens = f"{done.tokens:,} tokens here" if self._tokens is None else f"{done.tokens:,}/{self._tokens:,} tokens"
+        parts = [f"{done.records:,}/{self._records:,} {self._unit}", tokens]
         if (new := done.tokens - self._before.tokens) and elapsed:
             parts.append(f"{new / elapsed:,.0f} tokens/s")
-        return ", ".join(filter(None, [*parts, done.stage]))
+        stage = "waiting for chunks that others work on" if self.waits else done.stage
+        return ", ".join(filter(None, [*parts, stage]))
 
 
 class _Manner:
@@ -132,8 +137,8 @@ class _Manner:
         self.stream = stream if stream.isatty() else cast(TextIO, _Lines(stream))
         self.size: dict[str, Any] = {}
         if stream.isatty():
-            known = os.get_terminal_size(stream.fileno()).columns
-            # Of no size is a terminal that nobody looks at, such as a container's: tqdm would draw nothing.
+            known = all(os.get_terminal_size(stream.fileno()))
+            # Without lines or columns is a terminal that nobody looks at (a container's): tqdm would draw nothing.
             self.size = {"dynamic_ncols": True, "nrows": 20} if known else {"ncols": 100, "nrows": 20}
 
 

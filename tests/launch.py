@@ -148,6 +148,13 @@ def start(args: Sequence[str | Path], stdout: IO[bytes] | int, stderr: IO[bytes]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=stdout, stderr=stderr)
 
 
+def start_on_a_terminal(command: str, shown: IO[bytes]) -> subprocess.Popen[bytes]:
+    """The same for a line of the shell on a terminal of 30 lines and 200 columns, where progress is a bar."""
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), **_variables(0, 1, free_port())}
+    words = ["script", "-qec", f"stty rows 30 cols 200; {command}", "/dev/null"]
+    return subprocess.Popen(words, cwd=ROOT, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=shown)
+
+
 def _variables(rank: int, nproc: int, port: int) -> dict[str, str]:
     """Those of torchrun that Megatron reads."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "GROUP_RANK": 0}

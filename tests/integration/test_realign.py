@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,14 +15,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_idft.corpus.ledger.ledger import status_of
+from megatron_idft.corpus.ledger.ledger import Ledger, status_of
 from megatron_idft.corpus.ledger.manifest import read_manifest
 from megatron_idft.corpus.records import read_records
 from megatron_idft.data.chat.conversations import encode_conversation
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.hinted_decoding.output.merge import merge
 from megatron_idft.hinted_decoding.output.results import read_outcomes, retry_folders
-from tests.launch import ROOT, forked, forking_python, start
+from tests.launch import ROOT, forked, forking_python, start, start_on_a_terminal
 from tests.tiny_tokenizers import train_tokenizer
 
 MODEL = """
@@ -216,6 +218,28 @@ def test_several_launches_one_of_them_killed_and_one_stopped(folder, realigned, 
     assert len({lease.owner.pid for lease in left}) <= 1
     assert_same(realign(folder, output, "--chunk-records 1 --lease-seconds 3 --max-rows 2"), realigned)
     assert len(list(output.glob("parts/*.parquet"))) == RECORDS
+
+
+def test_a_launch_says_that_it_waits_for_others(folder, realigned, tmp_path):
+    output = tmp_path / "held"
+    realign(folder, output, "--chunk-records 16")
+    (output / "parts" / "chunk-000001.parquet").unlink()
+    job, words = read_manifest(output), shlex.join(flags(folder, output, "--chunk-records 16"))
+    shown = tmp_path / "shown"
+    with Ledger(output, job["settings"], job["num_chunks"]) as other, open(shown, "wb") as file:
+        assert other.claim() == 1
+        launch = start_on_a_terminal(f"{forking_python()} -m megatron_idft realign {words}", file)
+        deadline = time.monotonic() + 120
+        while b"waiting for" not in shown.read_bytes():
+            assert launch.poll() is None and time.monotonic() < deadline, shown.read_text()
+            time.sleep(0.1)
+    assert launch.wait(60) == 0, shown.read_text()
+    lines = re.split(r"[\r\n]+", shown.read_text())
+    waiting = [line for line in lines if "waiting for chunks that others work on" in line]
+    assert re.match(r"realigning:  67%.*, 32/48 records, 0 tokens here, waiting", waiting[0]), waiting
+    done = [line for line in lines if line.startswith("realigning: 100%")]
+    assert "waiting" not in done[-1] and "48/48 records" in done[-1]
+    assert_same(list(read_outcomes(output)), realigned)
 
 
 def test_killed_at_random_moments_again_and_again(folder, tmp_path):

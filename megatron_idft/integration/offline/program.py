@@ -26,6 +26,7 @@ from megatron_idft.integration.platform.restricted_loading import restrict_check
 from megatron_idft.integration.platform.settings_lines import data_line, model_line
 from megatron_idft.integration.training.checkpoints import RunCheckpoints
 from megatron_idft.parsing import raise_errors
+from megatron_idft.progress import Progress
 
 Parser = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -166,7 +167,10 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def claimed(
-    ledger: Ledger | None, share: Callable[[Any], Any], on_wait: Callable[[Sequence[int]], None]
+    ledger: Ledger | None,
+    share: Callable[[Any], Any],
+    on_wait: Callable[[Sequence[int]], None],
+    progress: Progress | None = None,
 ) -> Iterator[int]:
     """Chunks for this launch until all are finished. Waits for those that others hold.
 
@@ -174,6 +178,7 @@ def claimed(
         ledger: of the leading rank, None on the others.
         share: the leader's value on every rank that takes part.
         on_wait: is told on the leader, while others work on all that is left, which chunks are finished.
+        progress: shows whether this launch waits.
     """
     wait = _FIRST_POLL_SECONDS
     while True:
@@ -181,6 +186,8 @@ def claimed(
             raise Terminated(_terminated)
         chunk = ledger.claim() if ledger is not None else None
         chunk, finished = share((chunk, ledger is not None and chunk is None and ledger.all_finished()))
+        if progress is not None:
+            progress.waits = chunk is None and not finished
         if finished:
             return
         if chunk is None:

@@ -151,8 +151,8 @@ class _Job:
                 )
                 work.set_finished(ledger.finished())
             shown = ledger is not None and self.replica.number == 0
-            stack.enter_context(Progress("realigning", work.total, None, work.look, shown=shown))
-            for first in program.claimed(ledger, self.replica.share, work.set_finished):
+            progress = stack.enter_context(Progress("realigning", work.total, None, work.look, shown=shown))
+            for first in program.claimed(ledger, self.replica.share, work.set_finished, progress):
                 claims = program.claims_from(first, ledger, self.replica.share)
 
                 def more(claims: Callable[[], int | None] = claims) -> tuple[int, list[RealignInput]] | None:

@@ -225,7 +225,7 @@ def _score_chunks(
             work.set_finished(ledger.finished())
         progress = Progress("scoring", total, work.tokens, work.look, shown=ledger is not None)
         with progress:
-            for chunk in program.claimed(ledger, _from_leader, work.set_finished):
+            for chunk in program.claimed(ledger, _from_leader, work.set_finished, progress):
                 samples = work.samples(chunk)
                 rows = _rows(scorer, tokenizer, records, samples, work.add)
                 if ledger is not None and rows is not None:
@@ -313,10 +313,10 @@ def _calibrate(
         work = _Answers(engine, len(samples))
         if ledger is not None:
             work.set_finished(ledger.finished())
-        stack.enter_context(
+        progress = stack.enter_context(
             Progress("own samples", work.total, None, work.look, shown=ledger is not None, unit="answers")
         )
-        for chunk in program.claimed(ledger, _from_leader, work.set_finished):
+        for chunk in program.claimed(ledger, _from_leader, work.set_finished, progress):
             work.stage = f"at temperature {OWN_SAMPLE_TEMPERATURES[chunk]:g}"
             answers = engine.generate(
                 prompts,
