@@ -321,6 +321,21 @@ def test_replicas_choose_prompts_together(folder, tmp_path):
     assert len(list((output / "prompt_trial" / "parts").glob("*.parquet"))) == 7
     assert len(list(read_outcomes(output))) == 6
 
+    # A launch that finds a prompt in others' hands says so.
+    held, shown = tmp_path / "held", tmp_path / "shown"
+    shutil.copytree(output / "prompt_trial", held / "prompt_trial")
+    (held / "prompt_trial" / "parts" / "chunk-000006.parquet").unlink()
+    job = read_manifest(held / "prompt_trial")
+    with Ledger(held / "prompt_trial", job["settings"], job["num_chunks"]) as other, open(shown, "wb") as file:
+        assert other.claim() == 6
+        launch = start(["-m", "megatron_idft", "realign", *words, "--output", held], file, file)
+        deadline = time.monotonic() + 120
+        while "waiting for the others' trials" not in shown.read_text():
+            assert launch.poll() is None and time.monotonic() < deadline, shown.read_text()
+            time.sleep(0.1)
+    assert launch.wait(60) == 0 and shown.read_text().count("waiting for the others' trials") == 1
+    assert json.loads((held / "prompts.json").read_text())["order"] == choice["order"]
+
 
 def test_regeneration_needs_no_reference_and_its_records_are_trained(folder, tmp_path):
     """Two samples of each record, by two replicas."""

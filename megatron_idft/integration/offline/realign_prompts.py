@@ -120,7 +120,9 @@ def try_in_ledger(
         if replica.leads:
             settings = dict(agreed) | {"prompts": [{"name": t.name, "sha256": t.sha256} for t in templates]}
             ledger = stack.enter_context(Ledger(output / TRIAL, settings, len(templates), lease_seconds=lease_seconds))
-        for number in program.claimed(ledger, replica.share, lambda finished: None):
+        say_once = functools.cache(replica.print_once)
+        wait = "> all prompts are tried or being tried: waiting for the others' trials"
+        for number in program.claimed(ledger, replica.share, lambda finished: say_once(wait)):
             rows = try_one(templates[number])
             if ledger is not None:
                 ledger.finish(number, functools.partial(program.write_part, rows=rows, schema=OUTCOME_SCHEMA))
