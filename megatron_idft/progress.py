@@ -137,9 +137,9 @@ class _Manner:
         self.stream = stream if stream.isatty() else cast(TextIO, _Lines(stream))
         self.size: dict[str, Any] = {}
         if stream.isatty():
-            known = all(os.get_terminal_size(stream.fileno()))
-            # Without lines or columns is a terminal that nobody looks at (a container's): tqdm would draw nothing.
-            self.size = {"dynamic_ncols": True, "nrows": 20} if known else {"ncols": 100, "nrows": 20}
+            columns, lines = os.get_terminal_size(stream.fileno())
+            # Without columns or lines is a terminal that nobody looks at (a container's): tqdm would draw nothing.
+            self.size = {"nrows": 20} | ({"dynamic_ncols": True} if columns and lines else {"ncols": columns or 100})
 
 
 class _Lines(io.TextIOBase):

@@ -14,6 +14,7 @@ import itertools
 import math
 import os
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -143,16 +144,20 @@ def forked_codes(
 
 def start(args: Sequence[str | Path], stdout: IO[bytes] | int, stderr: IO[bytes] | int) -> subprocess.Popen[bytes]:
     """A launch of one forked rank, which the test watches, and stops."""
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), **_variables(0, 1, free_port())}
     command = [forking_python(), *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=stdout, stderr=stderr)
+    return subprocess.Popen(command, cwd=ROOT, env=_one_rank(), stdout=stdout, stderr=stderr)
 
 
-def start_on_a_terminal(command: str, shown: IO[bytes]) -> subprocess.Popen[bytes]:
-    """The same for a line of the shell on a terminal of 30 lines and 200 columns, where progress is a bar."""
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), **_variables(0, 1, free_port())}
+def start_on_a_terminal(args: Sequence[str | Path], shown: IO[bytes]) -> subprocess.Popen[bytes]:
+    """The same on a terminal of 30 lines and 200 columns, where progress is a bar."""
+    command = shlex.join([forking_python(), *map(str, args)])
     words = ["script", "-qec", f"stty rows 30 cols 200; {command}", "/dev/null"]
-    return subprocess.Popen(words, cwd=ROOT, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=shown)
+    return subprocess.Popen(words, cwd=ROOT, env=_one_rank(), stdin=subprocess.DEVNULL, stdout=shown)
+
+
+def _one_rank() -> dict[str, str]:
+    variables = _variables(0, 1, free_port())
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), **variables}
 
 
 def _variables(rank: int, nproc: int, port: int) -> dict[str, str]:

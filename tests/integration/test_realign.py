@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -15,14 +14,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_idft.corpus.ledger.ledger import Ledger, status_of
+from megatron_idft.corpus.ledger.ledger import status_of
 from megatron_idft.corpus.ledger.manifest import read_manifest
 from megatron_idft.corpus.records import read_records
 from megatron_idft.data.chat.conversations import encode_conversation
 from megatron_idft.data.chat.tokenizer import load_tokenizer
 from megatron_idft.hinted_decoding.output.merge import merge
 from megatron_idft.hinted_decoding.output.results import read_outcomes, retry_folders
-from tests.launch import ROOT, forked, forking_python, start, start_on_a_terminal
+from tests.held_chunk import lines_of_one_that_waits
+from tests.launch import ROOT, forked, forking_python, start
 from tests.tiny_tokenizers import train_tokenizer
 
 MODEL = """
@@ -223,18 +223,8 @@ def test_several_launches_one_of_them_killed_and_one_stopped(folder, realigned, 
 def test_a_launch_says_that_it_waits_for_others(folder, realigned, tmp_path):
     output = tmp_path / "held"
     realign(folder, output, "--chunk-records 16")
-    (output / "parts" / "chunk-000001.parquet").unlink()
-    job, words = read_manifest(output), shlex.join(flags(folder, output, "--chunk-records 16"))
-    shown = tmp_path / "shown"
-    with Ledger(output, job["settings"], job["num_chunks"]) as other, open(shown, "wb") as file:
-        assert other.claim() == 1
-        launch = start_on_a_terminal(f"{forking_python()} -m megatron_idft realign {words}", file)
-        deadline = time.monotonic() + 120
-        while b"waiting for" not in shown.read_bytes():
-            assert launch.poll() is None and time.monotonic() < deadline, shown.read_text()
-            time.sleep(0.1)
-    assert launch.wait(60) == 0, shown.read_text()
-    lines = re.split(r"[\r\n]+", shown.read_text())
+    words = ["-m", "megatron_idft", "realign", *flags(folder, output, "--chunk-records 16")]
+    lines = lines_of_one_that_waits(output, 1, words, "waiting for", tmp_path / "shown")
     waiting = [line for line in lines if "waiting for chunks that others work on" in line]
     assert re.match(r"realigning:  67%.*, 32/48 records, 0 tokens here, waiting", waiting[0]), waiting
     done = [line for line in lines if line.startswith("realigning: 100%")]
@@ -322,18 +312,11 @@ def test_replicas_choose_prompts_together(folder, tmp_path):
     assert len(list(read_outcomes(output))) == 6
 
     # A launch that finds a prompt in others' hands says so.
-    held, shown = tmp_path / "held", tmp_path / "shown"
-    shutil.copytree(output / "prompt_trial", held / "prompt_trial")
-    (held / "prompt_trial" / "parts" / "chunk-000006.parquet").unlink()
-    job = read_manifest(held / "prompt_trial")
-    with Ledger(held / "prompt_trial", job["settings"], job["num_chunks"]) as other, open(shown, "wb") as file:
-        assert other.claim() == 6
-        launch = start(["-m", "megatron_idft", "realign", *words, "--output", held], file, file)
-        deadline = time.monotonic() + 120
-        while "waiting for the others' trials" not in shown.read_text():
-            assert launch.poll() is None and time.monotonic() < deadline, shown.read_text()
-            time.sleep(0.1)
-    assert launch.wait(60) == 0 and shown.read_text().count("waiting for the others' trials") == 1
+    held, trial = tmp_path / "held", tmp_path / "held" / "prompt_trial"
+    shutil.copytree(output / "prompt_trial", trial)
+    words = ["-m", "megatron_idft", "realign", *words, "--output", held]
+    said = "> all prompts are tried or being tried: waiting for the others' trials"
+    assert lines_of_one_that_waits(trial, 6, words, said, tmp_path / "shown").count(said) == 1
     assert json.loads((held / "prompts.json").read_text())["order"] == choice["order"]
 
 

@@ -1,6 +1,7 @@
 """`score`: a checkpoint that the trainer wrote, under any layout, in any number of launches; killed and resumed."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_idft.corpus.ledger.ledger import status_of
-from megatron_idft.corpus.scored_folder import read_own_samples
+from megatron_idft.corpus.scored_folder import OWN_SAMPLES, read_own_samples
+from tests.held_chunk import lines_of_one_that_waits
 from tests.integration.scoring_probe import masks
 from tests.launch import ROOT, forked, forking_python, start
 from tests.tiny_corpora import additions, write_records
@@ -143,6 +145,21 @@ def test_several_launches_one_of_them_killed(folder, scored, tmp_path):
                 launch.send_signal(signal.SIGKILL)
     assert_same(pq.read_table(output / "scores.parquet").to_pylist(), scored)
     assert len(list(output.glob("parts/*.parquet"))) == 60
+
+
+def test_a_launch_says_that_it_waits_for_others(folder, scored, tmp_path):
+    output, more = tmp_path / "out", "--chunk-records 20 --calibrate 4 --calibrate-max-tokens 4"
+    score(folder, output, more)
+    words = ["-m", "megatron_idft", "score", *flags(folder, output, more)]
+    for ledger, shows in (
+        (output, r"scoring:  \d+%.*, 40/60 records, [\d,]+/[\d,]+ tokens, waiting for chunks that others work on"),
+        (output / OWN_SAMPLES, r"own samples:  50%.*, 4/8 answers, 0 tokens here, waiting for chunks that others"),
+    ):
+        lines = lines_of_one_that_waits(ledger, 1, words, "waiting for", tmp_path / "shown")
+        assert any(re.match(shows, line) for line in lines), lines
+        done = [line for line in lines if re.match(r"(scoring|own samples): 100%", line)]
+        assert done and not any("waiting" in line for line in done)
+    assert_same(pq.read_table(output / "scores.parquet").to_pylist(), scored)
 
 
 def test_sigterm_gives_the_chunk_back_and_the_command_goes_on(folder, scored, tmp_path):
